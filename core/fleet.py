@@ -1,0 +1,75 @@
+"""Who serves: what the supervisor publishes to routers, and what each worker reports of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .layout import Layout
+
+
+class Phase(StrEnum):
+    """`prefill` reads prompts, `decode` writes answers; a decode worker can also prefill locally."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class LocalPrefill(StrEnum):
+    """Whether decode workers read prompts themselves. `always` is the colocated server."""
+
+    NEVER = "never"
+    AUTO = "auto"
+    ALWAYS = "always"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One worker as the supervisor knows it. `capacity_tokens`: the longest sequence its pool can hold when empty."""
+
+    worker_id: str
+    address: str
+    phase: Phase
+    incarnation: int
+    layout: Layout
+    capacity_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """All workers that should serve. A router keeps the highest `version` it has seen."""
+
+    version: int
+    members: tuple[Member, ...] = ()
+
+    def of(self, phase: Phase) -> tuple[Member, ...]:
+        return tuple(member for member in self.members if member.phase is phase)
+
+
+class WorkerState(StrEnum):
+    """`ready` takes new work; `draining` finishes what it has; `stopping` ends."""
+
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """One message of a worker's Watch stream, sent on change and at least once a second.
+
+    `waiting`: attempts not yet started; `running`: started; `prompt_tokens_waiting`: prompt tokens not yet computed;
+    `blocks_free` and `blocks_total`: of the group that has least free, in blocks; cached but unused blocks are free.
+    `leases`: transfers that hold blocks here. `counters`: monotonic totals by metric name (`core.metrics`).
+    """
+
+    worker_id: str
+    incarnation: int
+    state: WorkerState
+    waiting: int
+    running: int
+    prompt_tokens_waiting: int
+    blocks_free: int
+    blocks_total: int
+    leases: int
+    counters: tuple[tuple[str, float], ...] = ()

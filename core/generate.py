@@ -1,0 +1,73 @@
+"""The public call: what a client asks and what it is told. gRPC, HTTP and the Python client all speak these types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .request import FinishReason, Token
+from .sampling import SamplingParams
+
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Continue `prompt` (text, or token ids taken as they are). An empty `model` means the one the cluster serves.
+
+    `stop`: at most `MAX_STOP_STRINGS` strings that end the text and are not part of it.
+    """
+
+    prompt: str | tuple[int, ...]
+    model: str = ""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds on the router's clock. `tpot` None for one-token answers; `handover_gap` (token 1 to 2) only for
+    disaggregated requests. `kv_bytes`, `transfer_seconds`, `transport` of the transfer, if there was one."""
+
+    ttft: float
+    tpot: float | None = None
+    handover_gap: float | None = None
+    kv_bytes: int = 0
+    transfer_seconds: float = 0.0
+    transport: str = ""
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    attempts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    reason: FinishReason
+    usage: Usage
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One message of the answer: new text (whole characters) and the tokens behind it. The last chunk, and no other, has
+    `finish`; a failed request raises instead."""
+
+    request_id: str
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    id: str
+    max_context: int
+    vocab_size: int
+    has_chat_template: bool

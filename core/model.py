@@ -1,0 +1,106 @@
+"""The card of a prepared model: what every process may know of a model without reading a weight.
+
+A prepared model is a directory:
+
+    card.json            this card
+    weights.safetensors  tensors in the layout the kernels read, memory-mapped by every worker of a host
+    tokenizer.json       Hugging Face tokenizers format
+    chat_template.jinja  only if the source has one
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from .errors import ModelError
+from .layout import CacheGroup, CacheKind, DType, Layout
+
+CARD, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = "card.json", "weights.safetensors", "tokenizer.json", "chat_template.jinja"
+
+
+class Rope(BaseModel):
+    """Rotary embedding of one kind of layer. `theta`: base; `scaling`: the Hugging Face rope parameters, as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    theta: float
+    scaling: dict[str, float | str | list[float]] = {}
+
+
+class Decoder(BaseModel):
+    """One decoder, described: everything the engine needs to know to run the family's arithmetic.
+
+    `windows[i]` is layer i's attention window, 0 for full attention. `norm_offset`: weight w scales by (offset + w).
+    `embedding_scale` multiplies the embedded tokens. `query_scale` multiplies q before the dot product.
+    `sandwich_norms`: norms after attention and MLP as well as before. `qk_norm`: RMS norm of each head of q and k.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    activation: str
+    norm_eps: float
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    query_scale: float
+    qk_norm: bool = False
+    sandwich_norms: bool = False
+    tied_head: bool
+    windows: tuple[int, ...]
+    rope_full: Rope
+    rope_window: Rope | None = None
+
+
+class ModelCard(BaseModel):
+    """`fingerprint`: SHA-256 (hex) over decoder, dtype and weights. `bos_token_id` is prepended by the tokenizer, not by us."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    source: str
+    fingerprint: str
+    dtype: DType
+    vocab_size: int
+    max_context: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+    weights_bytes: int
+    decoder: Decoder
+
+    def cache_groups(self) -> tuple[CacheGroup, ...]:
+        """One group per distinct window, full attention first."""
+        decoder = self.decoder
+        return tuple(
+            CacheGroup(
+                kind=CacheKind.WINDOW if window else CacheKind.FULL,
+                layers=tuple(i for i, w in enumerate(decoder.windows) if w == window),
+                kv_heads=decoder.kv_heads,
+                head_dim=decoder.head_dim,
+                dtype=self.dtype,
+                window=window,
+            )
+            for window in sorted(set(decoder.windows))
+        )
+
+    def layout(self, *, block_size: int, kv_tokens: int) -> Layout:
+        """A worker's layout whose every group holds `kv_tokens` tokens, rounded up to whole blocks."""
+        groups = self.cache_groups()
+        blocks = -(-kv_tokens // block_size)
+        return Layout(fingerprint=self.fingerprint, groups=groups, block_size=block_size, num_blocks=(blocks,) * len(groups))
+
+
+def read_card(directory: Path) -> ModelCard:
+    """The card of the prepared model in `directory`; `ModelError` says what is wrong with it."""
+    path = directory / CARD
+    try:
+        return ModelCard.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{directory} is not a prepared model: it has no {CARD}. Make one with `diptych prepare`.") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,151 @@
+"""The messages two workers exchange on a lane to move KV from a source to a destination.
+
+    source                                   destination
+      ── Hello ──────────────────────────────▶
+      ◀────────────────────────────── Hello ──      versions, incarnations, layouts, transports; or Refused by name
+      ── Offer ──────────────────────────────▶
+      ◀────────────────── Grant or Refused ──       at once, or when memory frees
+      ── Ready* ─────────────────────────────▶      pieces, layer by layer as they are computed
+      ── Commit ─────────────────────────────▶
+      ◀──────────────────────────────── Ack ──      committed and every piece counted
+      ◀──────────────── Cancel ──────────────▶      from either side, in any state
+
+A lane that breaks has failed every transfer on it. Durations only; no clock reading crosses the wire.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .layout import Layout
+from .request import Token
+
+PROTOCOL_VERSION = 1
+
+
+class RefusedReason(StrEnum):
+    UNKNOWN = "unknown"
+    """No Decode came for this transfer id in time."""
+    CLOSED = "closed"
+    """The transfer id was used before, or its Decode was cancelled."""
+    NO_MEMORY = "no_memory"
+    """The prompt can never fit the destination's pool."""
+    LAYOUT = "layout"
+    DRAINING = "draining"
+    FAILED = "failed"
+    """A piece failed, or a lease ran out."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Epoch:
+    """A grant's fence number: pieces of another epoch are never counted."""
+
+    incarnation: int
+    counter: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShmEndpoint:
+    """How to reach a worker's pool on the same host: an abstract Unix socket that hands out its memfd, and the nonce that
+    must be read there (16 bytes) before the host counts as the same."""
+
+    socket: str
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message each way on a lane. `shm` None: this end does not speak it."""
+
+    worker_id: str
+    incarnation: int
+    layout: Layout
+    shm: ShmEndpoint | None
+    protocol_version: int = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The source has begun to compute a prompt of `prompt_tokens` tokens and owns blocks for all of it."""
+
+    transfer_id: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupGrant:
+    """Destination blocks of one cache group, for positions `first_position` (a multiple of the block size) up to the
+    prompt's end, in order."""
+
+    first_position: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    transfer_id: str
+    epoch: Epoch
+    groups: tuple[GroupGrant, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    transfer_id: str
+    reason: RefusedReason
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A piece may be read: tokens [start, stop) of `layers` (model layer numbers, all of `group`) lie in the source's `blocks`.
+
+    `blocks[0]` holds position `start`. `seq` counts the pieces of a transfer from 0. `slot` and `word`: the source's epoch
+    word for this transfer, and the value it must still have after the copy for the piece to count.
+    """
+
+    transfer_id: str
+    epoch: Epoch
+    seq: int
+    group: int
+    layers: tuple[int, ...]
+    start: int
+    stop: int
+    blocks: tuple[int, ...]
+    slot: int
+    word: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """All pieces are announced (`pieces` in number), and these are the first tokens, one per choice."""
+
+    transfer_id: str
+    pieces: int
+    first_tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """The destination has every piece and the Commit; the source may free. `kv_bytes` were copied in `seconds`, first piece
+    to last."""
+
+    transfer_id: str
+    kv_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    transfer_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAlive:
+    """The source still works on these granted transfers; renews their leases."""
+
+    transfer_ids: tuple[str, ...]
+
+
+LaneMessage = Hello | Offer | Grant | Refused | Ready | Commit | Ack | Cancel | KeepAlive

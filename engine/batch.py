@@ -1,0 +1,64 @@
+"""One step, as a value: what the engine computes and what it answers. The engine knows no request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.sampling import SamplingParams
+
+NO_BLOCK = -1
+"""In a window group's table: the block has left the window and was given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Draw output token `index` of `choice` from the row's last position."""
+
+    sampling: SamplingParams
+    index: int
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Compute positions [start, start + length) of one sequence.
+
+    `token_ids` empty means one position, whose token is the last one drawn in `slot` (perhaps by a step still in
+    flight). `tables[g][i]` is the block of cache group g that holds positions [i * block_size, (i + 1) * block_size);
+    `NO_BLOCK` where the window has passed. KV of the computed positions is stored there; earlier positions are read.
+    """
+
+    slot: int
+    start: int
+    token_ids: tuple[int, ...]
+    tables: tuple[tuple[int, ...], ...]
+    draw: Draw | None
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids) or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one step; `step` counts an engine's batches from 0. Slots of a batch are distinct."""
+
+    step: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token drawn; `logprob` and `top` only if the row asked for them."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """`drawn[i]` answers `rows[i]`; None where it drew nothing."""
+
+    step: int
+    drawn: tuple[Drawn | None, ...]
