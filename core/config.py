@@ -16,7 +16,9 @@ class _Section(BaseModel):
 
 class ModelSection(_Section):
     source: str | None = Field(
-        None, description="A prepared model, a Hugging Face directory, a GGUF file or a hub name. Without one: the demo model, if its package is installed."
+        None,
+        description="A prepared model, a Hugging Face directory, a GGUF file or a hub name. "
+        "Without one: the demo model, if its package is installed.",
     )
     name: str | None = Field(None, description="The name clients use; by default the source's own.")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of weights and KV cache.")
@@ -35,7 +37,9 @@ class DecodeSection(_Section):
     threads: int | None = Field(None, ge=1, description="CPU threads per worker; by default the host's cores shared among its workers.")
     kv_tokens: int = Field(16384, ge=256, description="Tokens the KV pool of one worker holds.")
     max_running: int = Field(32, ge=1, le=1024, description="Requests decoded in one batch.")
-    chunk_tokens: int = Field(64, ge=16, description="Prompt tokens a decode worker computes beside one step of its decodes (local prefill).")
+    chunk_tokens: int = Field(
+        64, ge=16, description="Prompt tokens a decode worker computes beside one step of its decodes (local prefill)."
+    )
 
 
 class TransferSection(_Section):
@@ -57,7 +61,8 @@ class RouterSection(_Section):
     grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC; 0 takes a free port.")
     local_prefill: LocalPrefill = Field(
         LocalPrefill.AUTO,
-        description="Whether decode workers read prompts themselves: never; auto (short prompts, or no prefill worker lives); always (a colocated server).",
+        description="Whether decode workers read prompts themselves: never; auto (short prompts, or no prefill worker lives); "
+        "always (a colocated server).",
     )
     local_prefill_below: int = Field(16, ge=0, description="With auto: prompts of fewer tokens are read by the decode worker.")
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What a client may use.")
@@ -70,13 +75,17 @@ class RaySection(_Section):
 
 class LogSection(_Section):
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level that is logged.")
-    directory: str | None = Field(None, description="Where each process writes its log; by default a directory of the cluster's own, removed by `down`.")
+    directory: str | None = Field(
+        None, description="Where each process writes its log; by default a directory of the cluster's own, removed by `down`."
+    )
 
 
 class ClusterConfig(_Section):
     """A cluster: one model, its workers, its router."""
 
-    name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="The cluster's name on this host, for `status` and `down`.")
+    name: str = Field(
+        "default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="The cluster's name on this host, for `status` and `down`."
+    )
     model: ModelSection = Field(default_factory=ModelSection, description="What is served.")
     prefill: PrefillSection = Field(default_factory=PrefillSection, description="Workers that read prompts.")
     decode: DecodeSection = Field(default_factory=DecodeSection, description="Workers that write answers.")

@@ -39,7 +39,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("diptych_worker_steps_total", "counter", "Engine steps.", ("worker", "phase")),
     Metric("diptych_worker_computed_tokens_total", "counter", "Prompt tokens computed.", ("worker", "phase")),
     Metric("diptych_worker_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache.", ("worker", "phase")),
-    Metric("diptych_worker_local_prefill_tokens_total", "counter", "Prompt tokens a decode worker computed by request.", ("worker", "phase")),
+    Metric(
+        "diptych_worker_local_prefill_tokens_total", "counter", "Prompt tokens a decode worker computed by request.", ("worker", "phase")
+    ),
     Metric("diptych_worker_recomputed_tokens_total", "counter", "Tokens recomputed after preemption.", ("worker", "phase")),
     Metric("diptych_worker_transfers_failed_total", "counter", "Transfers that failed or were refused.", ("worker", "phase")),
 )

@@ -15,11 +15,11 @@ MAX_STOP_TOKEN_IDS = 64
 class SamplingParams:
     """How each next token is drawn.
 
-    `temperature` 0 is greedy. `top_k` 0 means no limit. Noise is Gumbel from Philox(seed, choice, index); the
-    router draws a seed where the client gave none, so workers always see one. With the same seed the same request draws the same tokens on every device and after every retry. `logprobs` None means none, n means
-    the chosen token's and the n likeliest ones', natural logarithm, of the model's distribution before temperature,
-    top-k and top-p. A stop token ends the request and is not part of the text; `ignore_eos` lets the model's own
-    end tokens pass.
+    `temperature` 0 is greedy. `top_k` 0 means no limit. Noise is Gumbel from Philox(seed, choice, index): with the same seed
+    the same request draws the same tokens on every device and after every retry. The router draws a seed where the client
+    gave none, so workers always see one. `logprobs` None means none, n means the chosen token's and the n likeliest ones',
+    natural logarithm, of the model's distribution before temperature, top-k and top-p. A stop token ends the request and is
+    not part of the text; `ignore_eos` lets the model's own end tokens pass.
     """
 
     max_tokens: int = 16
@@ -46,7 +46,9 @@ class SamplingParams:
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequest(f"stop_token_ids has {len(self.stop_token_ids)} entries; the limit is {MAX_STOP_TOKEN_IDS}.", field="stop_token_ids")
+            raise InvalidRequest(
+                f"stop_token_ids has {len(self.stop_token_ids)} entries; the limit is {MAX_STOP_TOKEN_IDS}.", field="stop_token_ids"
+            )
         for token in self.stop_token_ids:
             _whole("stop_token_ids", token, 0, vocab_size - 1)
 
