@@ -1,0 +1,50 @@
+"""What a process of the cluster is told at its start: one JSON value on its command line, validated before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..core.errors import ConfigError
+from ..core.fleet import Phase
+
+BLOCK_SIZE = 16
+"""Tokens per block of every cache group."""
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RankSpec(_Spec):
+    """One rank process: `python -m diptych.cluster.rank --spec '<this as JSON>'`."""
+
+    worker_id: str = Field(min_length=1, description="The worker's name in the fleet, in logs and in metrics.")
+    phase: Phase = Field(description="Whether it reads prompts or writes answers.")
+    model_dir: Path = Field(description="A prepared model.")
+    listen: str = Field("127.0.0.1:0", description="host:port of its gRPC faces; port 0 takes a free one.")
+    threads: int = Field(1, ge=1, description="CPU threads of the engine.")
+    cpus: tuple[int, ...] | None = Field(None, min_length=1, description="Cores the process may run on; by default all it has.")
+    kv_tokens: int = Field(8192, ge=BLOCK_SIZE, description="Tokens the KV pool holds.")
+    chunk_tokens: int = Field(512, ge=1, description="Prompt tokens computed per step.")
+    max_running: int = Field(32, ge=1, description="Attempts in one batch.")
+    lease_s: float = Field(10.0, gt=0, description="A grant without piece or keep-alive ends after this, in seconds.")
+    offer_wait_s: float = Field(5.0, gt=0, description="How long an Offer waits for its Decode, in seconds.")
+    drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running work finish, in seconds.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level that is logged.")
+    check: bool = Field(False, description="Check the books (blocks, leases, transfers) at every idle moment, and die if they are wrong.")
+
+
+_S = TypeVar("_S", bound=_Spec)
+
+
+def read_spec(kind: type[_S], text: str) -> _S:
+    """The validated spec in `text` (JSON); `ConfigError` names the first wrong key."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"]) or "spec"
+        raise ConfigError(f"{path}: {first['msg']}.", field=path) from None
