@@ -1,53 +1,67 @@
-"""What the supervisor tells a process it starts: one JSON object after `--spec`.
-
-Every process it starts answers on stdout, one JSON object per line: `{"event": "progress", "what": …}` while it loads, then either
-`{"event": "ready", …}` or `{"event": "failed", "message": …, "field": …}`. Logs go to stderr.
-"""
+"""What a process of the cluster is told at its start: one JSON value on its command line, validated before anything is loaded."""
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.config import LimitsSection
+from ..core.errors import ConfigError
 from ..core.fleet import LocalPrefill, Phase
 
-LogLevel = Literal["debug", "info", "warning", "error"]
+BLOCK_SIZE = 16
+"""Tokens per block of every cache group."""
 
 
-class RankSpec(BaseModel):
-    """A worker's process. `listen`: host:port, port 0 takes a free one. `cpus`: cores it may use, None for all of them."""
-
+class _Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    worker_id: str
-    phase: Phase
-    model_dir: str
-    listen: str = "127.0.0.1:0"
-    threads: int = Field(1, ge=1)
-    cpus: tuple[int, ...] | None = None
-    kv_tokens: int = Field(ge=16)
-    chunk_tokens: int = Field(ge=16)
-    max_running: int = Field(32, ge=1)
-    lease_s: float = Field(10.0, gt=0)
-    offer_wait_s: float = Field(5.0, gt=0)
-    log_level: LogLevel = "info"
+
+class RankSpec(_Spec):
+    """One rank process: `python -m diptych.cluster.rank --spec '<this as JSON>'`."""
+
+    worker_id: str = Field(min_length=1, description="The worker's name in the fleet, in logs and in metrics.")
+    phase: Phase = Field(description="Whether it reads prompts or writes answers.")
+    model_dir: Path = Field(description="A prepared model.")
+    listen: str = Field("127.0.0.1:0", description="host:port of its gRPC faces; port 0 takes a free one.")
+    threads: int = Field(1, ge=1, description="CPU threads of the engine.")
+    cpus: tuple[int, ...] | None = Field(None, min_length=1, description="Cores the process may run on; by default all it has.")
+    kv_tokens: int = Field(8192, ge=BLOCK_SIZE, description="Tokens the KV pool holds.")
+    chunk_tokens: int = Field(512, ge=1, description="Prompt tokens computed per step.")
+    max_running: int = Field(32, ge=1, description="Attempts in one batch.")
+    lease_s: float = Field(10.0, gt=0, description="A grant without piece or keep-alive ends after this, in seconds.")
+    offer_wait_s: float = Field(5.0, gt=0, description="How long an Offer waits for its Decode, in seconds.")
+    drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running work finish, in seconds.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level that is logged.")
+    check: bool = Field(False, description="Check the books (blocks, leases, transfers) at every idle moment, and die if they are wrong.")
 
 
-class RouteSpec(BaseModel):
-    """The router's process. `model_name`: the name clients use; None takes the card's. `chat_template`: a file in place of the
-    model's own."""
+class RouteSpec(_Spec):
+    """The router's process: `python -m diptych.cluster.route --spec '<this as JSON>'`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_dir: Path = Field(description="A prepared model; only its card, tokenizer and chat template are read.")
+    model_name: str | None = Field(None, description="The name clients use; by default the card's.")
+    chat_template: Path | None = Field(None, description="A Jinja file to use in place of the model's own chat template.")
+    host: str = Field("127.0.0.1", description="Address both faces listen on.")
+    http_port: int = Field(0, ge=0, le=65535, description="OpenAI HTTP; 0 takes a free port.")
+    grpc_port: int = Field(0, ge=0, le=65535, description="gRPC; 0 takes a free port.")
+    local_prefill: LocalPrefill = Field(LocalPrefill.AUTO, description="Whether decode workers read prompts themselves.")
+    local_prefill_below: int = Field(16, ge=0, description="With auto: prompts of fewer tokens are read by the decode worker.")
+    limits: LimitsSection = Field(default_factory=LimitsSection, description="What a client may use.")
+    drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running requests finish, in seconds.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level that is logged.")
 
-    model_dir: str
-    model_name: str | None = None
-    chat_template: str | None = None
-    host: str = "127.0.0.1"
-    http_port: int = Field(0, ge=0, le=65535)
-    grpc_port: int = Field(0, ge=0, le=65535)
-    local_prefill: LocalPrefill = LocalPrefill.AUTO
-    local_prefill_below: int = Field(16, ge=0)
-    limits: LimitsSection = Field(default_factory=LimitsSection)
-    log_level: LogLevel = "info"
+
+_S = TypeVar("_S", bound=_Spec)
+
+
+def read_spec(kind: type[_S], text: str) -> _S:
+    """The validated spec in `text` (JSON); `ConfigError` names the first wrong key."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"]) or "spec"
+        raise ConfigError(f"{path}: {first['msg']}.", field=path) from None
