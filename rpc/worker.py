@@ -1,0 +1,82 @@
+"""A worker as others see it: the face it implements, and the client that routers and the supervisor use."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Protocol, Self
+
+from ..core.commands import Command, StepEvents
+from ..core.fleet import WorkerReport
+from .codec_commands import decode_command, decode_step_events, encode_command, encode_step_events
+from .lane import Lane
+from .stream import ByteCall, Stream
+
+
+class RouterStream(Stream[StepEvents, Command]):
+    """A worker's end of the stream to one router: `async for command in stream`; `send(step_events)` never blocks, and a router
+    that does not read is cut."""
+
+    def __init__(self, call: ByteCall, *, peer: str) -> None:
+        super().__init__(call, encode_step_events, decode_command, peer=peer)
+
+
+class WorkerStream(Stream[Command, StepEvents]):
+    """A router's end of the stream to one worker: `send(command)` never blocks; `async for step_events in stream`; `close()`
+    stops every attempt on it."""
+
+    def __init__(self, call: ByteCall, *, peer: str) -> None:
+        super().__init__(call, encode_command, decode_step_events, peer=peer)
+
+
+class WorkerFace(Protocol):
+    """What a worker implements to be served. All is called on the event loop's thread, once per peer, concurrently."""
+
+    async def attached(self, stream: RouterStream) -> None:
+        """Serve one router until the iteration over `stream` ends; then stop everything that came on it and return.
+
+        The stream ends when this returns; an error raised becomes the stream's status. It is not cancelled when the router goes
+        away: the iteration ends instead.
+        """
+        ...
+
+    def reports(self) -> AsyncGenerator[WorkerReport, None]:
+        """Reports for one watcher, on change and at least once a second; closed when the watcher goes away."""
+        ...
+
+    async def lane(self, lane: Lane) -> None:
+        """Serve one lane until it ends; as with `attached`, returning ends it (what is queued is still sent)."""
+        ...
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take nothing new and return when all work has ended or after `timeout_s` seconds: the number of unfinished attempts."""
+        ...
+
+
+class WorkerClient:
+    """A connection to the worker at `address` (host:port). Connects when first used, and again after it was lost."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def attach(self) -> WorkerStream:
+        """Open the stream of commands and events. A worker that cannot be reached shows as `Unavailable` in the iteration."""
+        raise NotImplementedError
+
+    def watch(self) -> AsyncGenerator[WorkerReport, None]:
+        """The worker's reports, until closed; raises `Unavailable` when the worker is gone."""
+        raise NotImplementedError
+
+    async def drain(self, timeout_s: float) -> int:
+        """Tell the worker to take nothing new; the number of attempts that had not ended after `timeout_s` seconds."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """End everything on this connection."""
+        raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
