@@ -88,9 +88,8 @@ class Source:
             origin = self._absolute(node)
             for alias in node.names:
                 yield Import(f"{origin}.{alias.name}" if alias.name != "*" else origin, node.lineno, relative=node.level > 0)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
-            if node.args and isinstance(node.args[0], ast.Constant):
-                yield Import(str(node.args[0].value), node.lineno, relative=False)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (Import(name.value, node.lineno, relative=False) for name in node.args[:1] if isinstance(name, ast.Constant))
 
     def _absolute(self, node: ast.ImportFrom) -> str:
         if not node.level:
@@ -146,7 +145,7 @@ def check_table(tree: Tree) -> list[str]:
         for found in source.imports:
             where = tree.where(source, found.line)
             if found.top == "diptych":
-                other = (found.module.split(".") + [""])[1]
+                other = found.module.removeprefix("diptych.").partition(".")[0]
                 if other in ROOMS and other != source.room and other not in rooms:
                     wrong.append(f"{where}: {source.room or 'the root'} may not import {other}")
                 if not found.relative and not source.generated:
