@@ -23,7 +23,8 @@ help: ## list the targets
 demo: $(VENV)/.demo ## serve the demo model, prefill and decode apart, and ask it something (ONCE=1: end after the answer)
 	@exec $(BIN)/diptych demo $(if $(ONCE),--once)
 
-test: $(VENV)/.test lint types ## the gate: format, lint, types, tests
+test: $(VENV)/.test lint types ## the gate: format, lint, types, stubs, tests
+	@$(BIN)/python proto/generate.py --check
 	@$(PYTEST) -q -m "not nightly and not gpu" --durations=15
 
 nightly: $(VENV)/.test ## the tests that are too long for the gate
@@ -43,7 +44,7 @@ types: $(VENV)/.test ## mypy strict over all rooms
 	@MYPYPATH=.types $(BIN)/mypy --config-file pyproject.toml $(TYPED:%=-p diptych.%)
 
 stubs: $(VENV)/.test ## make proto/*_pb2* anew from proto/*.proto
-	@$(BIN)/python .ci/stubs.py
+	@$(BIN)/python proto/generate.py
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) .types .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "core": (set(), {"pydantic"}),
     "kernels": (set(), {"torch", "triton", "numpy"}),
-    "proto": (set(), {"google", "grpc"}),
+    "proto": (set(), {"google"}),
     "rpc": ({"core", "proto"}, {"grpc", "grpc_health", "grpc_reflection", "google"}),
     "engine": ({"core", "kernels"}, {"torch", "transformers", "safetensors", "numpy", "tokenizers", "gguf"}),
     "kv_transfer": ({"core", "kernels", "rpc"}, {"torch", "nccl"}),

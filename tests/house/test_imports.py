@@ -65,7 +65,7 @@ def test_what_the_table_itself_promises() -> None:
     for room in ("router", "client"):
         packages = set().union(*(ROOMS[other][1] for other in {room, *reach(room)}))
         assert not packages & {"torch", "ray", "transformers"}
-    assert [room for room in ROOMS if "grpc" in ROOMS[room][1]] == ["proto", "rpc"]
+    assert [room for room in ROOMS if "grpc" in ROOMS[room][1]] == ["rpc"]
 
 
 @pytest.mark.parametrize(
