@@ -32,6 +32,9 @@ class RefusedReason(StrEnum):
     NO_MEMORY = "no_memory"
     """The prompt can never fit the destination's pool."""
     LAYOUT = "layout"
+    """The two workers' KV cannot be exchanged: layouts or protocol versions differ."""
+    TRANSPORT = "transport"
+    """There is no transport that both ends speak (for `shm`: they are not on the same host)."""
     DRAINING = "draining"
     FAILED = "failed"
     """A piece failed, or a lease ran out."""
@@ -91,6 +94,8 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
+    """No to one transfer; with an empty `transfer_id`, in answer to Hello, no to the whole lane, which then closes."""
+
     transfer_id: str
     reason: RefusedReason
     message: str

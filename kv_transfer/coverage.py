@@ -1,0 +1,67 @@
+"""How far each layer's positions have come: computed, announced or received. In order, without holes, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..core.layout import CacheGroup, Layout
+
+PIECE_BYTES = 16 << 20
+"""A piece takes further layers only up to this size: 1 ms of copying, the longest a fence waits for a copy under way. One
+layer's positions are never split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Positions [start, stop) of `layers`, all of cache group `group`."""
+
+    group: int
+    layers: tuple[int, ...]
+    start: int
+    stop: int
+
+    def bytes(self, groups: tuple[CacheGroup, ...]) -> int:
+        return (self.stop - self.start) * len(self.layers) * groups[self.group].token_bytes
+
+
+class Coverage:
+    """Layer `l` of group g is covered from `starts[g]` up to `until(l)`; the aim is `end` for all of them."""
+
+    def __init__(self, groups: tuple[CacheGroup, ...], starts: tuple[int, ...], end: int) -> None:
+        self._end = end
+        self._until = {layer: start for group, start in zip(groups, starts, strict=True) for layer in group.layers}
+
+    @property
+    def complete(self) -> bool:
+        return all(until == self._end for until in self._until.values())
+
+    def until(self, layer: int) -> int:
+        return self._until[layer]
+
+    def extend(self, layers: tuple[int, ...], start: int, stop: int) -> None:
+        """Cover [start, stop) of `layers`; `ValueError` (and no change) if that leaves a hole, repeats a position, goes past the
+        end, or a layer is named twice or unknown."""
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"layers {layers} repeat")
+        if not start <= stop <= self._end:
+            raise ValueError(f"positions [{start}, {stop}) are not within {self._end}")
+        for layer in layers:
+            if self._until.get(layer) != start:
+                raise ValueError(f"layer {layer} stands at {self._until.get(layer)}, not at {start}")
+        for layer in layers:
+            self._until[layer] = stop
+
+
+def ahead(layout: Layout, computed: Coverage, announced: Coverage) -> Iterator[Span]:
+    """What is computed and not yet announced. Layers with equal positions share a span, of `PIECE_BYTES` at most."""
+    for number, group in enumerate(layout.groups):
+        together: dict[tuple[int, int], list[int]] = {}
+        for layer in group.layers:
+            start, stop = announced.until(layer), computed.until(layer)
+            if start < stop:
+                together.setdefault((start, stop), []).append(layer)
+        for (start, stop), layers in together.items():
+            width = max(1, PIECE_BYTES // ((stop - start) * group.token_bytes))
+            for first in range(0, len(layers), width):
+                yield Span(number, tuple(layers[first : first + width]), start, stop)
