@@ -1,6 +1,161 @@
-"""Channel and server options, each with its reason."""
+"""Channels, calls and addresses: every option with its reason, every grpc error translated before it leaves."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+from google.protobuf.descriptor import MethodDescriptor
+
+from ..core.errors import Cancelled, ConfigError, Unavailable
+from .errors import from_grpc
+
 INTERNAL_MESSAGE_BYTES = 64 << 20
 """Between workers, routers and supervisor: a prompt of a million tokens is 4 MiB."""
+
+ANSWER_S = 10.0
+"""A short question to a live process is answered within this many seconds."""
+
+EOF: object = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
+"""What grpc.aio reads after the last message."""
+
+Options = list[tuple[str, int]]
+
+_KEEPALIVE: Options = [
+    # A host that vanished is noticed after 10 + 5 s even if nothing is being sent; grpc's own threads answer, so a busy process lives.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+def channel_options(max_message_bytes: int) -> Options:
+    return [
+        *_KEEPALIVE,
+        # Workers have local addresses; a proxy from the environment would break them, or see what it should not.
+        ("grpc.enable_http_proxy", 0),
+        # A connection of its own per channel: no sharing of its fate, or of its backoff, with other channels to that address.
+        ("grpc.use_local_subchannel_pool", 1),
+        # A worker that comes back is found within a second, not after grpc's default of up to two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 1_000),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+    ]
+
+
+def server_options(max_message_bytes: int) -> Options:
+    return [
+        *_KEEPALIVE,
+        # Otherwise two servers share a port in silence and each gets half of the calls.
+        ("grpc.so_reuseport", 0),
+        # Clients' keep-alive pings (every 10 s, above) must not count as abuse.
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+    ]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host (without brackets) and port of `host:port`; `ConfigError` if it is not that."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{address!r} is not an address; it must be host:port, such as 127.0.0.1:50051.", field="address")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def open_channel(address: str, max_message_bytes: int = INTERNAL_MESSAGE_BYTES) -> grpc.aio.Channel:
+    """A channel that connects when first used, and again after the connection was lost."""
+    split_address(address)
+    return grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
+
+
+def path_of(method: MethodDescriptor) -> str:
+    return f"/{method.containing_service.full_name}/{method.name}"
+
+
+async def call_unary(channel: grpc.aio.Channel, method: MethodDescriptor, request: bytes, *, timeout_s: float, peer: str) -> bytes:
+    """The answer to `request`; raises only `DiptychError`."""
+    call: Any = channel.unary_unary(path_of(method), None, None)(request, timeout=timeout_s)
+    try:
+        return cast(bytes, await call)
+    except grpc.RpcError as error:
+        raise from_grpc(error, peer=peer) from None
+    except asyncio.CancelledError:
+        _reraise_if_ours()
+        raise Cancelled(f"{peer}: the client was closed.") from None
+
+
+async def call_stream(
+    channel: grpc.aio.Channel, method: MethodDescriptor, request: bytes, *, timeout_s: float | None, peer: str
+) -> AsyncGenerator[bytes, None]:
+    """The messages that answer `request`; closing the generator cancels the call; raises only `DiptychError`."""
+    call: Any = channel.unary_stream(path_of(method), None, None)(request, timeout=timeout_s)
+    try:
+        while (data := await call.read()) is not EOF:
+            yield data
+    except grpc.RpcError as error:
+        raise from_grpc(error, peer=peer) from None
+    except asyncio.CancelledError:
+        _reraise_if_ours()
+        raise Cancelled(f"{peer}: the client was closed.") from None
+    finally:
+        call.cancel()
+
+
+def _reraise_if_ours() -> None:
+    """grpc raises CancelledError too when the *call* was cancelled, by closing its channel; only a cancelled task is to see one."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
+class ClientCall:
+    """The `ByteCall` of a bidirectional call made here."""
+
+    def __init__(self, channel: grpc.aio.Channel, method: MethodDescriptor, *, peer: str, owns_channel: bool = False) -> None:
+        """`owns_channel`: the channel is closed when the call ends."""
+        self._call: Any = cast(Any, channel.stream_stream(path_of(method), None, None))()
+        self._peer = peer
+        self._closing: asyncio.Task[None] | None = None
+        if owns_channel:
+            self._call.add_done_callback(lambda _: self._close_channel(channel))
+
+    def _close_channel(self, channel: grpc.aio.Channel) -> None:
+        self._closing = asyncio.get_running_loop().create_task(channel.close(None))
+
+    async def accepted(self) -> None:
+        """Return when the server's handler has begun; `DiptychError` if the call failed instead."""
+        await self._call.initial_metadata()
+        if self._call.done():
+            await self.read()
+            raise Unavailable(f"{self._peer} ended the stream at once.")
+
+    async def read(self) -> bytes | None:
+        try:
+            data = await self._call.read()
+        except grpc.RpcError as error:
+            raise from_grpc(error, peer=self._peer) from None
+        except asyncio.CancelledError:
+            _reraise_if_ours()
+            return None
+        return None if data is EOF else cast(bytes, data)
+
+    async def write(self, message: bytes) -> None:
+        try:
+            await self._call.write(message)
+        except grpc.RpcError as error:
+            raise from_grpc(error, peer=self._peer) from None
+        except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+            raise Unavailable(f"{self._peer}: the stream has ended ({error}).") from None
+
+    async def done_writing(self) -> None:
+        await self._call.done_writing()
+
+    def cancel(self) -> None:
+        self._call.cancel()

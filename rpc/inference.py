@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing, closing
 from types import TracebackType
 from typing import Protocol, Self
 
+from ..core.errors import Unavailable
 from ..core.generate import Chunk, Generate, Model
+from ..proto.inference_pb2 import DESCRIPTOR, ListModelsRequest
+from .blocking import ask, iterate, open_blocking_channel
+from .channels import ANSWER_S, call_stream, call_unary, open_channel
+from .codec_inference import decode_chunk, decode_models, encode_generate
+
+_METHODS = DESCRIPTOR.services_by_name["Inference"].methods_by_name
 
 
 class InferenceFace(Protocol):
@@ -27,24 +35,33 @@ class InferenceFace(Protocol):
 class InferenceClient:
     """A connection to the router at `address` (host:port), for asyncio."""
 
-    def __init__(self, address: str, *, max_message_bytes: int = 64 << 20) -> None:
+    def __init__(self, address: str) -> None:
         self.address = address
+        self._peer = f"Diptych at {address}"
+        self._channel = open_channel(address)
 
-    def generate(self, call: Generate, *, timeout_s: float | None = None) -> AsyncGenerator[Chunk, None]:
+    async def generate(self, call: Generate, *, timeout_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         """The answer in chunks, the last with `finish`. Closing the generator cancels the request.
 
         Raises the `DiptychError` the router ended it with; `Unavailable` when the connection is lost; `DeadlineExceeded` after
         `timeout_s` seconds.
         """
-        raise NotImplementedError
+        request, method = encode_generate(call), _METHODS["Generate"]
+        async with aclosing(call_stream(self._channel, method, request, timeout_s=timeout_s, peer=self._peer)) as messages:
+            async for message in messages:
+                yield (chunk := decode_chunk(message))
+                if chunk.finish is not None:
+                    return
+        raise Unavailable(f"{self._peer} ended the answer without a finish.")
 
     async def models(self) -> tuple[Model, ...]:
         """What is served."""
-        raise NotImplementedError
+        request = ListModelsRequest().SerializeToString()
+        return decode_models(await call_unary(self._channel, _METHODS["ListModels"], request, timeout_s=ANSWER_S, peer=self._peer))
 
     async def close(self) -> None:
         """End everything on this connection."""
-        raise NotImplementedError
+        await self._channel.close(None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -56,20 +73,29 @@ class InferenceClient:
 class SyncInferenceClient:
     """`InferenceClient` for code without asyncio; safe to use from several threads."""
 
-    def __init__(self, address: str, *, max_message_bytes: int = 64 << 20) -> None:
+    def __init__(self, address: str) -> None:
         self.address = address
+        self._peer = f"Diptych at {address}"
+        self._channel = open_blocking_channel(address)
 
     def generate(self, call: Generate, *, timeout_s: float | None = None) -> Generator[Chunk, None, None]:
         """As `InferenceClient.generate`."""
-        raise NotImplementedError
+        request, method = encode_generate(call), _METHODS["Generate"]
+        with closing(iterate(self._channel, method, request, timeout_s=timeout_s, peer=self._peer)) as messages:
+            for message in messages:
+                yield (chunk := decode_chunk(message))
+                if chunk.finish is not None:
+                    return
+        raise Unavailable(f"{self._peer} ended the answer without a finish.")
 
     def models(self) -> tuple[Model, ...]:
         """What is served."""
-        raise NotImplementedError
+        request, method = ListModelsRequest().SerializeToString(), _METHODS["ListModels"]
+        return decode_models(ask(self._channel, method, request, timeout_s=ANSWER_S, peer=self._peer))
 
     def close(self) -> None:
         """End everything on this connection."""
-        raise NotImplementedError
+        self._channel.close()
 
     def __enter__(self) -> Self:
         return self

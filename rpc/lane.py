@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
+from ..core.errors import Unavailable
 from ..core.transfer import LaneMessage
+from ..proto.worker_pb2 import DESCRIPTOR
+from .channels import ClientCall, open_channel
 from .codec_lane import decode_lane_message, encode_lane_message
 from .stream import ByteCall, Stream
 
 DIAL_S = 5.0
+METHOD = DESCRIPTOR.services_by_name["Worker"].methods_by_name["Lane"]
 
 
 class Lane(Stream[LaneMessage, LaneMessage]):
@@ -20,8 +26,19 @@ class Lane(Stream[LaneMessage, LaneMessage]):
 
 
 async def dial_lane(address: str, *, timeout_s: float = DIAL_S) -> Lane:
-    """A lane to the worker at `address` (host:port), answered by that worker; on a connection of its own, closed with the lane.
+    """A lane to the worker at `address` (host:port), accepted by that worker; on a connection of its own, closed with the lane.
 
-    Raises `Unavailable` if nobody answers within `timeout_s` seconds.
+    Raises `Unavailable` if nobody accepts within `timeout_s` seconds.
     """
-    raise NotImplementedError
+    peer = f"worker at {address}"
+    call = ClientCall(open_channel(address), METHOD, peer=peer, owns_channel=True)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await call.accepted()
+    except TimeoutError:
+        call.cancel()
+        raise Unavailable(f"{peer} did not accept a lane within {timeout_s:g} s.") from None
+    except BaseException:
+        call.cancel()
+        raise
+    return Lane(call, peer=peer)

@@ -6,6 +6,12 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from ..core.fleet import Fleet, WorkerReport
+from ..proto.worker_pb2 import DESCRIPTOR, DescribeFleetRequest, PublishFleetResponse
+from .channels import ANSWER_S, call_unary, open_channel
+from .codec_fields import parse
+from .codec_fleet import decode_fleet_status, encode_fleet
+
+_METHODS = DESCRIPTOR.services_by_name["Router"].methods_by_name
 
 
 class RouterFace(Protocol):
@@ -25,18 +31,25 @@ class RouterClient:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self._peer = f"router at {address}"
+        self._channel = open_channel(address)
 
     async def publish(self, fleet: Fleet) -> int:
-        """Publish `fleet`; the highest version the router knows. Raises `Unavailable` when it does not answer in time."""
-        raise NotImplementedError
+        """Publish `fleet`; the highest version the router knows. Raises `Unavailable` when it cannot be reached, `DeadlineExceeded`
+        when it does not answer."""
+        method = _METHODS["PublishFleet"]
+        answer = await call_unary(self._channel, method, encode_fleet(fleet), timeout_s=ANSWER_S, peer=self._peer)
+        return parse(PublishFleetResponse, answer).version
 
     async def describe(self) -> tuple[Fleet, tuple[WorkerReport, ...]]:
         """The router's fleet and the latest reports of its live workers."""
-        raise NotImplementedError
+        request = DescribeFleetRequest().SerializeToString()
+        method = _METHODS["DescribeFleet"]
+        return decode_fleet_status(await call_unary(self._channel, method, request, timeout_s=ANSWER_S, peer=self._peer))
 
     async def close(self) -> None:
         """End everything on this connection."""
-        raise NotImplementedError
+        await self._channel.close(None)
 
     async def __aenter__(self) -> Self:
         return self

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from .channels import INTERNAL_MESSAGE_BYTES
+import asyncio
+import socket
+from typing import Protocol
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ..core.errors import ConfigError
+from .channels import INTERNAL_MESSAGE_BYTES, server_options, split_address
+from .handlers import INFERENCE, inference_handlers, router_handlers, worker_handlers
 from .inference import InferenceFace
 from .router import RouterFace
 from .worker import WorkerFace
 
 
+class _Health(Protocol):
+    async def set(self, service: str, status: int) -> None: ...
+
+    async def enter_graceful_shutdown(self) -> None: ...
+
+
 class Server:
     """A server that listens. `address` is host:port as bound, `port` its number (the one taken, if 0 was asked for)."""
 
-    address: str
-    port: int
+    def __init__(self, server: grpc.aio.Server, address: str, port: int, health_servicer: _Health | None) -> None:
+        self.address = address
+        self.port = port
+        self._server = server
+        self._health = health_servicer
 
     async def set_serving(self, serving: bool) -> None:
         """What `grpc.health.v1` answers for "" and for `diptych.v1.Inference`; NOT_SERVING until told otherwise."""
-        raise NotImplementedError
+        if self._health is not None:
+            await _set_health(self._health, serving)
 
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, let those under way end for up to `grace_s` seconds, then end them. The port is free afterwards."""
-        raise NotImplementedError
+        if self._health is not None:
+            await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
 
 
 async def serve(
@@ -37,4 +59,73 @@ async def serve(
     Messages from clients larger than `max_message_bytes` are refused. A client of Generate that takes nothing for
     `write_timeout_s` seconds is cut. Raises `ConfigError` with field "address" if the port is in use or the host unknown.
     """
-    raise NotImplementedError
+    host = await _bindable(address)
+    server = grpc.aio.server(options=server_options(max_message_bytes))
+    if worker is not None:
+        server.add_generic_rpc_handlers((worker_handlers(worker),))
+    if router is not None:
+        server.add_generic_rpc_handlers((router_handlers(router),))
+    health_servicer = None
+    if inference is not None:
+        server.add_generic_rpc_handlers((inference_handlers(inference, write_timeout_s),))
+        health_servicer = await _add_health_and_reflection(server)
+    port = _bind(server, host, split_address(address)[1])
+    await server.start()
+    return Server(server, _join(host, port), port, health_servicer)
+
+
+async def _add_health_and_reflection(server: grpc.aio.Server) -> _Health:
+    servicer: _Health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
+    await _set_health(servicer, False)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection((INFERENCE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return servicer
+
+
+async def _set_health(servicer: _Health, serving: bool) -> None:
+    status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+    for service in ("", INFERENCE.full_name):
+        await servicer.set(service, status)
+
+
+async def _bindable(address: str) -> str:
+    """The one IP address to bind: for a name with several, grpc would be content with any one that is free."""
+    host, port = split_address(address)
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"The host of {address} is unknown ({error.strerror}); name an address of this machine.", field="address"
+        ) from None
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    return str(found[0][4][0])
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    _probe(host, port)
+    try:
+        return server.add_insecure_port(_join(host, port))
+    except RuntimeError as error:
+        raise _cannot_listen(host, port, str(error)) from None
+
+
+def _probe(host: str, port: int) -> None:
+    """Try the address first: the system says why it cannot be had, where grpc says only that it failed (and prints to stderr)."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as grpc does: connections in TIME_WAIT do not matter
+            probe.bind((host, port))
+    except OSError as error:
+        raise _cannot_listen(host, port, error.strerror or str(error)) from None
+
+
+def _cannot_listen(host: str, port: int, reason: str) -> ConfigError:
+    return ConfigError(
+        f"Cannot listen on {_join(host, port)}: {reason}. Stop what uses port {port}, or choose another (0 takes a free one).",
+        field="address",
+    )
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -127,6 +127,21 @@ class Stream(Generic[Out, In]):
             await asyncio.wait({self._writer, self._reader})
         self._end(None)
 
+    def end(self) -> None:
+        """The peer is gone: drop what is queued; the iteration ends after what was received before."""
+        self._end(None)
+
+    async def finish(self) -> None:
+        """At the serving end, before the call ends: write what is queued (for `CLOSE_S` at most), then stop."""
+        self._closing = True
+        self._wake_writer.set()
+        await asyncio.wait({self._writer}, timeout=CLOSE_S)
+        self._end(None)
+        tasks = [task for task in (self._writer, self._reader, self._closer) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
     def _cut(self) -> None:
         messages, size = len(self._outbox), self._outbox_bytes
         log.warning("%s: cut, it does not read: %d messages, %d bytes queued", self.peer, messages, size)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from types import TracebackType
 from typing import Protocol, Self
 
 from ..core.commands import Command, StepEvents
 from ..core.fleet import WorkerReport
+from ..proto.worker_pb2 import DESCRIPTOR, DrainRequest, DrainResponse, WatchRequest
+from .channels import ANSWER_S, ClientCall, call_stream, call_unary, open_channel
 from .codec_commands import decode_command, decode_step_events, encode_command, encode_step_events
+from .codec_fields import parse
+from .codec_fleet import decode_report
 from .lane import Lane
 from .stream import ByteCall, Stream
+
+_METHODS = DESCRIPTOR.services_by_name["Worker"].methods_by_name
 
 
 class RouterStream(Stream[StepEvents, Command]):
@@ -58,22 +65,29 @@ class WorkerClient:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self._peer = f"worker at {address}"
+        self._channel = open_channel(address)
 
     def attach(self) -> WorkerStream:
         """Open the stream of commands and events. A worker that cannot be reached shows as `Unavailable` in the iteration."""
-        raise NotImplementedError
+        return WorkerStream(ClientCall(self._channel, _METHODS["Attach"], peer=self._peer), peer=self._peer)
 
-    def watch(self) -> AsyncGenerator[WorkerReport, None]:
+    async def watch(self) -> AsyncGenerator[WorkerReport, None]:
         """The worker's reports, until closed; raises `Unavailable` when the worker is gone."""
-        raise NotImplementedError
+        request = WatchRequest().SerializeToString()
+        async with aclosing(call_stream(self._channel, _METHODS["Watch"], request, timeout_s=None, peer=self._peer)) as reports:
+            async for report in reports:
+                yield decode_report(report)
 
     async def drain(self, timeout_s: float) -> int:
         """Tell the worker to take nothing new; the number of attempts that had not ended after `timeout_s` seconds."""
-        raise NotImplementedError
+        request = DrainRequest(timeout=timeout_s).SerializeToString()
+        answer = await call_unary(self._channel, _METHODS["Drain"], request, timeout_s=timeout_s + ANSWER_S, peer=self._peer)
+        return parse(DrainResponse, answer).unfinished
 
     async def close(self) -> None:
         """End everything on this connection."""
-        raise NotImplementedError
+        await self._channel.close(None)
 
     async def __aenter__(self) -> Self:
         return self

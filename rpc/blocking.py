@@ -1,0 +1,38 @@
+"""Calls for code without asyncio; what `channels` is for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, cast
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor
+
+from .channels import INTERNAL_MESSAGE_BYTES, channel_options, path_of, split_address
+from .errors import from_grpc
+
+
+def open_blocking_channel(address: str) -> grpc.Channel:
+    split_address(address)
+    return grpc.insecure_channel(address, options=channel_options(INTERNAL_MESSAGE_BYTES))
+
+
+def ask(channel: grpc.Channel, method: MethodDescriptor, request: bytes, *, timeout_s: float, peer: str) -> bytes:
+    """The answer to `request`; raises only `DiptychError`."""
+    try:
+        return cast(bytes, channel.unary_unary(path_of(method), None, None)(request, timeout=timeout_s))
+    except grpc.RpcError as error:
+        raise from_grpc(error, peer=peer) from None
+
+
+def iterate(
+    channel: grpc.Channel, method: MethodDescriptor, request: bytes, *, timeout_s: float | None, peer: str
+) -> Generator[bytes, None, None]:
+    """The messages that answer `request`; closing the generator cancels the call; raises only `DiptychError`."""
+    call: Any = channel.unary_stream(path_of(method), None, None)(request, timeout=timeout_s)
+    try:
+        yield from call
+    except grpc.RpcError as error:
+        raise from_grpc(error, peer=peer) from None
+    finally:
+        call.cancel()

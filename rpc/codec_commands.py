@@ -1,0 +1,200 @@
+"""Commands and step events ↔ their messages: exact inverses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..core.commands import Command, Decode, Event, Failed, Finished, FirstToken, HandedOver, NewTokens, Prefill, StepEvents, Stop
+from ..core.errors import InvalidRequest, from_wire, to_wire
+from ..core.request import FinishReason, Request, Slo, Token, Tokens
+from ..core.sampling import SamplingParams
+from ..proto import worker_pb2 as pb
+from .codec_fields import chosen, duration, finite, parse, present, word
+
+
+def encode_command(command: Command) -> bytes:
+    message = pb.Command()
+    match command:
+        case Prefill(attempt_id, request, destination):
+            message.prefill.CopyFrom(pb.Prefill(attempt_id=attempt_id, request=_request(request), destination=destination))
+        case Decode(attempt_id, request, local_prefill):
+            message.decode.CopyFrom(pb.Decode(attempt_id=attempt_id, request=_request(request), local_prefill=local_prefill))
+        case Stop(attempt_id):
+            message.stop.attempt_id = attempt_id
+    return message.SerializeToString()
+
+
+def decode_command(data: bytes) -> Command:
+    message = parse(pb.Command, data)
+    match chosen(message, "command"):
+        case "prefill":
+            prefill = message.prefill
+            present(prefill, "request")
+            destination = prefill.destination if prefill.HasField("destination") else None
+            return Prefill(prefill.attempt_id, read_request(prefill.request), destination)
+        case "decode":
+            present(message.decode, "request")
+            return Decode(message.decode.attempt_id, read_request(message.decode.request), message.decode.local_prefill)
+        case _:
+            return Stop(message.stop.attempt_id)
+
+
+def _request(request: Request) -> pb.Request:
+    return pb.Request(
+        request_id=request.request_id,
+        model=request.model,
+        prompt=[pb.Part(tokens=pb.Tokens(ids=part.ids)) for part in request.prompt],
+        sampling=_sampling(request.sampling),
+        generated=request.generated,
+        adapter=request.adapter,
+        tenant=request.tenant,
+        priority=request.priority,
+        slo_ttft=request.slo.ttft,
+        slo_tpot=request.slo.tpot,
+    )
+
+
+def read_request(message: pb.Request) -> Request:
+    present(message, "sampling")
+    return Request(
+        request_id=message.request_id,
+        model=message.model,
+        prompt=tuple(_read_part(part) for part in message.prompt),
+        sampling=_read_sampling(message.sampling),
+        generated=tuple(message.generated),
+        adapter=message.adapter,
+        tenant=message.tenant,
+        priority=message.priority,
+        slo=Slo(
+            ttft=duration(message.slo_ttft, "slo_ttft") if message.HasField("slo_ttft") else None,
+            tpot=duration(message.slo_tpot, "slo_tpot") if message.HasField("slo_tpot") else None,
+        ),
+    )
+
+
+def _read_part(message: pb.Part) -> Tokens:
+    chosen(message, "part")
+    return Tokens(tuple(message.tokens.ids))
+
+
+def _sampling(sampling: SamplingParams) -> pb.Sampling:
+    return pb.Sampling(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+    )
+
+
+def _read_sampling(message: pb.Sampling) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        temperature=finite(message.temperature, "temperature"),
+        top_p=finite(message.top_p, "top_p"),
+        top_k=message.top_k,
+        seed=message.seed if message.HasField("seed") else None,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def write_token(token: Token) -> pb.Token:
+    message = pb.Token(index=token.index, id=token.id, logprob=token.logprob, choice=token.choice)
+    for top_id, logprob in token.top:
+        message.top.add(id=top_id, logprob=logprob)
+    return message
+
+
+def read_token(message: pb.Token) -> Token:
+    return Token(
+        index=message.index,
+        id=message.id,
+        logprob=message.logprob if message.HasField("logprob") else None,
+        top=tuple((top.id, top.logprob) for top in message.top) if message.top else (),
+        choice=message.choice,
+    )
+
+
+def read_tokens(messages: Iterable[pb.Token]) -> tuple[Token, ...]:
+    return tuple(read_token(message) for message in messages)
+
+
+def encode_step_events(step: StepEvents) -> bytes:
+    message = pb.StepEvents()
+    for event in step.events:
+        _write_event(message.events.add(attempt_id=event.attempt_id), event)
+    return message.SerializeToString()
+
+
+def _write_event(message: pb.Event, event: Event) -> None:
+    match event:
+        case NewTokens(_, tokens):
+            message.new_tokens.tokens.extend([write_token(token) for token in tokens])
+            message.new_tokens.SetInParent()
+        case FirstToken(_, token, finish, queued, computed, cached):
+            message.first_token.CopyFrom(
+                pb.FirstToken(token=write_token(token), finish=finish or "", queued=queued, computed=computed, cached_tokens=cached)
+            )
+        case HandedOver(_, kv_bytes, seconds, transport):
+            message.handed_over.CopyFrom(pb.HandedOver(kv_bytes=kv_bytes, seconds=seconds, transport=transport))
+        case Finished(_, finish, cached, local, recomputed):
+            message.finished.CopyFrom(
+                pb.Finished(finish=finish, cached_tokens=cached, local_prefill_tokens=local, recomputed_tokens=recomputed)
+            )
+        case Failed(_, error):
+            code, text, field = to_wire(error)
+            message.failed.CopyFrom(pb.Error(code=code, message=text, field=field))
+
+
+def decode_step_events(data: bytes) -> StepEvents:
+    return StepEvents(tuple(_READ_EVENT[chosen(event, "event")](event) for event in parse(pb.StepEvents, data).events))
+
+
+def _read_new_tokens(event: pb.Event) -> NewTokens:
+    return NewTokens(event.attempt_id, read_tokens(event.new_tokens.tokens))
+
+
+def _read_first_token(event: pb.Event) -> FirstToken:
+    first = event.first_token
+    present(first, "token", "first_token.token")
+    return FirstToken(
+        event.attempt_id,
+        read_token(first.token),
+        finish=word(FinishReason, first.finish, "first_token.finish") if first.finish else None,
+        queued=duration(first.queued, "first_token.queued"),
+        computed=duration(first.computed, "first_token.computed"),
+        cached_tokens=first.cached_tokens,
+    )
+
+
+def _read_handed_over(event: pb.Event) -> HandedOver:
+    done = event.handed_over
+    return HandedOver(event.attempt_id, done.kv_bytes, duration(done.seconds, "handed_over.seconds"), done.transport)
+
+
+def _read_finished(event: pb.Event) -> Finished:
+    done = event.finished
+    finish = word(FinishReason, done.finish, "finished.finish")
+    return Finished(event.attempt_id, finish, done.cached_tokens, done.local_prefill_tokens, done.recomputed_tokens)
+
+
+def _read_failed(event: pb.Event) -> Failed:
+    error = event.failed
+    if not error.code:
+        raise InvalidRequest("failed.code is empty.", field="failed.code")
+    return Failed(event.attempt_id, from_wire(error.code, error.message, error.field if error.HasField("field") else None))
+
+
+_READ_EVENT: dict[str, Callable[[Any], Event]] = {
+    "new_tokens": _read_new_tokens,
+    "first_token": _read_first_token,
+    "handed_over": _read_handed_over,
+    "finished": _read_finished,
+    "failed": _read_failed,
+}

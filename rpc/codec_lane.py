@@ -1,0 +1,141 @@
+"""Lane messages ↔ their wire form: exact inverses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..core.errors import InvalidRequest
+from ..core.transfer import (
+    Ack,
+    Cancel,
+    Commit,
+    Epoch,
+    Grant,
+    GroupGrant,
+    Hello,
+    KeepAlive,
+    LaneMessage,
+    Offer,
+    Ready,
+    Refused,
+    RefusedReason,
+    ShmEndpoint,
+)
+from ..proto import worker_pb2 as pb
+from .codec_commands import read_tokens, write_token
+from .codec_fields import chosen, duration, parse, present, word
+from .codec_fleet import read_layout, write_layout
+
+NONCE_BYTES = 16
+
+
+def encode_lane_message(message: LaneMessage) -> bytes:
+    wire = pb.LaneMessage()
+    match message:
+        case Ready():
+            wire.ready.CopyFrom(_ready(message))
+        case Offer(transfer_id, prompt_tokens):
+            wire.offer.CopyFrom(pb.Offer(transfer_id=transfer_id, prompt_tokens=prompt_tokens))
+        case Grant(transfer_id, epoch, groups):
+            grants = [pb.GroupGrant(first_position=group.first_position, blocks=group.blocks) for group in groups]
+            wire.grant.CopyFrom(pb.Grant(transfer_id=transfer_id, epoch=_epoch(epoch), groups=grants))
+        case Commit(transfer_id, pieces, tokens):
+            wire.commit.CopyFrom(pb.Commit(transfer_id=transfer_id, pieces=pieces, first_tokens=[write_token(token) for token in tokens]))
+        case Ack(transfer_id, kv_bytes, seconds):
+            wire.ack.CopyFrom(pb.Ack(transfer_id=transfer_id, kv_bytes=kv_bytes, seconds=seconds))
+        case Cancel(transfer_id, reason):
+            wire.cancel.CopyFrom(pb.Cancel(transfer_id=transfer_id, reason=reason))
+        case KeepAlive(transfer_ids):
+            wire.keep_alive.CopyFrom(pb.KeepAlive(transfer_ids=transfer_ids))
+        case Refused(transfer_id, refused, text):
+            wire.refused.CopyFrom(pb.Refused(transfer_id=transfer_id, reason=refused, message=text))
+        case Hello():
+            wire.hello.CopyFrom(_hello(message))
+    return wire.SerializeToString()
+
+
+def _epoch(epoch: Epoch) -> pb.Epoch:
+    return pb.Epoch(incarnation=epoch.incarnation, counter=epoch.counter)
+
+
+def _ready(message: Ready) -> pb.Ready:
+    return pb.Ready(
+        transfer_id=message.transfer_id,
+        epoch=_epoch(message.epoch),
+        seq=message.seq,
+        group=message.group,
+        layers=message.layers,
+        start=message.start,
+        stop=message.stop,
+        blocks=message.blocks,
+        slot=message.slot,
+        word=message.word,
+    )
+
+
+def _hello(message: Hello) -> pb.Hello:
+    return pb.Hello(
+        worker_id=message.worker_id,
+        incarnation=message.incarnation,
+        layout=write_layout(message.layout),
+        shm_socket=message.shm.socket if message.shm else None,
+        shm_nonce=message.shm.nonce if message.shm else b"",
+        protocol_version=message.protocol_version,
+    )
+
+
+def decode_lane_message(data: bytes) -> LaneMessage:
+    wire = parse(pb.LaneMessage, data)
+    name = chosen(wire, "message")
+    return _READ[name](getattr(wire, name))
+
+
+def _read_epoch(wire: pb.Grant | pb.Ready) -> Epoch:
+    present(wire, "epoch")
+    return Epoch(wire.epoch.incarnation, wire.epoch.counter)
+
+
+def _read_hello(wire: pb.Hello) -> Hello:
+    present(wire, "layout", "hello.layout")
+    shm = None
+    if wire.HasField("shm_socket"):
+        if len(wire.shm_nonce) != NONCE_BYTES:
+            raise InvalidRequest(f"hello.shm_nonce has {len(wire.shm_nonce)} bytes, not {NONCE_BYTES}.", field="hello.shm_nonce")
+        shm = ShmEndpoint(wire.shm_socket, wire.shm_nonce)
+    return Hello(wire.worker_id, wire.incarnation, read_layout(wire.layout), shm, wire.protocol_version)
+
+
+def _read_grant(wire: pb.Grant) -> Grant:
+    groups = tuple(GroupGrant(group.first_position, tuple(group.blocks)) for group in wire.groups)
+    return Grant(wire.transfer_id, _read_epoch(wire), groups)
+
+
+def _read_ready(wire: pb.Ready) -> Ready:
+    if wire.stop <= wire.start:
+        raise InvalidRequest(f"ready.stop must be above ready.start ({wire.start}), not {wire.stop}.", field="ready.stop")
+    return Ready(
+        transfer_id=wire.transfer_id,
+        epoch=_read_epoch(wire),
+        seq=wire.seq,
+        group=wire.group,
+        layers=tuple(wire.layers),
+        start=wire.start,
+        stop=wire.stop,
+        blocks=tuple(wire.blocks),
+        slot=wire.slot,
+        word=wire.word,
+    )
+
+
+_READ: dict[str, Callable[[Any], LaneMessage]] = {
+    "hello": _read_hello,
+    "offer": lambda wire: Offer(wire.transfer_id, wire.prompt_tokens),
+    "grant": _read_grant,
+    "refused": lambda wire: Refused(wire.transfer_id, word(RefusedReason, wire.reason, "refused.reason"), wire.message),
+    "ready": _read_ready,
+    "commit": lambda wire: Commit(wire.transfer_id, wire.pieces, read_tokens(wire.first_tokens)),
+    "ack": lambda wire: Ack(wire.transfer_id, wire.kv_bytes, duration(wire.seconds, "ack.seconds")),
+    "cancel": lambda wire: Cancel(wire.transfer_id, wire.reason),
+    "keep_alive": lambda wire: KeepAlive(tuple(wire.transfer_ids)),
+}

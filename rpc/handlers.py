@@ -1,0 +1,158 @@
+"""Faces as grpc handlers. Bytes come in and go out here; everything a face raises becomes a status, here and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar, cast
+
+import grpc
+import grpc.aio
+from google.protobuf.descriptor import ServiceDescriptor
+
+from ..core.errors import DeadlineExceeded, Internal, Unavailable
+from ..proto import inference_pb2, worker_pb2
+from .channels import EOF
+from .codec_fields import duration, parse
+from .codec_fleet import decode_fleet, encode_fleet_status, encode_report
+from .codec_inference import decode_generate, encode_chunk, encode_models
+from .errors import to_status
+from .inference import InferenceFace
+from .lane import Lane
+from .router import RouterFace
+from .stream import Stream
+from .worker import RouterStream, WorkerFace
+
+WORKER = worker_pb2.DESCRIPTOR.services_by_name["Worker"]
+ROUTER = worker_pb2.DESCRIPTOR.services_by_name["Router"]
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+
+Context = Any
+Handler = Callable[[Any, Context], Awaitable[bytes | None]]
+S = TypeVar("S", bound=Stream[Any, Any])
+
+
+class ServerCall:
+    """The `ByteCall` of a bidirectional call served here. It ends when its handler does; the peer's cancel reads as its end."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def read(self) -> bytes | None:
+        try:
+            data = await self._context.read()
+        except grpc.aio.BaseError as error:
+            raise Unavailable(f"The stream has ended ({error}).") from None
+        return None if data is EOF else cast(bytes, data)
+
+    async def write(self, message: bytes) -> None:
+        try:
+            await self._context.write(message)
+        except grpc.aio.BaseError as error:
+            raise Unavailable(f"The stream has ended ({error}).") from None
+
+    async def done_writing(self) -> None:
+        return None
+
+    def cancel(self) -> None:
+        return None
+
+
+def worker_handlers(face: WorkerFace) -> grpc.GenericRpcHandler[bytes, bytes]:
+    async def attach(_: Any, context: Context) -> None:
+        stream = RouterStream(ServerCall(context), peer=f"router at {context.peer()}")
+        await _serve_stream(stream, face.attached, context)
+
+    async def lane(_: Any, context: Context) -> None:
+        await _serve_stream(Lane(ServerCall(context), peer=f"worker at {context.peer()}"), face.lane, context)
+
+    async def watch(request: bytes, context: Context) -> None:
+        parse(worker_pb2.WatchRequest, request)
+        async with aclosing(face.reports()) as reports:
+            async for report in reports:
+                await context.write(encode_report(report))
+
+    async def drain(request: bytes, _: Context) -> bytes:
+        timeout_s = duration(parse(worker_pb2.DrainRequest, request).timeout, "timeout")
+        return worker_pb2.DrainResponse(unfinished=await face.drain(timeout_s)).SerializeToString()
+
+    return _service(WORKER, {"Attach": attach, "Lane": lane, "Watch": watch, "Drain": drain})
+
+
+def router_handlers(face: RouterFace) -> grpc.GenericRpcHandler[bytes, bytes]:
+    async def publish(request: bytes, _: Context) -> bytes:
+        return worker_pb2.PublishFleetResponse(version=face.publish(decode_fleet(request))).SerializeToString()
+
+    async def describe(request: bytes, _: Context) -> bytes:
+        parse(worker_pb2.DescribeFleetRequest, request)
+        return encode_fleet_status(face.describe())
+
+    return _service(ROUTER, {"PublishFleet": publish, "DescribeFleet": describe})
+
+
+def inference_handlers(face: InferenceFace, write_timeout_s: float) -> grpc.GenericRpcHandler[bytes, bytes]:
+    async def generate(request: bytes, context: Context) -> None:
+        async with aclosing(face.generate(decode_generate(request))) as chunks:
+            async for chunk in chunks:
+                await _write_within(write_timeout_s, context, encode_chunk(chunk))
+                if chunk.finish is not None:
+                    return
+        raise Internal("The answer ended without a finish.")
+
+    async def models(request: bytes, _: Context) -> bytes:
+        parse(inference_pb2.ListModelsRequest, request)
+        return encode_models(face.models())
+
+    return _service(INFERENCE, {"Generate": generate, "ListModels": models})
+
+
+async def _write_within(seconds: float, context: Context, message: bytes) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await context.write(message)
+    except TimeoutError:
+        raise DeadlineExceeded(f"The client read nothing for {seconds:g} s.") from None
+
+
+async def _serve_stream(stream: S, serve: Callable[[S], Coroutine[Any, Any, None]], context: Context) -> None:
+    """Run a face on `stream` until it returns. When the peer goes away grpc cancels the handler; the face sees its iteration end."""
+    await context.send_initial_metadata(())  # tells the dialling end that it was accepted
+    task = asyncio.create_task(serve(stream))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stream.end()
+        await task
+        raise
+    finally:
+        await stream.finish()
+
+
+def _service(service: ServiceDescriptor, handlers: dict[str, Handler]) -> grpc.GenericRpcHandler[bytes, bytes]:
+    """Handlers for every method of `service`, as its descriptor says they stream."""
+    kinds = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    return grpc.method_handlers_generic_handler(
+        service.full_name,
+        {
+            method.name: kinds[method.client_streaming, method.server_streaming](_translated(handlers[method.name]))
+            for method in service.methods
+        },
+    )
+
+
+def _translated(handler: Handler) -> Any:
+    """`handler` with what it raises told to the peer as a status."""
+
+    async def run(request: Any, context: Context) -> bytes | None:
+        try:
+            return await handler(request, context)
+        except Exception as error:  # the boundary: grpc would tell the peer whatever a face raises
+            await context.abort(*to_status(error))
+            raise
+
+    return run
