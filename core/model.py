@@ -31,9 +31,10 @@ class Rope(BaseModel):
 class Decoder(BaseModel):
     """One decoder, described: everything the engine needs to know to run the family's arithmetic.
 
-    `windows[i]` is layer i's attention window, 0 for full attention. `norm_offset`: weight w scales by (offset + w).
-    `embedding_scale` multiplies the embedded tokens. `query_scale` multiplies q before the dot product.
+    `windows[i]` is layer i's attention window, 0 for full attention. `embedding_scale` multiplies the embedded tokens.
+    `query_scale` multiplies q before the dot product.
     `sandwich_norms`: norms after attention and MLP as well as before. `qk_norm`: RMS norm of each head of q and k.
+    A family that scales its norms by 1 + weight has the 1 added to the prepared weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +47,6 @@ class Decoder(BaseModel):
     intermediate: int
     activation: str
     norm_eps: float
-    norm_offset: float = 0.0
     embedding_scale: float = 1.0
     query_scale: float
     qk_norm: bool = False

@@ -1,0 +1,99 @@
+"""A batch as tensors: what the decoder needs of the rows, computed once per step and shared by all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.layout import CacheGroup
+from ..kernels.kv_store import store_rows
+from ..kernels.paged_attention import Span, make_span
+from .batch import Row
+
+
+@dataclass(frozen=True, slots=True)
+class GroupInputs:
+    """What one cache group's layers need. store: rows of the cache the new keys go to. spans: what is attended."""
+
+    store: Tensor
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One step. token_ids, positions: int64 [tokens]. drawn: int64 [draws], the tokens whose logits are wanted."""
+
+    token_ids: Tensor
+    positions: Tensor
+    groups: tuple[GroupInputs, ...]
+    drawn: Tensor
+
+
+def make_inputs(
+    rows: Sequence[Row], last_drawn: Sequence[int], groups: Sequence[CacheGroup], *, block_size: int, dtype: torch.dtype
+) -> Inputs:
+    """Inputs of `rows`; a row without token ids takes its token from `last_drawn[row.slot]`."""
+    places = [0]
+    token_ids: list[int] = []
+    for row in rows:
+        token_ids.extend(row.token_ids or (last_drawn[row.slot],))
+        places.append(len(token_ids))
+    positions = np.concatenate([np.arange(row.start, row.start + row.length) for row in rows])
+    return Inputs(
+        token_ids=torch.tensor(token_ids),
+        positions=torch.from_numpy(positions),
+        groups=tuple(_group_inputs(rows, places, index, group, block_size, dtype) for index, group in enumerate(groups)),
+        drawn=torch.tensor([end - 1 for row, end in zip(rows, places[1:], strict=True) if row.draw], dtype=torch.int64),
+    )
+
+
+def _group_inputs(
+    rows: Sequence[Row], places: Sequence[int], index: int, group: CacheGroup, block_size: int, dtype: torch.dtype
+) -> GroupInputs:
+    blocks, offsets = [], []
+    for row in rows:
+        first, last = row.start // block_size, (row.start + row.length - 1) // block_size
+        held = np.repeat(np.asarray(row.tables[index][first : last + 1], dtype=np.int64), block_size)
+        begin = row.start - first * block_size
+        blocks.append(held[begin : begin + row.length])
+        offsets.append(np.arange(row.start, row.start + row.length) % block_size)
+    store = store_rows(
+        torch.from_numpy(np.concatenate(blocks)),
+        torch.from_numpy(np.concatenate(offsets)),
+        kv_heads=group.kv_heads,
+        block_size=block_size,
+    )
+    spans = tuple(
+        make_span(
+            [places[row] for row in members],
+            [rows[row].start for row in members],
+            rows[members[0]].length,
+            [rows[row].tables[index] for row in members],
+            window=group.window,
+            kv_heads=group.kv_heads,
+            block_size=block_size,
+            dtype=dtype,
+        )
+        for members in _alike(rows, group.window)
+    )
+    return GroupInputs(store=store, spans=spans)
+
+
+def _alike(rows: Sequence[Row], window: int) -> list[list[int]]:
+    """Indices of rows that share a span: one row with several tokens alone; rows with one token by the length they attend to.
+
+    A row joins the span of the longest only if it attends to at least half as much, so padding less than doubles the reading.
+    """
+    spans = [[index] for index, row in enumerate(rows) if row.length > 1]
+    reach = {index: min(row.start + 1, window or row.start + 1) for index, row in enumerate(rows) if row.length == 1}
+    longest = 0
+    for index in sorted(reach, key=lambda index: -reach[index]):
+        if reach[index] * 2 < longest or not longest:
+            longest = reach[index]
+            spans.append([])
+        spans[-1].append(index)
+    return spans

@@ -1,0 +1,110 @@
+"""The weights file of a prepared model: which tensors it has, how it is written, how it is mapped.
+
+Tensors, in this order (L is a layer's number; norms are fp32, their family's offset already added; the rest is the model's dtype):
+
+    embed                 [vocab, hidden]; also the head if it is tied
+    head                  [vocab, hidden], only if it is not tied
+    norm                  [hidden]
+    L.attention_norm      [hidden]                L.attention_out_norm  [hidden], only with sandwich norms
+    L.qkv                 [(heads + 2 * kv_heads) * head_dim, hidden]: q, k, v
+    L.qk_norm             [heads + kv_heads, head_dim], only with qk norms: q's weight for each head, then k's
+    L.o                   [hidden, heads * head_dim]
+    L.mlp_norm            [hidden]                L.mlp_out_norm        [hidden], only with sandwich norms
+    L.gate_up             [2 * intermediate, hidden]: gate, up
+    L.down                [hidden, intermediate]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..core.errors import ModelError
+from ..core.layout import DType
+from ..core.model import Decoder
+
+TORCH_DTYPE = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16}
+_FORMAT_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_PAGE = 4096
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def shapes_of(decoder: Decoder, vocab_size: int, dtype: DType) -> Shapes:
+    """Shape and dtype of every tensor of the weights file, in the file's order."""
+    model = TORCH_DTYPE[dtype]
+    hidden, head_dim = decoder.hidden, decoder.head_dim
+    shapes: Shapes = {"embed": ((vocab_size, hidden), model)}
+    if not decoder.tied_head:
+        shapes["head"] = ((vocab_size, hidden), model)
+    shapes["norm"] = ((hidden,), torch.float32)
+    for layer in range(decoder.layers):
+        tensors: Shapes = {
+            "attention_norm": ((hidden,), torch.float32),
+            "qkv": (((decoder.heads + 2 * decoder.kv_heads) * head_dim, hidden), model),
+            "o": ((hidden, decoder.heads * head_dim), model),
+            "mlp_norm": ((hidden,), torch.float32),
+            "gate_up": ((2 * decoder.intermediate, hidden), model),
+            "down": ((hidden, decoder.intermediate), model),
+        }
+        if decoder.qk_norm:
+            tensors["qk_norm"] = ((decoder.heads + decoder.kv_heads, head_dim), torch.float32)
+        if decoder.sandwich_norms:
+            tensors["attention_out_norm"] = tensors["mlp_out_norm"] = ((hidden,), torch.float32)
+        shapes.update((f"{layer}.{name}", shape) for name, shape in tensors.items())
+    return shapes
+
+
+def bytes_of(shapes: Shapes) -> int:
+    """Bytes of all tensors together."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
+
+
+def write_weights(path: Path, shapes: Shapes, make: Callable[[str], Tensor], digest: hashlib._Hash) -> Iterator[float]:
+    """Write a safetensors file tensor by tensor, so that no more than one is in memory; yields the share done.
+
+    `make(name)` returns the tensor to write; its bytes are also fed to `digest`. The data starts at a page, for the
+    kernels' aligned loads.
+    """
+    header, offset = {}, 0
+    for name, (shape, dtype) in shapes.items():
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _FORMAT_DTYPE[dtype], "shape": shape, "data_offsets": (offset, end)}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % _PAGE)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (shape, dtype) in shapes.items():
+            tensor = make(name).to(dtype).contiguous()
+            if tuple(tensor.shape) != shape:
+                raise ModelError(f"Tensor {name} has shape {tuple(tensor.shape)}, not {shape}.")
+            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(data)
+            file.write(data)
+            yield header[name]["data_offsets"][1] / offset
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def map_weights(path: Path, shapes: Shapes) -> dict[str, Tensor]:
+    """The tensors of a weights file, memory-mapped: workers of a host share the pages. `ModelError` if the file is not `shapes`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read: {error}. Prepare the model again.") from error
+    if odd := tensors.keys() ^ shapes.keys():
+        raise ModelError(f"{path} does not fit its card: {min(odd)} is {'missing' if min(odd) in shapes else 'not expected'}.")
+    for name, (shape, dtype) in shapes.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ModelError(f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the card says {dtype} {shape}.")
+    return tensors

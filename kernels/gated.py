@@ -1,0 +1,15 @@
+"""The gated activation of the MLP."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("gelu_tanh", "silu")
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """`activation(gate) * up` where `gate_up` is [tokens, 2 * intermediate], gate first; [tokens, intermediate]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    opened = F.gelu(gate, approximate="tanh") if activation == "gelu_tanh" else F.silu(gate)
+    return opened.mul_(up)

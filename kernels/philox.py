@@ -1,0 +1,32 @@
+"""Philox4x32-10: random words that are a function of a key and a counter, the same on every device.
+
+Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROUNDS = 10
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+
+
+def philox(counter: tuple[NDArray[np.uint64], int, int, int], key: int) -> tuple[NDArray[np.uint64], ...]:
+    """The four 32-bit words of each counter, as four uint64 arrays.
+
+    counter: word 0 for each of n counters, [n], and words 1 to 3, the same for all. key: 64 bits, low word first.
+    """
+    c0 = counter[0]
+    c1, c2, c3 = (np.uint64(word) for word in counter[1:])
+    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    for _ in range(ROUNDS):
+        left, right = c0 * _M0, c2 * _M1
+        c0 = (right >> _HALF) ^ (c1 ^ np.uint64(k0))
+        c2 = (left >> _HALF) ^ (c3 ^ np.uint64(k1))
+        c1, c3 = right & _LOW, left & _LOW
+        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+    return c0, c1, c2, c3
