@@ -1,0 +1,155 @@
+"""Docs that name code are checked: paths, modules, make targets, commands and their options, config keys, relative links.
+
+What a page names in `backticks` or in a fenced block must exist. What the design speaks of and nobody has built yet is listed in
+`NOT_BUILT`; an entry that has come to exist must leave the list, so the list stays the truth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+from diptych.core.config import ClusterConfig
+from house_rules import ROOMS, ROOT, Tree
+from pydantic import BaseModel
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md"), *(ROOT / "helm").rglob("*.md")])
+TOP = {*ROOMS, "tests", "benchmarks", "docs", "examples", "helm", ".ci"}
+NOT_BUILT = {
+    "planner/": "DESIGN §4, the planner",
+    "load/": "DESIGN §4, workloads and load generator",
+    "diptych doctor": "",
+}
+
+
+def spans(text: str) -> Iterator[str]:
+    """What a page shows as code: inline spans, and the lines of fenced blocks without a prompt."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    yield from (line.removeprefix("$ ").strip() for block in blocks for line in block.splitlines())
+    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def paths(span: str) -> Iterator[str]:
+    """Words of a span that claim to be paths of this repository."""
+    for word in re.findall(r"(?<![\w/.:~$-])[\w.-]+(?:/[\w.*-]*)+", span):
+        if word.partition("/")[0] in TOP:
+            yield word
+
+
+def exists(path: str) -> bool:
+    return any(ROOT.glob(path.rstrip("/"))) if "*" in path else (ROOT / path).exists()
+
+
+def test_pages_name_paths_that_exist() -> None:
+    missing = [(page.name, path) for page in PAGES for span in spans(page.read_text()) for path in paths(span) if not exists(path)]
+    assert missing == []
+
+
+def test_links_lead_somewhere() -> None:
+    missing = [
+        (page.name, target)
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert missing == []
+
+
+def test_pages_name_modules_that_exist() -> None:
+    house = Tree(ROOT)
+    missing = []
+    for page in PAGES:
+        for span in spans(page.read_text()):
+            for name in re.findall(r"\bdiptych(?:\.[a-z_]+)+", span):
+                module = house.sources.get(house.module_of(name))
+                rest = name.removeprefix(module.name if module else "").lstrip(".")
+                if not module or (rest and rest not in module.text and not rest.startswith("v1")):
+                    missing.append((page.name, name))
+    assert missing == []
+
+
+def test_pages_name_make_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {(page.name, target) for page in PAGES for span in spans(page.read_text()) for target in re.findall(r"^make ([a-z]+)", span)}
+    assert {entry for entry in named if entry[1] not in targets} == set()
+
+
+@cache
+def command_line() -> click.Command:
+    cli = pytest.importorskip("diptych.cluster.cli", reason="no command line yet")
+    import typer.main
+
+    return typer.main.get_command(cli.app)
+
+
+def wrong_in(words: list[str]) -> str | None:
+    """What a `diptych …` command line names that does not exist: a command or an option."""
+    command = command_line()
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        name, *words = words
+        if name not in command.commands:
+            return f"command {name}"
+        command = command.commands[name]
+    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+    for word in words:
+        option = word.strip("[],.").partition("=")[0]
+        if option.startswith("-") and option not in options:
+            return f"option {option} of {command.name}"
+    return None
+
+
+def test_pages_name_commands_that_exist() -> None:
+    commands = [
+        (page.name, match[1]) for page in PAGES for span in spans(page.read_text()) if (match := re.match(r"diptych ([a-z-].*)", span))
+    ]
+    wrong = [
+        (page, line, what) for page, line in commands if (what := wrong_in(re.sub(r"(#| \| | > |&).*|[\"'].*[\"']", "", line).split()))
+    ]
+    assert [entry for entry in wrong if f"diptych {entry[1].split()[0]}" not in NOT_BUILT] == []
+
+
+def test_the_command_check_finds_what_is_wrong() -> None:
+    assert wrong_in(["upp"])
+    assert wrong_in(["up", "--modle", "x"])
+    assert wrong_in(["up", "--help"]) is None
+
+
+def keys(section: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    return {
+        name: field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
+        for name, field in section.model_fields.items()
+    }
+
+
+def test_pages_name_config_keys_that_exist() -> None:
+    sections = {name: section for name, section in keys(ClusterConfig).items() if section}
+    pattern = re.compile(rf"^({'|'.join(sections)})((?:\.[a-z_]+)+)$")
+    missing = []
+    for page in PAGES:
+        for span in spans(page.read_text()):
+            if match := pattern.match(span):
+                section: type[BaseModel] | None = sections[match[1]]
+                for key in match[2].split(".")[1:]:
+                    if section is None or key not in keys(section):
+                        missing.append((page.name, span))
+                        break
+                    section = keys(section)[key]
+    assert missing == []
+
+
+def test_what_is_not_built_is_not_there() -> None:
+    commands = getattr(command_line(), "commands", {})
+    assert [name for name in NOT_BUILT if name.startswith("diptych ") and name.split()[1] in commands] == []
+    assert [name for name in NOT_BUILT if name.endswith("/") and (ROOT / "cluster" / name).exists()] == []
+
+
+def test_the_checks_find_what_is_wrong(tmp_path: Path) -> None:
+    text = "See `core/nothing.py`, `make nothing`.\n```\n$ diptych up --nothing\ncurl http://localhost/core/x\n```\n"
+    assert [path for span in spans(text) for path in paths(span)] == ["core/nothing.py"]
+    assert "diptych up --nothing" in list(spans(text))
+    assert not exists("core/nothing.py")
+    assert exists("proto/*.proto")
