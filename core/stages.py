@@ -1,7 +1,10 @@
 """The life of a request, drawn once; code, logs, metrics, simulator and plots use these words.
 
-accepted → tokenised → placed ─┬─ P: prefill_queued → prefill_started → first_token
+accepted → tokenised → placed ─┬─ P: prefill_queued → prefill_started → kv_stored → first_token → commit_sent
                                └─ D: offered → granted → committed → decode_started → … → finished
+
+kv_stored: the last layer's KV of the whole prompt lies in P's pool; first_token: the step that computed it has ended (the head,
+which is the model's last layer, included).
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ class Stage(StrEnum):
     PLACED = "placed"
     PREFILL_QUEUED = "prefill_queued"
     PREFILL_STARTED = "prefill_started"
+    KV_STORED = "kv_stored"
     FIRST_TOKEN = "first_token"
+    COMMIT_SENT = "commit_sent"
     OFFERED = "offered"
     GRANTED = "granted"
     COMMITTED = "committed"

@@ -1,0 +1,214 @@
+"""The prefill role: joins the scheduler to the source of transfers and to the routers' streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from ..core.clock import Clock
+from ..core.commands import Command, Failed, HandedOver, Prefill, Stop
+from ..core.errors import Cancelled, DiptychError, InvalidRequest, Unavailable
+from ..core.fleet import WorkerReport, WorkerState
+from ..core.request import Token
+from ..core.stages import Stage
+from ..engine.batch import StepOutput
+from ..kv_transfer.events import SourceEvents
+from ..worker.admit import refusal
+from ..worker.attempts import Attempts
+from ..worker.loop import Inbox, OnLayer, StepTimes
+from ..worker.outbox import Listener, Outbox
+from ..worker.report import Reporter
+from ..worker.timeline import stamp, stamping
+from .announcer import Announcer, Stretch, Tables
+from .scheduler import Decision, PrefillScheduler
+
+
+class Transfers(Protocol):
+    """What the role asks of `kv_transfer.source.Source`, on the asyncio thread."""
+
+    def offer(self, transfer_id: str, destination_address: str, prompt_tokens: int) -> None: ...
+    def computed(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: Tables) -> None: ...
+    def commit(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None: ...
+    def cancel(self, transfer_id: str, reason: str) -> None: ...
+    async def close(self) -> None: ...
+
+
+class PrefillRole:
+    """`worker.loop.Role` and `worker.face.Commanded` of a prefill worker; everything on the loop's thread."""
+
+    def __init__(
+        self,
+        scheduler: PrefillScheduler,
+        *,
+        layers: int,
+        vocab_size: int,
+        reporter: Reporter,
+        clock: Clock,
+        inbox: Inbox,
+        call_soon: Callable[[Callable[[], None]], None],
+        source: Callable[[SourceEvents], Transfers],
+    ) -> None:
+        """`layers` of the model. `source` makes the transfers' end from the events it shall call."""
+        self.outbox = Outbox()
+        self._scheduler, self._clock, self._reporter = scheduler, clock, reporter
+        self._vocab_size, self._layers = vocab_size, tuple(range(layers))
+        self._attempts = Attempts(self.outbox)
+        self._draining = False
+        self._offered: set[str] = set()
+        self.source = source(_Events(self, inbox))
+        self._announcer = Announcer(self.source.computed, call_soon)
+
+    # What routers say.
+
+    def command(self, listener: Listener, command: Command) -> None:
+        match command:
+            case Prefill():
+                self._prefill(listener, command)
+            case Stop():
+                if self._attempts.belongs(command.attempt_id, listener):
+                    self._fail(command.attempt_id, Cancelled("The router stopped this attempt."))
+            case _:
+                error = InvalidRequest("This is a prefill worker: it writes no answers.")
+                self.outbox.say(listener, Failed(command.attempt_id, error))
+
+    def detached(self, listener: Listener) -> None:
+        for attempt_id in self._attempts.forget(listener):
+            self._drop(attempt_id, "the router is gone")
+
+    def drain(self) -> None:
+        self._draining = True
+
+    def _prefill(self, listener: Listener, prefill: Prefill) -> None:
+        try:
+            if self._draining:
+                raise Unavailable("This worker takes nothing new: it is draining.")
+            if (error := refusal(prefill.request, self._vocab_size)) is not None:
+                raise error
+            self._scheduler.add(prefill, self._clock.now())
+        except DiptychError as error:
+            self.outbox.say(listener, Failed(prefill.attempt_id, error))
+            return
+        self._attempts.open(prefill.attempt_id, listener)
+        stamp(Stage.PREFILL_QUEUED, prefill.attempt_id, self._clock.now())
+
+    def _fail(self, attempt_id: str, error: DiptychError) -> None:
+        self._attempts.end(Failed(attempt_id, error))
+        self._drop(attempt_id, error.message)
+
+    def _drop(self, attempt_id: str, reason: str) -> None:
+        """Compute no more of it; what was offered ends at the source, and `released` follows."""
+        if self._scheduler.cancel(attempt_id, self._clock.now()):
+            self.outbox.call(partial(self.source.cancel, attempt_id, reason))
+
+    # What the engine does.
+
+    def settle(self) -> None:
+        return None
+
+    def decide(self) -> Decision | None:
+        decision = self._scheduler.decide(self._clock.now())
+        if decision is None:
+            return None
+        for started in decision.started:
+            stamp(Stage.PREFILL_STARTED, started.attempt_id, self._clock.now())
+            if started.destination is None:
+                continue
+            self._offered.add(started.attempt_id)
+            self.outbox.call(partial(self.source.offer, started.attempt_id, started.destination, started.prompt_tokens))
+            if started.cached_tokens:
+                cached = partial(self.source.computed, started.attempt_id, self._layers, 0, started.cached_tokens, started.tables)
+                self.outbox.call(cached)
+        return decision
+
+    def on_layer(self, decision: Decision) -> OnLayer | None:
+        rows = zip(decision.attempts, decision.batch.rows, strict=True)
+        stretches = tuple(
+            Stretch(attempt_id, row.start, row.start + row.length, row.tables) for attempt_id, row in rows if attempt_id in self._offered
+        )
+        if not stretches:
+            return None
+        announce = self._announcer.on_layer(stretches)
+        return self._stamped(announce, decision) if stamping() else announce
+
+    def _stamped(self, announce: OnLayer, decision: Decision) -> OnLayer:
+        drawing = [a for a, row in zip(decision.attempts, decision.batch.rows, strict=True) if row.draw is not None]
+
+        def stored(layer: int) -> None:
+            announce(layer)
+            if layer == self._layers[-1]:
+                for attempt_id in drawing:
+                    stamp(Stage.KV_STORED, attempt_id, self._clock.now())
+
+        return stored
+
+    def complete(self, decision: Decision, output: StepOutput, times: StepTimes) -> None:
+        outcome = self._scheduler.complete(output, self._clock.now())
+        for first in outcome.first_tokens:
+            stamp(Stage.FIRST_TOKEN, first.attempt_id, times.ended)
+            self._attempts.tell(first)
+            if first.finish is None:
+                self.outbox.call(partial(self._commit, first.attempt_id, first.token))
+        for finished in outcome.finished:
+            self._attempts.end(finished)
+            if finished.attempt_id in self._offered:
+                self.outbox.call(partial(self.source.cancel, finished.attempt_id, "the first token ended the request"))
+
+    def _commit(self, transfer_id: str, token: Token) -> None:
+        """On the asyncio thread."""
+        self.source.commit(transfer_id, (token,))
+        stamp(Stage.COMMIT_SENT, transfer_id, self._clock.now())
+
+    def abandon(self, decision: Decision, error: DiptychError) -> None:
+        for attempt_id in decision.attempts:
+            self._fail(attempt_id, error)
+        self._scheduler.complete(StepOutput(decision.batch.step, (None,) * len(decision.batch.rows)), self._clock.now())
+
+    # What the source says.
+
+    def granted(self, transfer_id: str) -> None:
+        self._scheduler.granted(transfer_id)
+
+    def handed_over(self, transfer_id: str, kv_bytes: int, seconds: float, transport: str) -> None:
+        self._attempts.end(HandedOver(transfer_id, kv_bytes, seconds, transport))
+
+    def transfer_failed(self, transfer_id: str, error: DiptychError) -> None:
+        self._scheduler.cancel(transfer_id, self._clock.now())
+        if self._attempts.end(Failed(transfer_id, error)):
+            self._reporter.count("diptych_worker_transfers_failed_total")
+
+    def released(self, transfer_id: str) -> None:
+        self._offered.discard(transfer_id)
+        self._scheduler.release(transfer_id, self._clock.now())
+
+    # What the worker says of itself.
+
+    def report(self) -> WorkerReport:
+        state = WorkerState.DRAINING if self._draining else WorkerState.READY
+        return self._reporter.report(state, self._scheduler.load(self._clock.now()))
+
+    def idle(self) -> bool:
+        return not self._attempts and not self._offered and self._scheduler.load(self._clock.now()).leases == 0
+
+    def check(self) -> None:
+        self._scheduler.check()
+        self._reporter.check_idle(self._scheduler.load(self._clock.now()))
+
+
+class _Events:
+    """`SourceEvents` on the asyncio thread, passed on to the role's."""
+
+    def __init__(self, role: PrefillRole, inbox: Inbox) -> None:
+        self._role, self._inbox = role, inbox
+
+    def granted(self, transfer_id: str) -> None:
+        self._inbox.put(partial(self._role.granted, transfer_id))
+
+    def handed_over(self, transfer_id: str, kv_bytes: int, seconds: float, transport: str) -> None:
+        self._inbox.put(partial(self._role.handed_over, transfer_id, kv_bytes, seconds, transport))
+
+    def failed(self, transfer_id: str, error: DiptychError) -> None:
+        self._inbox.put(partial(self._role.transfer_failed, transfer_id, error))
+
+    def released(self, transfer_id: str) -> None:
+        self._inbox.put(partial(self._role.released, transfer_id))

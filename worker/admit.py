@@ -1,0 +1,22 @@
+"""What a worker accepts: the router has validated every request, but a worker must not die of one that nobody validated."""
+
+from __future__ import annotations
+
+from ..core.errors import DiptychError, InvalidRequest
+from ..core.request import Request
+
+
+def refusal(request: Request, vocab_size: int) -> DiptychError | None:
+    """Why no worker can serve this request, whatever its memory; None if one can. (Lengths are the schedulers' to judge.)"""
+    ids = request.token_ids
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        return InvalidRequest(f"A token id is out of range: the vocabulary has {vocab_size} tokens.", field="prompt")
+    if request.sampling.seed is None and not request.sampling.greedy:
+        return InvalidRequest("A worker draws no seeds: the router does.", field="seed")
+    try:
+        request.sampling.validate(vocab_size)
+    except InvalidRequest as error:
+        return error
+    if len(request.generated) >= request.sampling.max_tokens:
+        return InvalidRequest("Every token asked for has been generated already.", field="max_tokens")
+    return None

@@ -1,0 +1,199 @@
+"""The engine loop: one thread that owns a role's scheduler, one thread that runs the engine.
+
+Policy as etcd's raft draws it, *decide, submit, apply*: while the engine computes step k the loop decides step k + 1, so that the
+engine never waits for Python between two steps. Nothing polls: the loop sleeps on its inbox, the engine thread on its queue.
+
+    asyncio ──post──▶ inbox ──▶ loop ──step──▶ engine thread
+       ▲                        │ ▲                 │
+       └── one delivery a turn ─┘ └── ran / failed ─┘
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Generic, Protocol, TypeVar
+
+from ..core.clock import Clock
+from ..core.errors import DiptychError, Internal
+from ..core.fleet import WorkerReport
+from ..engine.batch import Batch, StepOutput
+from .outbox import Call, Delivery, Outbox
+
+DEPTH = 2
+"""Steps decided and not yet completed: one runs, one waits behind it."""
+BROKEN_AFTER = 3
+"""Failed steps in a row after which the engine counts as broken and the process ends."""
+
+Inbox = SimpleQueue[Call]
+"""Calls to be made on the loop's thread; put into it from any thread, which never blocks."""
+OnLayer = Callable[[int], None]
+RunStep = Callable[[Batch, OnLayer | None], StepOutput]
+
+log = logging.getLogger(__name__)
+
+
+class HasBatch(Protocol):
+    """What the loop needs of a decision."""
+
+    @property
+    def batch(self) -> Batch: ...
+
+
+D = TypeVar("D", bound=HasBatch)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """When the engine began and ended a step, in seconds of the loop's clock."""
+
+    began: float
+    ended: float
+
+
+class Role(Protocol[D]):
+    """A phase's policy joined to its transfers. All calls come from the loop's thread, but for the hook `on_layer` returns."""
+
+    outbox: Outbox
+
+    def settle(self) -> None:
+        """What follows from the messages of this turn, taken together (grants); before any decision."""
+        ...
+
+    def decide(self) -> D | None:
+        """The next step, or None if there is nothing to compute now."""
+        ...
+
+    def on_layer(self, decision: D) -> OnLayer | None:
+        """What the engine's thread calls when a layer's KV of this step is stored."""
+        ...
+
+    def complete(self, decision: D, output: StepOutput, times: StepTimes) -> None: ...
+
+    def abandon(self, decision: D, error: DiptychError) -> None:
+        """The step failed: so did every attempt in it."""
+        ...
+
+    def report(self) -> WorkerReport: ...
+
+    def idle(self) -> bool:
+        """Nothing is waiting, running or being handed over."""
+        ...
+
+    def check(self) -> None:
+        """Raise if the books are wrong; called only when idle."""
+        ...
+
+
+class EngineLoop(Generic[D]):
+    """Runs `role` over an engine (`run`) until stopped.
+
+    `deliver` is called on the loop's thread, once a turn at most, and must only pass its argument on. `died` is called with the
+    error, on the thread that met it, when the books or the engine can no longer be trusted; it must end the process.
+    """
+
+    def __init__(
+        self,
+        run: RunStep,
+        role: Role[D],
+        *,
+        inbox: Inbox,
+        clock: Clock,
+        deliver: Callable[[Delivery], None],
+        died: Callable[[BaseException], None],
+        check: bool = False,
+    ) -> None:
+        self._run_step, self._role, self._clock, self._deliver, self._died, self._check = run, role, clock, deliver, died, check
+        self._inbox = inbox
+        self._steps: SimpleQueue[tuple[D, OnLayer | None] | None] = SimpleQueue()
+        self._in_flight = 0
+        self._failures = 0
+        self._running = True
+        self._reported: WorkerReport | None = None
+        self._threads = tuple(
+            threading.Thread(target=self._guarded, args=(body,), name=name, daemon=True)
+            for name, body in (("engine-loop", self._turns), ("engine", self._engine))
+        )
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End after the steps in flight; blocks until both threads have ended."""
+        self._inbox.put(self._stop)
+        for thread in self._threads:
+            thread.join()
+
+    def _stop(self) -> None:
+        self._running = False
+        self._steps.put(None)
+
+    def _guarded(self, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, this thread is lost and the process with it
+            self._died(error)
+
+    def _turns(self) -> None:
+        self._flush()
+        while self._running:
+            self._inbox.get()()
+            self._take_the_rest()
+            self._role.settle()
+            self._tell()
+            while self._running and self._in_flight < DEPTH and (decision := self._role.decide()) is not None:
+                # Told before submitted: an attempt is offered before its first layer can be announced.
+                self._tell()
+                self._in_flight += 1
+                self._steps.put((decision, self._role.on_layer(decision)))
+            self._flush()
+
+    def _take_the_rest(self) -> None:
+        try:
+            while True:
+                self._inbox.get_nowait()()
+        except Empty:
+            return
+
+    def _tell(self) -> None:
+        if self._role.outbox:
+            self._deliver(self._role.outbox.take())
+
+    def _flush(self) -> None:
+        """Tell what is left to say, and how the worker is if that has changed."""
+        idle = self._in_flight == 0 and self._role.idle()
+        if idle and self._check:
+            self._role.check()
+        report = self._role.report()
+        if report != self._reported or self._role.outbox:
+            self._reported = report
+            self._deliver(self._role.outbox.take(report, idle=idle))
+
+    def _engine(self) -> None:
+        while (step := self._steps.get()) is not None:
+            decision, on_layer = step
+            began = self._clock.now()
+            try:
+                output = self._run_step(decision.batch, on_layer)
+            except Exception as error:  # noqa: BLE001 - any defect of the engine must end its attempts, not hang them
+                self._inbox.put(partial(self._step_failed, decision, error))
+            else:
+                self._inbox.put(partial(self._step_ran, decision, output, StepTimes(began, self._clock.now())))
+
+    def _step_ran(self, decision: D, output: StepOutput, times: StepTimes) -> None:
+        self._in_flight -= 1
+        self._failures = 0
+        self._role.complete(decision, output, times)
+
+    def _step_failed(self, decision: D, error: Exception) -> None:
+        self._in_flight -= 1
+        self._failures += 1
+        log.error("Step %d failed.", decision.batch.step, exc_info=error)
+        if self._failures >= BROKEN_AFTER:
+            raise Internal(f"The engine is broken: {self._failures} steps in a row failed.") from error
+        self._role.abandon(decision, Internal(f"The engine failed: {type(error).__name__}: {error}"))

@@ -1,0 +1,40 @@
+"""A worker's report, made of what its scheduler and its role count."""
+
+from __future__ import annotations
+
+from ..core.fleet import WorkerReport, WorkerState
+from .load import Load
+
+CHECKS = "diptych_worker_checks_total"
+
+
+class Reporter:
+    """Knows who the worker is, and keeps the totals that are the role's rather than the scheduler's."""
+
+    def __init__(self, worker_id: str, incarnation: int) -> None:
+        self._worker_id, self._incarnation = worker_id, incarnation
+        self._totals: dict[str, float] = {}
+
+    def count(self, metric: str, value: float = 1.0) -> None:
+        self._totals[metric] = self._totals.get(metric, 0.0) + value
+
+    def report(self, state: WorkerState, load: Load) -> WorkerReport:
+        return WorkerReport(
+            worker_id=self._worker_id,
+            incarnation=self._incarnation,
+            state=state,
+            waiting=load.waiting,
+            running=load.running,
+            prompt_tokens_waiting=load.prompt_tokens_waiting,
+            blocks_free=load.blocks_free,
+            blocks_total=load.blocks_total,
+            leases=load.leases,
+            counters=(*load.counters, *self._totals.items()),
+        )
+
+    def check_idle(self, load: Load) -> None:
+        """Raise `AssertionError` if an idle worker still holds something."""
+        held = (load.waiting, load.running, load.prompt_tokens_waiting, load.leases, load.blocks_total - load.blocks_free)
+        if any(held):
+            raise AssertionError(f"idle, and yet (waiting, running, prompt tokens, leases, blocks held) are {held}")
+        self.count(CHECKS)
