@@ -1,0 +1,34 @@
+"""Which worker computes on which cores. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """`threads` of one worker, and the cores it may use (None: any)."""
+
+    threads: int
+    cpus: tuple[int, ...] | None
+
+
+def share_cores(cores: Sequence[int], wanted: Sequence[int | None]) -> list[Share]:
+    """One share per worker of this host. `wanted[i]`: threads asked for, None for an equal part of what the others leave.
+
+    Workers get cores of their own while there are enough for all; then a prefill never takes time from a decode. If there are
+    not, all may use all cores.
+    """
+    open_posts = sum(1 for threads in wanted if threads is None)
+    left = len(cores) - sum(threads or 0 for threads in wanted)
+    each, more = divmod(max(left, 0), open_posts) if open_posts else (0, 0)
+    threads: list[int] = []
+    for number in wanted:
+        if number is None:
+            number, more = max(1, each + (more > 0)), more - 1
+        threads.append(number)
+    if sum(threads) > len(cores):
+        return [Share(number, None) for number in threads]
+    starts = [sum(threads[:i]) for i in range(len(threads))]
+    return [Share(number, tuple(cores[start : start + number])) for start, number in zip(starts, threads, strict=True)]

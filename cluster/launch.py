@@ -1,0 +1,131 @@
+"""The seam between the supervisor and whatever starts processes: plain children here, Ray actors in `ray_launcher`.
+
+Both start the very same command and relay the same lines; the supervisor does not know which it uses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from . import processes
+
+LINE_BYTES = 1 << 20
+"""Longest line a process may write to stdout; a ready line with the layout of a 100-layer model has 2 kB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A process to start. `argv` is the whole command; `log` receives its stderr; `cpus` is what Ray reserves for it."""
+
+    name: str
+    argv: tuple[str, ...]
+    log: Path
+    cpus: float = 0.0
+
+
+class Running(Protocol):
+    """A started process."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, None if it is not known (it runs elsewhere and has not said it)."""
+        ...
+
+    def lines(self) -> AsyncIterator[dict[str, Any]]:
+        """The JSON objects it writes to stdout, until it ends. To be iterated once."""
+        ...
+
+    async def wait(self) -> int | None:
+        """Wait for its end; the exit status, negative for a signal, None if it is not known."""
+        ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class Launcher(Protocol):
+    async def start(self, launch: Launch) -> Running: ...
+
+    async def close(self) -> None:
+        """End what the launcher itself has started; everything launched has ended before."""
+        ...
+
+
+@dataclass(slots=True)
+class PlainProcess:
+    """A child of the supervisor. Its stdin is the leash: the child ends when the supervisor's end closes."""
+
+    process: asyncio.subprocess.Process
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid
+
+    async def lines(self) -> AsyncIterator[dict[str, Any]]:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            if (event := parse_line(line)) is not None:
+                yield event
+
+    async def wait(self) -> int | None:
+        return await self.process.wait()
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.process.returncode is None:
+            self.process.send_signal(number)
+
+
+def parse_line(line: bytes | str) -> dict[str, Any] | None:
+    """The event on a line of stdout; None for anything else a library may have printed there."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+def child_environment(cluster_id: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of everything a cluster starts: marked, and with no directory of ours put before others' packages."""
+    return {**environment, processes.MARK: cluster_id, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(slots=True)
+class PlainLauncher:
+    """Starts children on this host, in sessions of their own so that Ctrl-C reaches the supervisor alone."""
+
+    cluster_id: str
+    directory: Path
+    """Where they run: the scratch directory, never the caller's."""
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+    async def start(self, launch: Launch) -> PlainProcess:
+        launch.log.parent.mkdir(parents=True, exist_ok=True)
+        with launch.log.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *launch.argv,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                cwd=self.directory,
+                env=child_environment(self.cluster_id, self.environment),
+                start_new_session=True,
+                limit=LINE_BYTES,
+            )
+        return PlainProcess(process)
+
+    async def close(self) -> None:
+        return None

@@ -1,0 +1,83 @@
+"""Everything that can be known to be wrong before anything is started; each refusal names the key and what to do."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from ..core.config import ClusterConfig
+from ..core.errors import ConfigError
+from ..core.model import ModelCard
+from .memory import available_bytes, pool_bytes
+from .spec import BLOCK_SIZE, RankSpec
+
+WORKER_BYTES = 300 << 20
+"""Private memory of a worker before its pool: 230 MB for a process that imported torch and grpc, the rest buffers."""
+ROUTER_BYTES = 200 << 20
+RAY_BYTES = 900 << 20
+"""A local Ray 2.60: head, agents and monitors, ten processes of some 80 MB."""
+
+
+def check_ports(config: ClusterConfig) -> None:
+    """`ConfigError` if a face's port is taken, or both want the same."""
+    router = config.router
+    if router.http_port and router.http_port == router.grpc_port:
+        raise ConfigError(f"router.http_port and router.grpc_port are both {router.http_port}.", field="router.grpc_port")
+    for key, port in (("http_port", router.http_port), ("grpc_port", router.grpc_port)):
+        if port:
+            _check_port(router.host, port, key)
+    if not router.http_port or not router.grpc_port:
+        _check_port(router.host, 0, "host")
+
+
+def _check_port(host: str, port: int, key: str) -> None:
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"router.host: {host!r} is no address of this host ({error.strerror}).", field="router.host") from None
+    with socket.socket(family, kind, number) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except OSError as error:
+            flag = f"--{key.replace('_', '-')}"
+            raise ConfigError(
+                f"router.{key}: cannot listen on {host}:{port} ({error.strerror}). "
+                + (f"End what uses it, or choose another with {flag} (0 takes a free one)." if port else "Choose another --host."),
+                field=f"router.{key}",
+            ) from None
+
+
+def check_memory(config: ClusterConfig, card: ModelCard, specs: Sequence[RankSpec]) -> None:
+    """`ConfigError` if the cluster's workers, all on this host, would not fit its memory."""
+    pools = [(pool_bytes(card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens)), spec) for spec in specs]
+    ray = RAY_BYTES if config.ray.enabled and config.ray.address is None else 0
+    wanted = card.weights_bytes + sum(size + WORKER_BYTES for size, _ in pools) + ROUTER_BYTES + ray
+    available = available_bytes()
+    if wanted <= available:
+        return
+    largest, spec = max(pools, key=lambda pair: pair[0])
+    key = f"{spec.phase.value}.kv_tokens"
+    raise ConfigError(
+        f"{key}: not enough memory: {_gib(wanted)} wanted ({_gib(card.weights_bytes)} of weights, once; "
+        f"{_gib(sum(size for size, _ in pools))} of KV pools in {len(specs)} workers; the rest for processes), "
+        f"{_gib(available)} available. "
+        f"Lower {key} (one pool has {_gib(largest)}), or the number of workers.",
+        field=key,
+    )
+
+
+def warnings(config: ClusterConfig, card: ModelCard, specs: Sequence[RankSpec], cores: int) -> list[str]:
+    """What will work, but not well."""
+    said: list[str] = []
+    threads = sum(spec.threads for spec in specs)
+    if threads > cores:
+        said.append(f"{len(specs)} workers with {threads} threads share {cores} cores: they will slow each other down.")
+    if len(config.model.chat_template or "") == 0 and not card.has_chat_template:
+        said.append(f"{card.name} has no chat template: /v1/chat/completions and `diptych chat` need --chat-template FILE.")
+    return said
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.0f} MiB"

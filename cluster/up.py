@@ -1,0 +1,262 @@
+"""`diptych up`: the composition root. From a config to a running cluster, and to nothing left at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..core.config import ClusterConfig
+from ..core.errors import ConfigError
+from ..core.model import ModelCard, read_card
+from . import preflight, processes, state
+from .child import seconds_alive
+from .launch import Launcher, PlainLauncher, child_environment
+from .logs import log_to
+from .models import find_model, prepare_model
+from .posts import Programs, launch_rank, launch_router, rank_specs, route_spec
+from .publish import RouterConnection
+from .restarts import RestartBudget
+from .spec import RankSpec
+from .supervisor import Observer, Post, Publisher, Supervisor
+from .terminal import Terminal
+from .timeline import TimeLine
+
+REAPER_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A cluster that is up. `http`, `grpc`: host:port."""
+
+    http: str
+    grpc: str
+    card: ModelCard
+    terminal: Terminal
+
+
+WhenUp = Callable[[Served], Awaitable[bool]]
+"""Called once the cluster serves; True ends it."""
+
+
+@dataclass(slots=True)
+class Up:
+    """One run of the command. `programs` and `connect` are the seams for tests."""
+
+    config: ClusterConfig
+    verbose: bool = False
+    when_up: WhenUp | None = None
+    programs: Programs = field(default_factory=Programs)
+    connect: Callable[[dict[str, Any]], Publisher] = RouterConnection
+    budget: Callable[[], RestartBudget] = RestartBudget
+    cluster_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    cores: Sequence[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0)))
+
+    def run(self) -> None:
+        """Serve until told to end; raises `DiptychError` if that could not be, by then nothing is left."""
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+        terminal = Terminal(TimeLine(seconds_alive), verbose=self.verbose)
+        stop, kill = asyncio.Event(), asyncio.Event()
+        _on_signals(stop, kill, terminal)
+        preflight.check_ports(self.config)
+        try:
+            model_dir = find_model(self.config) or await prepare_model(self.config, terminal, stop)
+            if model_dir is None:  # told to end meanwhile
+                return
+            card = read_card(model_dir)
+            specs = rank_specs(self.config, model_dir, self.cores)
+            preflight.check_memory(self.config, card, specs)
+            for note in preflight.warnings(self.config, card, specs, len(self.cores)):
+                terminal.warn(note)
+            await self._serve(model_dir, card, specs, terminal, stop, kill)
+        finally:
+            terminal.quiet()
+
+    async def _serve(
+        self, model_dir: Path, card: ModelCard, specs: Sequence[RankSpec], terminal: Terminal, stop: asyncio.Event, kill: asyncio.Event
+    ) -> None:
+        name = self.config.model.name or card.name
+        with self._claimed(name) as record:
+            plain = PlainLauncher(self.cluster_id, record.state.scratch)
+            workers = self._worker_launcher(plain, specs, terminal)
+            router = launch_router(route_spec(self.config, model_dir), self.programs, record.state.logs)
+            share = min(1.0, len(self.cores) / sum(spec.threads for spec in specs))
+            ranks = [launch_rank(spec, self.programs, record.state.logs, cpus=spec.threads * share) for spec in specs]
+            posts = [Post(router, plain, None, self.budget())]
+            posts += [Post(rank, workers, spec.phase, self.budget()) for rank, spec in zip(ranks, specs, strict=True)]
+            supervisor = Supervisor(posts, connect=self.connect, observer=_Both(terminal, record))
+            greeting = asyncio.create_task(self._greet(supervisor, record, card, terminal, stop))
+            try:
+                terminal.say(f"Serving {name} ({card.dtype}): {_count(specs)}. Cluster {self.config.name!r}, logs in {record.state.logs}")
+                await supervisor.run(stop, kill)
+            finally:
+                greeting.cancel()
+                with suppress(asyncio.CancelledError):
+                    await greeting
+                await workers.close()
+
+    def _worker_launcher(self, plain: PlainLauncher, specs: Sequence[RankSpec], terminal: Terminal) -> Launcher:
+        return plain
+
+    async def _greet(self, supervisor: Supervisor, record: _Record, card: ModelCard, terminal: Terminal, stop: asyncio.Event) -> None:
+        """Once the cluster serves: say where, do what was asked for then, and perhaps end it."""
+        await supervisor.all_ready.wait()
+        terminal.is_up()
+        record.update(ready=True)
+        http, grpc = record.state.http, record.state.grpc
+        assert http is not None
+        assert grpc is not None
+        terminal.timeline.mark("cluster", "serves")
+        terminal.say(_addresses(http, grpc, self.config.model.name or card.name))
+        if self.when_up is not None and await self.when_up(Served(http, grpc, card, terminal)):
+            stop.set()
+
+    @contextmanager
+    def _claimed(self, model: str) -> Iterator[_Record]:
+        """Hold the cluster's name, its directories and its reaper; at the end nothing of the cluster is left on this host.
+
+        The logs in the cluster's own directory stay after a failure, as its message points there; the next `up` replaces them.
+        """
+        home = state.directory(self.config.name)
+        logs = Path(self.config.log.directory).absolute() if self.config.log.directory else home / "logs"
+        scratch = Path(tempfile.mkdtemp(prefix="diptych-"))
+        started = processes.start_ticks(os.getpid())
+        assert started is not None
+        record = _Record(
+            state.ClusterState(
+                name=self.config.name, id=self.cluster_id, pid=os.getpid(), started=started, scratch=scratch, logs=logs, model=model
+            )
+        )
+        try:
+            state.claim(record.state)
+        except ConfigError:
+            scratch.rmdir()
+            raise
+        reaper = _start_reaper(record.state)
+        failed = True
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+            for old in logs.glob("*.log"):
+                old.unlink()
+            log_to(logs / "supervisor.log", self.config.log.level)
+            yield record
+            failed = False
+        finally:
+            killed = processes.sweep(self.cluster_id, (scratch,), spare=reaper.pid)
+            _log.info("ended; %d processes had to be killed", killed)
+            logging.shutdown()
+            (home / state.FILE).unlink(missing_ok=True)
+            if not failed:
+                state.forget(self.config.name)
+            reaper.communicate(b"done\n", timeout=REAPER_S)
+
+
+@dataclass(slots=True)
+class _Record:
+    """Keeps the state file true; an `Observer`."""
+
+    state: state.ClusterState
+
+    def update(self, **changes: Any) -> None:
+        self.state = self.state.model_copy(update=changes)
+        state.write(self.state)
+
+    def _process(self, name: str, pid: int | None, address: str | None = None) -> None:
+        others = tuple(process for process in self.state.processes if process.name != name)
+        self.update(processes=(*others, state.Started(name=name, pid=pid, address=address)))
+
+    def started(self, name: str, pid: int | None) -> None:
+        self._process(name, pid)
+
+    def progress(self, name: str, what: str) -> None:
+        return None
+
+    def ready(self, name: str, event: dict[str, Any]) -> None:
+        pid = next((process.pid for process in self.state.processes if process.name == name), None)
+        self._process(name, pid, event.get("address") or event.get("grpc"))
+        if "http" in event:
+            self.update(http=event["http"], grpc=event["grpc"])
+
+    def lost(self, name: str, reason: str, restart_in: float | None) -> None:
+        self._process(name, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Both:
+    """Two observers as one."""
+
+    first: Observer
+    second: Observer
+
+    def started(self, name: str, pid: int | None) -> None:
+        self.first.started(name, pid)
+        self.second.started(name, pid)
+
+    def progress(self, name: str, what: str) -> None:
+        self.first.progress(name, what)
+        self.second.progress(name, what)
+
+    def ready(self, name: str, event: dict[str, Any]) -> None:
+        self.first.ready(name, event)
+        self.second.ready(name, event)
+
+    def lost(self, name: str, reason: str, restart_in: float | None) -> None:
+        self.first.lost(name, reason, restart_in)
+        self.second.lost(name, reason, restart_in)
+
+
+def _start_reaper(of: state.ClusterState) -> subprocess.Popen[bytes]:
+    """In a session of its own, so that no Ctrl-C and no closing terminal ends it before its work is done."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "diptych.cluster.reaper", of.id, str(state.directory(of.name) / state.FILE), str(of.scratch)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        env=child_environment(of.id),
+        start_new_session=True,
+    )
+
+
+def _on_signals(stop: asyncio.Event, kill: asyncio.Event, terminal: Terminal) -> None:
+    """The first signal asks the cluster to end, the second ends it at once."""
+
+    def heard() -> None:
+        if stop.is_set():
+            kill.set()
+        else:
+            stop.set()
+            terminal.quiet()
+            terminal.say("Ending: what runs may finish. Ctrl-C again to end at once.")
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, heard)
+
+
+def _count(specs: Sequence[RankSpec]) -> str:
+    numbers = {phase: sum(1 for spec in specs if spec.phase == phase) for phase in dict.fromkeys(spec.phase for spec in specs)}
+    return " and ".join(f"{number} {phase} worker{'s' if number > 1 else ''}" for phase, number in numbers.items())
+
+
+def _addresses(http: str, grpc: str, model: str) -> str:
+    return (
+        f"\n  HTTP  http://{http}/v1    gRPC  {grpc}    metrics  http://{http}/metrics\n\n"
+        f"  curl -N http://{http}/v1/completions -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"model": "{model}", "prompt": "The capital of France is", "max_tokens": 32, "stream": true}}\'\n'
+        f'  diptych generate "The capital of France is"\n\n'
+        "Ctrl-C ends it."
+    )

@@ -1,0 +1,60 @@
+"""`diptych up` with fake programs, as a process of its own: `fake_up.py CONFIG_JSON`; fleets published go to $FAKES/fleet."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from diptych.cluster.posts import Programs
+from diptych.cluster.restarts import RestartBudget
+from diptych.cluster.up import Up
+from diptych.core.config import load_config
+from diptych.core.errors import DiptychError
+from diptych.core.fleet import Fleet
+
+HERE = Path(__file__).parent
+
+
+class FilePublisher:
+    """Writes each fleet as a line: version, then id=incarnation of each member."""
+
+    def __init__(self, ready: dict[str, Any]) -> None:
+        self.seen: set[str] = set()
+
+    async def publish(self, fleet: Fleet) -> int:
+        self.seen = {member.worker_id for member in fleet.members}
+        self._write(json.dumps([fleet.version, {member.worker_id: member.incarnation for member in fleet.members}]))
+        return fleet.version
+
+    def _write(self, line: str) -> None:
+        with Path(os.environ["FAKES"], "fleet").open("a") as file:
+            file.write(line + "\n")
+
+    async def live(self) -> set[str]:
+        return self.seen
+
+    async def close(self) -> None:
+        return None
+
+
+def small_budget() -> RestartBudget:
+    return RestartBudget(most=3, first_s=0.1)
+
+
+def main() -> int:
+    program = (sys.executable, str(HERE / "fakes.py"))
+    programs = Programs(rank=(*program, "rank"), route=(*program, "route"))
+    up = Up(load_config(json.loads(sys.argv[1])), programs=programs, connect=FilePublisher, budget=small_budget)
+    try:
+        up.run()
+    except DiptychError as error:
+        print(error.message, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Stand-ins for the rank and route programs: the same command line and the same words on stdout, no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+LAYOUT = {
+    "fingerprint": "f" * 64,
+    "groups": [{"kind": "full", "layers": [0, 1], "kv_heads": 1, "head_dim": 8, "dtype": "float32", "window": 0}],
+    "block_size": 16,
+    "num_blocks": [64],
+    "tp": 1,
+    "pp": 1,
+}
+
+
+def say(**event: object) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def hold_leash() -> None:
+    def watch() -> None:
+        while os.read(0, 64):
+            continue
+        os._exit(3)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    """`kind` rank or route, then the options of the real ones. What goes wrong is told by files in $FAKES: `crash-<name>` (crash
+    while starting), `refuse-<name>` (say why), `stubborn-<name>` (SIGTERM is ignored), `slow-<name>` (never ready)."""
+    kind, spec = sys.argv[1], json.loads(sys.argv[sys.argv.index("--spec") + 1])
+    name = spec.get("worker_id", "router")
+    orders = Path(os.environ["FAKES"])
+    hold_leash()
+    print("a library's greeting", flush=True)
+    print(f"{name} began", file=sys.stderr, flush=True)
+    say(event="progress", what="imports")
+    (orders / f"pid-{name}").write_text(str(os.getpid()))
+    if (orders / f"crash-{name}").exists():
+        raise RuntimeError("the disk is on fire")
+    if (orders / f"refuse-{name}").exists():
+        say(event="failed", message="8192 tokens are too few.", field="kv_tokens")
+        sys.exit(2)
+    if (orders / f"slow-{name}").exists():
+        time.sleep(100)
+    if (orders / f"stubborn-{name}").exists():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    if kind == "route":
+        say(event="ready", http=address, grpc=address)
+    else:
+        say(event="ready", address=address, incarnation=time.monotonic_ns(), layout=LAYOUT, capacity_tokens=1024)
+    while True:
+        time.sleep(100)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Start, restart and end of a cluster of fake programs: what is shown, what the router is told, and that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_harness import Cluster, nothing_left, running, wait_for, write_card
+from diptych.cluster import processes
+
+HERE = Path(__file__).parent
+Start = Callable[..., AbstractContextManager[Cluster]]
+
+
+@pytest.fixture
+def orders(tmp_path: Path) -> Path:
+    """Files here tell the fake programs what to do wrong; they write their pids and the fleets here."""
+    (tmp_path / "orders").mkdir()
+    return tmp_path / "orders"
+
+
+@pytest.fixture
+def start(tmp_path: Path, orders: Path) -> Start:
+    model = write_card(tmp_path / "model")
+
+    def start(**config: Any) -> AbstractContextManager[Cluster]:
+        whole = {
+            "model": {"source": str(model)},
+            "router": {"http_port": 0, "grpc_port": 0},
+            "ray": {"enabled": False},
+            "prefill": {"kv_tokens": 256},
+            "decode": {"kv_tokens": 256},
+            **config,
+        }
+        environment = {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "FAKES": str(orders)}
+        return running([str(HERE / "fake_up.py"), json.dumps(whole)], environment)
+
+    return start
+
+
+def fleets(orders: Path) -> list[tuple[int, dict[str, int]]]:
+    path = orders / "fleet"
+    return [(version, members) for version, members in map(json.loads, path.read_text().splitlines())] if path.exists() else []
+
+
+def pid_of(orders: Path, name: str) -> int:
+    return int((orders / f"pid-{name}").read_text())
+
+
+def test_up_shows_each_process_and_the_addresses_and_ends_cleanly(start: Start, orders: Path, tmp_path: Path) -> None:
+    with start() as cluster:
+        cluster.expect("Ctrl-C ends it.")
+        state = cluster.state()
+        assert {process["name"] for process in state["processes"]} == {"router", "prefill-0", "decode-0"}  # type: ignore[attr-defined]
+        assert state["ready"] is True
+        assert cluster.end(signal.SIGINT) == 0
+    for expected in ("prefill-0 is ready", "decode-0 is ready", "router is ready", "curl -N http://127.0.0.1:", "no chat template"):
+        assert expected in cluster.output
+    version, members = fleets(orders)[-1] if fleets(orders)[-1][1] else fleets(orders)[-2]
+    assert version >= 1
+    assert set(members) <= {"prefill-0", "decode-0"}
+    assert nothing_left(state)
+    assert not (tmp_path / "run" / "diptych").exists()
+
+
+def test_versions_rise_and_a_worker_that_dies_comes_back_as_another_incarnation(start: Start, orders: Path) -> None:
+    with start() as cluster:
+        cluster.expect("Ctrl-C ends it.")
+        told = len(fleets(orders))
+        first = fleets(orders)[-1][1]["decode-0"]
+        os.kill(pid_of(orders, "decode-0"), signal.SIGKILL)
+        cluster.expect("decode-0 was ended by signal 9")
+        cluster.expect("Starting it again in 0.1 s")
+        wait_for("another incarnation", lambda: fleets(orders)[-1][1].get("decode-0", first) != first)
+        assert any("decode-0" not in members for _, members in fleets(orders)[told:])
+        assert [version for version, _ in fleets(orders)] == list(range(1, len(fleets(orders)) + 1))
+        assert cluster.end() == 0
+
+
+def test_a_router_that_dies_comes_back_and_is_told_the_fleet(start: Start, orders: Path) -> None:
+    with start() as cluster:
+        cluster.expect("Ctrl-C ends it.")
+        told = len(fleets(orders))
+        os.kill(pid_of(orders, "router"), signal.SIGKILL)
+        cluster.expect("router was ended by signal 9")
+        wait_for("the fleet again", lambda: len(fleets(orders)) > told and len(fleets(orders)[-1][1]) == 2)
+        assert cluster.end() == 0
+
+
+def test_a_crash_while_starting_is_shown_with_its_last_lines_and_ends_the_cluster(start: Start, orders: Path, tmp_path: Path) -> None:
+    (orders / "crash-decode-0").touch()
+    with start() as cluster:
+        assert cluster.wait() == 2
+        log = tmp_path / "run" / "diptych" / "default" / "logs" / "decode-0.log"
+        assert f"decode-0 ended with status 1. Its log: {log}" in cluster.output
+        assert "RuntimeError: the disk is on fire" in cluster.output
+        assert "the disk is on fire" in log.read_text()
+        assert not (log.parent.parent / "cluster.json").exists()
+    assert all(processes.start_ticks(int(path.read_text())) is None for path in orders.glob("pid-*"))
+
+
+def test_a_refusal_names_the_config_key(start: Start, orders: Path) -> None:
+    (orders / "refuse-prefill-0").touch()
+    with start() as cluster:
+        assert cluster.wait() == 2
+    assert "prefill.kv_tokens: 8192 tokens are too few." in cluster.output
+
+
+def test_a_worker_that_dies_too_often_is_given_up_and_the_last_decode_worker_ends_the_cluster(start: Start, orders: Path) -> None:
+    with start() as cluster:
+        cluster.expect("Ctrl-C ends it.")
+        state = cluster.state()
+        (orders / "crash-decode-0").touch()
+        os.kill(pid_of(orders, "decode-0"), signal.SIGKILL)
+        assert cluster.wait(60) == 2
+    assert "died too often and is not started again" in cluster.output
+    assert "decode-0 died too often; the cluster ends" in cluster.output
+    assert nothing_left(state)
+
+
+def test_one_ctrl_c_waits_for_what_is_stubborn_a_second_kills_it(start: Start, orders: Path) -> None:
+    (orders / "stubborn-decode-0").touch()
+    with start() as cluster:
+        cluster.expect("Ctrl-C ends it.")
+        state = cluster.state()
+        cluster.process.send_signal(signal.SIGINT)
+        cluster.expect("Ctrl-C again to end at once")
+        wait_for("prefill-0 to end", lambda: processes.start_ticks(pid_of(orders, "prefill-0")) is None)
+        assert processes.start_ticks(pid_of(orders, "decode-0")) is not None
+        assert cluster.end(signal.SIGINT, within_s=5) == 0
+    assert nothing_left(state)
+
+
+def test_ctrl_c_while_it_starts_ends_at_once(start: Start, orders: Path) -> None:
+    (orders / "slow-decode-0").touch()
+    with start() as cluster:
+        cluster.expect("decode-0: imports")
+        state = cluster.state()
+        assert cluster.end(signal.SIGINT, within_s=5) == 0
+    assert nothing_left(state)
+
+
+def test_nothing_is_left_of_a_killed_supervisor(start: Start, orders: Path) -> None:
+    (orders / "stubborn-prefill-0").touch()
+    with start() as cluster:
+        cluster.expect("Ctrl-C ends it.")
+        state = cluster.state()
+        cluster.process.kill()
+        wait_for("the reaper", lambda: nothing_left(state), 10)
+        assert not (cluster.runtime / "diptych" / "default" / "cluster.json").exists()
+
+
+def test_a_second_cluster_of_the_same_name_is_refused_and_the_first_goes_on(start: Start) -> None:
+    with start() as first:
+        first.expect("Ctrl-C ends it.")
+        with start() as second:
+            assert second.wait() == 2
+        assert "A cluster named 'default' runs already" in second.output
+        assert first.state()["ready"] is True
+        assert first.end() == 0
+
+
+def test_what_a_crash_of_everything_left_is_cleaned_by_the_next_start(start: Start) -> None:
+    with start() as cluster:
+        cluster.expect("Ctrl-C ends it.")
+        state = cluster.state()
+        cluster.process.send_signal(signal.SIGSTOP)  # so that it cannot clean up while the reaper dies
+        for pid in processes.marked(str(state["id"])):
+            processes.kill(pid, str(state["id"]))
+        cluster.process.kill()
+        cluster.wait()
+        assert Path(str(state["scratch"])).exists()
+        with start() as following:
+            following.expect("Ctrl-C ends it.")
+            assert nothing_left(state)
+            assert following.end() == 0
