@@ -70,8 +70,9 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def open_channel(address: str, max_message_bytes: int = INTERNAL_MESSAGE_BYTES) -> grpc.aio.Channel:
-    """A channel that connects when first used, and again after the connection was lost."""
+    """A channel of the running event loop that connects when first used, and again after the connection was lost."""
     split_address(address)
+    asyncio.get_running_loop()  # RuntimeError here, where grpc would take a loop that nobody runs
     return grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
 
 

@@ -1,0 +1,87 @@
+"""What the two clients share: the options of a call, and the whole answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from ..core.errors import InvalidRequest
+from ..core.generate import Chunk, Finish, Generate, Timing, Usage
+from ..core.request import FinishReason, Token
+from ..core.sampling import SamplingParams
+
+Prompt = str | Sequence[int]
+"""Text, or token ids taken as they are."""
+
+
+class Options(TypedDict, total=False):
+    """How to answer; all may be left out.
+
+    `model`: by default the one that is served. `max_tokens`: by default 16. `temperature`: by default 1; 0 takes the likeliest
+    token. `top_p`, `top_k`: keep only the likeliest tokens of that total probability, or that many. `seed`: the same seed draws the
+    same answer. `stop`: a text, or up to 16, that ends the answer and is not part of it. `stop_token_ids`: the same for tokens.
+    `ignore_eos`: go on past the model's own end. `logprobs`: n adds to each token its logarithmic probability, and the n likeliest
+    ones with theirs. `request_id`: a name of yours for the logs. `timeout_s`: give up after so many seconds.
+    """
+
+    model: str
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: int | None
+    request_id: str
+    timeout_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer. `finish`: why it ended. `usage` counts tokens; `timing` is in seconds on the server's clock."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish: FinishReason
+    usage: Usage
+    timing: Timing
+    request_id: str
+
+
+def make_call(prompt: Prompt, options: Options) -> tuple[Generate, float | None]:
+    """The call that `options` describe, and its time limit; `TypeError` for an option that does not exist."""
+    values: dict[str, Any] = dict(options)
+    timeout_s = values.pop("timeout_s", None)
+    stop = values.pop("stop", ())
+    call = Generate(
+        prompt=_prompt(prompt),
+        model=values.pop("model", ""),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        request_id=values.pop("request_id", ""),
+        sampling=SamplingParams(stop_token_ids=tuple(values.pop("stop_token_ids", ())), **values),
+    )
+    return call, timeout_s
+
+
+def _prompt(prompt: Prompt) -> str | tuple[int, ...]:
+    if len(prompt) == 0:
+        raise InvalidRequest("prompt is empty.", field="prompt")
+    return prompt if isinstance(prompt, str) else tuple(prompt)
+
+
+def gather(chunks: Iterable[Chunk]) -> Answer:
+    """The answer that `chunks`, all of it, add up to."""
+    parts = list(chunks)
+    last: Finish | None = parts[-1].finish if parts else None
+    assert last is not None, "a stream of chunks ends with a finish, or raises"
+    return Answer(
+        text="".join(part.text for part in parts),
+        tokens=tuple(token for part in parts for token in part.tokens),
+        finish=last.reason,
+        usage=last.usage,
+        timing=last.timing,
+        request_id=parts[-1].request_id,
+    )
