@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from ..core.layout import CacheGroup
+from ..core.layout import CacheGroup, CacheKind
+from ..core.prefix import HASH_TOKENS, extend
+from .batch import NO_BLOCK
+from .group_blocks import GroupBlocks
 
 
 class BlockPool:
@@ -15,16 +19,208 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: Sequence[int], groups: Sequence[CacheGroup], block_size: int) -> None:
-        raise NotImplementedError
+        if block_size != HASH_TOKENS:
+            raise ValueError(f"block_size {block_size}: prefixes are hashed per {HASH_TOKENS} tokens")
+        if len(num_blocks) != len(groups):
+            raise ValueError(f"{len(num_blocks)} block counts for {len(groups)} groups")
+        self.groups = tuple(groups)
+        self.block_size = block_size
+        self.num_blocks = tuple(num_blocks)
+        self.parts = tuple(GroupBlocks(count) for count in num_blocks)
+        self._tables: set[BlockTable] = set()
+        self._submitted = self._completed = -1
+
+    def open(self, hashes: list[bytes]) -> BlockTable:
+        """An empty table for a sequence; `hashes`: its root, then its first whole blocks' (the list is extended as it grows)."""
+        table = BlockTable(self, hashes)
+        self._tables.add(table)
+        return table
+
+    def forget(self, table: BlockTable) -> None:
+        """For `BlockTable.close` alone: the table holds nothing any more."""
+        self._tables.discard(table)
+
+    @property
+    def unused(self) -> bool:
+        """Whether no sequence holds a block."""
+        return all(part.available + part.fenced == part.count for part in self.parts)
 
     def submitted(self, step: int) -> None:
         """`step` is in flight: what is given back from now on may be touched by it. The schedulers call this."""
-        raise NotImplementedError
+        self._submitted = step
 
     def completed(self, step: int) -> None:
         """`step` and all before it have completed. The schedulers call this."""
-        raise NotImplementedError
+        self._completed = step
+        for part in self.parts:
+            part.completed(step)
+
+    @property
+    def fence(self) -> int | None:
+        """The last step in flight; None if there is none."""
+        return self._submitted if self._submitted > self._completed else None
+
+    def match(self, hashes: Sequence[bytes], limit: int, position: int = 0) -> int:
+        """How many tokens (whole blocks, at most `limit`) of the sequence with block hashes `hashes[1:]` are cached.
+
+        n tokens are cached if every full group has all their blocks and every window group those that a query at
+        max(n, `position`) sees: `position` is where computing will go on if KV from n up to there comes from elsewhere.
+        """
+        best, runs = 0, [0] * len(self.groups)
+        for index in range(min(len(hashes) - 1, limit // self.block_size)):
+            for g, part in enumerate(self.parts):
+                runs[g] = runs[g] + 1 if part.find(hashes[index + 1]) is not None else 0
+            whole = index + 1
+            if any(runs[g] < whole for g in self._full()):
+                break
+            if all(runs[g] >= whole - self.first_block(g, max(whole * self.block_size, position)) for g in range(len(runs))):
+                best = whole
+        return best * self.block_size
+
+    def cost(self, hashes: Sequence[bytes], cached: int, tokens: int, position: int) -> tuple[int, ...]:
+        """Available blocks per group that a new sequence takes: to pin its `cached` tokens and to hold positions up to `tokens`,
+        where no query before `position` will come."""
+        costs = []
+        for g, part in enumerate(self.parts):
+            first, whole = self.first_block(g, position), cached // self.block_size
+            pinned = [part.find(h) for h in hashes[1 + min(first, whole) : 1 + whole]]
+            new = max(0, self.blocks(tokens) - max(first, whole))
+            costs.append(new + sum(block is not None and part.is_cached(block) for block in pinned))
+        return tuple(costs)
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens."""
+        return -(-tokens // self.block_size)
+
+    def first_block(self, g: int, position: int) -> int:
+        """The first block of a table of group `g` that a query at `position` sees."""
+        return self.groups[g].first_needed(position) // self.block_size
+
+    def most_held(self, g: int, tokens: int, chunk: int) -> int:
+        """The most blocks of group `g` that a sequence of `tokens`, computed at most `chunk` positions a step, holds at once."""
+        whole, group = self.blocks(tokens), self.groups[g]
+        if group.kind is CacheKind.FULL:
+            return whole
+        seen = group.window - 1 + chunk  # positions, at any offset within a block
+        return min(whole, (seen - 2) // self.block_size + 2)
+
+    def fits(self, tokens: int, chunk: int) -> bool:
+        """Whether a sequence of `tokens`, computed at most `chunk` positions a step, fits the empty pool."""
+        return all(self.most_held(g, tokens, chunk) <= count for g, count in enumerate(self.num_blocks))
+
+    def longest(self, chunk: int) -> int:
+        """Tokens of the longest sequence that the empty pool holds, computed at most `chunk` positions a step."""
+        bounds = (count * self.block_size for count in self.num_blocks)
+        return min((bound for g, bound in enumerate(bounds) if self.most_held(g, 2**31, chunk) > self.num_blocks[g]), default=2**31)
+
+    def available(self) -> tuple[int, ...]:
+        """Blocks per group that can be taken now."""
+        return tuple(part.available for part in self.parts)
+
+    def scarcest(self) -> tuple[int, int]:
+        """`(free, total)` blocks of the group with the smallest free share; cached and fenced blocks are free."""
+        counts = ((part.available + part.fenced, part.count) for part in self.parts)
+        return min(counts, key=lambda count: count[0] / count[1])
+
+    def _full(self) -> list[int]:
+        return [g for g, group in enumerate(self.groups) if group.kind is CacheKind.FULL]
 
     def check(self) -> None:
         """Raise `AssertionError` if an invariant does not hold."""
-        raise NotImplementedError
+        for g, part in enumerate(self.parts):
+            part.check(Counter(block for table in self._tables for block in table.tables[g] if block != NO_BLOCK))
+            assert self.fence is not None or part.fenced == 0, "a block is fenced with no step in flight"
+
+
+class BlockTable:
+    """The blocks of one sequence, per group in order of position. Made by `BlockPool.open`; ends with `close`."""
+
+    __slots__ = ("_passed", "_published", "hashes", "pool", "tables")
+
+    def __init__(self, pool: BlockPool, hashes: list[bytes]) -> None:
+        self.pool = pool
+        self.hashes = hashes
+        self.tables: tuple[tuple[int, ...], ...] = ((),) * len(pool.groups)
+        self._passed = [0] * len(pool.groups)
+        self._published = 0
+
+    def adopt(self, cached: int, position: int) -> None:
+        """Reference the cached blocks of the first `cached` tokens (as `match` said) that a query at `position` sees. Table empty."""
+        whole, tables = cached // self.pool.block_size, []
+        for g, part in enumerate(self.pool.parts):
+            first = min(whole, self.pool.first_block(g, position))
+            blocks = [part.find(prefix_hash) for prefix_hash in self.hashes[1 + first : 1 + whole]]
+            row = (NO_BLOCK,) * first
+            for block in blocks:
+                assert block is not None, "adopt follows match"
+                part.refer(block)
+                row += (block,)
+            self._passed[g] = first
+            tables.append(row)
+        self.tables, self._published = tuple(tables), whole
+
+    def lacks(self, tokens: int, position: int, *, full_only: bool = False) -> tuple[int, ...]:
+        """New blocks per group to hold positions up to `tokens`, where no query before `position` will come."""
+        target, counts = self.pool.blocks(tokens), []
+        for g, row in enumerate(self.tables):
+            skipped = full_only and self.pool.groups[g].kind is not CacheKind.FULL
+            counts.append(0 if skipped else max(0, target - max(len(row), self.pool.first_block(g, position))))
+        return tuple(counts)
+
+    def extend(self, tokens: int, position: int, *, full_only: bool = False) -> bool:
+        """Take those blocks. False, and nothing has changed, if they are not all available."""
+        lacks = self.lacks(tokens, position, full_only=full_only)
+        if not any(lacks):
+            return True
+        if any(count > part.available for count, part in zip(lacks, self.pool.parts, strict=True)):
+            return False
+        self.tables = tuple(self._grown(g, count, position) for g, count in enumerate(lacks))
+        return True
+
+    def _grown(self, g: int, count: int, position: int) -> tuple[int, ...]:
+        row = self.tables[g]
+        if not count:
+            return row
+        gap = max(0, self.pool.first_block(g, position) - len(row))
+        if gap:
+            assert self._passed[g] == len(row), "slide to the position first"
+            self._passed[g] = len(row) + gap
+        return row + (NO_BLOCK,) * gap + tuple(self.pool.parts[g].take() for _ in range(count))
+
+    def slide(self, position: int) -> None:
+        """No query before `position` will come: give back what left the windows."""
+        for g, row in enumerate(self.tables):
+            passed = self._passed[g]
+            first = min(len(row), self.pool.first_block(g, position))
+            if first > passed:
+                self._give_back(g, row[passed:first])
+                self._passed[g] = first
+                self.tables = (*self.tables[:g], (NO_BLOCK,) * first + row[first:], *self.tables[g + 1 :])
+
+    def publish(self, token_ids: Sequence[int], computed: int) -> None:
+        """The KV of the first `computed` tokens is stored: enter their whole blocks in the prefix table."""
+        size = self.pool.block_size
+        for index in range(self._published, computed // size):
+            if len(self.hashes) == index + 1:
+                self.hashes.append(extend(self.hashes[index], token_ids[index * size : (index + 1) * size]))
+            for part, row in zip(self.pool.parts, self.tables, strict=True):
+                if row[index] != NO_BLOCK:
+                    part.publish(row[index], self.hashes[index + 1])
+            self._published = index + 1
+
+    def held(self) -> tuple[int, ...]:
+        """Blocks per group that this table references."""
+        return tuple(len(row) - passed for row, passed in zip(self.tables, self._passed, strict=True))
+
+    def close(self) -> None:
+        """Give everything back, the last blocks first, so that they are evicted before the prefixes they depend on."""
+        for g, row in enumerate(self.tables):
+            self._give_back(g, row[self._passed[g] :][::-1])
+        self.tables = ((),) * len(self.tables)
+        self._passed = [0] * len(self.tables)
+        self.pool.forget(self)
+
+    def _give_back(self, g: int, blocks: Sequence[int]) -> None:
+        part, fence = self.pool.parts[g], self.pool.fence
+        for block in blocks:
+            part.give_back(block, fence)

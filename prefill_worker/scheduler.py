@@ -10,14 +10,28 @@ held until `release`, which the loop calls when the source says that the transfe
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from ..core.commands import Finished, FirstToken, Prefill
-from ..core.request import Request
-from ..engine.batch import Batch, StepOutput
+from ..core.errors import ContextExceeded, InvalidRequest
+from ..core.layout import CacheKind
+from ..core.prefix import chain
+from ..core.request import FinishReason, Request, Token
+from ..engine.batch import Batch, Draw, Drawn, Row, StepOutput
 from ..engine.block_pool import BlockPool
+from ..engine.slots import Slots
+from ..worker.chunks import chunk_stop
 from ..worker.load import Load
+from .leases import Lease, Leases
+from .prompt import Prompt
+
+MAX_PASSES = 16
+"""How many later prompts may start before one that does not fit yet."""
+MAX_MISSES = 4
+"""How many prompts that do not fit are looked at in one step: each costs a walk through the prefix table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +70,15 @@ class PrefillOutcome:
     finished: tuple[Finished, ...] = ()
 
 
+class Obstacle(Enum):
+    """Why a waiting prompt does not start: this step has no room (nothing behind it starts either), its destination's share is
+    used up, or memory."""
+
+    STEP = auto()
+    SHARE = auto()
+    MEMORY = auto()
+
+
 class PrefillScheduler:
     """First come, first served; at most `chunk_tokens` positions a step over all rows; cached prefixes are skipped.
 
@@ -74,36 +97,241 @@ class PrefillScheduler:
         max_context: int,
         eos_token_ids: tuple[int, ...],
     ) -> None:
-        raise NotImplementedError
+        self._pool = pool
+        self._root_hash_of = root_hash_of
+        self._chunk_tokens = chunk_tokens
+        self._max_context = max_context
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._slots = Slots(max_running)
+        self._leases = Leases(pool.num_blocks)
+        self._waiting: dict[str, Prompt] = {}
+        self._running: dict[str, Prompt] = {}
+        self._leased: dict[str, Prompt] = {}
+        self._in_flight: deque[tuple[Batch, tuple[Prompt, ...]]] = deque()
+        self._step = 0
+        self._computed_tokens = self._cached_tokens = 0
 
     def add(self, prefill: Prefill, now: float) -> None:
         """Queue a prompt. Raises `ContextExceeded` if it can never fit, `InvalidRequest` if it is empty or its id is in use."""
-        raise NotImplementedError
+        request, attempt_id = prefill.request, prefill.attempt_id
+        token_ids = request.token_ids
+        if not token_ids:
+            raise InvalidRequest("The prompt has no token.", field="prompt")
+        if attempt_id in self._waiting or attempt_id in self._running or attempt_id in self._leased:
+            raise InvalidRequest(f"Attempt {attempt_id} is under way.", field="attempt_id")
+        if len(token_ids) >= self._max_context:
+            raise ContextExceeded(
+                f"The prompt has {len(token_ids)} tokens; with one of output the context holds {self._max_context}.", field="prompt"
+            )
+        if not self._pool.fits(len(token_ids), self._chunk_tokens):
+            raise ContextExceeded(f"The prompt has {len(token_ids)} tokens, more than this prefill worker's pool holds.", field="prompt")
+        root = self._root_hash_of(request)
+        table = self._pool.open([root, *chain(root, token_ids)])
+        self._waiting[attempt_id] = Prompt(attempt_id, request, prefill.destination, token_ids, table, now)
 
     def granted(self, attempt_id: str) -> None:
         """The destination has granted: the attempt no longer counts against its share. Unknown ids are ignored."""
-        raise NotImplementedError
+        self._leases.granted(attempt_id)
 
     def cancel(self, attempt_id: str, now: float) -> bool:
         """Compute nothing more of it. True if it was offered and its blocks stay held until `release` (the loop cancels the
         transfer); False if nothing of it is left here (unknown ids included)."""
-        raise NotImplementedError
+        waiting = self._waiting.pop(attempt_id, None)
+        if waiting is not None:
+            waiting.table.close()
+        running = self._running.get(attempt_id)
+        if running is not None:
+            self._leave(running)
+        return attempt_id in self._leased
 
     def release(self, attempt_id: str, now: float) -> None:
         """The transfer has ended and nothing reads the blocks any more: give them back. In any state; unknown ids are ignored."""
-        raise NotImplementedError
+        if self.cancel(attempt_id, now):
+            self._close(self._leased.pop(attempt_id))
 
     def decide(self, now: float) -> Decision | None:
         """The next step, or None if nothing can be computed before something else happens. May be called with steps in flight."""
-        raise NotImplementedError
+        chosen: list[tuple[Prompt, Row]] = []
+        budget = self._chunk_tokens
+        for prompt in self._running.values():
+            row = self._next_row(prompt, budget)
+            if row is not None:
+                chosen.append((prompt, row))
+                budget -= row.length
+        started = self._start(budget, now)
+        chosen += started
+        if not chosen:
+            return None
+        rows = tuple(row for _, row in chosen)
+        decision = Decision(Batch(self._step, rows), tuple(p.attempt_id for p, _ in chosen), tuple(_started(p, r) for p, r in started))
+        self._in_flight.append((decision.batch, tuple(prompt for prompt, _ in chosen)))
+        self._pool.submitted(self._step)
+        self._step += 1
+        return decision
+
+    def _next_row(self, prompt: Prompt, budget: int) -> Row | None:
+        """The prompt's next chunk within `budget` positions; None if it has none left, or the blocks for it are still fenced."""
+        start = prompt.decided
+        stop = chunk_stop(start, prompt.tokens, budget, self._pool.block_size)
+        if stop == start:
+            return None
+        prompt.table.slide(start)
+        if not prompt.table.extend(stop, start):
+            return None
+        prompt.decided = stop
+        draw = Draw(prompt.request.sampling, len(prompt.request.generated)) if stop == prompt.tokens else None
+        return Row(prompt.slot, start, prompt.token_ids[start:stop], prompt.table.tables, draw)
+
+    def _start(self, budget: int, now: float) -> list[tuple[Prompt, Row]]:
+        """Start waiting prompts with what is left of the budget, first come, first served among those that fit."""
+        started: list[tuple[Prompt, Row]] = []
+        passed: list[tuple[Prompt, Obstacle]] = []
+        barred: set[str | None] = set()
+        misses = 0
+        for prompt in list(self._waiting.values()):
+            obstacle = Obstacle.SHARE if prompt.destination in barred else self._obstacle(prompt, budget)
+            if obstacle is None:
+                row = self._begin(prompt, budget, now)
+                started.append((prompt, row))
+                budget -= row.length
+                for earlier, why in passed:
+                    earlier.passes += why is Obstacle.MEMORY or earlier.destination == prompt.destination
+                continue
+            passed.append((prompt, obstacle))
+            misses += obstacle is Obstacle.MEMORY
+            exhausted = prompt.passes >= MAX_PASSES
+            if obstacle is Obstacle.STEP or misses == MAX_MISSES or (exhausted and obstacle is Obstacle.MEMORY):
+                break
+            if exhausted:
+                barred.add(prompt.destination)
+        return started
+
+    def _obstacle(self, prompt: Prompt, budget: int) -> Obstacle | None:
+        if not self._slots.available or budget < min(self._pool.block_size, prompt.tokens):
+            return Obstacle.STEP
+        if not self._leases.within_share(prompt.destination, self._blocks(prompt)):
+            return Obstacle.SHARE
+        if not self._leases.fits(self._charge(prompt)):
+            return Obstacle.MEMORY
+        pool, hashes = self._pool, prompt.table.hashes
+        cached = pool.match(hashes, prompt.tokens - 1)
+        stop = chunk_stop(cached, prompt.tokens, budget, pool.block_size)
+        if stop == cached:
+            return Obstacle.STEP
+        whole, first = pool.cost(hashes, cached, prompt.tokens, cached), pool.cost(hashes, cached, stop, cached)
+        costs = (whole[g] if group.kind is CacheKind.FULL else first[g] for g, group in enumerate(pool.groups))
+        if any(cost > available for cost, available in zip(costs, pool.available(), strict=True)):
+            return Obstacle.MEMORY
+        return None
+
+    def _begin(self, prompt: Prompt, budget: int, now: float) -> Row:
+        """Take all blocks of full groups, promise the window groups', and make the first chunk. Follows `_obstacle`."""
+        slot = self._slots.take()
+        assert slot is not None
+        del self._waiting[prompt.attempt_id]
+        self._running[prompt.attempt_id] = prompt
+        prompt.slot, prompt.started = slot, now
+        prompt.cached = prompt.decided = prompt.done = self._pool.match(prompt.table.hashes, prompt.tokens - 1)
+        self._cached_tokens += prompt.cached
+        prompt.table.adopt(prompt.cached, prompt.cached)
+        whole = prompt.table.extend(prompt.tokens, prompt.cached, full_only=True)
+        self._leases.begin(prompt.attempt_id, Lease(self._blocks(prompt), self._charge(prompt), prompt.destination))
+        row = self._next_row(prompt, budget)
+        assert whole, "an obstacle was overlooked"
+        assert row is not None, "an obstacle was overlooked"
+        return row
+
+    def _blocks(self, prompt: Prompt) -> tuple[int, ...]:
+        return tuple(self._pool.most_held(g, prompt.tokens, self._chunk_tokens) for g in range(len(self._pool.groups)))
+
+    def _charge(self, prompt: Prompt) -> tuple[int, ...]:
+        full = (group.kind is CacheKind.FULL for group in self._pool.groups)
+        return tuple(0 if taken else blocks for taken, blocks in zip(full, self._blocks(prompt), strict=True))
 
     def complete(self, output: StepOutput, now: float) -> PrefillOutcome:
         """The oldest step in flight has completed."""
-        raise NotImplementedError
+        batch, prompts = self._in_flight.popleft()
+        assert output.step == batch.step, f"step {output.step} completed, {batch.step} was next"
+        self._pool.completed(batch.step)
+        self._slots.completed(batch.step)
+        first_tokens: list[FirstToken] = []
+        finished: list[Finished] = []
+        for prompt, row, drawn in zip(prompts, batch.rows, output.drawn, strict=True):
+            self._computed_tokens += row.length
+            if not prompt.computing:
+                continue
+            prompt.done = row.start + row.length
+            prompt.table.publish(prompt.token_ids, prompt.done)
+            if row.draw is not None:
+                first = self._first_token(prompt, drawn, now)
+                first_tokens.append(first)
+                if first.finish is not None:
+                    finished.append(Finished(prompt.attempt_id, first.finish, cached_tokens=prompt.cached))
+                self._leave(prompt)
+        return PrefillOutcome(tuple(first_tokens), tuple(finished))
+
+    def _first_token(self, prompt: Prompt, drawn: Drawn | None, now: float) -> FirstToken:
+        assert drawn is not None, "the row asked for a token"
+        sampling, index = prompt.request.sampling, len(prompt.request.generated)
+        finish: FinishReason | None = None
+        if drawn.token_id in sampling.stop_token_ids or (drawn.token_id in self._eos_token_ids and not sampling.ignore_eos):
+            finish = FinishReason.STOP
+        elif index + 1 >= sampling.max_tokens or prompt.tokens + 1 >= self._max_context or prompt.destination is None:
+            finish = FinishReason.LENGTH
+        return FirstToken(
+            prompt.attempt_id,
+            Token(index, drawn.token_id, drawn.logprob, drawn.top),
+            finish,
+            queued=prompt.started - prompt.arrived,
+            computed=now - prompt.started,
+            cached_tokens=prompt.cached,
+        )
+
+    def _leave(self, prompt: Prompt) -> None:
+        """It computes nothing more: its slot returns, and its blocks unless a transfer may still read them."""
+        del self._running[prompt.attempt_id]
+        self._slots.give_back(prompt.slot, self._pool.fence)
+        prompt.slot = -1
+        if prompt.destination is None:
+            self._close(prompt)
+            return
+        self._leased[prompt.attempt_id] = prompt
+        prompt.table.slide(prompt.decided)
+        self._leases.shrink(prompt.attempt_id, prompt.table.held())
+
+    def _close(self, prompt: Prompt) -> None:
+        prompt.table.close()
+        self._leases.end(prompt.attempt_id)
 
     def load(self, now: float) -> Load:
-        raise NotImplementedError
+        """What the worker's report says of this scheduler."""
+        free, total = self._pool.scarcest()
+        to_compute = sum(p.tokens for p in self._waiting.values()) + sum(p.tokens - p.done for p in self._running.values())
+        return Load(
+            waiting=len(self._waiting),
+            running=len(self._running),
+            prompt_tokens_waiting=to_compute,
+            blocks_free=free,
+            blocks_total=total,
+            leases=len(self._leased) + sum(prompt.destination is not None for prompt in self._running.values()),
+            counters=(
+                ("diptych_worker_steps_total", self._step),
+                ("diptych_worker_computed_tokens_total", self._computed_tokens),
+                ("diptych_worker_cached_tokens_total", self._cached_tokens),
+            ),
+        )
 
     def check(self) -> None:
         """Raise `AssertionError` if an invariant does not hold."""
-        raise NotImplementedError
+        self._pool.check()
+        started = self._running | self._leased
+        self._slots.check({prompt.slot for prompt in self._running.values()})
+        self._leases.check({attempt_id: prompt.table.held() for attempt_id, prompt in started.items()})
+        assert len(started) + len(self._waiting) == len(started | self._waiting), "an attempt is in two states"
+        for prompt in started.values():
+            assert prompt.cached <= prompt.done <= prompt.decided <= prompt.tokens, f"{prompt.attempt_id} lost its place"
+        assert not any(any(prompt.table.held()) for prompt in self._waiting.values()), "a waiting prompt holds blocks"
+
+
+def _started(prompt: Prompt, row: Row) -> Started:
+    return Started(prompt.attempt_id, prompt.destination, prompt.tokens, prompt.cached, row.tables)

@@ -1,0 +1,53 @@
+"""Many equal decode steps at once: how far the same rows go on, and what that does to their blocks."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence as Seq
+
+from ..engine.block_pool import BlockPool
+from .sequence import Sequence
+
+
+def steady_steps(pool: BlockPool, running: Seq[Sequence]) -> int:
+    """For how many steps all of `running` decode, none ends and none needs more blocks than there are (what leaves a window
+    meanwhile is not counted on). No step is in flight."""
+    if not running or not all(sequence.decoding and sequence.slot >= 0 for sequence in running):
+        return 0
+    steps = min(sequence.limit - len(sequence.tokens) for sequence in running) - 1
+
+    def exceeds(steps: int) -> bool:
+        lacks = zip(*(sequence.table.lacks(sequence.decided + steps, 0) for sequence in running), strict=True)
+        return any(sum(column) > free for column, free in zip(lacks, pool.available(), strict=True))
+
+    return bisect_left(range(1, steps + 1), True, key=exceeds)
+
+
+def advance_blocks(pool: BlockPool, running: Seq[Sequence], first_step: int, steps: int) -> None:
+    """What `steps` single steps from `first_step` on would do to the block tables of `running`, whose tokens are known already.
+
+    A table changes only at the positions where a block opens, leaves a window or becomes whole: every 16th, so a step looks at
+    few rows. The order of changes is that of single steps, or the pool would not be the same afterwards.
+    """
+    size = pool.block_size
+    opens = {0} | {(group.window - 1) % size for group in pool.groups if group.window}
+    changing: list[list[Sequence]] = [[] for _ in range(size)]
+    filling: list[list[Sequence]] = [[] for _ in range(size)]
+    for sequence in running:
+        for ahead in range(size):
+            position = (sequence.decided + ahead) % size
+            if position in opens:
+                changing[ahead].append(sequence)
+            if position == size - 1:
+                filling[ahead].append(sequence)
+    for ahead in range(steps):
+        for sequence in changing[ahead % size]:
+            sequence.table.slide(sequence.decided + ahead)
+            enough = sequence.table.extend(sequence.decided + ahead + 1, sequence.decided + ahead)
+            assert enough, "not steady"
+        pool.submitted(first_step + ahead)
+        pool.completed(first_step + ahead)
+        for sequence in filling[ahead % size]:
+            sequence.table.publish(sequence.tokens, sequence.decided + ahead + 1)
+    for sequence in running:
+        sequence.decided = sequence.done = sequence.decided + steps

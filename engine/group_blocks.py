@@ -1,0 +1,103 @@
+"""The blocks of one cache group: which are free, cached, referenced or fenced."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+
+class GroupBlocks:
+    """Blocks 0..count-1. Each is exactly one of:
+
+    free        nobody needs what is in it
+    cached      no reference, but found by its prefix hash; the least recently used is evicted first
+    referenced  in the tables of `references[block]` sequences, hashed or not
+    fenced      given back while a step in flight might touch it; free or cached once that step has completed
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.references = [0] * count
+        self._free = list(range(count - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._fenced: OrderedDict[int, int] = OrderedDict()
+        self._hash_of: dict[int, bytes] = {}
+        self._by_hash: dict[bytes, int] = {}
+
+    @property
+    def available(self) -> int:
+        """Blocks that `take` can give now."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def fenced(self) -> int:
+        """Blocks that will be available once the steps in flight have completed."""
+        return len(self._fenced)
+
+    def find(self, prefix_hash: bytes) -> int | None:
+        """The block that holds the tokens hashed to `prefix_hash`; it need not be referenced."""
+        return self._by_hash.get(prefix_hash)
+
+    def is_cached(self, block: int) -> bool:
+        """Whether referencing `block` would make one block fewer available."""
+        return block in self._cached
+
+    def take(self) -> int:
+        """A block with one reference and no content: a free one, else the least recently used cached one."""
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            del self._by_hash[self._hash_of.pop(block)]
+        self.references[block] = 1
+        return block
+
+    def refer(self, block: int) -> None:
+        """One more reference to a hashed block. A fenced one may be read at once: steps in flight only read it too."""
+        if self.references[block] == 0:
+            self._cached.pop(block, None)
+            self._fenced.pop(block, None)
+        self.references[block] += 1
+
+    def give_back(self, block: int, fence: int | None) -> None:
+        """One reference fewer; after the last, the block is fenced by step `fence`, or settles at once if that is None."""
+        self.references[block] -= 1
+        if self.references[block] > 0:
+            return
+        if fence is None:
+            self._settle(block)
+        else:
+            self._fenced[block] = fence
+
+    def publish(self, block: int, prefix_hash: bytes) -> None:
+        """A referenced block now holds the tokens hashed to `prefix_hash`. The first block published for a hash keeps it."""
+        if block not in self._hash_of and prefix_hash not in self._by_hash:
+            self._hash_of[block] = prefix_hash
+            self._by_hash[prefix_hash] = block
+
+    def completed(self, step: int) -> None:
+        """`step` and all before it have completed: what only they could touch settles."""
+        while self._fenced:
+            block, fence = next(iter(self._fenced.items()))
+            if fence > step:
+                return
+            del self._fenced[block]
+            self._settle(block)
+
+    def _settle(self, block: int) -> None:
+        if block in self._hash_of:
+            self._cached[block] = None
+        else:
+            self._free.append(block)
+
+    def check(self, held: dict[int, int]) -> None:
+        """Raise `AssertionError` unless every block is in one state; `held[block]`: how many tables hold it."""
+        referenced = {block for block, count in enumerate(self.references) if count}
+        states = (self._free, self._cached, self._fenced, referenced)
+        assert sum(len(state) for state in states) == self.count, "a block is lost or in two states"
+        assert set().union(*states) == set(range(self.count)), "a block is lost"
+        assert {block: self.references[block] for block in referenced} == held, "reference counts differ from the tables"
+        assert {h: b for b, h in self._hash_of.items()} == self._by_hash, "hash table and block hashes differ"
+        assert not any(block in self._hash_of for block in self._free), "a free block is hashed"
+        assert all(block in self._hash_of for block in self._cached), "a cached block has no hash"
+        fences = list(self._fenced.values())
+        assert fences == sorted(fences), "fences out of order"

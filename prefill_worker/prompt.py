@@ -1,0 +1,36 @@
+"""One attempt on a prefill worker, as its scheduler sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.request import Request
+from ..engine.block_pool import BlockTable
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """`decided`: positions computed once the steps in flight complete; `done`: positions computed. `cached`: of them, found in the
+    prefix cache. `slot`: -1 before it starts and after its last chunk. `passes`: how many later prompts have started before it."""
+
+    attempt_id: str
+    request: Request
+    destination: str | None
+    token_ids: tuple[int, ...]
+    table: BlockTable
+    arrived: float
+    started: float = 0.0
+    decided: int = 0
+    done: int = 0
+    cached: int = 0
+    slot: int = -1
+    passes: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def computing(self) -> bool:
+        """Whether it has a slot: what steps in flight say of it counts."""
+        return self.slot >= 0
