@@ -131,13 +131,14 @@ class EngineLoop(Generic[D]):
 
     def _stop(self) -> None:
         self._running = False
-        self._steps.put(None)
 
     def _guarded(self, body: Callable[[], None]) -> None:
         try:
             body()
         except BaseException as error:  # noqa: BLE001 - whatever it is, this thread is lost and the process with it
             self._died(error)
+        finally:
+            self._steps.put(None)
 
     def _turns(self) -> None:
         self._flush()

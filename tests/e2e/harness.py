@@ -1,0 +1,307 @@
+"""Real rank processes, and a stand-in for the router that speaks to them over rpc's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diptych.cluster.spec import RankSpec
+from diptych.core.commands import Command, Decode, Event, Failed, Finished, FirstToken, HandedOver, NewTokens, Prefill, Stop
+from diptych.core.errors import DiptychError
+from diptych.core.fleet import Phase, WorkerReport
+from diptych.core.request import FinishReason, Request, Token, Tokens, new_attempt_id
+from diptych.core.sampling import SamplingParams
+from diptych.core.stages import Stage
+from diptych.rpc.worker import WorkerClient, WorkerStream
+from diptych.worker.timeline import read_stamps
+
+START_S = 60.0
+ANSWER_S = 60.0
+IDLE_S = 20.0
+TERMINAL = (HandedOver, Finished, Failed)
+
+
+@dataclass
+class Rank:
+    """A rank process of ours: started with a leash, its log in a file."""
+
+    spec: RankSpec
+    process: subprocess.Popen[bytes]
+    log: Path
+    events: list[dict[str, object]] = field(default_factory=list)
+    unread: bytes = b""
+
+    @classmethod
+    def start(cls, spec: RankSpec, directory: Path, *, environment: dict[str, str] | None = None) -> Rank:
+        log = directory / f"{spec.worker_id}.log"
+        with log.open("ab") as sink:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "diptych.cluster.rank", "--spec", spec.model_dump_json(), "--leash"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=sink,
+                cwd=directory,
+                env={**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})},
+            )
+        return cls(spec, process, log)
+
+    def wait_for(self, *names: str, timeout_s: float = START_S) -> dict[str, object]:
+        """The first event so called; fails with the log if the process ends or is silent before."""
+        end = time.monotonic() + timeout_s
+        assert self.process.stdout is not None
+        while True:
+            for event in self.events:
+                if event["event"] in names:
+                    return event
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))
+            chunk = os.read(self.process.stdout.fileno(), 1 << 16) if ready else b""
+            assert chunk, f"{self.spec.worker_id} says {self.events} and no more:\n{self.log.read_text()}"
+            *lines, self.unread = (self.unread + chunk).split(b"\n")
+            self.events += [json.loads(line) for line in lines]
+
+    @property
+    def address(self) -> str:
+        return str(self.wait_for("ready")["address"])
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status."""
+        if self.alive:
+            self.process.send_signal(signal.SIGTERM)
+        return self._ended()
+
+    def kill(self) -> int:
+        if self.alive:
+            self.process.send_signal(signal.SIGKILL)
+        return self._ended()
+
+    def _ended(self) -> int:
+        status = self.process.wait(timeout=30)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        return status
+
+    def stamps(self, attempt_id: str) -> dict[Stage, float]:
+        """Stage → seconds of the host's monotonic clock, from a rank that logs at debug level."""
+        return {stage: at for stage, attempt, at in read_stamps(self.log.read_text().splitlines()) if attempt == attempt_id}
+
+
+@contextmanager
+def ranks(directory: Path, *specs: RankSpec) -> Iterator[list[Rank]]:
+    """Ranks started side by side and ready; killed at the end."""
+    started = [Rank.start(spec, directory) for spec in specs]
+    try:
+        for rank in started:
+            rank.wait_for("ready")
+        yield started
+    finally:
+        for rank in started:
+            rank.kill()
+
+
+def rank_spec(model: Path, phase: Phase, worker_id: str, **changes: object) -> RankSpec:
+    """A small rank that checks its books at every idle moment."""
+    values: dict[str, object] = {"kv_tokens": 1024, "chunk_tokens": 32, "max_running": 8, "log_level": "debug", "check": True}
+    return RankSpec.model_validate({"worker_id": worker_id, "phase": phase, "model_dir": model, **values, **changes})
+
+
+def request(prompt: Iterable[int], *, generated: tuple[int, ...] = (), **sampling: object) -> Request:
+    """Greedy, 16 tokens, end tokens ignored, unless told otherwise."""
+    params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})
+    return Request(request_id="r", model="", prompt=(Tokens(tuple(prompt)),), sampling=params, generated=generated)
+
+
+class Stream:
+    """A stream to one worker, its events sorted by attempt."""
+
+    def __init__(self, stream: WorkerStream) -> None:
+        self._stream = stream
+        self._queues: dict[str, asyncio.Queue[Event | DiptychError]] = {}
+        self._broken: DiptychError | None = None
+        self.messages = 0
+        self._reader = asyncio.create_task(self._read())
+
+    def queue(self, attempt_id: str) -> asyncio.Queue[Event | DiptychError]:
+        queue = self._queues.setdefault(attempt_id, asyncio.Queue())
+        if self._broken is not None:
+            queue.put_nowait(self._broken)
+        return queue
+
+    def send(self, command: Command) -> None:
+        self._stream.send(command)
+
+    async def _read(self) -> None:
+        try:
+            async for step in self._stream:
+                self.messages += 1
+                for event in step.events:
+                    self._queues.setdefault(event.attempt_id, asyncio.Queue()).put_nowait(event)
+        except DiptychError as error:
+            self._broken = error
+            for queue in self._queues.values():
+                queue.put_nowait(error)
+
+    async def next(self, attempt_id: str) -> Event:
+        """The attempt's next event; raises what broke the stream."""
+        async with asyncio.timeout(ANSWER_S):
+            event = await self.queue(attempt_id).get()
+        if isinstance(event, DiptychError):
+            raise event
+        return event
+
+    async def until_terminal(self, attempt_id: str) -> list[Event]:
+        """All events of an attempt up to its last one; asserts that nothing is said twice or out of order."""
+        events: list[Event] = []
+        while not events or not isinstance(events[-1], TERMINAL):
+            events.append(await self.next(attempt_id))
+        return events
+
+    async def close(self) -> None:
+        self._stream.close()
+        await self._reader
+
+
+@dataclass
+class Answer:
+    """One request's outcome. `error`: what either worker failed with."""
+
+    attempt_id: str
+    tokens: tuple[int, ...] = ()
+    finish: FinishReason | None = None
+    first: FirstToken | None = None
+    handed_over: HandedOver | None = None
+    finished: Finished | None = None
+    error: DiptychError | None = None
+    logprobs: tuple[float | None, ...] = ()
+
+
+@dataclass
+class Workers:
+    """A router's place: streams to one prefill and one decode worker (either may be absent)."""
+
+    prefill: Stream | None
+    decode: Stream | None
+    decode_address: str | None
+    clients: dict[str, WorkerClient]
+
+    async def local(self, asked: Request, attempt_id: str | None = None) -> Answer:
+        """The decode worker reads the prompt itself."""
+        answer = Answer(attempt_id or new_attempt_id())
+        assert self.decode is not None
+        self.decode.send(Decode(answer.attempt_id, asked, local_prefill=True))
+        _read_decode(answer, await self.decode.until_terminal(answer.attempt_id), len(asked.generated))
+        return answer
+
+    async def disaggregated(self, asked: Request, attempt_id: str | None = None) -> Answer:
+        answer = Answer(attempt_id or new_attempt_id())
+        assert self.prefill is not None
+        assert self.decode is not None
+        self.decode.send(Decode(answer.attempt_id, asked))
+        self.prefill.send(Prefill(answer.attempt_id, asked, self.decode_address))
+        async with asyncio.TaskGroup() as both:
+            prefilled = both.create_task(self._prefilled(answer.attempt_id))
+            decoded = both.create_task(self._decoded(answer.attempt_id))
+        self._read_prefill(answer, prefilled.result())
+        if answer.finish is None:
+            _read_decode(answer, decoded.result(), len(asked.generated) + len(answer.tokens))
+        return answer
+
+    async def _prefilled(self, attempt_id: str) -> list[Event]:
+        """Follow P; an attempt that ends there without a hand-over is stopped at D."""
+        assert self.prefill is not None
+        assert self.decode is not None
+        events = await self.prefill.until_terminal(attempt_id)
+        if not isinstance(events[-1], HandedOver):
+            self.decode.send(Stop(attempt_id))
+        return events
+
+    async def _decoded(self, attempt_id: str) -> list[Event]:
+        assert self.prefill is not None
+        assert self.decode is not None
+        events = await self.decode.until_terminal(attempt_id)
+        if isinstance(events[-1], Failed):
+            self.prefill.send(Stop(attempt_id))
+        return events
+
+    @staticmethod
+    def _read_prefill(answer: Answer, events: list[Event]) -> None:
+        for event in events:
+            match event:
+                case FirstToken():
+                    answer.first, answer.finish = event, event.finish
+                    if event.finish is not FinishReason.STOP:
+                        answer.tokens = (event.token.id,)
+                        answer.logprobs = (event.token.logprob,)
+                case HandedOver():
+                    answer.handed_over = event
+                case Failed():
+                    answer.error = event.error
+
+    async def idle(self, *, timeout_s: float = IDLE_S) -> None:
+        """Wait until both workers report that nothing is held and their books are right."""
+        for client in self.clients.values():
+            await wait_idle(client, timeout_s=timeout_s)
+
+
+def _read_decode(answer: Answer, events: list[Event], index: int) -> None:
+    """Tokens must come in order of their index, each once."""
+    tokens: list[Token] = []
+    for event in events:
+        match event:
+            case NewTokens():
+                tokens += event.tokens
+            case Finished():
+                answer.finished, answer.finish = event, event.finish
+            case Failed():
+                answer.error = event.error
+    assert [token.index for token in tokens] == list(range(index, index + len(tokens)))
+    answer.tokens += tuple(token.id for token in tokens)
+    answer.logprobs += tuple(token.logprob for token in tokens)
+
+
+async def wait_idle(client: WorkerClient, *, timeout_s: float = IDLE_S) -> WorkerReport:
+    """The first report of a worker that holds nothing and has found its books right since."""
+    report = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for report in client.watch():
+                held = (report.waiting, report.running, report.leases, report.blocks_total - report.blocks_free)
+                if not any(held) and dict(report.counters).get("diptych_worker_checks_total"):
+                    return report
+    except TimeoutError:
+        raise AssertionError(f"not idle after {timeout_s} s: {report}") from None
+    raise AssertionError("the watch ended")
+
+
+@asynccontextmanager
+async def attached(prefill: Rank | None, decode: Rank | None) -> AsyncIterator[Workers]:
+    """Streams to the ranks, closed at the end."""
+    clients = {rank.spec.worker_id: WorkerClient(rank.address) for rank in (prefill, decode) if rank is not None}
+    streams = {worker_id: Stream(client.attach()) for worker_id, client in clients.items()}
+    try:
+        yield Workers(
+            prefill=streams[prefill.spec.worker_id] if prefill else None,
+            decode=streams[decode.spec.worker_id] if decode else None,
+            decode_address=decode.address if decode else None,
+            clients=clients,
+        )
+    finally:
+        for stream in streams.values():
+            await stream.close()
+        for client in clients.values():
+            await client.close()

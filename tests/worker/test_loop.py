@@ -1,0 +1,192 @@
+"""The engine loop over a fake role and a fake engine: what it must do with every step, good or bad."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+
+import pytest
+from diptych.core.clock import MonotonicClock
+from diptych.core.commands import Failed, StepEvents
+from diptych.core.errors import DiptychError, Internal
+from diptych.core.fleet import WorkerReport, WorkerState
+from diptych.engine.batch import Batch, Drawn, Row, StepOutput
+from diptych.worker.loop import BROKEN_AFTER, EngineLoop, Inbox, StepTimes
+from diptych.worker.outbox import Delivery, Outbox
+
+WAIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class FakeDecision:
+    batch: Batch
+
+
+class Ear:
+    """A listener that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[StepEvents] = []
+
+    def send(self, events: StepEvents) -> None:
+        self.heard.append(events)
+
+
+@dataclass
+class FakeRole:
+    """Wants `wanted` steps; notes what becomes of them."""
+
+    wanted: int = 0
+    decided: int = 0
+    completed: list[int] = field(default_factory=list)
+    abandoned: list[tuple[int, DiptychError]] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    checks: int = 0
+    outbox: Outbox = field(default_factory=Outbox)
+    ear: Ear = field(default_factory=Ear)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def want(self, steps: int) -> None:
+        self.done.clear()
+        self.wanted += steps
+
+    def settle(self) -> None:
+        return None
+
+    def decide(self) -> FakeDecision | None:
+        if self.decided == self.wanted:
+            return None
+        self.decided += 1
+        row = Row(slot=0, start=0, token_ids=(1,), tables=((0,),), draw=None)
+        return FakeDecision(Batch(self.decided - 1, (row,)))
+
+    def on_layer(self, decision: FakeDecision) -> partial[None]:
+        return partial(self.layers.append)
+
+    def complete(self, decision: FakeDecision, output: StepOutput, times: StepTimes) -> None:
+        assert output.step == decision.batch.step
+        assert times.began <= times.ended
+        self.completed.append(output.step)
+        self._ended()
+
+    def abandon(self, decision: FakeDecision, error: DiptychError) -> None:
+        self.abandoned.append((decision.batch.step, error))
+        self.outbox.say(self.ear, Failed(str(decision.batch.step), error))
+        self._ended()
+
+    def _ended(self) -> None:
+        if len(self.completed) + len(self.abandoned) == self.wanted:
+            self.done.set()
+
+    def report(self) -> WorkerReport:
+        return WorkerReport("w", 1, WorkerState.READY, 0, self.wanted - len(self.completed), 0, 0, 0, 0)
+
+    def idle(self) -> bool:
+        return len(self.completed) + len(self.abandoned) == self.wanted
+
+    def check(self) -> None:
+        self.checks += 1
+
+
+class FakeEngine:
+    """Runs a step when a permit is given; fails the steps named."""
+
+    def __init__(self) -> None:
+        self.permits = threading.Semaphore(0)
+        self.started: SimpleQueue[int] = SimpleQueue()
+        self.failing: set[int] = set()
+
+    def run(self, batch: Batch, on_layer) -> StepOutput:
+        self.started.put(batch.step)
+        assert self.permits.acquire(timeout=WAIT_S)
+        on_layer(batch.step)
+        if batch.step in self.failing:
+            raise ArithmeticError("the engine slipped")
+        return StepOutput(batch.step, (Drawn(7),))
+
+
+@dataclass
+class Stage:
+    role: FakeRole
+    engine: FakeEngine
+    inbox: Inbox
+    deliveries: list[Delivery]
+    deaths: SimpleQueue[BaseException]
+    loop: EngineLoop[FakeDecision]
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    role, engine, inbox = FakeRole(), FakeEngine(), SimpleQueue()
+    deliveries: list[Delivery] = []
+    deaths: SimpleQueue[BaseException] = SimpleQueue()
+    loop: EngineLoop[FakeDecision] = EngineLoop(
+        engine.run, role, inbox=inbox, clock=MonotonicClock(), deliver=deliveries.append, died=deaths.put, check=True
+    )
+    loop.start()
+    yield Stage(role, engine, inbox, deliveries, deaths, loop)
+    engine.permits.release(1000)
+    loop.stop()
+
+
+def test_the_next_step_is_decided_while_one_is_in_flight_and_no_more(stage: Stage) -> None:
+    stage.inbox.put(partial(stage.role.want, 5))
+    assert stage.engine.started.get(timeout=WAIT_S) == 0
+    seen = threading.Event()
+    stage.inbox.put(seen.set)  # behind the turn that submitted
+    assert seen.wait(WAIT_S)
+    assert stage.role.decided == 2
+    stage.engine.permits.release(5)
+    assert stage.role.done.wait(WAIT_S)
+    assert stage.role.completed == [0, 1, 2, 3, 4]
+    assert stage.role.layers == [0, 1, 2, 3, 4]
+
+
+def test_a_failed_step_fails_its_attempts_and_the_loop_goes_on(stage: Stage) -> None:
+    stage.engine.failing = {1}
+    stage.engine.permits.release(4)
+    stage.inbox.put(partial(stage.role.want, 4))
+    assert stage.role.done.wait(WAIT_S)
+    assert stage.role.completed == [0, 2, 3]
+    ((step, error),) = stage.role.abandoned
+    assert step == 1
+    assert isinstance(error, Internal)
+    assert "the engine slipped" in error.message
+    stage.loop.stop()
+    said = [event for delivery in stage.deliveries for _, events in delivery.events for event in events.events]
+    assert said == [Failed("1", error)]
+
+
+def test_an_engine_that_fails_again_and_again_ends_the_process(stage: Stage) -> None:
+    stage.engine.failing = set(range(BROKEN_AFTER))
+    stage.engine.permits.release(BROKEN_AFTER)
+    stage.inbox.put(partial(stage.role.want, BROKEN_AFTER))
+    error = stage.deaths.get(timeout=WAIT_S)
+    assert isinstance(error, Internal)
+    assert isinstance(error.__cause__, ArithmeticError)
+
+
+def test_an_error_in_the_policy_ends_the_process(stage: Stage) -> None:
+    def slip() -> None:
+        raise KeyError("a block nobody owns")
+
+    stage.inbox.put(slip)
+    assert isinstance(stage.deaths.get(timeout=WAIT_S), KeyError)
+
+
+def test_idle_books_are_checked_and_reports_come_on_change_only(stage: Stage) -> None:
+    stage.engine.permits.release(2)
+    stage.inbox.put(partial(stage.role.want, 2))
+    assert stage.role.done.wait(WAIT_S)
+    for _ in range(3):
+        stage.inbox.put(lambda: None)
+    stage.loop.stop()
+    assert stage.role.checks >= 2
+    reports = [delivery.report for delivery in stage.deliveries if delivery.report is not None]
+    assert all(one != next_one for one, next_one in itertools.pairwise(reports))
+    assert reports[-1].running == 0
+    assert stage.deliveries[-1].idle
