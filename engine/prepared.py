@@ -182,5 +182,5 @@ def _write(
     return card
 
 
-def _fingerprint(decoder: Decoder, dtype: DType) -> "hashlib._Hash":
+def _fingerprint(decoder: Decoder, dtype: DType) -> hashlib._Hash:
     return hashlib.sha256(json.dumps([FORMAT, decoder.model_dump(mode="json"), dtype]).encode())

@@ -99,7 +99,7 @@ def _assemble(scratch: Path, progress: Progress) -> Path:
 def _download(name: str, progress: Progress) -> Path:
     """A snapshot of a hub model, from the network or from the hub's own cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     progress(f"downloading {name}", 0.0)
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
@@ -219,18 +219,21 @@ def _eos(config: dict[str, Any], path: Path | None = None) -> tuple[int, ...]:
 
 def _gguf(path: Path, progress: Progress) -> Checkpoint:
     """A GGUF file, dequantised to fp32 by transformers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    progress("reading GGUF", 0.0)
-    logging.disable_progress_bar()
+    # transformers reads the file's 262,144 tokens anew (12 s) in each call that is not spared it: the model is given the
+    # config, and the tokenizer's own class is named.
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        progress("reading the GGUF file's header", 0.0)
+        config_ = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        progress("dequantising", 0.0)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config_, dtype=torch.float32)
+        progress("reading the tokenizer", 0.0)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:
         raise ModelError(f"{path} cannot be read as GGUF: {str(error).splitlines()[0]}", field="model.source") from error
     tensors = model.state_dict()
-    config = model.config.to_dict()
+    config = config_.to_dict()
     return Checkpoint(
         config=config | {"quantization_config": None},
         names=frozenset(tensors),

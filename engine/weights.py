@@ -82,14 +82,16 @@ def write_weights(path: Path, shapes: Shapes, make: Callable[[str], Tensor], dig
     text += b" " * (-(len(text) + 8) % _PAGE)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        written = 0
         for name, (shape, dtype) in shapes.items():
             tensor = make(name).to(dtype).contiguous()
             if tuple(tensor.shape) != shape:
                 raise ModelError(f"Tensor {name} has shape {tuple(tensor.shape)}, not {shape}.")
-            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
             digest.update(data)
             file.write(data)
-            yield header[name]["data_offsets"][1] / offset
+            written += len(data)
+            yield written / offset
         file.flush()
         os.fsync(file.fileno())
 
