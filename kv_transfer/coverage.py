@@ -25,6 +25,11 @@ class Span:
         return (self.stop - self.start) * len(self.layers) * groups[self.group].token_bytes
 
 
+def blocks_of(span: Span, block_size: int) -> int:
+    """How many blocks hold the span's positions; the first and the last perhaps only in part."""
+    return -(-span.stop // block_size) - span.start // block_size
+
+
 class Coverage:
     """Layer `l` of group g is covered from `starts[g]` up to `until(l)`; the aim is `end` for all of them."""
 

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections import deque
+
 from ..core.clock import Clock
+from ..core.errors import DiptychError
 from ..core.layout import Layout
 from ..core.request import Token
+from ..core.transfer import Hello
+from ..rpc.lane import dial_lane
+from .actions import Dial, Fence, HangUp, Send, SourceAction, TellFailed, TellGranted, TellHandedOver, TellReleased
+from .alarm import Alarm
 from .events import SourceEvents
-from .lanes import DialLane
+from .geometry import SLOTS
+from .lanes import DialLane, Lane
 from .pool import Pool
+from .source_machine import SourceMachine
+from .transports.shm import NAME
+
+log = logging.getLogger(__name__)
 
 
 class Source:
@@ -23,34 +37,125 @@ class Source:
         lease_s: float,
         events: SourceEvents,
         *,
-        dial: DialLane,
+        dial: DialLane = dial_lane,
     ) -> None:
-        """Construct while the loop runs. `dial` opens lanes: `rpc.lane.dial_lane`, or a test's own."""
-        raise NotImplementedError
+        """Construct while the loop runs; close before the pool. `dial`: a test's own way to open lanes."""
+        self._machine = SourceMachine(Hello(worker_id, incarnation, layout, pool.endpoint), lease_s, SLOTS)
+        self._pool = pool
+        self._clock = clock
+        self._events = events
+        self._dial = dial
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(pool.listener, pool.hand_out)
+        self._lanes: dict[int, Lane] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._actions: deque[SourceAction] = deque()
+        self._acting = False
+        self._announcing: asyncio.Handle | None = None
+        self._alarm = Alarm(clock, self._machine.next_deadline, self._expire)
 
     def offer(self, transfer_id: str, destination_address: str, prompt_tokens: int) -> None:
         """Open a transfer of a prompt whose every block is owned. Raises `InvalidRequest` if the id is under way already."""
-        raise NotImplementedError
+        self._do(self._machine.offer(transfer_id, destination_address, prompt_tokens, self._clock.now()))
 
     def computed(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: tuple[tuple[int, ...], ...]) -> None:
         """KV of positions [start, stop) of `layers` is stored. Per layer, positions come in order and without holes; before or
         after the Grant. `tables` as in `engine.batch.Row`: `tables[g][i]` holds positions [i*block_size, (i+1)*block_size).
-        What is computed in one turn of the loop is announced together. Unknown (ended) ids are ignored."""
-        raise NotImplementedError
+        What is computed in one turn of the loop is announced together. Unknown (ended) ids are ignored. Raises `Internal` if
+        positions come out of order."""
+        if self._machine.computed(transfer_id, layers, start, stop, tables) and self._announcing is None:
+            self._announcing = self._loop.call_soon(self._announce)
 
     def commit(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None:
-        """All positions of all layers were `computed`, and these are the first tokens. Unknown (ended) ids are ignored."""
-        raise NotImplementedError
+        """All positions of all layers were `computed` (else `Internal`), and these are the first tokens. Unknown (ended) ids are
+        ignored."""
+        self._do(self._machine.commit(transfer_id, first_tokens, self._clock.now()))
 
     def cancel(self, transfer_id: str, reason: str) -> None:
         """Give the transfer up: `failed` with `Cancelled` and `released` come at once. Unknown (ended) ids are ignored."""
-        raise NotImplementedError
+        self._do(self._machine.cancel(transfer_id, reason, self._clock.now()))
 
     @property
     def leases(self) -> int:
         """Transfers offered and not yet released."""
-        raise NotImplementedError
+        return self._machine.transfers
+
+    def check(self) -> None:
+        """Raise `AssertionError` if an invariant does not hold."""
+        self._machine.check()
+        assert self._lanes.keys() <= self._tasks.keys(), "a lane is one task's"
 
     async def close(self) -> None:
         """Cancel everything, hang up all lanes; returns when no task of it is left."""
-        raise NotImplementedError
+        self._loop.remove_reader(self._pool.listener)
+        self._do(self._machine.close("The worker is closing.", self._clock.now()))
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()))
+        self._alarm.cancel()
+        if self._announcing is not None:
+            self._announcing.cancel()
+
+    def _announce(self) -> None:
+        self._announcing = None
+        self._do(self._machine.announce(self._clock.now()))
+
+    def _expire(self) -> None:
+        self._do(self._machine.expire(self._clock.now()))
+
+    def _do(self, actions: list[SourceAction]) -> None:
+        """Carry out actions in order; those that a callback causes come after those under way."""
+        self._actions.extend(actions)
+        if self._acting:
+            return
+        self._acting = True
+        try:
+            while self._actions:
+                self._act(self._actions.popleft())
+        finally:
+            self._acting = False
+            self._alarm.set()
+
+    def _act(self, action: SourceAction) -> None:
+        match action:
+            case Send(lane, message):
+                self._lanes[lane].send(message)
+            case Fence(transfer_id, slot, word):
+                # Copies made after this store are not counted, so nothing is to be waited for.
+                self._pool.set_word(slot, word)
+                self._do(self._machine.fenced(transfer_id, self._clock.now()))
+            case TellGranted(transfer_id):
+                self._events.granted(transfer_id)
+            case TellHandedOver(transfer_id, kv_bytes, seconds):
+                self._events.handed_over(transfer_id, kv_bytes, seconds, NAME)
+            case TellFailed(transfer_id, error):
+                self._events.failed(transfer_id, error)
+            case TellReleased(transfer_id):
+                self._events.released(transfer_id)
+            case Dial(lane, address):
+                self._tasks[lane] = asyncio.create_task(self._speak(lane, address), name=f"lane to {address}")
+            case HangUp(lane, reason):
+                self._hang_up(lane, reason)
+
+    def _hang_up(self, lane: int, reason: str) -> None:
+        log.info("lane %d closed: %s", lane, reason)
+        if lane in self._lanes:
+            self._lanes[lane].close()
+        elif lane in self._tasks:
+            self._tasks[lane].cancel()
+
+    async def _speak(self, number: int, address: str) -> None:
+        """Dial, and take the peer's messages until the lane ends."""
+        reason = "this end failed"
+        try:
+            lane = self._lanes[number] = await self._dial(address)
+            self._do(self._machine.dialled(number, self._clock.now()))
+            async for message in lane:
+                self._do(self._machine.received(number, message, self._clock.now()))
+            reason = "the destination closed it"
+        except DiptychError as error:
+            reason = error.message
+        finally:
+            if number in self._lanes:
+                self._lanes.pop(number).close()
+            del self._tasks[number]
+            self._do(self._machine.lane_broken(number, reason, self._clock.now()))

@@ -16,11 +16,11 @@ from enum import StrEnum
 from ..core.errors import Cancelled, DiptychError, Internal, InvalidRequest, TransferFailed
 from ..core.layout import Layout
 from ..core.request import Token
-from ..core.transfer import Ack, Cancel, Commit, Epoch, Grant, GroupGrant, Hello, KeepAlive, LaneMessage, Offer, Ready, Refused
+from ..core.transfer import Ack, Cancel, Commit, Epoch, Grant, Hello, KeepAlive, LaneMessage, Offer, Ready, Refused
 from .actions import Dial, Fence, HangUp, Send, SourceAction, TellFailed, TellGranted, TellHandedOver, TellReleased
 from .closed_ids import ClosedIds
-from .coverage import Coverage, Span, ahead
-from .handshake import refusal
+from .coverage import Coverage, Span, ahead, blocks_of
+from .faults import grant_fault, refusal
 
 HANDSHAKE_S = 10.0
 """Longest time from dialling to the peer's Hello. Twice what the destination allows itself, so that its reason arrives."""
@@ -57,6 +57,8 @@ class _Lane:
     heard_at: float
     opened_by: float | None
     """None once the peer's Hello has come."""
+    layout: Layout | None = None
+    """The peer's."""
     transfers: set[str] = field(default_factory=set)
 
 
@@ -117,7 +119,7 @@ class SourceMachine:
     def announce(self, now: float) -> list[SourceAction]:
         """Ready for all that was computed since it was last called."""
         dirty, self._dirty = self._dirty, {}
-        return [action for transfer_id in dirty for action in self._announce(self._transfers[transfer_id])]
+        return [action for transfer_id in dirty for action in self._announce(self._transfers[transfer_id], now)]
 
     def commit(self, transfer_id: str, first_tokens: tuple[Token, ...], now: float) -> list[SourceAction]:
         """Raises `Internal` if some position was not computed, or on a second commit."""
@@ -142,6 +144,15 @@ class SourceMachine:
         del self._transfers[transfer_id]
         self._free_slots.append(transfer.slot)
         return [TellReleased(transfer_id)]
+
+    def close(self, reason: str, now: float) -> list[SourceAction]:
+        """Cancel every transfer and hang up every lane."""
+        actions: list[SourceAction] = []
+        for transfer in list(self._transfers.values()):
+            actions += self._fail(transfer, Cancelled(reason), now, tell_peer=reason)
+        for lane in list(self._lanes):
+            actions += self._hang_up(lane, reason, now)
+        return actions
 
     # -- lanes --------------------------------------------------------------------------------------------------------
 
@@ -244,6 +255,7 @@ class SourceMachine:
         if refused is not None:
             return self._hang_up(lane.number, refused.message, now)
         lane.opened_by = None
+        lane.layout = message.layout
         offers = (self._transfers[transfer_id] for transfer_id in self._transfers if transfer_id in lane.transfers)
         return [Send(lane.number, Offer(transfer.transfer_id, transfer.prompt_tokens)) for transfer in offers]
 
@@ -253,7 +265,8 @@ class SourceMachine:
             return [Send(lane.number, Cancel(grant.transfer_id, "The source has ended this transfer."))]
         if transfer.state is not _State.OFFERED:
             return []
-        wrong = self._wrong(grant.groups, transfer.prompt_tokens)
+        assert lane.layout is not None
+        wrong = grant_fault(grant.groups, transfer.prompt_tokens, lane.layout)
         if wrong is not None:
             return self._fail(transfer, TransferFailed(f"The destination's Grant is wrong: {wrong}."), now, tell_peer=wrong)
         transfer.state = _State.GRANTED
@@ -263,21 +276,9 @@ class SourceMachine:
             self._keep_alive_at = now + self._lease_s / KEEP_ALIVES_PER_LEASE
         return [TellGranted(transfer.transfer_id), *self._advance(transfer, now)]
 
-    def _wrong(self, groups: tuple[GroupGrant, ...], prompt_tokens: int) -> str | None:
-        size = self._layout.block_size
-        if len(groups) != len(self._layout.groups):
-            return f"it has {len(groups)} cache groups, not {len(self._layout.groups)}"
-        for group in groups:
-            first = group.first_position
-            if first % size or not 0 <= first <= -(-prompt_tokens // size) * size:
-                return f"first position {first} of {prompt_tokens} does not start a block of {size}"
-            if len(group.blocks) != -(-max(0, prompt_tokens - first) // size):
-                return f"{len(group.blocks)} blocks of {size} do not hold positions {first} to {prompt_tokens}"
-        return None
-
     def _advance(self, transfer: _Transfer, now: float) -> list[SourceAction]:
         """Announce what is computed and, if the first tokens are known, commit."""
-        actions = self._announce(transfer)
+        actions = self._announce(transfer, now)
         self._dirty.pop(transfer.transfer_id, None)
         if transfer.state is _State.GRANTED and transfer.first_tokens is not None:
             transfer.state = _State.COMMITTED
@@ -285,19 +286,22 @@ class SourceMachine:
             actions.append(Send(transfer.lane, Commit(transfer.transfer_id, transfer.pieces, transfer.first_tokens)))
         return actions
 
-    def _announce(self, transfer: _Transfer) -> list[SourceAction]:
+    def _announce(self, transfer: _Transfer, now: float) -> list[SourceAction]:
         assert transfer.announced is not None
         actions: list[SourceAction] = []
         for span in ahead(self._layout, transfer.computed, transfer.announced):
+            ready = self._ready(transfer, span)
+            if len(ready.blocks) < blocks_of(span, self._layout.block_size) or min(ready.blocks) < 0:
+                message = f"The Grant asks for positions from {span.start} of cache group {span.group}, which the source does not hold."
+                return [*actions, *self._fail(transfer, TransferFailed(message), now, tell_peer=message)]
             transfer.announced.extend(span.layers, span.start, span.stop)
-            actions.append(Send(transfer.lane, self._ready(transfer, span)))
             transfer.pieces += 1
+            actions.append(Send(transfer.lane, ready))
         return actions
 
     def _ready(self, transfer: _Transfer, span: Span) -> Ready:
         assert transfer.epoch is not None
         size = self._layout.block_size
-        blocks = transfer.tables[span.group][span.start // size : -(-span.stop // size)]
         return Ready(
             transfer_id=transfer.transfer_id,
             epoch=transfer.epoch,
@@ -306,7 +310,7 @@ class SourceMachine:
             layers=span.layers,
             start=span.start,
             stop=span.stop,
-            blocks=blocks,
+            blocks=transfer.tables[span.group][span.start // size : -(-span.stop // size)],
             slot=transfer.slot,
             word=self._words[transfer.slot],
         )
@@ -347,7 +351,8 @@ class SourceMachine:
     def _fence(self, transfer: _Transfer, now: float) -> Fence:
         """Terminal: from here on the transfer only waits for its fence. The word is spent, whatever the end was, so that every
         transfer has a word of its own."""
-        self._lanes[transfer.lane].transfers.discard(transfer.transfer_id) if transfer.lane in self._lanes else None
+        if transfer.lane in self._lanes:
+            self._lanes[transfer.lane].transfers.discard(transfer.transfer_id)
         self._dirty.pop(transfer.transfer_id, None)
         self._closed.add(transfer.transfer_id, now)
         transfer.state = _State.FENCING

@@ -1,0 +1,52 @@
+"""What is wrong with a message: neither end trusts the other with an index. Each function answers with words, or None if all is well."""
+
+from __future__ import annotations
+
+from ..core.layout import Layout
+from ..core.transfer import GroupGrant, Hello, Ready, Refused, RefusedReason
+from .coverage import Span, blocks_of
+
+
+def refusal(ours: Hello, theirs: Hello) -> Refused | None:
+    """Why no KV can be exchanged with the peer that said `theirs`, as a sentence naming the difference; None if it can."""
+    if ours.protocol_version != theirs.protocol_version:
+        message = f"protocol_version differs: {ours.protocol_version} here, {theirs.protocol_version} at {theirs.worker_id}."
+        return Refused("", RefusedReason.LAYOUT, message)
+    difference = ours.layout.difference(theirs.layout)
+    if difference is not None:
+        return Refused("", RefusedReason.LAYOUT, f"{ours.worker_id} and {theirs.worker_id} cannot exchange KV: {difference}")
+    if ours.shm is None or theirs.shm is None:
+        deaf = ours.worker_id if ours.shm is None else theirs.worker_id
+        message = f"{ours.worker_id} and {theirs.worker_id} have no transport in common: {deaf} does not speak shm."
+        return Refused("", RefusedReason.TRANSPORT, message)
+    return None
+
+
+def grant_fault(groups: tuple[GroupGrant, ...], prompt_tokens: int, destination: Layout) -> str | None:
+    """`groups` must hold the prompt from each first position on, in blocks the destination has."""
+    size = destination.block_size
+    if len(groups) != len(destination.groups):
+        return f"it has {len(groups)} cache groups, not {len(destination.groups)}"
+    for group, count in zip(groups, destination.num_blocks, strict=True):
+        first = group.first_position
+        if first % size or not 0 <= first <= prompt_tokens:
+            return f"position {first} does not start a block of {size} within {prompt_tokens} tokens"
+        if len(group.blocks) != -(-(prompt_tokens - first) // size):
+            return f"{len(group.blocks)} blocks of {size} do not hold positions {first} to {prompt_tokens}"
+        if len(set(group.blocks)) != len(group.blocks) or not all(0 <= block < count for block in group.blocks):
+            return f"blocks {group.blocks} are not distinct ones of {count}"
+    return None
+
+
+def piece_fault(ready: Ready, source: Layout, slots: int) -> str | None:
+    """The piece must lie in one cache group and in the source's pool. (Order and holes are `Coverage`'s to judge.)"""
+    if not 0 <= ready.group < len(source.groups) or not set(ready.layers) <= set(source.groups[ready.group].layers):
+        return f"cache group {ready.group} has no layers {ready.layers}"
+    span = Span(ready.group, ready.layers, ready.start, ready.stop)
+    if not 0 <= ready.start < ready.stop or len(ready.blocks) != blocks_of(span, source.block_size):
+        return f"{len(ready.blocks)} blocks do not hold positions {ready.start} to {ready.stop}"
+    if not all(0 <= block < source.num_blocks[ready.group] for block in ready.blocks):
+        return "a block is outside the source's pool"
+    if not 0 <= ready.slot < slots:
+        return f"there is no epoch word {ready.slot}"
+    return None

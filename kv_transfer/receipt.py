@@ -1,0 +1,65 @@
+"""What has come of one grant: pieces in order and without holes, copies under way, bytes counted, the Commit."""
+
+from __future__ import annotations
+
+from ..core.layout import Layout
+from ..core.transfer import Commit, Epoch, GroupGrant, Ready
+from .coverage import Coverage, Span
+from .faults import piece_fault
+
+
+class Receipt:
+    """Complete when the Commit has come and every piece was counted. The methods that take a message answer with what is wrong
+    with it, or None."""
+
+    def __init__(self, layout: Layout, epoch: Epoch, groups: tuple[GroupGrant, ...], prompt_tokens: int) -> None:
+        self._layout = layout
+        self._blocks = groups
+        self._covered = Coverage(layout.groups, tuple(group.first_position for group in groups), prompt_tokens)
+        self._copying: dict[int, Span] = {}
+        self._pieces = 0
+        self.epoch = epoch
+        self.commit: Commit | None = None
+        self.kv_bytes = 0
+        self.first_piece_at: float | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.commit is not None and not self._copying
+
+    def copying(self, seq: int) -> bool:
+        return seq in self._copying
+
+    def piece(self, ready: Ready, source: Layout, slots: int, now: float) -> str | None:
+        fault = piece_fault(ready, source, slots)
+        if fault is not None:
+            return fault
+        if self.commit is not None or ready.seq != self._pieces:
+            return f"piece {self._pieces} was due" if self.commit is None else "it came after the Commit"
+        try:
+            self._covered.extend(ready.layers, ready.start, ready.stop)
+        except ValueError as error:
+            return str(error)
+        self._copying[ready.seq] = Span(ready.group, ready.layers, ready.start, ready.stop)
+        self._pieces += 1
+        if self.first_piece_at is None:
+            self.first_piece_at = now
+        return None
+
+    def into(self, span: Span) -> tuple[int, ...]:
+        """The granted blocks that hold `span`."""
+        granted, size = self._blocks[span.group], self._layout.block_size
+        first = granted.first_position // size
+        return granted.blocks[span.start // size - first : -(-span.stop // size) - first]
+
+    def count(self, seq: int) -> None:
+        """The copy of piece `seq` has ended well."""
+        self.kv_bytes += self._copying.pop(seq).bytes(self._layout.groups)
+
+    def close(self, commit: Commit) -> str | None:
+        if self.commit is not None:
+            return "a second Commit came"
+        if commit.pieces != self._pieces or not self._covered.complete:
+            return f"Commit speaks of {commit.pieces} pieces; the {self._pieces} that came leave holes"
+        self.commit = commit
+        return None
