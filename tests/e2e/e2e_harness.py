@@ -114,6 +114,14 @@ def ranks(directory: Path, *specs: RankSpec) -> Iterator[list[Rank]]:
             rank.kill()
 
 
+@dataclass
+class Family:
+    """Ranks of one tiny model. `prefills` differ in their chunks; `decode` prefills in smaller ones."""
+
+    prefills: list[Rank]
+    decode: Rank
+
+
 def rank_spec(model: Path, phase: Phase, worker_id: str, **changes: object) -> RankSpec:
     """A small rank that checks its books at every idle moment."""
     values: dict[str, object] = {"kv_tokens": 1024, "chunk_tokens": 32, "max_running": 8, "log_level": "debug", "check": True}
@@ -213,12 +221,18 @@ class Workers:
         assert self.decode is not None
         self.decode.send(Decode(answer.attempt_id, asked))
         self.prefill.send(Prefill(answer.attempt_id, asked, self.decode_address))
-        async with asyncio.TaskGroup() as both:
-            prefilled = both.create_task(self._prefilled(answer.attempt_id))
-            decoded = both.create_task(self._decoded(answer.attempt_id))
-        self._read_prefill(answer, prefilled.result())
+        prefilled, decoded = await asyncio.gather(self._prefilled(answer.attempt_id), self._decoded(answer.attempt_id))
+        self._read_prefill(answer, prefilled)
         if answer.finish is None:
-            _read_decode(answer, decoded.result(), len(asked.generated) + len(answer.tokens))
+            _read_decode(answer, decoded, len(asked.generated) + len(answer.tokens))
+        return answer
+
+    async def prefill_only(self, asked: Request, attempt_id: str | None = None) -> Answer:
+        """A request of one token, for P alone."""
+        answer = Answer(attempt_id or new_attempt_id())
+        assert self.prefill is not None
+        self.prefill.send(Prefill(answer.attempt_id, asked, None))
+        self._read_prefill(answer, await self.prefill.until_terminal(answer.attempt_id))
         return answer
 
     async def _prefilled(self, attempt_id: str) -> list[Event]:
