@@ -78,6 +78,17 @@ class PlainProcess:
     async def wait(self) -> int | None:
         return await self.process.wait()
 
+    def send(self, line: str) -> None:
+        """Write a line to its stdin; one that has ended hears nothing."""
+        assert self.process.stdin is not None
+        if not self.process.stdin.is_closing():
+            self.process.stdin.write(line.encode() + b"\n")
+
+    def hang_up(self) -> None:
+        """Close its stdin: it ends."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
     def terminate(self) -> None:
         self._signal(signal.SIGTERM)
 

@@ -3,31 +3,87 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+import sys
+import tempfile
 from pathlib import Path
 
 from ..core.config import ClusterConfig
-from ..core.errors import ConfigError, ModelError
+from ..core.errors import ConfigError
 from ..core.model import CARD, read_card
+from .launch import Launch, PlainLauncher, Running
+from .logs import last_lines
 from .terminal import Terminal
 
 
 def find_model(config: ClusterConfig) -> Path | None:
-    """The prepared model, if there is one; None if it has to be prepared first. `ConfigError` if nothing can be meant."""
-    source = config.model.source
+    """The prepared model if the config names its directory; None if it names another source. `ConfigError` if it cannot be."""
+    source, template = config.model.source, config.model.chat_template
+    if template is not None and not Path(template).is_file():
+        raise ConfigError(f"model.chat_template: there is no file {template}.", field="model.chat_template")
     if source is None:
-        raise ConfigError("model.source: no model named.", field="model.source")
+        return None
     directory = Path(source).expanduser().absolute()
     if (directory / CARD).is_file():
-        card = read_card(directory)
-        if "dtype" in config.model.model_fields_set and config.model.dtype != card.dtype:
-            raise ConfigError(
-                f"model.dtype: {directory} is prepared as {card.dtype}, not {config.model.dtype}. "
-                "Leave --dtype out, or prepare the source again.",
-                field="model.dtype",
-            )
-        return directory
-    raise ConfigError(f"model.source: {source} does not exist.", field="model.source")
+        return _prepared(config, directory)
+    if _is_path(source) and not directory.exists():
+        raise ConfigError(f"model.source: {source} does not exist.", field="model.source")
+    return None
+
+
+def _prepared(config: ClusterConfig, directory: Path) -> Path:
+    card = read_card(directory)
+    if "dtype" in config.model.model_fields_set and config.model.dtype != card.dtype:
+        raise ConfigError(
+            f"model.dtype: {directory} is prepared as {card.dtype}, not {config.model.dtype}. "
+            "Leave --dtype out, or name the source it was prepared from.",
+            field="model.dtype",
+        )
+    return directory
+
+
+def _is_path(source: str) -> bool:
+    """Whether it can only be meant as a path: hub names are `name` or `owner/name`."""
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(".gguf")
+
+
+def _command(config: ClusterConfig) -> tuple[str, ...]:
+    argv = (sys.executable, "-m", "diptych.cluster.prepare", "--dtype", config.model.dtype, "--leash")
+    if config.model.source is None:
+        return argv
+    path = Path(config.model.source).expanduser()
+    return (*argv, "--source", str(path.absolute()) if path.exists() else config.model.source)
 
 
 async def prepare_model(config: ClusterConfig, terminal: Terminal, stop: asyncio.Event) -> Path | None:
-    raise ModelError("not yet")
+    """The config's model, prepared (in a process of its own) if it was not; None if `stop` came first."""
+    with tempfile.TemporaryDirectory(prefix="diptych-") as scratch:
+        log = Path(scratch, "prepare.log")
+        running = await PlainLauncher(secrets.token_hex(8), Path(scratch)).start(Launch("model", _command(config), log))
+        telling = asyncio.create_task(_follow(running, terminal, log))
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({telling, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not telling.done():
+            running.terminate()
+        stopped.cancel()
+        await asyncio.wait({telling})
+        terminal.doing("model", None)
+        return None if stop.is_set() else telling.result()
+
+
+async def _follow(running: Running, terminal: Terminal, log: Path) -> Path:
+    message = None
+    async for event in running.lines():
+        match event["event"]:
+            case "progress":
+                terminal.doing("model", f"{event['what']} {event['share']:.0%}")
+            case "ready":
+                terminal.timeline.mark("model", "found")
+                await running.wait()
+                return Path(event["directory"])
+            case "failed":
+                message = event["message"]
+    status = await running.wait()
+    if message is None:
+        message = f"the model could not be prepared: status {status}. " + " ".join(last_lines(log, 3))
+    raise ConfigError(f"model.source: {message}", field="model.source")

@@ -15,6 +15,9 @@ BLOCK_SIZE = 16
 """Tokens per block of every cache group."""
 
 
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
 class _Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,7 +37,7 @@ class RankSpec(_Spec):
     lease_s: float = Field(10.0, gt=0, description="A grant without piece or keep-alive ends after this, in seconds.")
     offer_wait_s: float = Field(5.0, gt=0, description="How long an Offer waits for its Decode, in seconds.")
     drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running work finish, in seconds.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level that is logged.")
+    log_level: LogLevel = Field("info", description="Least severe level that is logged.")
     check: bool = Field(False, description="Check the books (blocks, leases, transfers) at every idle moment, and die if they are wrong.")
 
 
@@ -51,7 +54,18 @@ class RouteSpec(_Spec):
     local_prefill_below: int = Field(16, ge=0, description="With auto: prompts of fewer tokens are read by the decode worker.")
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What a client may use.")
     drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running requests finish, in seconds.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level that is logged.")
+    log_level: LogLevel = Field("info", description="Least severe level that is logged.")
+
+
+class RaySpec(_Spec):
+    """The process that drives Ray: `python -m diptych.cluster.ray_driver --spec '<this as JSON>'`."""
+
+    address: str | None = Field(None, description="A Ray cluster to join; by default a local one is started.")
+    directory: Path = Field(description="For the session files and sockets of a local one.")
+    cores: int = Field(ge=1, description="CPUs a local one has to give.")
+    bundles: tuple[float, ...] = Field(min_length=1, description="CPUs of each worker.")
+    environment: dict[str, str] = Field(default_factory=dict, description="Put over the environment of actors and their processes.")
+    log_level: LogLevel = Field("info", description="Least severe level that is logged.")
 
 
 _S = TypeVar("_S", bound=_Spec)

@@ -292,8 +292,9 @@ def _failure(post: Post, message: str, key: str | None) -> DiptychError:
     """What a process says of its own failure, with the config key its spec's key came from."""
     if key is None:
         return Unavailable(f"{post.name} could not start: {message}\nIts log: {post.launch.log}")
-    section = post.phase.value if post.phase else "router"
-    return ConfigError(f"{section}.{key}: {message}", field=f"{section}.{key}")
+    if "." not in key:
+        key = f"{post.phase.value if post.phase else 'router'}.{key}"
+    return ConfigError(f"{key}: {message}", field=key)
 
 
 def _epitaph(post: Post, status: int | None) -> str:

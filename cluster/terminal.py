@@ -23,8 +23,8 @@ class Terminal:
         self._doing: dict[str, str] = {}
         self._is_up = False
 
-    def say(self, text: str, style: str = "") -> None:
-        self._out.print(text, style=style, markup=False)
+    def say(self, text: str, style: str = "", end: str = "\n") -> None:
+        self._out.print(text, style=style, end=end, markup=False)
 
     def warn(self, text: str) -> None:
         self._err.print(f"Note: {text}", style="yellow", markup=False)
@@ -78,8 +78,10 @@ class Terminal:
             self.doing(name, None)
         if "capacity_tokens" in event:
             detail = f"at {event['address']}, KV for {event['capacity_tokens']:,} tokens"
-        else:
+        elif "http" in event:
             detail = f"at http://{event['http']} and grpc {event['grpc']}"
+        else:
+            detail = f"at {event['address']}"
         self.say(f"{self.timeline.elapsed():6.1f} s  {name} is ready {detail}")
 
     def lost(self, name: str, reason: str, restart_in: float | None) -> None:

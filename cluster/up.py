@@ -18,14 +18,18 @@ from typing import Any
 
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
+from ..core.generate import Generate
 from ..core.model import ModelCard, read_card
+from ..core.sampling import SamplingParams
+from ..rpc.inference import InferenceClient
 from . import preflight, processes, state
 from .child import seconds_alive
-from .launch import Launcher, PlainLauncher, child_environment
+from .launch import Launch, Launcher, PlainLauncher, child_environment
 from .logs import log_to
 from .models import find_model, prepare_model
 from .posts import Programs, launch_rank, launch_router, rank_specs, route_spec
 from .publish import RouterConnection
+from .ray_launcher import RayLauncher
 from .restarts import RestartBudget
 from .spec import RankSpec
 from .supervisor import Observer, Post, Publisher, Supervisor
@@ -33,6 +37,7 @@ from .terminal import Terminal
 from .timeline import TimeLine
 
 REAPER_S = 5.0
+PROBE_TOKENS = 32
 _log = logging.getLogger(__name__)
 
 
@@ -91,13 +96,14 @@ class Up:
         name = self.config.model.name or card.name
         with self._claimed(name) as record:
             plain = PlainLauncher(self.cluster_id, record.state.scratch)
-            workers = self._worker_launcher(plain, specs, terminal)
             router = launch_router(route_spec(self.config, model_dir), self.programs, record.state.logs)
             share = min(1.0, len(self.cores) / sum(spec.threads for spec in specs))
             ranks = [launch_rank(spec, self.programs, record.state.logs, cpus=spec.threads * share) for spec in specs]
+            observer = _Both(terminal, record)
+            workers = self._worker_launcher(plain, ranks, observer)
             posts = [Post(router, plain, None, self.budget())]
             posts += [Post(rank, workers, spec.phase, self.budget()) for rank, spec in zip(ranks, specs, strict=True)]
-            supervisor = Supervisor(posts, connect=self.connect, observer=_Both(terminal, record))
+            supervisor = Supervisor(posts, connect=self.connect, observer=observer)
             greeting = asyncio.create_task(self._greet(supervisor, record, card, terminal, stop))
             try:
                 terminal.say(f"Serving {name} ({card.dtype}): {_count(specs)}. Cluster {self.config.name!r}, logs in {record.state.logs}")
@@ -108,8 +114,12 @@ class Up:
                     await greeting
                 await workers.close()
 
-    def _worker_launcher(self, plain: PlainLauncher, specs: Sequence[RankSpec], terminal: Terminal) -> Launcher:
-        return plain
+    def _worker_launcher(self, plain: PlainLauncher, ranks: Sequence[Launch], observer: Observer) -> Launcher:
+        if not self.config.ray.enabled:
+            return plain
+        log = ranks[0].log.with_name("ray.log")
+        address, level = self.config.ray.address, self.config.log.level
+        return RayLauncher(plain, ranks, address=address, cores=len(self.cores), log=log, log_level=level, observer=observer)
 
     async def _greet(self, supervisor: Supervisor, record: _Record, card: ModelCard, terminal: Terminal, stop: asyncio.Event) -> None:
         """Once the cluster serves: say where, do what was asked for then, and perhaps end it."""
@@ -245,6 +255,18 @@ def _on_signals(stop: asyncio.Event, kill: asyncio.Event, terminal: Terminal) ->
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, heard)
+
+
+async def probe(served: Served) -> bool:
+    """Ask for two tokens behind a prompt long enough to be handed over, and print the time line with the first."""
+    prompt = tuple(range(PROBE_TOKENS))
+    call = Generate(prompt, sampling=SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+    async with InferenceClient(served.grpc) as client:
+        async for chunk in client.generate(call):
+            if chunk.tokens or chunk.finish:
+                served.terminal.timeline.mark("cluster", "last token" if chunk.finish else "first token")
+    served.terminal.show_timeline()
+    return False
 
 
 def _count(specs: Sequence[RankSpec]) -> str:

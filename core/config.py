@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -100,11 +101,35 @@ def load_config(values: dict[str, Any]) -> ClusterConfig:
     try:
         config = ClusterConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{path}: no such key. `diptych config schema` lists them all.", field=path) from None
-        raise ConfigError(f"{path}: {first['msg']} (got {first['input']!r}).", field=path) from None
+        raise _first_of(error) from None
     if config.prefill.workers == 0 and config.router.local_prefill is LocalPrefill.NEVER:
         raise ConfigError("prefill.workers is 0 and router.local_prefill is never: nobody could read a prompt.", field="prefill.workers")
+    if config.prefill.workers > 0 and config.router.local_prefill is LocalPrefill.ALWAYS:
+        raise ConfigError(
+            "router.local_prefill is always, so prefill workers would have nothing to do: set prefill.workers to 0 as well.",
+            field="prefill.workers",
+        )
     return config
+
+
+def _first_of(error: ValidationError) -> ConfigError:
+    """The first thing pydantic found, in our words."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *sections, key = (str(part) for part in first["loc"])
+        near = difflib.get_close_matches(key, _keys(sections), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return ConfigError(f"{path}: no such key.{hint} `diptych config schema` lists them all.", field=path)
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return ConfigError(f"{path}: {message} (got {first['input']!r}).", field=path)
+
+
+def _keys(sections: list[str]) -> list[str]:
+    """The keys of the section at this path."""
+    model: type[BaseModel] = ClusterConfig
+    for name in sections:
+        section = model.model_fields[name].annotation
+        assert isinstance(section, type)
+        model = section
+    return list(model.model_fields)

@@ -1,0 +1,110 @@
+"""Asking a running cluster over gRPC, and showing the answer as it comes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..core.errors import InvalidRequest, Unavailable
+from ..core.generate import Finish, Generate
+from ..core.sampling import SamplingParams
+from ..rpc.inference import InferenceClient, SyncInferenceClient
+from . import state
+
+if TYPE_CHECKING:
+    from .up import Served
+
+
+@dataclass(frozen=True, slots=True)
+class Faces:
+    """Where a cluster's router listens, host:port."""
+
+    http: str
+    grpc: str
+
+
+def server_of(name: str) -> Faces:
+    """The faces of the running cluster `name` on this host; `Unavailable` if there is none, with what to do."""
+    found = state.read(name)
+    if found is None or not found.alive:
+        others = [other.name for other in state.all_states() if other.alive]
+        also = f" Running here: {', '.join(others)}; choose with --name." if others else ""
+        raise Unavailable(f"No cluster named {name!r} runs on this host. Start one with `diptych up`.{also}")
+    if found.http is None or found.grpc is None:
+        raise Unavailable(f"Cluster {name!r} is still starting; `diptych status` shows how far it is.")
+    return Faces(found.http, found.grpc)
+
+
+def read_stdin() -> str:
+    """All of stdin; `InvalidRequest` if it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"What came on stdin is not UTF-8: {error.reason} at byte {error.start}.", field="prompt") from None
+
+
+def answer(address: str, call: Generate, *, stats: bool) -> None:
+    """Stream the answer to stdout, then its numbers to stderr."""
+    finish: Finish | None = None
+    with SyncInferenceClient(address) as client, closing(client.generate(call)) as chunks:
+        try:
+            for chunk in chunks:
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+                finish = chunk.finish or finish
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head`: whoever read has enough; closing the call cancels the request
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
+    if stats and finish is not None:
+        for label, value in numbers(finish):
+            sys.stderr.write(f"{label:>16}  {value}\n")
+
+
+def numbers(finish: Finish) -> list[tuple[str, str]]:
+    """What the answer cost, as label and value."""
+    usage, timing = finish.usage, finish.timing
+    rows = [
+        ("tokens", f"{usage.prompt_tokens} read ({usage.cached_tokens} from cache), {usage.output_tokens} written ({finish.reason})"),
+        ("TTFT", _ms(timing.ttft)),
+    ]
+    if timing.tpot is not None:
+        rows.append(("TPOT", f"{_ms(timing.tpot)} ({1 / timing.tpot:.1f} tokens/s)" if timing.tpot > 0 else _ms(timing.tpot)))
+    if timing.handover_gap is not None:
+        rows.append(("hand-over gap", _ms(timing.handover_gap)))
+    if timing.transport:
+        rows.append(("KV moved", f"{timing.kv_bytes:,} bytes in {_ms(timing.transfer_seconds)} over {timing.transport}"))
+    if timing.prefill_worker or timing.decode_worker:
+        path = " → ".join(worker for worker in (timing.prefill_worker, timing.decode_worker) if worker)
+        rows.append(("path", path + (f", {timing.attempts} attempts" if timing.attempts > 1 else "")))
+    return rows
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms"
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """What `diptych demo` does once the cluster serves."""
+
+    prompt: str
+    max_tokens: int
+    once: bool
+
+    async def __call__(self, served: Served) -> bool:
+        call = Generate(prompt=self.prompt, sampling=SamplingParams(max_tokens=self.max_tokens, seed=1))
+        finish: Finish | None = None
+        served.terminal.say(f"\n{self.prompt}", style="bold", end="")
+        async with InferenceClient(served.grpc) as client:
+            async for chunk in client.generate(call):
+                served.terminal.say(chunk.text, end="")
+                finish = chunk.finish or finish
+        assert finish is not None, "a stream that ends without an error has a finish"
+        served.terminal.say("\n")
+        served.terminal.table(numbers(finish))
+        return self.once

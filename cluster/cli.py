@@ -1,0 +1,260 @@
+"""`diptych`: the command line. Nothing heavy is imported before a command needs it: `--help` and `generate` load no torch, no Ray."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..core.errors import ConfigError, DiptychError
+
+
+class _Commands(TyperGroup):
+    """Turns an error raised on purpose into one line and an exit status: 2 for what is configured wrongly, 1 for the rest."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DiptychError as error:
+            typer.secho(f"Error: {error.message}", err=True, fg="red")
+            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Serve a large language model with prefill and decode apart.\n\n"
+    "One worker reads a prompt, another writes the answer, and the KV cache is handed over between them.\n\n"
+    "Start with [bold]diptych up[/], ask with [bold]diptych generate[/], end with [bold]diptych down[/].",
+)
+config_app = typer.Typer(no_args_is_help=True, help="The config file: its keys, and whether one is right.")
+app.add_typer(config_app, name="config")
+
+
+class Dtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="A prepared model, a Hugging Face directory, a GGUF file or a hub name. Default: the demo model."),
+]
+ChatTemplate = Annotated[
+    Path | None, typer.Option("--chat-template", metavar="FILE", help="A Jinja chat template, in place of the model's.")
+]
+HttpPort = Annotated[int | None, typer.Option("--http-port", metavar="PORT", help="OpenAI HTTP; 0 takes a free port. Default: 8000.")]
+GrpcPort = Annotated[int | None, typer.Option("--grpc-port", metavar="PORT", help="gRPC; 0 takes a free port. Default: 50051.")]
+NoRay = Annotated[bool, typer.Option("--no-ray", help="Start plain processes on this host, without Ray.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print what happened when while it started.")]
+NewName = Annotated[str | None, typer.Option("--name", "-n", help="The cluster's name on this host. Default: default.")]
+Name = Annotated[str, typer.Option("--name", "-n", help="The cluster's name on this host.")]
+Server = Annotated[
+    str | None, typer.Option("--server", metavar="HOST:PORT", help="Ask this router, in place of the cluster's of that name.")
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="The most tokens to write.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token each time.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw among the likeliest tokens that together have this probability.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw among so many likeliest tokens; 0: all.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="The same seed draws the same answer.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="A text that ends the answer; may be given several times.")]
+
+
+@app.command()
+def up(
+    file: Annotated[Path | None, typer.Option("--file", "-f", metavar="cluster.yaml", help="A config file; flags override it.")] = None,
+    model: Model = None,
+    name: NewName = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of weights and KV cache. Default: bfloat16.")] = None,
+    prefill: Annotated[int | None, typer.Option(metavar="N", help="Prefill workers. Default: 1.")] = None,
+    decode: Annotated[int | None, typer.Option(metavar="N", help="Decode workers. Default: 1.")] = None,
+    colocated: Annotated[int | None, typer.Option(metavar="N", help="In place of both: workers that read and write.")] = None,
+    http_port: HttpPort = None,
+    grpc_port: GrpcPort = None,
+    host: Annotated[str | None, typer.Option(help="Address both listen on. Default: 127.0.0.1.")] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="RAY", help="A running Ray cluster to join. Default: a local one is started.")
+    ] = None,
+    no_ray: NoRay = False,
+    chat_template: ChatTemplate = None,
+    verbose: Verbose = False,
+) -> None:
+    """Start a cluster and serve until Ctrl-C.
+
+    The first Ctrl-C lets running requests finish, a second ends at once.
+
+    [bold]diptych up[/]                              the demo model, one prefill and one decode worker
+    [bold]diptych up -m ./gemma-3-270m --decode 2[/]  a model of your own
+    [bold]diptych up -f cluster.yaml -v[/]            from a file (see `diptych config schema`)
+    """
+    from .up import Up, probe
+
+    overrides = {
+        "model.source": model,
+        "name": name,
+        "model.dtype": dtype.value if dtype else None,
+        "prefill.workers": prefill,
+        "decode.workers": decode,
+        "router.http_port": http_port,
+        "router.grpc_port": grpc_port,
+        "router.host": host,
+        "ray.address": address,
+        "ray.enabled": False if no_ray else None,
+        "model.chat_template": str(chat_template) if chat_template else None,
+    }
+    Up(_config(file, overrides, colocated), verbose=verbose, when_up=probe if verbose else None).run()
+
+
+def _config(file: Path | None, overrides: dict[str, Any], colocated: int | None = None) -> Any:
+    """The `ClusterConfig` of a file and flags."""
+    from .config_file import read_config
+
+    if overrides.get("ray.address") and overrides.get("ray.enabled") is False:
+        raise ConfigError("--address joins a Ray cluster and --no-ray does without: give one of them.", field="ray.address")
+    if colocated is not None:
+        if overrides["prefill.workers"] is not None or overrides["decode.workers"] is not None:
+            raise ConfigError("--colocated takes the place of --prefill and --decode: give either.", field="decode.workers")
+        overrides = {**overrides, "prefill.workers": 0, "decode.workers": colocated, "router.local_prefill": "always"}
+    return read_config(file, overrides)
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    once: Annotated[bool, typer.Option("--once", help="End after the answer.")] = False,
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "The three most beautiful things about the sea are",
+    max_tokens: MaxTokens = 64,
+    http_port: HttpPort = None,
+    grpc_port: GrpcPort = None,
+    no_ray: NoRay = False,
+    verbose: Verbose = False,
+) -> None:
+    """Start a cluster, ask it something over gRPC and show what the hand-over cost."""
+    from .ask import Demo
+    from .up import Up
+
+    overrides = {
+        "model.source": model,
+        "router.http_port": http_port,
+        "router.grpc_port": grpc_port,
+        "ray.enabled": False if no_ray else None,
+    }
+    Up(_config(None, overrides), verbose=verbose, when_up=Demo(prompt, max_tokens, once)).run()
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Only this cluster.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show the clusters on this host and their workers. Exit status 1 if there is none."""
+    from .status import show
+
+    if not show(name, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def down(name: Name = "default", every: Annotated[bool, typer.Option("--all", help="Every cluster on this host.")] = False) -> None:
+    """End a cluster: what runs may finish, then nothing is left of it. Also cleans up after one that was killed."""
+    from .status import end
+
+    end(None if every else name)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; without it, what comes on stdin.")] = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    stop: Stop = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Then print times and the KV hand-over, on stderr.")] = False,
+    name: Name = "default",
+    server: Server = None,
+) -> None:
+    """Continue a text, streaming the answer to stdout.
+
+    [bold]diptych generate "The capital of France is" --max-tokens 20 -t 0[/]
+
+    [bold]cat story.txt | diptych generate --stats[/]
+    """
+    from ..core.generate import Generate
+    from ..core.sampling import SamplingParams
+    from .ask import answer, read_stdin, server_of
+
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise ConfigError('Nothing to continue: give a text (`diptych generate "Once upon a time"`) or pipe one in.', field="prompt")
+        prompt = read_stdin()
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    call = Generate(prompt=prompt, sampling=sampling, stop=tuple(stop or ()))
+    answer(server or server_of(name).grpc, call, stats=stats)
+
+
+@app.command()
+def chat(
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    system: Annotated[str | None, typer.Option(help="Instructions put before the conversation.")] = None,
+    name: Name = "default",
+    server: Server = None,
+) -> None:
+    """Talk with the model; Ctrl-D ends. Needs a model with a chat template.
+
+    A model without one can be given one where it is served: [bold]diptych up --chat-template FILE[/].
+    """
+    from .chat import Conversation
+
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    Conversation.begin(name, server, system=system, options={key: value for key, value in options.items() if value is not None}).run()
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="A Hugging Face directory, a GGUF file, a hub name, or `demo`.")],
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights and KV cache.")] = Dtype.bfloat16,
+    out: Annotated[Path | None, typer.Option(help="Where to put it. Default: ~/.cache/diptych/models/…")] = None,
+    name: Annotated[str | None, typer.Option("--name", "-n", help="What clients call the model. Default: the source's name.")] = None,
+    chat_template: ChatTemplate = None,
+) -> None:
+    """Convert a model once into what workers map; prints its directory, for `diptych up --model`.
+
+    `diptych up` does this by itself where it is needed.
+    """
+    from .preparing import prepare_here
+
+    typer.echo(prepare_here(source, dtype.value, out, name, chat_template))
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON schema of the config file: every key, its default and its meaning."""
+    from .config_docs import schema_text
+
+    typer.echo(schema_text())
+
+
+@config_app.command()
+def check(file: Annotated[Path, typer.Argument(help="A config file.")]) -> None:
+    """Say whether a config file is right, without starting anything."""
+    from .config_file import read_config
+
+    read_config(file, {})
+    typer.echo(f"{file} is right.")
+
+
+def main() -> None:
+    app()
