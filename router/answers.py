@@ -1,0 +1,150 @@
+"""OpenAI's answer formats: what a stream of chunks looks like as `text_completion` and as `chat.completion`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ..core.errors import DiptychError, NotFound
+from ..core.generate import Chunk, Finish, Usage
+from ..core.request import Token
+from .text import Text
+
+Json = dict[str, Any]
+
+
+class Answer(Protocol):
+    """One answer's format. A stream is `opening`, a `piece` per chunk (some are empty), and the usage if asked for."""
+
+    def opening(self) -> list[Json]: ...
+
+    def pieces(self, chunk: Chunk) -> list[Json]: ...
+
+    def usage(self, usage: Usage) -> Json: ...
+
+    def whole(self, text: str, tokens: Sequence[Token], finish: Finish) -> Json: ...
+
+
+class _Envelope:
+    """What all messages of one answer share."""
+
+    def __init__(self, kind: str, answer_id: str, model: str, created: int, *, with_usage: bool) -> None:
+        self._fixed: Json = {"id": answer_id, "object": kind, "created": created, "model": model}
+        self._usage: Json = {"usage": None} if with_usage else {}
+
+    def choice(self, choice: Json) -> Json:
+        return {**self._fixed, "choices": [{"index": 0, **choice}], **self._usage}
+
+    def last(self, usage: Usage, choices: list[Json]) -> Json:
+        return {**self._fixed, "choices": choices, "usage": usage_json(usage)}
+
+
+class CompletionAnswer:
+    def __init__(self, text: Text, *, answer_id: str, model: str, created: int, logprobs: bool, stream_usage: bool) -> None:
+        self._envelope = _Envelope("text_completion", f"cmpl-{answer_id}", model, created, with_usage=stream_usage)
+        self._text = text
+        self._logprobs = logprobs
+        self._offset = 0
+        self._offsets = text.decoder()
+
+    def opening(self) -> list[Json]:
+        return []
+
+    def pieces(self, chunk: Chunk) -> list[Json]:
+        logprobs = self._logprobs_of(chunk.tokens)
+        if not chunk.text and not chunk.finish and not (logprobs and chunk.tokens):
+            return []
+        reason = chunk.finish.reason.value if chunk.finish else None
+        return [self._envelope.choice({"text": chunk.text, "logprobs": logprobs, "finish_reason": reason})]
+
+    def usage(self, usage: Usage) -> Json:
+        return self._envelope.last(usage, [])
+
+    def whole(self, text: str, tokens: Sequence[Token], finish: Finish) -> Json:
+        choice = {"index": 0, "text": text, "logprobs": self._logprobs_of(tokens), "finish_reason": finish.reason.value}
+        return self._envelope.last(finish.usage, [choice])
+
+    def _logprobs_of(self, tokens: Sequence[Token]) -> Json | None:
+        """`text_offset`: where in the answer each token's text begins, in characters."""
+        if not self._logprobs:
+            return None
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(self._offsets.push(token.id))
+        return {
+            "tokens": [_shown(self._text.token_bytes(token.id)) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: Token) -> Json:
+        """The likeliest tokens, and the one drawn even if it is not among them."""
+        pairs = [*token.top, (token.id, token.logprob)] if token.id not in (i for i, _ in token.top) else token.top
+        return {_shown(self._text.token_bytes(token_id)): logprob for token_id, logprob in pairs}
+
+
+class ChatAnswer:
+    def __init__(self, text: Text, *, answer_id: str, model: str, created: int, logprobs: bool, stream_usage: bool) -> None:
+        name = f"chatcmpl-{answer_id}"
+        self._stream = _Envelope("chat.completion.chunk", name, model, created, with_usage=stream_usage)
+        self._one = _Envelope("chat.completion", name, model, created, with_usage=False)
+        self._text = text
+        self._logprobs = logprobs
+
+    def opening(self) -> list[Json]:
+        return [self._delta({"role": "assistant", "content": ""}, None)]
+
+    def pieces(self, chunk: Chunk) -> list[Json]:
+        pieces = []
+        logprobs = self._logprobs_of(chunk.tokens) if chunk.tokens else None
+        if chunk.text or logprobs:
+            pieces.append(self._delta({"content": chunk.text}, None, logprobs))
+        if chunk.finish:
+            pieces.append(self._delta({}, chunk.finish.reason.value))
+        return pieces
+
+    def usage(self, usage: Usage) -> Json:
+        return self._stream.last(usage, [])
+
+    def whole(self, text: str, tokens: Sequence[Token], finish: Finish) -> Json:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": self._logprobs_of(tokens), "finish_reason": finish.reason.value}
+        return self._one.last(finish.usage, [choice])
+
+    def _delta(self, delta: Json, reason: str | None, logprobs: Json | None = None) -> Json:
+        return self._stream.choice({"delta": delta, "logprobs": logprobs, "finish_reason": reason})
+
+    def _logprobs_of(self, tokens: Sequence[Token]) -> Json | None:
+        if not self._logprobs:
+            return None
+        return {"content": [{**self._entry(t.id, t.logprob), "top_logprobs": [self._entry(*pair) for pair in t.top]} for t in tokens]}
+
+    def _entry(self, token_id: int, logprob: float | None) -> Json:
+        data = self._text.token_bytes(token_id)
+        return {"token": _shown(data), "logprob": logprob, "bytes": list(data)}
+
+
+def usage_json(usage: Usage) -> Json:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.prompt_tokens + usage.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def error_json(error: DiptychError) -> Json:
+    """OpenAI's error body; `param` is the field the error is about."""
+    kind = "server_error" if error.http_status >= 500 else "rate_limit_error" if error.http_status == 429 else "invalid_request_error"
+    code = "model_not_found" if isinstance(error, NotFound) and error.field == "model" else error.code
+    return {"error": {"message": error.message, "type": kind, "param": error.field, "code": code}}
+
+
+def _shown(data: bytes) -> str:
+    """A token as text; one that is no whole characters as OpenAI writes it."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

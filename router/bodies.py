@@ -1,0 +1,199 @@
+"""The HTTP bodies we accept: OpenAI's schema, strict. An unknown field, or a known one we do not serve, is refused by its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ..core.errors import InvalidRequest
+from ..core.generate import Generate
+from ..core.sampling import SamplingParams
+from .admission import check_unicode
+
+_COMMON_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "n": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+}
+"""Fields of OpenAI's schema that we do not serve, with the values that ask for nothing (null always does)."""
+
+_ANY = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+"""Fields that ask for nothing whatever they hold."""
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+def _strings(value: object) -> object:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+class _Body(BaseModel):
+    """Fields that both calls share. `top_k`, `ignore_eos` and `stop_token_ids` are ours, not OpenAI's."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model: str = ""
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: Annotated[list[str], BeforeValidator(_strings)] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def generate(self, prompt: str | tuple[int, ...], request_id: str, *, max_tokens: int, logprobs: int | None) -> Generate:
+        sampling = SamplingParams(
+            max_tokens, self.temperature, self.top_p, self.top_k, self.seed, tuple(self.stop_token_ids), self.ignore_eos, logprobs
+        )
+        return Generate(prompt, self.model, sampling, tuple(self.stop), request_id)
+
+
+def _one_prompt(value: object) -> object:
+    """A prompt may be text, token ids, or a list of one of these."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be text or a list of token ids")
+    if any(isinstance(item, str | list) for item in value):
+        raise ValueError("only one prompt per request is supported")
+    if any(type(item) is not int for item in value):
+        raise ValueError("token ids must be integers")
+    return tuple(value)
+
+
+class CompletionBody(_Body):
+    """`/v1/completions`."""
+
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {**_COMMON_NEUTRAL, "best_of": (1,), "echo": (False,), "suffix": ("",)}
+    prompt: Annotated[str | tuple[int, ...], BeforeValidator(_one_prompt)]
+    logprobs: int | None = None
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+def _parts(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _without_nulls(value: object) -> object:
+    """Clients send an answer's message back as it came, with its empty fields."""
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], BeforeValidator(_parts)]
+
+
+class ChatBody(_Body):
+    """`/v1/chat/completions`."""
+
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **_COMMON_NEUTRAL,
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+    }
+    messages: Annotated[list[Annotated[_Message, BeforeValidator(_without_nulls)]], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """The output limit under its new or its old name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true.", field="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def plain_messages(self) -> list[dict[str, str]]:
+        """As chat templates read them."""
+        return [{"role": message.role, "content": "".join(part.text for part in message.content)} for message in self.messages]
+
+
+_B = TypeVar("_B", CompletionBody, ChatBody)
+
+
+def parse_body(kind: type[_B], raw: bytes) -> _B:
+    """The validated body; `InvalidRequest` names the first field that is wrong (`body` if it is no JSON object at all)."""
+    values = _json_object(raw)
+    _check_unicode(values, raw)
+    _drop_neutral(values, kind.neutral)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _named(error, kind) from None
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not valid UTF-8: byte {error.start}.", field="body") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}", field="body") from None
+    if not isinstance(values, dict):
+        raise InvalidRequest("The body must be a JSON object.", field="body")
+    return values
+
+
+def _check_unicode(values: dict[str, Any], raw: bytes) -> None:
+    """JSON can write lone surrogates, as escapes; nothing behind us can take them."""
+    if b"\\ud" in raw or b"\\uD" in raw:
+        for name, value in values.items():
+            check_unicode(json.dumps({name: value}, ensure_ascii=False), name)
+
+
+def _drop_neutral(values: dict[str, Any], neutral: Mapping[str, tuple[object, ...]]) -> None:
+    for name in [name for name in values if values[name] is None or name in _ANY]:
+        del values[name]
+    for name in [name for name in values if name in neutral]:
+        given = values.pop(name)
+        if not any(given == value and isinstance(given, bool) == isinstance(value, bool) for value in neutral[name]):
+            only = " or ".join(json.dumps(value) for value in neutral[name])
+            raise InvalidRequest(f"{name} is not supported; leave it out or set it to {only}.", field=name)
+
+
+def _named(error: ValidationError, kind: type[BaseModel]) -> InvalidRequest:
+    first = error.errors(include_url=False, include_context=False)[0]
+    location = [str(part) for part in first["loc"]]
+    # Behind the name of a union's field pydantic adds the branch it tried.
+    path = location[0] if kind is CompletionBody and location[0] == "prompt" else ".".join(location)
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"{path}: unknown field.", field=path)
+    if first["type"] == "missing":
+        return InvalidRequest(f"{path} is required.", field=path)
+    message = first["msg"].removeprefix("Value error, ")
+    given = f" (got {first['input']!r})" if isinstance(first["input"], int | float | bool) else ""
+    return InvalidRequest(f"{path}: {message[0].lower()}{message[1:]}{given}"[:500] + ".", field=path)

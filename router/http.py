@@ -1,0 +1,259 @@
+"""The HTTP face: OpenAI's completions and chat completions, models, health and metrics.
+
+A stream's headers are sent with its first chunk, so that what fails before has its own status. An error after that is sent as one
+`data: {"error": …}` event and ends the stream without `[DONE]`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from ..core.errors import DiptychError, Internal, InvalidRequest, NotFound, TooLarge
+from ..core.generate import Chunk, Generate, Model
+from ..core.request import Token
+from .admission import check_call, check_model
+from .answers import Answer, ChatAnswer, CompletionAnswer, error_json
+from .bodies import ChatBody, CompletionBody, parse_body
+from .run import Run
+from .service import Service, new_request_id
+
+log = logging.getLogger(__name__)
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default for completions. A chat without a limit goes on to the end of the context."""
+
+
+class _Gone(Exception):
+    """The client left while its body was being read."""
+
+
+class _Call:
+    """One generation: the ASGI application behind a route."""
+
+    def __init__(self, service: Service, *, chat: bool) -> None:
+        self._service = service
+        self._chat = chat
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        accepted = self._service.clock.now()
+        request_id = new_request_id()
+        reply = _Reply(scope, receive, send, request_id)
+        try:
+            raw = await _read_body(receive, Headers(scope=scope), self._service.limits.body_bytes)
+            await _while_connected(receive, self._answer(raw, reply, request_id, accepted))
+        except _Gone:
+            return
+        except DiptychError as error:
+            await reply.error(error)
+        except Exception as error:
+            # The edge: the client is owed an answer whatever went wrong.
+            log.error("request %s: a defect in the router", request_id, exc_info=error)
+            await reply.error(Internal("An internal error ended the request; the router's log has it."))
+
+    async def _answer(self, raw: bytes, reply: _Reply, request_id: str, accepted: float) -> None:
+        service = self._service
+        with service.seat():
+            if self._chat:
+                chat = parse_body(ChatBody, raw)
+                call, logprobs = await self._chat_call(chat, request_id), chat.logprobs
+                body: ChatBody | CompletionBody = chat
+            else:
+                body = parse_body(CompletionBody, raw)
+                call, logprobs = await self._completion_call(body, request_id), body.logprobs is not None
+            kind = ChatAnswer if self._chat else CompletionAnswer
+            answer: Answer = kind(
+                service.text, answer_id=request_id, model=service.name, created=int(time.time()), logprobs=logprobs,
+                stream_usage=body.stream and body.include_usage,
+            )  # fmt: skip
+            assert isinstance(call.prompt, tuple)
+            with service.run(call, call.prompt, accepted) as run:
+                await (_send_stream(run, answer, reply, body.include_usage) if body.stream else _send_whole(run, answer, reply))
+
+    async def _completion_call(self, body: CompletionBody, request_id: str) -> Generate:
+        wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        call = body.generate(body.prompt, request_id, max_tokens=wanted, logprobs=body.logprobs)
+        check_call(call, self._service.text.card, self._service.name)
+        ids = await self._service.text.encode(call.prompt) if isinstance(call.prompt, str) else call.prompt
+        return self._limited(call, ids, None if body.max_tokens is not None else wanted)
+
+    async def _chat_call(self, body: ChatBody, request_id: str) -> Generate:
+        template = self._service.text.template
+        check_model(body.model, self._service.name)
+        if template is None:
+            raise InvalidRequest(
+                f"{self._service.name} has no chat template; use /v1/completions, or start with --chat-template FILE.", field="messages"
+            )
+        call = body.generate(" ", request_id, max_tokens=1 if body.limit is None else body.limit, logprobs=body.logprob_count)
+        check_call(call, self._service.text.card, self._service.name)
+        ids = await self._service.text.encode_chat(body.plain_messages())
+        return self._limited(call, ids, self._service.text.card.max_context if body.limit is None else None)
+
+    def _limited(self, call: Generate, ids: tuple[int, ...], default: int | None) -> Generate:
+        """The call on its token ids; a `default` limit gives way to what fits, the client's own does not."""
+        room = self._service.room(len(ids))
+        sampling = call.sampling if default is None else replace(call.sampling, max_tokens=min(default, room))
+        return replace(call, prompt=ids, sampling=sampling)
+
+
+class _Reply:
+    """The response under way: whole or as events, and an error in whichever way is still possible."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        self._asgi = (scope, receive, send)
+        self._send = send
+        self._headers = {"x-request-id": request_id}
+        self._streaming = False
+
+    async def whole(self, content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(content, ensure_ascii=status >= 400).encode()
+        await Response(body, status, {**self._headers, **(headers or {})}, "application/json")(*self._asgi)
+
+    async def begin_stream(self) -> None:
+        headers = {**self._headers, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+        self._streaming = True
+
+    async def event(self, data: str, *, last: bool = False) -> None:
+        await self._send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": not last})
+
+    async def error(self, error: DiptychError) -> None:
+        if self._streaming:
+            await self.event(json.dumps(error_json(error)), last=True)
+        else:
+            await self.whole(error_json(error), error.http_status, {"retry-after": "1"} if error.retryable else None)
+
+
+async def _send_whole(run: Run, answer: Answer, reply: _Reply) -> None:
+    texts: list[str] = []
+    tokens: list[Token] = []
+    async for chunk in run:
+        texts.append(chunk.text)
+        tokens.extend(chunk.tokens)
+        if chunk.finish:
+            await reply.whole(answer.whole("".join(texts), tokens, chunk.finish))
+
+
+async def _send_stream(run: Run, answer: Answer, reply: _Reply, include_usage: bool) -> None:
+    first = await anext(run)
+    await reply.begin_stream()
+    for piece in answer.opening():
+        await reply.event(_compact(piece))
+    async for chunk in _chain(first, run):
+        for piece in answer.pieces(chunk):
+            await reply.event(_compact(piece))
+        if chunk.finish and include_usage:
+            await reply.event(_compact(answer.usage(chunk.finish.usage)))
+    await reply.event("[DONE]", last=True)
+
+
+async def _chain(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    yield first
+    async for chunk in rest:
+        yield chunk
+
+
+def _compact(piece: dict[str, Any]) -> str:
+    return json.dumps(piece, ensure_ascii=False, separators=(",", ":"))
+
+
+async def _read_body(receive: Receive, headers: Headers, limit: int) -> bytes:
+    """The body, at most `limit` bytes: a longer one is refused before it is read. How long it may take is the connection's limit."""
+    announced = headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise TooLarge(f"The body has {announced} bytes; the limit is {limit}.", field="body")
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _Gone
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise TooLarge(f"The body has more than {limit} bytes, the limit.", field="body")
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+async def _while_connected(receive: Receive, work: Awaitable[None]) -> None:
+    """Do `work`, or cancel it when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def make_app(service: Service, metrics_text: Callable[[], bytes]) -> Starlette:
+    """The ASGI application. `metrics_text`: all metrics in Prometheus' text format."""
+
+    async def models(request: Request) -> Response:
+        return _json({"object": "list", "data": [_model_json(model) for model in service.models()]})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        found = next((model for model in service.models() if model.id == name), None)
+        if found is None:
+            raise NotFound(f"There is no model {name[:200]!a} here; this cluster serves {service.name!r}.", field="model")
+        return _json(_model_json(found))
+
+    async def health(request: Request) -> Response:
+        reason = service.unavailable()
+        return _json({"status": "ok"}) if reason is None else _json({"status": "unavailable", "reason": reason}, 503)
+
+    async def metrics(request: Request) -> Response:
+        return Response(metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    routes = [
+        Route("/v1/completions", _Call(service, chat=False), methods=["POST"]),
+        Route("/v1/chat/completions", _Call(service, chat=True), methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/health", health),
+        Route("/metrics", metrics),
+    ]
+    return Starlette(routes=routes, exception_handlers={DiptychError: _on_error, HTTPException: _on_http_error})
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, DiptychError)
+    return _json(error_json(error), error.http_status)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """No such path, or not with this method."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:200]!a}: {error.detail}."
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+    return _json(body, error.status_code, dict(error.headers or {}))
+
+
+def _json(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+def _model_json(model: Model) -> dict[str, Any]:
+    return {"id": model.id, "object": "model", "created": 0, "owned_by": "diptych", "max_model_len": model.max_context}

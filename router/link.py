@@ -1,0 +1,182 @@
+"""One worker of the fleet as this router is connected to it: the stream of commands and events, and the Watch that says it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..core.commands import Command, Decode, Event, Failed, Finished, HandedOver, Prefill, StepEvents, Stop
+from ..core.errors import DiptychError
+from ..core.fleet import Member, WorkerReport
+from ..core.metrics import METRICS, Recorder
+from ..rpc.worker import WorkerClient, WorkerStream
+from .placement import Candidate
+
+log = logging.getLogger(__name__)
+
+SILENCE_S = 3.0
+"""A worker reports at least once a second; without a report for this long it counts as lost."""
+_BACKOFF_S = (0.05, 2.0)
+"""First and longest pause before connecting again; it doubles in between."""
+_TERMINAL = (HandedOver, Finished, Failed)
+_WORKER_COUNTERS = frozenset(m.name for m in METRICS if m.kind == "counter" and m.labels == ("worker", "phase"))
+
+
+class Listener(Protocol):
+    """Who opened an attempt: told what the worker says of it, or that its stream is gone. Must not raise."""
+
+    def event(self, worker_id: str, event: Event) -> None: ...
+
+    def lost(self, worker_id: str) -> None: ...
+
+
+@dataclass(slots=True)
+class _Open:
+    listener: Listener
+    prompt_tokens: int
+
+
+class Link:
+    """Keeps connecting until closed. `report` is None while the worker is not known to live."""
+
+    def __init__(self, member: Member, recorder: Recorder, changed: Callable[[], None], *, silence_s: float = SILENCE_S) -> None:
+        """Starts at once; needs a running event loop. `changed` is called when the worker comes, goes or changes its state."""
+        self.member = member
+        self.report: WorkerReport | None = None
+        self._recorder = recorder
+        self._changed = changed
+        self._silence_s = silence_s
+        self._client = WorkerClient(member.address)
+        self._stream: WorkerStream | None = None
+        self._open: dict[str, _Open] = {}
+        self._counted: dict[str, float] = {}
+        self._silence: asyncio.TimerHandle | None = None
+        self._show_up()
+        self._tasks = (asyncio.create_task(self._keep(self._attach)), asyncio.create_task(self._keep(self._watch)))
+
+    def candidate(self) -> Candidate:
+        connected = self._stream is not None and not self._stream.ended
+        prompt_tokens = sum(opened.prompt_tokens for opened in self._open.values())
+        return Candidate(self.member, self.report if connected else None, len(self._open), prompt_tokens)
+
+    def send(self, command: Command, listener: Listener) -> None:
+        """Never blocks. The answers, or the loss of the stream, come to `listener` later, never from inside this call."""
+        if isinstance(command, Stop):
+            if self._open.pop(command.attempt_id, None) and self._stream:
+                self._stream.send(command)
+            return
+        computes_prompt = isinstance(command, Prefill) or (isinstance(command, Decode) and command.local_prefill)
+        self._open[command.attempt_id] = _Open(listener, len(command.request.token_ids) if computes_prompt else 0)
+        if self._stream is None or self._stream.ended:
+            asyncio.get_running_loop().call_soon(self._lose, "it is not connected")
+            return
+        self._stream.send(command)
+
+    async def close(self) -> None:
+        """The worker left the fleet: what it still does for us is lost."""
+        self._lose("it left the fleet")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._client.close()
+
+    async def _keep(self, connect: Callable[[], Awaitable[bool]]) -> None:
+        """Run `connect` again whenever it ends; the pause grows while nothing is heard."""
+        pause, longest = _BACKOFF_S
+        while True:
+            try:
+                heard = await connect()
+            except DiptychError as error:
+                heard = False
+                log.debug("worker %s: %s", self.member.worker_id, error)
+            pause = _BACKOFF_S[0] if heard else min(longest, pause * 2)
+            await asyncio.sleep(pause)
+
+    async def _attach(self) -> bool:
+        stream = self._stream = self._client.attach()
+        heard = False
+        try:
+            async for step in stream:
+                heard = True
+                self._dispatch(step)
+        finally:
+            stream.close()
+            self._lose("its stream ended")
+        return heard
+
+    async def _watch(self) -> bool:
+        reports = self._client.watch()
+        heard = False
+        try:
+            async for report in reports:
+                heard = True
+                if report.incarnation != self.member.incarnation:
+                    log.info("worker %s has restarted; waiting for the fleet to say so", self.member.worker_id)
+                    return False
+                self._take(report)
+        finally:
+            await reports.aclose()
+        return heard
+
+    def _dispatch(self, step: StepEvents) -> None:
+        for event in step.events:
+            opened = self._open.get(event.attempt_id)
+            if opened is None:
+                continue
+            if isinstance(event, _TERMINAL):
+                del self._open[event.attempt_id]
+            else:
+                # Any other event brings a token: the prompt has been read.
+                opened.prompt_tokens = 0
+            opened.listener.event(self.member.worker_id, event)
+
+    def _take(self, report: WorkerReport) -> None:
+        if self._silence:
+            self._silence.cancel()
+        self._silence = asyncio.get_running_loop().call_later(self._silence_s, self._silent)
+        before, self.report = self.report, report
+        self._show(report)
+        if before is None or before.state is not report.state:
+            log.info("worker %s is %s", self.member.worker_id, report.state.value)
+            self._changed()
+
+    def _silent(self) -> None:
+        if self._stream:
+            # The worker may be alive behind a broken network: a closed stream tells it to stop what is ours.
+            self._stream.close()
+        self._lose(f"it said nothing for {self._silence_s:g} s")
+
+    def _lose(self, why: str) -> None:
+        """Everything open is lost, and nothing is placed here until the worker has reported again."""
+        if self._silence:
+            self._silence.cancel()
+        if self.report is not None or self._open:
+            level = logging.WARNING if self._open else logging.INFO
+            log.log(level, "worker %s is lost: %s (%d attempts open)", self.member.worker_id, why, len(self._open))
+        self.report = None
+        self._show_up()
+        self._changed()
+        lost, self._open = self._open, {}
+        for opened in lost.values():
+            opened.listener.lost(self.member.worker_id)
+
+    def _show_up(self) -> None:
+        self._set("diptych_worker_up", float(self.report is not None))
+
+    def _show(self, report: WorkerReport) -> None:
+        self._show_up()
+        self._set("diptych_worker_running", report.running)
+        self._set("diptych_worker_waiting", report.waiting)
+        self._set("diptych_worker_leases", report.leases)
+        self._set("diptych_worker_kv_usage_ratio", 1.0 - report.blocks_free / max(1, report.blocks_total))
+        for name, total in report.counters:
+            # A newer worker may count what this router has no name for.
+            if name in _WORKER_COUNTERS and (more := total - self._counted.get(name, 0.0)) > 0:
+                self._counted[name] = total
+                self._recorder.inc(name, more, worker=self.member.worker_id, phase=self.member.phase.value)
+
+    def _set(self, name: str, value: float) -> None:
+        self._recorder.set(name, value, worker=self.member.worker_id, phase=self.member.phase.value)

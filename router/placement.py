@@ -1,0 +1,201 @@
+"""Where an attempt goes: Filter → Score → Pick over an immutable picture of the fleet. Pure.
+
+Filters: alive and ready, has room for the request at all, can exchange KV with the other side, not just failed for this request (if
+others exist). Scores lie in [0, 1] and are a worker's own, so that one hot worker changes nothing for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ..core.errors import ContextExceeded, Unavailable
+from ..core.fleet import LocalPrefill, Member, Phase, WorkerReport, WorkerState
+
+_HALF_LOAD_TOKENS = 512
+"""Prompt tokens waiting that halve a prefill worker's score: one chunk of the default size."""
+
+
+class Path(StrEnum):
+    """The way an attempt takes; also the label of `diptych_attempts_total`."""
+
+    DISAGGREGATED = "disaggregated"
+    LOCAL = "local"
+    PREFILL_ONLY = "prefill_only"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One member as the router sees it now. `attempts` and `prompt_tokens` are what this router itself has open there
+    (the prompts not yet answered by a token); `report` is the last one while it is fresh, and None means not alive."""
+
+    member: Member
+    report: WorkerReport | None
+    attempts: int = 0
+    prompt_tokens: int = 0
+
+    @property
+    def usable(self) -> bool:
+        return self.report is not None and self.report.state is WorkerState.READY
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The fleet at one moment. `turn` breaks ties: equally good workers take turns as it counts up."""
+
+    candidates: tuple[Candidate, ...]
+    turn: int = 0
+
+    def of(self, phase: Phase) -> tuple[Candidate, ...]:
+        return tuple(candidate for candidate in self.candidates if candidate.member.phase is phase)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The part of the router's config that decides who reads a prompt."""
+
+    local_prefill: LocalPrefill = LocalPrefill.AUTO
+    local_prefill_below: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What is to be placed: `context_tokens` to compute (prompt and tokens already generated), `output_tokens` still to come.
+
+    `avoid`: workers on which this request has just failed. `local`: the last attempt, which should depend on one worker only.
+    """
+
+    context_tokens: int
+    output_tokens: int
+    avoid: frozenset[str] = frozenset()
+    local: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    prefill: Member | None
+    decode: Member | None
+
+    @property
+    def path(self) -> Path:
+        if self.prefill is None:
+            return Path.LOCAL
+        return Path.DISAGGREGATED if self.decode else Path.PREFILL_ONLY
+
+
+def place(snapshot: Snapshot, demand: Demand, policy: Policy) -> Placement:
+    """The workers of the next attempt.
+
+    Raises `ContextExceeded` if no member of the fleet, alive or not, could ever hold the request, and `Unavailable` if nobody
+    who could is there now.
+    """
+    check_fits(snapshot, demand, policy)
+    if demand.output_tokens == 1 and not _wants_local(demand, policy):
+        prefill = _pick(_prefills(snapshot, demand), prefill_score, demand, snapshot.turn)
+        if prefill:
+            return Placement(prefill, None)
+    decodes = _decodes(snapshot, demand)
+    if not _wants_local(demand, policy):
+        pair = _pick_pair(decodes, _prefills(snapshot, demand), demand, snapshot.turn)
+        if pair:
+            return pair
+    if policy.local_prefill is not LocalPrefill.NEVER:
+        decode = _pick(decodes, decode_score, demand, snapshot.turn)
+        if decode:
+            return Placement(None, decode)
+    raise Unavailable(_why_nobody(snapshot, policy))
+
+
+def capacity(snapshot: Snapshot) -> int | None:
+    """Tokens of the longest request any decode worker of the fleet can hold; None while the fleet has none."""
+    return max((candidate.member.capacity_tokens for candidate in snapshot.of(Phase.DECODE)), default=None)
+
+
+def check_fits(snapshot: Snapshot, demand: Demand, policy: Policy) -> None:
+    """Raise `ContextExceeded` if the fleet is known and the demand fits nowhere in it."""
+    decode_room = capacity(snapshot)
+    if decode_room is None:
+        return
+    if demand.context_tokens >= decode_room:
+        raise ContextExceeded(
+            f"The prompt has {demand.context_tokens} tokens; the largest decode worker's KV pool holds {decode_room}, output included.",
+            field="prompt",
+        )
+    wanted = demand.context_tokens + demand.output_tokens
+    if wanted > decode_room:
+        raise ContextExceeded(
+            f"The prompt's {demand.context_tokens} tokens and {demand.output_tokens} of output make {wanted}; "
+            f"the largest decode worker's KV pool holds {decode_room}.",
+            field="max_tokens",
+        )
+    prefill_room = max((candidate.member.capacity_tokens for candidate in snapshot.of(Phase.PREFILL)), default=None)
+    if policy.local_prefill is LocalPrefill.NEVER and prefill_room is not None and demand.context_tokens > prefill_room:
+        raise ContextExceeded(
+            f"The prompt has {demand.context_tokens} tokens; the largest prefill worker's KV pool holds {prefill_room}.", field="prompt"
+        )
+
+
+def unavailable(snapshot: Snapshot, policy: Policy) -> str | None:
+    """Why no request could be served now, or None if one could."""
+    try:
+        place(snapshot, Demand(1, 1), policy)
+        place(snapshot, Demand(max(1, policy.local_prefill_below), 2), policy)
+    except (Unavailable, ContextExceeded) as error:
+        return error.message
+    return None
+
+
+def prefill_score(candidate: Candidate) -> float:
+    """1 when idle, falling with the prompt tokens that wait. A report lags behind what we have just sent, and counts what other
+    routers sent: the larger of the two is the better guess."""
+    waiting = max(candidate.prompt_tokens, candidate.report.prompt_tokens_waiting if candidate.report else 0)
+    return 1.0 / (1.0 + waiting / _HALF_LOAD_TOKENS)
+
+
+def decode_score(candidate: Candidate) -> float:
+    """1 when idle and empty: the mean of how few attempts it has and how much of its KV pool is free."""
+    report = candidate.report
+    reported, free = (report.waiting + report.running, report.blocks_free / max(1, report.blocks_total)) if report else (0, 1.0)
+    return 0.5 / (1.0 + max(candidate.attempts, reported)) + 0.5 * min(1.0, free)
+
+
+def _wants_local(demand: Demand, policy: Policy) -> bool:
+    if policy.local_prefill is LocalPrefill.AUTO:
+        return demand.local or demand.context_tokens < policy.local_prefill_below
+    return policy.local_prefill is LocalPrefill.ALWAYS
+
+
+def _prefills(snapshot: Snapshot, demand: Demand) -> list[Candidate]:
+    return [c for c in snapshot.of(Phase.PREFILL) if c.usable and c.member.capacity_tokens >= demand.context_tokens]
+
+
+def _decodes(snapshot: Snapshot, demand: Demand) -> list[Candidate]:
+    wanted = demand.context_tokens + demand.output_tokens
+    return [c for c in snapshot.of(Phase.DECODE) if c.usable and c.member.capacity_tokens >= wanted]
+
+
+def _pick_pair(decodes: Sequence[Candidate], prefills: Sequence[Candidate], demand: Demand, turn: int) -> Placement | None:
+    """The best decode worker that any prefill worker can hand KV to, and the best of those prefill workers."""
+    able = {d.member.worker_id: [p for p in prefills if p.member.layout.difference(d.member.layout) is None] for d in decodes}
+    decode = _pick([d for d in decodes if able[d.member.worker_id]], decode_score, demand, turn)
+    prefill = _pick(able[decode.worker_id], prefill_score, demand, turn) if decode else None
+    return Placement(prefill, decode) if prefill else None
+
+
+def _pick(candidates: Sequence[Candidate], score: Callable[[Candidate], float], demand: Demand, turn: int) -> Member | None:
+    fresh = [c for c in candidates if c.member.worker_id not in demand.avoid] or list(candidates)
+    if not fresh:
+        return None
+    start = turn % len(fresh)
+    return max(fresh[start:] + fresh[:start], key=score).member
+
+
+def _why_nobody(snapshot: Snapshot, policy: Policy) -> str:
+    decodes, prefills = snapshot.of(Phase.DECODE), snapshot.of(Phase.PREFILL)
+    alive = sum(c.usable for c in decodes)
+    if not alive:
+        return f"No decode worker is ready ({len(decodes)} in the fleet)."
+    if policy.local_prefill is LocalPrefill.NEVER and not any(c.usable for c in prefills):
+        return f"No prefill worker is ready ({len(prefills)} in the fleet), and router.local_prefill is never."
+    return "No ready worker has room for a request of this length."

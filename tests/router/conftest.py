@@ -1,0 +1,262 @@
+"""A prepared model without weights (all that a router reads), and fake workers over real gRPC."""
+
+import asyncio
+import secrets
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+from diptych.core.commands import Failed, Finished, FirstToken, HandedOver, NewTokens, Prefill, StepEvents, Stop
+from diptych.core.errors import Cancelled, DiptychError
+from diptych.core.fleet import Fleet, Member, Phase, WorkerReport, WorkerState
+from diptych.core.layout import DType
+from diptych.core.metrics import METRICS
+from diptych.core.model import CARD, CHAT_TEMPLATE, TOKENIZER, Decoder, ModelCard, Rope
+from diptych.core.request import FinishReason, Token
+from diptych.router.server import RouterSettings, start_router
+from diptych.rpc.router import RouterClient
+from diptych.rpc.server import serve
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
+FIRST_CHARACTER = 259
+"""Id of chr(32); ids below are <pad>, <s>, </s> and the 256 byte tokens."""
+
+
+def character_tokenizer() -> Tokenizer:
+    """One token per printable ASCII character (and newline), bytes for the rest; adds <s>."""
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    vocab |= {character: FIRST_CHARACTER + i for i, character in enumerate(["▁", *map(chr, range(33, 127)), "\n"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<pad>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<pad>", "<s>", "</s>")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def card(has_chat_template: bool = True) -> ModelCard:
+    decoder = Decoder(
+        family="llama", layers=1, hidden=16, heads=1, kv_heads=1, head_dim=16, intermediate=16, activation="silu",
+        norm_eps=1e-6, query_scale=0.25, tied_head=True, windows=(0,), rope_full=Rope(theta=10000.0),
+    )  # fmt: skip
+    return ModelCard(
+        name="tiny", source="test", fingerprint="f" * 64, dtype=DType.FLOAT32, vocab_size=512, max_context=256, bos_token_id=1,
+        eos_token_ids=(2,), has_chat_template=has_chat_template, weights_bytes=0, decoder=decoder,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("prepared")
+    (directory / CARD).write_text(card().model_dump_json())
+    (directory / CHAT_TEMPLATE).write_text(TEMPLATE)
+    character_tokenizer().save(str(directory / TOKENIZER))
+    return directory
+
+
+class FakeWorker:
+    """A worker over real gRPC, without a model: it "generates" `script`, one token per step.
+
+    `hold` keeps P from its first token and D from its next one while cleared; `fail` is what its next attempts end with;
+    `silent` stops its reports; `books` are the attempts open here.
+    """
+
+    def __init__(self, name, phase, script, peers):
+        self.name, self.phase, self.script, self.peers = name, phase, script, peers
+        self.incarnation = secrets.randbits(63)
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.fail, self.fail_after = None, None
+        self.silent = False
+        self.state = WorkerState.READY
+        self.end_after = None
+        self.seen, self.stopped = [], []
+        self.books = {}
+        self.committed = {}
+        self.step_s = 0.0
+        self.capacity = 200
+
+    async def start(self, address="127.0.0.1:0"):
+        self.server = await serve(address, worker=self)
+        self.address = self.server.address
+        return self
+
+    async def kill(self):
+        await self.server.stop(0)
+
+    def member(self):
+        layout = card().layout(block_size=16, kv_tokens=256)
+        return Member(self.name, self.address, self.phase, self.incarnation, layout, self.capacity)
+
+    async def reports(self):
+        counters = (("diptych_worker_steps_total", 7.0), ("unheard_of", 1.0))
+        while not self.silent:
+            running = len(self.books)
+            yield WorkerReport(self.name, self.incarnation, self.state, 0, running, 0, 10, 16, 0, counters)
+            await asyncio.sleep(0.1)
+        await asyncio.Event().wait()
+
+    async def attached(self, stream):
+        mine = set()
+        try:
+            async for command in stream:
+                if isinstance(command, Stop):
+                    self.stopped.append(command.attempt_id)
+                    if task := self.books.get(command.attempt_id):
+                        task.cancel()
+                        self.send(stream, Failed(command.attempt_id, Cancelled("stopped")))
+                    continue
+                self.seen.append(command)
+                task = asyncio.create_task(self.work(command, stream))
+                self.books[command.attempt_id] = task
+                mine.add(task)
+                task.add_done_callback(lambda task, key=command.attempt_id: (mine.discard(task), self.books.pop(key, None)))
+        except DiptychError:
+            return
+        finally:
+            for task in mine:
+                task.cancel()
+
+    def send(self, stream, *events):
+        stream.send(StepEvents(events))
+
+    async def work(self, command, stream):
+        attempt, request = command.attempt_id, command.request
+        try:
+            if self.fail and self.fail_after is None:
+                return self.send(stream, Failed(attempt, self.fail))
+            if isinstance(command, Prefill):
+                await self.prefill(command, stream)
+            else:
+                await self.decode(command, stream)
+        except asyncio.CancelledError:
+            if peer := getattr(command, "destination", None):
+                self.peers[peer].commit(attempt).cancel()
+            raise
+        assert request.sampling.seed is not None
+
+    def commit(self, attempt):
+        return self.committed.setdefault(attempt, asyncio.get_running_loop().create_future())
+
+    def token(self, index, request):
+        token_id = self.script[index % len(self.script)]
+        count = request.sampling.logprobs
+        top = tuple((token_id + i, -0.5 - i) for i in range(count or 0))
+        return Token(index, token_id, None if count is None else -0.5, top)
+
+    async def prefill(self, command, stream):
+        attempt, request = command.attempt_id, command.request
+        await self.hold.wait()
+        index = len(request.generated)
+        alone = command.destination is None
+        self.send(stream, FirstToken(attempt, self.token(index, request), FinishReason.LENGTH if alone else None, 0.0, 0.0, 3))
+        if alone:
+            return self.send(stream, Finished(attempt, FinishReason.LENGTH))
+        self.peers[command.destination].commit(attempt).set_result(index)
+        self.send(stream, HandedOver(attempt, 1000, 0.002, "shm"))
+
+    async def decode(self, command, stream):
+        attempt, request = command.attempt_id, command.request
+        first = len(request.generated)
+        if not command.local_prefill:
+            first = 1 + await self.commit(attempt)
+        for index in range(first, request.sampling.max_tokens):
+            await self.hold.wait()
+            if self.fail and self.fail_after == index:
+                return self.send(stream, Failed(attempt, self.fail))
+            if self.end_after == index:
+                return self.send(stream, Finished(attempt, FinishReason.STOP))
+            await asyncio.sleep(self.step_s)
+            self.send(stream, NewTokens(attempt, (self.token(index, request),)))
+        self.send(stream, Finished(attempt, FinishReason.LENGTH))
+
+    async def drain(self, timeout_s):
+        return len(self.books)
+
+
+class Counted:
+    """A recorder that keeps sums, and refuses what the table of metrics does not have."""
+
+    def __init__(self):
+        self.values = {}
+
+    def inc(self, name, value=1.0, **labels):
+        self._check(name, labels)
+        key = (name, *sorted(labels.values()))
+        self.values[key] = self.values.get(key, 0) + value
+
+    def set(self, name, value, **labels):
+        self._check(name, labels)
+        self.values[(name, *sorted(labels.values()))] = value
+
+    observe = inc
+
+    def _check(self, name, labels):
+        metric = next(metric for metric in METRICS if metric.name == name)
+        assert set(metric.labels) == set(labels)
+
+
+class Site:
+    """A router and its fake workers."""
+
+    def __init__(self, directory, settings):
+        self.directory, self.settings = directory, settings
+        self.tokenizer = character_tokenizer()
+        self.peers, self.workers = {}, {}
+        self.version = 0
+        self.recorder = Counted()
+
+    async def add(self, name, phase, text="Hello, wörld! And so on."):
+        script = self.tokenizer.encode(text, add_special_tokens=False).ids
+        worker = await FakeWorker(name, phase, script, self.peers).start()
+        self.workers[name] = self.peers[worker.address] = worker
+        return worker
+
+    async def publish(self):
+        self.version += 1
+        fleet = Fleet(self.version, tuple(worker.member() for worker in self.workers.values()))
+        async with RouterClient(self.router.grpc) as client:
+            assert await client.publish(fleet) == self.version
+        await self.until(lambda: self.router.service.unavailable() is None)
+
+    async def until(self, condition, timeout_s=8.0):
+        async with asyncio.timeout(timeout_s):
+            while not condition():  # noqa: ASYNC110  it watches what has no event
+                await asyncio.sleep(0.01)
+
+    @property
+    def url(self):
+        return f"http://{self.router.http}"
+
+    async def idle(self):
+        """Nothing is left open anywhere."""
+        await self.until(lambda: not any(worker.books for worker in self.workers.values()))
+        await self.until(lambda: self.router.service.running == 0)
+
+
+@asynccontextmanager
+async def open_site(directory, prefill=1, decode=1, text="Hello, wörld! And so on.", **settings):
+    site = Site(directory, settings)
+    for i in range(prefill):
+        await site.add(f"p{i}", Phase.PREFILL, text)
+    for i in range(decode):
+        await site.add(f"d{i}", Phase.DECODE, text)
+    site.router = await start_router(
+        RouterSettings(model_dir=directory, **settings), recorder=site.recorder, metrics_text=lambda: b"diptych_up 1\n"
+    )
+    try:
+        if prefill or decode:
+            await site.publish()
+        yield site
+        await site.idle()
+    finally:
+        await site.router.stop(0.2)
+        for worker in site.workers.values():
+            await worker.kill()
+
+
+@pytest.fixture(scope="session")
+def site(prepared):
+    """`async with site(prefill=…, decode=…, text=…, **RouterSettings) as s`; checks at the end that nothing is left open."""
+    return partial(open_site, prepared)
