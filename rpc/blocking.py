@@ -8,7 +8,7 @@ from typing import Any, cast
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
 
-from .channels import INTERNAL_MESSAGE_BYTES, channel_options, path_of, split_address
+from .channels import INTERNAL_MESSAGE_BYTES, channel_options, closed, path_of, split_address
 from .errors import from_grpc
 
 
@@ -23,13 +23,18 @@ def ask(channel: grpc.Channel, method: MethodDescriptor, request: bytes, *, time
         return cast(bytes, channel.unary_unary(path_of(method), None, None)(request, timeout=timeout_s))
     except grpc.RpcError as error:
         raise from_grpc(error, peer=peer) from None
+    except ValueError:  # all that grpc finds wrong with a call it has not begun
+        raise closed(peer) from None
 
 
 def iterate(
     channel: grpc.Channel, method: MethodDescriptor, request: bytes, *, timeout_s: float | None, peer: str
 ) -> Generator[bytes, None, None]:
     """The messages that answer `request`; closing the generator cancels the call; raises only `DiptychError`."""
-    call: Any = channel.unary_stream(path_of(method), None, None)(request, timeout=timeout_s)
+    try:
+        call: Any = channel.unary_stream(path_of(method), None, None)(request, timeout=timeout_s)
+    except ValueError:
+        raise closed(peer) from None
     try:
         yield from call
     except grpc.RpcError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, cast
 
 import grpc
@@ -82,21 +82,21 @@ def path_of(method: MethodDescriptor) -> str:
 
 async def call_unary(channel: grpc.aio.Channel, method: MethodDescriptor, request: bytes, *, timeout_s: float, peer: str) -> bytes:
     """The answer to `request`; raises only `DiptychError`."""
-    call: Any = channel.unary_unary(path_of(method), None, None)(request, timeout=timeout_s)
+    call = _start(lambda: channel.unary_unary(path_of(method), None, None)(request, timeout=timeout_s), peer)
     try:
         return cast(bytes, await call)
     except grpc.RpcError as error:
         raise from_grpc(error, peer=peer) from None
     except asyncio.CancelledError:
         _reraise_if_ours()
-        raise Cancelled(f"{peer}: the client was closed.") from None
+        raise closed(peer) from None
 
 
 async def call_stream(
     channel: grpc.aio.Channel, method: MethodDescriptor, request: bytes, *, timeout_s: float | None, peer: str
 ) -> AsyncGenerator[bytes, None]:
     """The messages that answer `request`; closing the generator cancels the call; raises only `DiptychError`."""
-    call: Any = channel.unary_stream(path_of(method), None, None)(request, timeout=timeout_s)
+    call = _start(lambda: channel.unary_stream(path_of(method), None, None)(request, timeout=timeout_s), peer)
     try:
         while (data := await call.read()) is not EOF:
             yield data
@@ -104,9 +104,20 @@ async def call_stream(
         raise from_grpc(error, peer=peer) from None
     except asyncio.CancelledError:
         _reraise_if_ours()
-        raise Cancelled(f"{peer}: the client was closed.") from None
+        raise closed(peer) from None
     finally:
         call.cancel()
+
+
+def _start(call: Callable[[], Any], peer: str) -> Any:
+    try:
+        return call()
+    except grpc.aio.UsageError:  # all that grpc.aio finds wrong with a call it has not begun
+        raise closed(peer) from None
+
+
+def closed(peer: str) -> Cancelled:
+    return Cancelled(f"{peer}: the client was closed.")
 
 
 def _reraise_if_ours() -> None:
@@ -120,8 +131,10 @@ class ClientCall:
     """The `ByteCall` of a bidirectional call made here."""
 
     def __init__(self, channel: grpc.aio.Channel, method: MethodDescriptor, *, peer: str, owns_channel: bool = False) -> None:
-        """`owns_channel`: the channel is closed when the call ends."""
-        self._call: Any = cast(Any, channel.stream_stream(path_of(method), None, None))()
+        """`owns_channel`: the channel is closed when the call ends. Raises `Cancelled` if the channel is closed already."""
+        self._call = _start(cast(Any, channel.stream_stream(path_of(method), None, None)), peer)
+        # Iterated, not read(): after a failed write read() raises at once, and what the peer had sent before it ended would be lost.
+        self._messages: AsyncIterator[bytes] = aiter(self._call)
         self._peer = peer
         self._closing: asyncio.Task[None] | None = None
         if owns_channel:
@@ -139,13 +152,12 @@ class ClientCall:
 
     async def read(self) -> bytes | None:
         try:
-            data = await self._call.read()
+            return await anext(self._messages, None)
         except grpc.RpcError as error:
             raise from_grpc(error, peer=self._peer) from None
         except asyncio.CancelledError:
             _reraise_if_ours()
             return None
-        return None if data is EOF else cast(bytes, data)
 
     async def write(self, message: bytes) -> None:
         try:

@@ -35,6 +35,9 @@ CODE, FIELD = "diptych-code", "diptych-field"
 MESSAGE_BYTES = 1000
 """Longer messages are cut: gRPC percent-encodes them (×3 at worst) into trailers, of which peers accept 8 KiB in all."""
 
+WRITE_FAILED = "Internal error from Core"
+"""grpc.aio ends a call with INTERNAL and this text when a write failed because the peer, at that moment, ended the stream."""
+
 FOREIGN: dict[grpc.StatusCode, type[DiptychError]] = {
     grpc.StatusCode.OK: Internal,
     grpc.StatusCode.CANCELLED: Cancelled,
@@ -82,6 +85,8 @@ def from_status(code: grpc.StatusCode, message: str | None, metadata: dict[str, 
         return from_wire(ours, text, None if field is None else unquote(field))
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
         return TooLarge(f"{peer}: the message is larger than the limit ({text}).")
+    if code is grpc.StatusCode.INTERNAL and text == WRITE_FAILED:
+        return Unavailable(f"{peer}: the stream ended while a message was written to it.")
     return FOREIGN[code](f"{peer}: {text}")
 
 

@@ -75,7 +75,7 @@ class FixedRouter:
 
 
 class Parrot:
-    """Says the prompt's words one by one, each a chunk; says `hold_after` of them and then waits; remembers its calls and how they ended."""
+    """Says the prompt's words one by one, a chunk each; after `hold_after` of them it waits; remembers its calls and how they ended."""
 
     def __init__(self) -> None:
         self.calls: list[Generate] = []
