@@ -185,25 +185,27 @@ class PrefillScheduler:
     def _start(self, budget: int, now: float) -> list[tuple[Prompt, Row]]:
         """Start waiting prompts with what is left of the budget, first come, first served among those that fit."""
         started: list[tuple[Prompt, Row]] = []
-        passed: list[tuple[Prompt, Obstacle]] = []
-        barred: set[str | None] = set()
-        misses = 0
+        missed: list[Prompt] = []
+        over_share: dict[str | None, list[Prompt]] = {}
         for prompt in list(self._waiting.values()):
-            obstacle = Obstacle.SHARE if prompt.destination in barred else self._obstacle(prompt, budget)
-            if obstacle is None:
+            if len(missed) == MAX_MISSES or any(earlier.passes >= MAX_PASSES for earlier in missed):
+                break
+            siblings = over_share.get(prompt.destination, [])
+            if siblings and siblings[0].passes >= MAX_PASSES:
+                continue
+            obstacle = self._obstacle(prompt, budget)
+            if obstacle is Obstacle.STEP:
+                break
+            if obstacle is Obstacle.MEMORY:
+                missed.append(prompt)
+            elif obstacle is Obstacle.SHARE:
+                over_share.setdefault(prompt.destination, []).append(prompt)
+            else:
                 row = self._begin(prompt, budget, now)
                 started.append((prompt, row))
                 budget -= row.length
-                for earlier, why in passed:
-                    earlier.passes += why is Obstacle.MEMORY or earlier.destination == prompt.destination
-                continue
-            passed.append((prompt, obstacle))
-            misses += obstacle is Obstacle.MEMORY
-            exhausted = prompt.passes >= MAX_PASSES
-            if obstacle is Obstacle.STEP or misses == MAX_MISSES or (exhausted and obstacle is Obstacle.MEMORY):
-                break
-            if exhausted:
-                barred.add(prompt.destination)
+                for earlier in (*missed, *siblings):
+                    earlier.passes += 1
         return started
 
     def _obstacle(self, prompt: Prompt, budget: int) -> Obstacle | None:

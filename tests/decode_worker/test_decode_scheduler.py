@@ -1,0 +1,509 @@
+"""The decode scheduler: its rules one by one, and all of them at once against a fake engine and fake transfers."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from diptych.core.commands import Decode, Finished
+from diptych.core.errors import ContextExceeded, InvalidRequest
+from diptych.core.request import FinishReason, Token
+from diptych.core.transfer import GroupGrant, RefusedReason
+from diptych.decode_worker.admission import MAX_PASSES
+from diptych.decode_worker.scheduler import Decision, DecodeOutcome, DecodeScheduler
+from diptych.engine.batch import NO_BLOCK, Drawn, StepOutput
+from diptych.engine.block_pool import BlockPool
+from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, draw, groups, request, root_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+CONTEXT = 160
+
+
+class Worker:
+    """A decode worker without shells: scheduler, fake engine, a source that fills what is granted, what came of each attempt."""
+
+    def __init__(
+        self,
+        *,
+        windows: tuple[int, ...] = (0, 24),
+        blocks: int = 14,
+        chunk_tokens: int = 32,
+        max_running: int = 4,
+        context: int = CONTEXT,
+        watermark: float = 0.05,
+    ) -> None:
+        self.groups = groups(*windows)
+        counts = (blocks,) * len(windows)
+        self.pool = BlockPool(counts, self.groups, BLOCK)
+        self.longest = min(context, self.pool.longest(chunk_tokens))
+        self.engine = FakeEngine(self.groups, counts, max_running)
+        self.scheduler = DecodeScheduler(
+            self.pool,
+            root_hash_of=root_of,
+            chunk_tokens=chunk_tokens,
+            max_running=max_running,
+            max_context=context,
+            eos_token_ids=EOS,
+            watermark=watermark,
+        )
+        self.decided: deque[Decision] = deque()
+        self.outputs: deque[StepOutput] = deque()
+        self.decodes: dict[str, Decode] = {}
+        self.expected: set[str] = set()
+        self.offered: set[str] = set()
+        self.granted: dict[str, tuple[GroupGrant, ...]] = {}
+        self.lost: dict[str, tuple[GroupGrant, ...]] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.finished: dict[str, Finished] = {}
+        self.now = 0.0
+
+    def expect(self, attempt_id: str, token_ids: list[int], *, local: bool = False, **sampling: object) -> None:
+        decode = Decode(attempt_id, request(token_ids, **sampling), local)
+        self.scheduler.expect(decode, self.now)
+        self.decodes[attempt_id] = decode
+        self.tokens[attempt_id] = list(decode.request.generated)
+        if not local:
+            self.expected.add(attempt_id)
+
+    def offer(self, attempt_id: str) -> None:
+        self.expected.remove(attempt_id)
+        assert self.scheduler.on_offer(attempt_id, len(self.decodes[attempt_id].request.token_ids), self.now) is None
+        self.offered.add(attempt_id)
+
+    def grant(self) -> list[str]:
+        grants = self.scheduler.grants(self.now)
+        for attempt_id, blocks in grants:
+            self.offered.remove(attempt_id)
+            self.granted[attempt_id] = blocks
+            self._check_grant(attempt_id, blocks)
+        return [attempt_id for attempt_id, _ in grants]
+
+    def _check_grant(self, attempt_id: str, grants: tuple[GroupGrant, ...]) -> None:
+        end = len(self.decodes[attempt_id].request.token_ids)
+        for group, grant in zip(self.groups, grants, strict=True):
+            assert grant.first_position % BLOCK == 0
+            assert NO_BLOCK not in grant.blocks
+            assert grant.first_position >= group.first_needed(end) // BLOCK * BLOCK, "only what the window will show is sent"
+            assert len(grant.blocks) == max(0, -(-(end - grant.first_position) // BLOCK))
+
+    def fill(self, attempt_id: str, grants: tuple[GroupGrant, ...], *, garbage: bool = False) -> None:
+        """Copy the prompt's KV into the granted blocks."""
+        values = digests(self.decodes[attempt_id].request.token_ids)
+        for g, grant in enumerate(grants):
+            for position in range(grant.first_position, len(values)):
+                block = grant.blocks[(position - grant.first_position) // BLOCK]
+                self.engine.cells[g, block, position % BLOCK] = (-1, 0) if garbage else (position, values[position])
+
+    def commit(self, attempt_id: str) -> None:
+        self.fill(attempt_id, self.granted[attempt_id])
+        del self.granted[attempt_id]
+        asked = self.decodes[attempt_id].request
+        values, end = digests(asked.token_ids), len(asked.token_ids) - 1
+        first = draw(self.groups, [values[group.first_needed(end) :] for group in self.groups], asked.sampling, len(asked.generated))
+        if first not in EOS or asked.sampling.ignore_eos:
+            self.tokens[attempt_id].append(first)
+        self._take(self.scheduler.committed(attempt_id, (Token(len(asked.generated), first),), self.now))
+
+    def lose(self, attempt_id: str) -> None:
+        """The transfer fails before its commit."""
+        assert self.scheduler.transfer_failed(attempt_id, self.now)
+        self._forget(attempt_id)
+
+    def _forget(self, attempt_id: str) -> None:
+        self.expected.discard(attempt_id)
+        self.offered.discard(attempt_id)
+        if attempt_id in self.granted:
+            self.lost[attempt_id] = self.granted.pop(attempt_id)
+        del self.decodes[attempt_id]
+
+    def cancel(self, attempt_id: str) -> None:
+        transfer = attempt_id in self.expected | self.offered | self.granted.keys()
+        assert self.scheduler.cancel(attempt_id, self.now) == transfer
+        if attempt_id in self.granted:
+            self.fill(attempt_id, self.granted[attempt_id], garbage=True)
+        self._forget(attempt_id)
+
+    def fence(self, attempt_id: str, *, committed: bool = False) -> None:
+        """Until now the source may have written anything there."""
+        for g, grant in enumerate(self.lost.pop(attempt_id)):
+            for block in grant.blocks:
+                for offset in range(BLOCK):
+                    self.engine.cells[g, block, offset] = (-1, 0)
+        if committed:
+            assert self.scheduler.committed(attempt_id, (Token(0, 1),), self.now) == DecodeOutcome()
+        else:
+            self.scheduler.fenced(attempt_id, self.now)
+
+    def decide(self) -> Decision | None:
+        decision = self.scheduler.decide(self.now)
+        if decision is not None:
+            self.decided.append(decision)
+        return decision
+
+    def run(self) -> None:
+        self.outputs.append(self.engine.run(self.decided[len(self.outputs)].batch))
+
+    def complete(self) -> None:
+        self.decided.popleft()
+        self._take(self.scheduler.complete(self.outputs.popleft(), self.now))
+
+    def step(self) -> Decision | None:
+        decision = self.decide()
+        if decision is not None:
+            self.run()
+            self.complete()
+        return decision
+
+    def _take(self, outcome: DecodeOutcome) -> None:
+        for new in outcome.new_tokens:
+            assert new.attempt_id in self.decodes, "nothing after the end"
+            assert new.attempt_id not in self.finished, "nothing after the end"
+            for token in new.tokens:
+                assert token.index == len(self.tokens[new.attempt_id])
+                self.tokens[new.attempt_id].append(token.id)
+        for finished in outcome.finished:
+            assert finished.attempt_id not in self.finished, "one end"
+            self.finished[finished.attempt_id] = finished
+            expected = answer(self.decodes[finished.attempt_id].request, self.groups, self.longest)
+            assert (self.tokens[finished.attempt_id], finished.finish) == expected
+
+    def drain(self) -> None:
+        """Let everything go through. Whoever is left starves."""
+        idle = 0
+        while idle < 3:
+            idle += 1
+            for attempt_id in list(self.expected):
+                self.offer(attempt_id)
+            for attempt_id in list(self.lost):
+                self.fence(attempt_id)
+            for attempt_id in (*self.grant(), *list(self.granted)):
+                if attempt_id in self.granted:
+                    self.commit(attempt_id)
+            self.scheduler.check()
+            if self.decided:
+                if not self.outputs:
+                    self.run()
+                self.complete()
+                idle = 0
+            elif self.decide() is not None:
+                idle = 0
+        assert self.finished.keys() >= self.decodes.keys(), "an attempt starved"
+        load = self.scheduler.load(self.now)
+        assert (load.waiting, load.running, load.leases, load.prompt_tokens_waiting) == (0, 0, 0, 0)
+        assert load.blocks_free == load.blocks_total
+        self.scheduler.check()
+        assert self.pool.unused
+
+
+def prompt(length: int, family: int = 1) -> list[int]:
+    """Prompts of one family share what they have in common."""
+    return [1 + (family * 7 + i * i) % 38 for i in range(length)]
+
+
+def test_a_transfer_decodes_from_the_step_after_its_commit() -> None:
+    worker = Worker()
+    worker.expect("a", prompt(40), max_tokens=5, ignore_eos=True)
+    assert worker.grant() == []
+    worker.offer("a")
+    assert worker.grant() == ["a"]
+    assert worker.decide() is None
+    worker.commit("a")
+    decision = worker.step()
+    assert decision is not None
+    assert [(row.start, len(row.token_ids)) for row in decision.batch.rows] == [(40, 1)]
+    worker.drain()
+    assert worker.finished["a"].finish is FinishReason.LENGTH
+    assert len(worker.tokens["a"]) == 5
+
+
+def test_a_grant_counts_on_the_cached_prefix_and_sends_only_the_window() -> None:
+    worker = Worker()
+    for attempt_id in "ab":
+        worker.expect(attempt_id, prompt(80), max_tokens=2, ignore_eos=True)
+        worker.offer(attempt_id)
+        worker.grant()
+        full, window = worker.granted[attempt_id]
+        if attempt_id == "a":
+            assert (full.first_position, len(full.blocks)) == (0, 5)
+            assert (window.first_position, len(window.blocks)) == (48, 2)
+            worker.commit("a")
+            worker.step()
+    assert (full.blocks, window.blocks) == ((), ())
+    worker.drain()
+    assert worker.finished["b"].cached_tokens == 80
+
+
+def test_a_step_may_be_decided_while_two_are_in_flight() -> None:
+    worker = Worker()
+    worker.expect("a", prompt(10), local=True, max_tokens=4, ignore_eos=True)
+    rows = [decision.batch.rows[0] for decision in iter(worker.decide, None)]
+    assert [(row.start, len(row.token_ids)) for row in rows] == [(0, 10), (10, 0), (11, 0), (12, 0)]
+    assert [row.draw.index for row in rows if row.draw] == [0, 1, 2, 3]
+    worker.drain()
+
+
+def test_a_row_decided_before_the_end_was_known_is_discarded() -> None:
+    worker = Worker()
+    expected, finish = answer(request(prompt(13), max_tokens=100), worker.groups, worker.longest)
+    assert finish is FinishReason.STOP, "this prompt should end with an end token"
+    worker.expect("a", prompt(13), local=True, max_tokens=100)
+    for _ in range(2 * len(expected)):
+        while len(worker.decided) < 3 and worker.decide():
+            pass
+        if worker.decided:
+            worker.run()
+            worker.complete()
+    worker.drain()
+    assert worker.tokens["a"] == expected
+
+
+def test_decodes_go_on_beside_a_long_local_prompt() -> None:
+    worker = Worker(max_running=4)
+    worker.expect("old", prompt(10), local=True, max_tokens=20, ignore_eos=True)
+    worker.step()
+    worker.expect("new", prompt(120, 2), local=True, max_tokens=3, ignore_eos=True)
+    for spans in ([1, 32], [1, 32], [1, 32], [1, 24], [1, 1]):
+        decision = worker.step()
+        assert decision is not None
+        assert [row.length for row in decision.batch.rows] == spans
+    worker.drain()
+    assert worker.finished["new"].local_prefill_tokens == 120
+    assert worker.finished["old"].recomputed_tokens == 0
+
+
+def test_the_youngest_is_preempted_and_computed_again() -> None:
+    worker = Worker(windows=(0,), blocks=9)
+    for attempt_id in "ab":
+        worker.expect(attempt_id, prompt(48, ord(attempt_id)), local=True, max_tokens=60, ignore_eos=True)
+    worker.drain()
+    assert worker.finished["a"].recomputed_tokens == 0
+    assert worker.finished["b"].recomputed_tokens > 0
+
+
+def test_new_work_leaves_the_watermark_free() -> None:
+    worker = Worker(windows=(0,), blocks=10, watermark=0.3)
+    for attempt_id, length in (("a", 64), ("b", 64), ("c", 40)):
+        worker.expect(attempt_id, prompt(length, ord(attempt_id)), max_tokens=2, ignore_eos=True)
+        worker.offer(attempt_id)
+    assert worker.grant() == ["a", "c"]
+    worker.drain()
+
+
+def test_a_large_prompt_is_passed_a_bounded_number_of_times() -> None:
+    worker = Worker(windows=(0,), blocks=10, max_running=8)
+    worker.expect("held", prompt(60, 1), max_tokens=90, ignore_eos=True)
+    worker.expect("large", prompt(130, 2), max_tokens=2, ignore_eos=True)
+    for attempt_id in ("held", "large"):
+        worker.offer(attempt_id)
+    assert worker.grant() == ["held"]
+    smalls = []
+    for i in range(MAX_PASSES + 5):
+        worker.expect(f"small{i}", prompt(10, 3 + i), max_tokens=2, ignore_eos=True)
+        worker.offer(f"small{i}")
+        for attempt_id in worker.grant():
+            smalls.append(attempt_id)
+            worker.cancel(attempt_id)
+            worker.fence(attempt_id)
+    assert len(smalls) == MAX_PASSES
+    worker.drain()
+
+
+def test_a_prompt_as_large_as_the_pool_is_granted_when_nothing_else_holds_memory() -> None:
+    worker = Worker(windows=(0,), blocks=4)
+    worker.expect("a", prompt(63), max_tokens=9, ignore_eos=True)
+    worker.offer("a")
+    assert worker.grant() == ["a"]
+    worker.drain()
+    assert len(worker.tokens["a"]) == 1, "the pool is the end of the context"
+
+
+def test_what_can_never_fit_and_what_is_no_prompt_are_refused() -> None:
+    worker = Worker(windows=(0,), blocks=4)
+    with pytest.raises(ContextExceeded, match="64"):
+        worker.expect("a", prompt(64))
+    with pytest.raises(InvalidRequest, match="no token"):
+        worker.expect("a", [])
+    worker.expect("a", prompt(10))
+    with pytest.raises(InvalidRequest, match="under way"):
+        worker.expect("a", prompt(10))
+    assert worker.scheduler.on_offer("a", 11, 0.0) is RefusedReason.FAILED
+    assert worker.scheduler.on_offer("unknown", 11, 0.0) is RefusedReason.CLOSED
+    worker.drain()
+
+
+def test_a_lost_transfer_keeps_its_blocks_until_the_fence() -> None:
+    worker = Worker(windows=(0,), blocks=4)
+    for attempt_id in "ab":
+        worker.expect(attempt_id, prompt(60, ord(attempt_id)), max_tokens=2)
+        worker.offer(attempt_id)
+    assert worker.grant() == ["a"]
+    worker.lose("a")
+    assert worker.grant() == []
+    assert worker.scheduler.load(0.0).leases == 1
+    worker.fence("a")
+    assert worker.grant() == ["b"]
+    worker.drain()
+
+
+def test_a_commit_that_was_faster_than_the_cancel_returns_the_blocks() -> None:
+    worker = Worker()
+    worker.expect("a", prompt(60))
+    worker.offer("a")
+    worker.grant()
+    worker.cancel("a")
+    worker.fence("a", committed=True)
+    worker.drain()
+
+
+def test_a_grant_nobody_was_told_of_ends_with_its_attempt() -> None:
+    worker = Worker()
+    worker.expect("a", prompt(60))
+    worker.offer("a")
+    worker.decide()
+    assert worker.scheduler.cancel("a", 0.0) is True
+    del worker.decodes["a"]
+    assert worker.scheduler.grants(0.0) == []
+    worker.drain()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(2, 90)), min_size=1, max_size=4),
+    windows=st.sampled_from([(0,), (24,), (0, 24), (0, 5), (0, 16, 33)]),
+    before=st.integers(0, 12),
+    share=st.floats(0, 1),
+)
+def test_advance_is_that_many_single_steps(lengths: list[tuple[int, int]], windows: tuple[int, ...], before: int, share: float) -> None:
+    twins = [Worker(windows=windows, blocks=16), Worker(windows=windows, blocks=16)]
+    for worker in twins:
+        for i, (length, max_tokens) in enumerate(lengths):
+            worker.expect(f"a{i}", prompt(length, i), local=True, max_tokens=max_tokens, ignore_eos=True)
+        for _ in range(before):
+            worker.step()
+    fast, slow = (worker.scheduler for worker in twins)
+    steps = int(fast.steady() * share)
+    advanced = fast.advance(steps, 7, 0.0)
+    for _ in range(steps):
+        decision = slow.decide(0.0)
+        assert decision is not None
+        assert decision.attempts == advanced
+        outcome = slow.complete(StepOutput(decision.batch.step, (Drawn(7),) * len(advanced)), 0.0)
+        assert outcome.finished == ()
+        assert [new.attempt_id for new in outcome.new_tokens] == list(advanced)
+    fast.check()
+    assert state(fast) == state(slow)
+
+
+def state(scheduler: object) -> str:
+    """Everything a scheduler holds, object identities aside."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return [(plain(key), plain(item)) for key, item in value.items()]
+        if isinstance(value, list | tuple | deque):
+            return [plain(item) for item in value]
+        if isinstance(value, BlockPool):
+            return [plain(vars(part)) for part in value.parts]
+        if type(value).__module__.startswith("diptych.") and not callable(value):
+            names = vars(value) if hasattr(value, "__dict__") else {n: getattr(value, n) for n in value.__slots__}  # type: ignore[attr-defined]
+            return [(name, plain(item)) for name, item in names.items() if name != "pool"]
+        return value if isinstance(value, int | float | str | bytes | None) else repr(value) if isinstance(value, frozenset) else None
+
+    return repr(plain(vars(scheduler)))
+
+
+class Decodes(RuleBasedStateMachine):
+    """Transfers and local prompts, steps (up to two in flight, run late), failures and cancels at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worker = Worker()
+        self.count = 0
+
+    @rule(
+        family=st.integers(1, 3),
+        length=st.integers(1, CONTEXT - 1),
+        local=st.booleans(),
+        max_tokens=st.integers(1, 120),
+        generated=st.integers(0, 3),
+    )
+    def expect(self, family: int, length: int, local: bool, max_tokens: int, generated: int) -> None:
+        ids = prompt(length, family)
+        generated = min(generated, max_tokens - 1, length - 1)
+        cut = length - generated
+        sampling = {"max_tokens": max_tokens, "ignore_eos": family == 2, "generated": [int(i) for i in ids[cut:]]}
+        self.worker.expect(f"a{self.count}", ids[:cut], local=local, **sampling)
+        self.count += 1
+
+    @precondition(lambda self: self.worker.expected)
+    @rule(data=st.data())
+    def offer(self, data: st.DataObject) -> None:
+        self.worker.offer(data.draw(st.sampled_from(sorted(self.worker.expected))))
+
+    @rule()
+    def grant(self) -> None:
+        self.worker.grant()
+
+    @precondition(lambda self: self.worker.granted)
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        self.worker.commit(data.draw(st.sampled_from(sorted(self.worker.granted))))
+
+    @precondition(lambda self: self.worker.expected | self.worker.offered | self.worker.granted.keys())
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        self.worker.grant()
+        transfers = self.worker.expected | self.worker.offered | self.worker.granted.keys()
+        self.worker.lose(data.draw(st.sampled_from(sorted(transfers))))
+
+    @precondition(lambda self: self.worker.lost)
+    @rule(data=st.data(), committed=st.booleans())
+    def fence(self, data: st.DataObject, committed: bool) -> None:
+        self.worker.fence(data.draw(st.sampled_from(sorted(self.worker.lost))), committed=committed)
+
+    @precondition(lambda self: self.worker.decodes.keys() - self.worker.finished.keys())
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.worker.grant()
+        alive = self.worker.decodes.keys() - self.worker.finished.keys()
+        self.worker.cancel(data.draw(st.sampled_from(sorted(alive))))
+
+    @precondition(lambda self: len(self.worker.decided) < 3)
+    @rule()
+    def decide(self) -> None:
+        self.worker.decide()
+
+    @precondition(lambda self: len(self.worker.outputs) < len(self.worker.decided))
+    @rule()
+    def run(self) -> None:
+        self.worker.run()
+
+    @precondition(lambda self: self.worker.outputs)
+    @rule()
+    def complete(self) -> None:
+        self.worker.complete()
+
+    @rule(count=st.integers(1, 60), depth=st.integers(1, 3))
+    def steps(self, count: int, depth: int) -> None:
+        for _ in range(count):
+            self.worker.grant()
+            if len(self.worker.decided) < depth:
+                self.worker.decide()
+            if len(self.worker.outputs) < len(self.worker.decided):
+                self.worker.run()
+            if len(self.worker.outputs) and len(self.worker.decided) >= depth:
+                self.worker.complete()
+            self.worker.scheduler.check()
+
+    @invariant()
+    def sound(self) -> None:
+        self.worker.scheduler.check()
+
+    def teardown(self) -> None:
+        self.worker.drain()
+
+
+TestDecodes = Decodes.TestCase
+TestDecodes.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)

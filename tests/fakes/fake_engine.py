@@ -1,0 +1,128 @@
+"""An engine without arithmetic: KV is a digest of the tokens before it, and every token drawn depends on all KV its query sees.
+
+Whatever a scheduler or a block pool does wrong (a block reused too early, a table off by one, a prefix that is not the same)
+gives another token than `answer`, the sequential reference, or trips an assertion here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diptych.core.layout import CacheGroup, CacheKind, DType
+from diptych.core.prefix import root_hash
+from diptych.core.request import FinishReason, Request, Tokens
+from diptych.core.sampling import SamplingParams
+from diptych.engine.batch import NO_BLOCK, Batch, Drawn, Row, StepOutput
+
+BLOCK = 16
+VOCAB = 40
+EOS = (0,)
+
+Cell = tuple[int, int]
+"""Position and digest."""
+Place = tuple[int, int, int]
+"""Group, block, offset."""
+
+
+def groups(*windows: int) -> tuple[CacheGroup, ...]:
+    """A cache group per window; 0 is full attention."""
+    kinds = [CacheKind.WINDOW if window else CacheKind.FULL for window in windows]
+    return tuple(CacheGroup(kind, (i,), 1, 8, DType.FLOAT32, window) for i, (kind, window) in enumerate(zip(kinds, windows, strict=True)))
+
+
+def request(token_ids: Sequence[int], *, generated: Sequence[int] = (), tenant: str = "", **sampling: object) -> Request:
+    """Token 0 ends the output; `sampling` as `SamplingParams` has it."""
+    params = SamplingParams(seed=0, **sampling)  # type: ignore[arg-type]
+    return Request("r", "m", (Tokens(tuple(token_ids)),), params, generated=tuple(generated), tenant=tenant)
+
+
+def root_of(request: Request) -> bytes:
+    return root_hash(fingerprint="fake", dtype="float32", tenant=request.tenant)
+
+
+def digests(token_ids: Sequence[int]) -> list[int]:
+    """What the KV of each position is."""
+    result, last = [], 0
+    for token in token_ids:
+        last = hash((last, token))
+        result.append(last)
+    return result
+
+
+def draw(cache_groups: Sequence[CacheGroup], seen: Sequence[Sequence[int]], sampling: SamplingParams, index: int) -> int:
+    """The token drawn from `seen`: per group the digests of the positions that the query sees, itself included."""
+    return hash((tuple(hash(tuple(part)) for part in seen), sampling.seed, index)) % VOCAB
+
+
+def answer(asked: Request, cache_groups: Sequence[CacheGroup], longest: int) -> tuple[list[int], FinishReason]:
+    """Output tokens (those already generated included) and why they end: one token after the other, no cache."""
+    tokens, output, sampling = list(asked.token_ids), list(asked.generated), asked.sampling
+    while True:
+        values, last = digests(tokens), len(tokens) - 1
+        token = draw(cache_groups, [values[group.first_needed(last) :] for group in cache_groups], sampling, len(output))
+        if token in sampling.stop_token_ids or (token in EOS and not sampling.ignore_eos):
+            return output, FinishReason.STOP
+        tokens.append(token)
+        output.append(token)
+        if len(output) >= sampling.max_tokens or len(tokens) >= longest:
+            return output, FinishReason.LENGTH
+
+
+class FakeEngine:
+    """Runs batches in order; may run them long after they were decided, as a real one does."""
+
+    def __init__(self, cache_groups: Sequence[CacheGroup], num_blocks: Sequence[int], max_slots: int) -> None:
+        self.groups, self.num_blocks, self.max_slots = tuple(cache_groups), tuple(num_blocks), max_slots
+        self.cells: dict[Place, Cell] = {}
+        self._last_drawn: dict[int, int] = {}
+        self._next_step = 0
+
+    def run(self, batch: Batch) -> StepOutput:
+        assert batch.step == self._next_step, "steps run in order"
+        self._next_step += 1
+        slots = [row.slot for row in batch.rows]
+        assert len(set(slots)) == len(slots), "slots are distinct"
+        assert all(0 <= slot < self.max_slots for slot in slots)
+        parents = [self._check_earlier(row) for row in batch.rows]  # before any write: rows of a step do not see each other
+        for row, parent in zip(batch.rows, parents, strict=True):
+            self._store(row, parent)
+        return StepOutput(batch.step, tuple(self._draw(row) for row in batch.rows))
+
+    def place(self, g: int, table: Sequence[int], position: int) -> Place:
+        block = table[position // BLOCK]
+        assert block != NO_BLOCK, f"group {g} has given the block of position {position} back"
+        assert 0 <= block < self.num_blocks[g]
+        return g, block, position % BLOCK
+
+    def seen(self, tables: Sequence[Sequence[int]], position: int, stop: int) -> list[list[int]]:
+        """Per group the digests that a query at `position` sees of the positions before `stop`; checks that they are there."""
+        result = []
+        for g, group in enumerate(self.groups):
+            part = []
+            for earlier in range(group.first_needed(position), stop):
+                at, value = self.cells[self.place(g, tables[g], earlier)]
+                assert at == earlier, f"group {g}: position {at} where {earlier} should be"
+                part.append(value)
+            result.append(part)
+        return result
+
+    def _check_earlier(self, row: Row) -> int:
+        parts = self.seen(row.tables, row.start, row.start)
+        lasts = {part[-1] for part in parts if part}
+        assert len(lasts) <= 1, "the groups hold different sequences"
+        return lasts.pop() if lasts else 0
+
+    def _store(self, row: Row, parent: int) -> None:
+        tokens = row.token_ids or (self._last_drawn[row.slot],)
+        for position, token in enumerate(tokens, row.start):
+            parent = hash((parent, token))
+            for g in range(len(self.groups)):
+                self.cells[self.place(g, row.tables[g], position)] = (position, parent)
+
+    def _draw(self, row: Row) -> Drawn | None:
+        if row.draw is None:
+            return None
+        last = row.start + row.length - 1
+        token = draw(self.groups, self.seen(row.tables, last, last + 1), row.draw.sampling, row.draw.index)
+        self._last_drawn[row.slot] = token
+        return Drawn(token)
