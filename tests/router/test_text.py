@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from diptych.core.errors import InvalidRequest, ModelError
+from diptych.core.errors import ContextExceeded, InvalidRequest, ModelError
 from diptych.router.admission import check_unicode
 from diptych.router.template import ChatTemplate
 from diptych.router.text import Detokeniser, Pieces, StopStrings
@@ -163,7 +163,11 @@ def test_text_encodes_long_texts_off_the_loop(prepared):
     from diptych.router.text import Text
 
     text = Text.load(prepared, read_card(prepared))
-    ids = asyncio.run(text.encode("ab" * 10000))
+    long = "ab" * 10000
+    with pytest.raises(ContextExceeded, match="more than 4097 tokens"):
+        asyncio.run(text.encode(long))
+    text.card = text.card.model_copy(update={"max_context": 30000})
+    ids = asyncio.run(text.encode(long))
     assert len(ids) == 20001
     assert asyncio.run(text.encode("ab", special=False)) == ids[1:3]
     text.close()
