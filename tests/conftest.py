@@ -152,7 +152,7 @@ def demo_model_dir() -> Callable[[DType], Path]:
 
     def find(dtype: DType) -> Path:
         from diptych.engine.prepared import find_or_prepare
-        from diptych.engine.sources import demo_source
+        from diptych.engine.location import demo_source
 
         source = demo_source()
         if source is None:
