@@ -30,6 +30,8 @@ INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 
 Context = Any
 Handler = Callable[[Any, Context], Awaitable[bytes | None]]
+Active = set[asyncio.Task[Any]]
+"""The tasks of the calls being served."""
 S = TypeVar("S", bound=Stream[Any, Any])
 
 
@@ -59,7 +61,7 @@ class ServerCall:
         return None
 
 
-def worker_handlers(face: WorkerFace) -> grpc.GenericRpcHandler[bytes, bytes]:
+def worker_handlers(face: WorkerFace, active: Active) -> grpc.GenericRpcHandler[bytes, bytes]:
     async def attach(_: Any, context: Context) -> None:
         stream = RouterStream(ServerCall(context), peer=f"router at {context.peer()}")
         await _serve_stream(stream, face.attached, context)
@@ -77,10 +79,10 @@ def worker_handlers(face: WorkerFace) -> grpc.GenericRpcHandler[bytes, bytes]:
         timeout_s = duration(parse(worker_pb2.DrainRequest, request).timeout, "timeout")
         return worker_pb2.DrainResponse(unfinished=await face.drain(timeout_s)).SerializeToString()
 
-    return _service(WORKER, {"Attach": attach, "Lane": lane, "Watch": watch, "Drain": drain})
+    return _service(WORKER, {"Attach": attach, "Lane": lane, "Watch": watch, "Drain": drain}, active)
 
 
-def router_handlers(face: RouterFace) -> grpc.GenericRpcHandler[bytes, bytes]:
+def router_handlers(face: RouterFace, active: Active) -> grpc.GenericRpcHandler[bytes, bytes]:
     async def publish(request: bytes, _: Context) -> bytes:
         return worker_pb2.PublishFleetResponse(version=face.publish(decode_fleet(request))).SerializeToString()
 
@@ -88,10 +90,10 @@ def router_handlers(face: RouterFace) -> grpc.GenericRpcHandler[bytes, bytes]:
         parse(worker_pb2.DescribeFleetRequest, request)
         return encode_fleet_status(face.describe())
 
-    return _service(ROUTER, {"PublishFleet": publish, "DescribeFleet": describe})
+    return _service(ROUTER, {"PublishFleet": publish, "DescribeFleet": describe}, active)
 
 
-def inference_handlers(face: InferenceFace, write_timeout_s: float) -> grpc.GenericRpcHandler[bytes, bytes]:
+def inference_handlers(face: InferenceFace, active: Active, write_timeout_s: float) -> grpc.GenericRpcHandler[bytes, bytes]:
     async def generate(request: bytes, context: Context) -> None:
         async with aclosing(face.generate(decode_generate(request))) as chunks:
             async for chunk in chunks:
@@ -104,7 +106,7 @@ def inference_handlers(face: InferenceFace, write_timeout_s: float) -> grpc.Gene
         parse(inference_pb2.ListModelsRequest, request)
         return encode_models(face.models())
 
-    return _service(INFERENCE, {"Generate": generate, "ListModels": models})
+    return _service(INFERENCE, {"Generate": generate, "ListModels": models}, active)
 
 
 async def _write_within(seconds: float, context: Context, message: bytes) -> None:
@@ -129,7 +131,7 @@ async def _serve_stream(stream: S, serve: Callable[[S], Coroutine[Any, Any, None
         await stream.finish()
 
 
-def _service(service: ServiceDescriptor, handlers: dict[str, Handler]) -> grpc.GenericRpcHandler[bytes, bytes]:
+def _service(service: ServiceDescriptor, handlers: dict[str, Handler], active: Active) -> grpc.GenericRpcHandler[bytes, bytes]:
     """Handlers for every method of `service`, as its descriptor says they stream."""
     kinds = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -139,20 +141,24 @@ def _service(service: ServiceDescriptor, handlers: dict[str, Handler]) -> grpc.G
     return grpc.method_handlers_generic_handler(
         service.full_name,
         {
-            method.name: kinds[method.client_streaming, method.server_streaming](_translated(handlers[method.name]))
+            method.name: kinds[method.client_streaming, method.server_streaming](_translated(handlers[method.name], active))
             for method in service.methods
         },
     )
 
 
-def _translated(handler: Handler) -> Any:
-    """`handler` with what it raises told to the peer as a status."""
+def _translated(handler: Handler, active: Active) -> Any:
+    """`handler` with what it raises told to the peer as a status; its task is in `active` while it runs."""
 
     async def run(request: Any, context: Context) -> bytes | None:
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        active.add(task)
         try:
             return await handler(request, context)
         except Exception as error:  # the boundary: grpc would tell the peer whatever a face raises
             await context.abort(*to_status(error))
             raise
+        finally:
+            active.discard(task)
 
     return run

@@ -12,9 +12,10 @@ from grpc_reflection.v1alpha import reflection
 
 from ..core.errors import ConfigError
 from .channels import INTERNAL_MESSAGE_BYTES, server_options, split_address
-from .handlers import INFERENCE, inference_handlers, router_handlers, worker_handlers
+from .handlers import INFERENCE, Active, inference_handlers, router_handlers, worker_handlers
 from .inference import InferenceFace
 from .router import RouterFace
+from .stream import CLOSE_S
 from .worker import WorkerFace
 
 
@@ -27,10 +28,11 @@ class _Health(Protocol):
 class Server:
     """A server that listens. `address` is host:port as bound, `port` its number (the one taken, if 0 was asked for)."""
 
-    def __init__(self, server: grpc.aio.Server, address: str, port: int, health_servicer: _Health | None) -> None:
+    def __init__(self, server: grpc.aio.Server, address: str, port: int, active: Active, health_servicer: _Health | None) -> None:
         self.address = address
         self.port = port
         self._server = server
+        self._active = active
         self._health = health_servicer
 
     async def set_serving(self, serving: bool) -> None:
@@ -39,10 +41,13 @@ class Server:
             await _set_health(self._health, serving)
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new calls, let those under way end for up to `grace_s` seconds, then end them. The port is free afterwards."""
+        """Take no new calls, let those under way end for up to `grace_s` seconds, then cancel them. When this returns every call has
+        ended (faces get `CLOSE_S` to clean up) and the port is free."""
         if self._health is not None:
             await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+        if self._active:
+            await asyncio.wait(set(self._active), timeout=CLOSE_S)
 
 
 async def serve(
@@ -60,18 +65,19 @@ async def serve(
     `write_timeout_s` seconds is cut. Raises `ConfigError` with field "address" if the port is in use or the host unknown.
     """
     host = await _bindable(address)
+    active: Active = set()
     server = grpc.aio.server(options=server_options(max_message_bytes))
     if worker is not None:
-        server.add_generic_rpc_handlers((worker_handlers(worker),))
+        server.add_generic_rpc_handlers((worker_handlers(worker, active),))
     if router is not None:
-        server.add_generic_rpc_handlers((router_handlers(router),))
+        server.add_generic_rpc_handlers((router_handlers(router, active),))
     health_servicer = None
     if inference is not None:
-        server.add_generic_rpc_handlers((inference_handlers(inference, write_timeout_s),))
+        server.add_generic_rpc_handlers((inference_handlers(inference, active, write_timeout_s),))
         health_servicer = await _add_health_and_reflection(server)
     port = _bind(server, host, split_address(address)[1])
     await server.start()
-    return Server(server, _join(host, port), port, health_servicer)
+    return Server(server, _join(host, port), port, active, health_servicer)
 
 
 async def _add_health_and_reflection(server: grpc.aio.Server) -> _Health:

@@ -146,11 +146,11 @@ def test_chunks_come_as_they_are_said_and_leaving_early_cancels(served: Served) 
         chunks = client.stream("a b wait")
         assert [next(chunks).text, next(chunks).text] == [" a", " b"]
         chunks.close()
-        assert served.face.ended.acquire(timeout=3)
+        assert served.face.ended.acquire(timeout=10)
         for chunk in client.stream("a wait"):
             assert chunk.text == " a"
             break
-        assert served.face.ended.acquire(timeout=3)
+        assert served.face.ended.acquire(timeout=10)
 
 
 def test_leaving_an_asynchronous_answer_early_cancels(served: Served) -> None:
@@ -158,10 +158,10 @@ def test_leaving_an_asynchronous_answer_early_cancels(served: Served) -> None:
         async with AsyncClient(served.address) as client:
             async with aclosing(client.stream("a wait")) as chunks:
                 assert (await anext(chunks)).text == " a"
-            assert await asyncio.to_thread(served.face.ended.acquire, timeout=3)
+            assert await asyncio.to_thread(served.face.ended.acquire, timeout=10)
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(client.generate("wait"), 0.2)
-            assert await asyncio.to_thread(served.face.ended.acquire, timeout=3)
+            assert await asyncio.to_thread(served.face.ended.acquire, timeout=10)
 
     asyncio.run(scenario())
 
@@ -169,7 +169,7 @@ def test_leaving_an_asynchronous_answer_early_cancels(served: Served) -> None:
 def test_a_time_limit(served: Served) -> None:
     with Client(served.address) as client, pytest.raises(DeadlineExceeded):
         client.generate("wait", timeout_s=0.2)
-    assert served.face.ended.acquire(timeout=3)
+    assert served.face.ended.acquire(timeout=10)
 
 
 def test_closing_the_client_ends_what_is_under_way(served: Served) -> None:
@@ -179,7 +179,7 @@ def test_closing_the_client_ends_what_is_under_way(served: Served) -> None:
     threading.Timer(0.1, client.close).start()
     with pytest.raises(Cancelled):
         next(chunks)
-    assert served.face.ended.acquire(timeout=3)
+    assert served.face.ended.acquire(timeout=10)
     with pytest.raises(Cancelled, match="closed"):
         client.models()
     with pytest.raises(Cancelled, match="closed"):

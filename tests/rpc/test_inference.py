@@ -20,7 +20,7 @@ GENERATE = "/diptych.v1.Inference/Generate"
 
 
 async def soon(awaitable: Any) -> Any:
-    return await asyncio.wait_for(awaitable, 3.0)
+    return await asyncio.wait_for(awaitable, 10.0)
 
 
 def test_an_answer_streams_and_ends_with_its_finish(serving: Any, parrot: NewParrot) -> None:

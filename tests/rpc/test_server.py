@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from diptych.core.errors import ConfigError
+from diptych.core.generate import Generate
 from diptych.proto import inference_pb2, worker_pb2
 from diptych.rpc.inference import InferenceClient, SyncInferenceClient
 from diptych.rpc.server import serve
@@ -19,7 +20,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 
 async def soon(awaitable: Any) -> Any:
-    return await asyncio.wait_for(awaitable, 3.0)
+    return await asyncio.wait_for(awaitable, 10.0)
 
 
 def refusal(address: str) -> ConfigError:
@@ -124,6 +125,20 @@ def test_every_method_of_every_service_is_served(
                 await call.write(b"\xff")
                 await call.done_writing()
                 assert await soon(call.code()) is grpc.StatusCode.INVALID_ARGUMENT, method.full_name
+
+    asyncio.run(scenario())
+
+
+def test_when_stop_returns_every_face_has_cleaned_up(serving: Any, parrot: Callable[[], Any]) -> None:
+    async def scenario() -> None:
+        face = parrot()
+        face.hold_after = 1
+        async with serving(inference=face) as server, InferenceClient(server.address) as client:
+            chunks = [client.generate(Generate("a b")) for _ in range(20)]
+            for each in chunks:
+                await soon(anext(each))
+            await server.stop(0.05)
+            assert face.closed.qsize() == 20
 
     asyncio.run(scenario())
 

@@ -23,7 +23,7 @@ from diptych.rpc.router import RouterClient
 from diptych.rpc.worker import RouterStream, WorkerClient
 
 NewWorker = Callable[[], Any]
-SOON = 3.0
+SOON = 10.0
 
 
 async def soon(awaitable: Any) -> Any:
@@ -109,10 +109,10 @@ def test_what_was_sent_before_the_end_arrives_though_the_peer_is_writing(serving
 
     async def scenario() -> None:
         async with serving(worker=Refuser()) as server:
-            for _ in range(20):
+            for _ in range(10):
                 lane = await dial_lane(server.address)
-                for index in range(2000):
-                    lane.send(Offer(str(index), 1))
+                for index in range(100):
+                    lane.send(Cancel(str(index), "x" * 50_000))
                 heard = []
                 with suppress(Unavailable):  # the end may come while this side writes
                     async for message in lane:
@@ -332,7 +332,10 @@ def test_reading_ahead_is_bounded(serving: Any) -> None:
     class Slow:
         async def lane(self, lane: Lane) -> None:
             await anext(lane)
-            await asyncio.sleep(0.3)
+            async with asyncio.timeout(20):
+                while len(lane._inbox) < streams.READ_AHEAD:
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)  # time for more to come, if it could
             held.append(len(lane._inbox))
             lane.close()
 
