@@ -10,19 +10,7 @@ from ..core.clock import Clock
 from ..core.errors import DiptychError, TransferFailed
 from ..core.layout import Layout
 from ..core.transfer import GroupGrant, Hello, RefusedReason
-from .actions import (
-    Attach,
-    Copy,
-    DestinationAction,
-    Detach,
-    Fence,
-    HangUp,
-    Send,
-    TellCommitted,
-    TellFailed,
-    TellOffered,
-    TellReleased,
-)
+from .actions import Attach, Copy, DestinationAction, Detach, Fence, HangUp, Send, TellCommitted, TellFailed, TellOffered, TellReleased
 from .alarm import Alarm
 from .destination_machine import DestinationMachine
 from .events import DestinationEvents

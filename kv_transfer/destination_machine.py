@@ -30,19 +30,7 @@ from ..core.transfer import (
     Refused,
     RefusedReason,
 )
-from .actions import (
-    Attach,
-    Copy,
-    DestinationAction,
-    Detach,
-    Fence,
-    HangUp,
-    Send,
-    TellCommitted,
-    TellFailed,
-    TellOffered,
-    TellReleased,
-)
+from .actions import Attach, Copy, DestinationAction, Detach, Fence, HangUp, Send, TellCommitted, TellFailed, TellOffered, TellReleased
 from .closed_ids import ClosedIds
 from .coverage import Span
 from .faults import grant_fault, refusal

@@ -1,0 +1,376 @@
+"""Two workers' hinges with real pools, a real copy thread and real lanes, in one process or with one end in another.
+
+A rig is what the contract suite needs of a transport; a further transport joins by a further name in `TRANSPORTS`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import zlib
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diptych.core.clock import MonotonicClock
+from diptych.core.errors import DiptychError, Unavailable
+from diptych.core.fleet import WorkerReport
+from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
+from diptych.core.request import Token
+from diptych.core.transfer import GroupGrant, LaneMessage
+from diptych.kv_transfer.destination import Destination
+from diptych.kv_transfer.lanes import DialLane, Lane
+from diptych.kv_transfer.pool import Pool
+from diptych.kv_transfer.source import Source
+from diptych.rpc.server import serve
+from diptych.rpc.worker import RouterStream
+
+TRANSPORTS = ("shm",)
+BLOCK = 16
+LAYOUT = Layout(
+    "model",
+    (
+        CacheGroup(CacheKind.FULL, layers=(0, 2), kv_heads=2, head_dim=16, dtype=DType.FLOAT32),
+        CacheGroup(CacheKind.WINDOW, layers=(1, 3, 4), kv_heads=1, head_dim=32, dtype=DType.BFLOAT16, window=40),
+    ),
+    BLOCK,
+    num_blocks=(64, 64),
+)
+LAYERS = (0, 1, 2, 3, 4)
+TOKENS = (Token(0, 42),)
+Tables = tuple[tuple[int, ...], ...]
+
+
+def layout_with(num_blocks: int) -> Layout:
+    return replace(LAYOUT, num_blocks=(num_blocks,) * len(LAYOUT.groups))
+
+
+def expected_rows(transfer_id: str, layer: int, group: CacheGroup, start: int, stop: int) -> torch.Tensor:
+    """What positions [start, stop) hold, [stop - start, kv_heads, 2, head_dim]; whole numbers below 251, exact in any dtype."""
+    width = 2 * group.kv_heads * group.head_dim
+    first = zlib.crc32(f"{transfer_id}/{layer}".encode()) % 251
+    numbers = (first + 7 * torch.arange(start, stop)[:, None] + torch.arange(width)[None, :]) % 251
+    return numbers.view(stop - start, group.kv_heads, 2, group.head_dim)
+
+
+def write(pool: Pool, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: Tables) -> None:
+    """Do what an engine does: store KV of positions [start, stop)."""
+    for cache, table, layer, group in _caches(pool, tables):
+        if layer in layers:
+            rows = expected_rows(transfer_id, layer, group, start, stop).to(cache.dtype)
+            for position in range(start, stop):
+                cache[table[position // BLOCK], :, :, position % BLOCK] = rows[position - start]
+
+
+def verify(pool: Pool, transfer_id: str, groups: tuple[GroupGrant, ...], prompt_tokens: int) -> None:
+    """Every granted position holds what the source wrote."""
+    tables = tuple((-1,) * (group.first_position // BLOCK) + group.blocks for group in groups)
+    for number, (cache, table, layer, group) in enumerate(_caches(pool, tables)):
+        first = groups[0 if number < len(LAYOUT.groups[0].layers) else 1].first_position
+        wanted = expected_rows(transfer_id, layer, group, first, prompt_tokens).to(cache.dtype)
+        for position in range(first, prompt_tokens):
+            held = cache[table[position // BLOCK], :, :, position % BLOCK]
+            assert torch.equal(held, wanted[position - first]), f"layer {layer} position {position} of {transfer_id}"
+
+
+def _caches(pool: Pool, tables: Tables) -> list[tuple[torch.Tensor, tuple[int, ...], int, CacheGroup]]:
+    return [
+        (pool.caches[number][index], tables[number], layer, group)
+        for number, group in enumerate(pool.layout.groups)
+        for index, layer in enumerate(group.layers)
+    ]
+
+
+class Blocks:
+    """The simplest allocator: free blocks per group, the newest freed first, so that orders get mixed."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.free = [list(range(count)) for count in layout.num_blocks]
+        self.lent: dict[str, list[tuple[int, ...]]] = {}
+
+    def take(self, transfer_id: str, counts: list[int]) -> Tables | None:
+        if any(len(free) < count for free, count in zip(self.free, counts, strict=True)):
+            return None
+        taken = [tuple(free.pop() for _ in range(count)) for free, count in zip(self.free, counts, strict=True)]
+        self.lent[transfer_id] = taken
+        return tuple(taken)
+
+    def give_back(self, transfer_id: str) -> None:
+        for free, blocks in zip(self.free, self.lent.pop(transfer_id, [(), ()]), strict=True):
+            free.extend(blocks)
+
+
+class Diary:
+    """What was told, in order, and a way to wait for it."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str]] = []
+        self.errors: dict[str, DiptychError] = {}
+        self._news = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def write(self, what: str, transfer_id: str) -> None:
+        self.lines.append((what, transfer_id))
+        task = asyncio.get_running_loop().create_task(self._tell())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tell(self) -> None:
+        async with self._news:
+            self._news.notify_all()
+
+    def of(self, transfer_id: str) -> list[str]:
+        return [what for what, about in self.lines if about == transfer_id]
+
+    async def wait(self, what: str, transfer_id: str, within_s: float = 10.0) -> None:
+        async with asyncio.timeout(within_s), self._news:
+            await self._news.wait_for(lambda: (what, transfer_id) in self.lines)
+
+
+class PrefillEnd:
+    """A worker that computes prompts as it is told, and hands them over."""
+
+    def __init__(self, pool: Pool, lease_s: float, dial: DialLane | None, worker_id: str = "P", incarnation: int = 1) -> None:
+        self.pool = pool
+        self.blocks = Blocks(pool.layout)
+        self.diary = Diary()
+        self.prompts: dict[str, tuple[int, Tables]] = {}
+        self.bytes: dict[str, int] = {}
+        self._freed = asyncio.Event()
+        options = {} if dial is None else {"dial": dial}
+        self.source = Source(worker_id, incarnation, pool, pool.layout, MonotonicClock(), lease_s, self, **options)
+
+    def granted(self, transfer_id: str) -> None:
+        self.diary.write("granted", transfer_id)
+
+    def handed_over(self, transfer_id: str, kv_bytes: int, seconds: float, transport: str) -> None:
+        assert transport in TRANSPORTS
+        assert seconds >= 0
+        self.bytes[transfer_id] = kv_bytes
+        self.diary.write("handed over", transfer_id)
+
+    def failed(self, transfer_id: str, error: DiptychError) -> None:
+        self.diary.errors[transfer_id] = error
+        self.diary.write("failed", transfer_id)
+
+    def released(self, transfer_id: str) -> None:
+        """The blocks are another's at once."""
+        prompt = self.prompts.pop(transfer_id, None)
+        if prompt is not None:
+            for group, table in enumerate(prompt[1]):
+                for cache in self.pool.caches[group]:
+                    cache[list(table)] = -1
+        self.blocks.give_back(transfer_id)
+        self._freed.set()
+        self.diary.write("released", transfer_id)
+
+    def offer(self, transfer_id: str, address: str, tokens: int) -> bool:
+        """False if there are not the blocks for it."""
+        tables = self.blocks.take(transfer_id, [-(-tokens // BLOCK)] * len(self.pool.layout.groups))
+        if tables is None:
+            return False
+        self.prompts[transfer_id] = (tokens, tables)
+        self.source.offer(transfer_id, address, tokens)
+        return True
+
+    async def offer_when_it_fits(self, transfer_id: str, address: str, tokens: int) -> None:
+        while not self.offer(transfer_id, address, tokens):
+            self._freed.clear()
+            await self._freed.wait()
+
+    def compute(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int) -> None:
+        tables = self.prompts[transfer_id][1]
+        write(self.pool, transfer_id, layers, start, stop, tables)
+        self.source.computed(transfer_id, layers, start, stop, tables)
+
+    async def compute_all(self, transfer_id: str, chunk: int = 24) -> None:
+        """Layer by layer, chunk by chunk, a turn of the loop in between; then commit."""
+        tokens = self.prompts[transfer_id][0] if transfer_id in self.prompts else 0
+        steps = [(layer, start) for start in range(0, tokens, chunk) for layer in LAYERS]
+        for layer, start in steps:
+            if transfer_id not in self.prompts:
+                return
+            self.compute(transfer_id, (layer,), start, min(start + chunk, tokens))
+            await asyncio.sleep(0)
+        self.source.commit(transfer_id, TOKENS)
+
+
+class DecodeEnd:
+    """A worker that grants what fits, in the order of Offers, and verifies what comes."""
+
+    def __init__(self, pool: Pool, lease_s: float, worker_id: str = "D", incarnation: int = 2, offer_wait_s: float = 5.0) -> None:
+        self.pool = pool
+        self.blocks = Blocks(pool.layout)
+        self.diary = Diary()
+        self.waiting: deque[tuple[str, int]] = deque()
+        self.granted: dict[str, tuple[int, tuple[GroupGrant, ...]]] = {}
+        self.cached_blocks: dict[str, int] = Counter()
+        self.holding = False
+        self.bytes: dict[str, int] = {}
+        self.destination = Destination(worker_id, incarnation, pool, pool.layout, MonotonicClock(), lease_s, offer_wait_s, self)
+
+    def offered(self, transfer_id: str, prompt_tokens: int) -> None:
+        self.diary.write("offered", transfer_id)
+        self.waiting.append((transfer_id, prompt_tokens))
+        self.grant_what_fits()
+
+    def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float) -> None:
+        assert first_tokens == TOKENS
+        tokens, groups = self.granted.pop(transfer_id)
+        verify(self.pool, transfer_id, groups, tokens)
+        self.bytes[transfer_id] = kv_bytes
+        self.diary.write("committed", transfer_id)
+        self.blocks.give_back(transfer_id)
+        self.grant_what_fits()
+
+    def failed(self, transfer_id: str, error: DiptychError) -> None:
+        self.waiting = deque(offer for offer in self.waiting if offer[0] != transfer_id)
+        self.diary.errors[transfer_id] = error
+        self.diary.write("failed", transfer_id)
+
+    def released(self, transfer_id: str) -> None:
+        self.granted.pop(transfer_id, None)
+        self.blocks.give_back(transfer_id)
+        self.diary.write("released", transfer_id)
+        self.grant_what_fits()
+
+    def grant_what_fits(self) -> None:
+        while self.waiting and not self.holding:
+            transfer_id, tokens = self.waiting[0]
+            cached = min(self.cached_blocks[transfer_id] * BLOCK, tokens // BLOCK * BLOCK)
+            firsts = [max(cached, group.first_needed(tokens) // BLOCK * BLOCK) for group in self.pool.layout.groups]
+            tables = self.blocks.take(transfer_id, [-(-(tokens - first) // BLOCK) for first in firsts])
+            if tables is None:
+                return
+            self.waiting.popleft()
+            groups = tuple(GroupGrant(first, table) for first, table in zip(firsts, tables, strict=True))
+            self.granted[transfer_id] = (tokens, groups)
+            self.destination.grant(transfer_id, groups)
+
+
+async def eventually(condition: Callable[[], object], within_s: float = 10.0) -> None:
+    """Until `condition` holds, for what nobody tells."""
+    for _ in range(int(within_s / 0.002)):
+        if condition():
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError(f"not within {within_s} s")
+
+
+def left_behind() -> list[str]:
+    """What this process still holds of any pool: mappings, memfds, sockets that hand them out, threads."""
+    links = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")}
+    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines() if "@diptych-kv" in line]
+    mine = [fields[-1] for fields in sockets if f"socket:[{fields[6]}]" in links]
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "diptych-kv" in line]
+    threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("diptych")]
+    return [*(link for link in links if "diptych-kv" in link), *mine, *maps, *threads]
+
+
+class LaneFace:
+    """As much of a worker as a lane needs."""
+
+    def __init__(self, serve_lane: Callable[[Lane], object]) -> None:
+        self._serve_lane = serve_lane
+
+    async def attached(self, stream: RouterStream) -> None:
+        raise NotImplementedError
+
+    async def reports(self) -> AsyncGenerator[WorkerReport, None]:
+        raise NotImplementedError
+        yield
+
+    async def lane(self, lane: Lane) -> None:
+        await self._serve_lane(lane)  # type: ignore[misc]
+
+    async def drain(self, timeout_s: float) -> int:
+        raise NotImplementedError
+
+
+class ThreadLane:
+    """One end of a lane inside this process; `cut` is what a broken connection looks like from both ends."""
+
+    def __init__(self) -> None:
+        self._inbox: asyncio.Queue[LaneMessage | DiptychError | None] = asyncio.Queue()
+        self.other: ThreadLane | None = None
+        self._ended = False
+
+    def send(self, message: LaneMessage) -> None:
+        if not self._ended and self.other is not None:
+            self.other._inbox.put_nowait(message)
+
+    def close(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._inbox.put_nowait(None)
+            if self.other is not None:
+                self.other._inbox.put_nowait(None)
+
+    def cut(self) -> None:
+        for end in (self, self.other):
+            assert end is not None
+            end._ended = True
+            end._inbox.put_nowait(Unavailable("The connection was reset."))
+
+    def __aiter__(self) -> AsyncIterator[LaneMessage]:
+        return self._messages()
+
+    async def _messages(self) -> AsyncIterator[LaneMessage]:
+        while (message := await self._inbox.get()) is not None:
+            if isinstance(message, DiptychError):
+                raise message
+            yield message
+
+
+class Exchange:
+    """Where in-process lanes are dialled: address → destination."""
+
+    def __init__(self) -> None:
+        self.destinations: dict[str, Destination] = {}
+        self.lanes: list[ThreadLane] = []
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def dial(self, address: str) -> Lane:
+        if address not in self.destinations:
+            raise Unavailable(f"Nobody answers at {address}.")
+        near, far = ThreadLane(), ThreadLane()
+        near.other, far.other = far, near
+        self.lanes.append(near)
+        task = asyncio.create_task(self.destinations[address].serve_lane(far))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return near
+
+
+@asynccontextmanager
+async def rig(
+    *, grpc: bool = False, lease_s: float = 5.0, source_blocks: int = 64, destination_blocks: int = 64, offer_wait_s: float = 5.0
+) -> AsyncIterator[tuple[PrefillEnd, DecodeEnd, str, Exchange]]:
+    """Both ends, the destination's address, and the in-process exchange. At the end nothing may be left on either side."""
+    pools = Pool.allocate(layout_with(source_blocks)), Pool.allocate(layout_with(destination_blocks))
+    exchange = Exchange()
+    decode = DecodeEnd(pools[1], lease_s, offer_wait_s=offer_wait_s)
+    prefill = PrefillEnd(pools[0], lease_s, None if grpc else exchange.dial)
+    server = await serve("127.0.0.1:0", worker=LaneFace(decode.destination.serve_lane)) if grpc else None
+    address = server.address if server else "D:1"
+    exchange.destinations[address] = decode.destination
+    try:
+        yield prefill, decode, address, exchange
+    finally:
+        await prefill.source.close()
+        await decode.destination.close()
+        if server is not None:
+            await server.stop(0)
+        if exchange.tasks:
+            await asyncio.wait(exchange.tasks)
+        prefill.source.check()
+        decode.destination.check()
+        for pool in pools:
+            pool.close()
+    assert prefill.source.leases == decode.destination.leases == 0
+    assert not prefill.blocks.lent
+    assert not decode.blocks.lent

@@ -1,0 +1,205 @@
+"""Both machines joined by a wire, in any order of events: DESIGN §3's promises hold whatever happens when."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from kv_world import GROUPS, LAYERS, World
+
+INDEX = st.integers(0, 7)
+
+
+class Hinge(RuleBasedStateMachine):
+    """Rules choose among what there is by index; indices wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.ids: list[str] = []
+
+    def new_id(self, tokens: int) -> str:
+        self.ids.append(f"{len(self.ids)}/{tokens}")
+        return self.ids[-1]
+
+    @rule(tokens=st.integers(1, 40), order=st.sampled_from(["expect first", "offer first", "only offer", "only expect"]))
+    def begin(self, tokens: int, order: str) -> None:
+        transfer_id = self.new_id(tokens)
+        if order in ("expect first", "only expect"):
+            self.world.expect(transfer_id)
+        if order != "only expect":
+            self.world.offer(transfer_id, tokens)
+        if order == "offer first":
+            self.world.expect(transfer_id)
+
+    @precondition(lambda self: self.ids)
+    @rule(index=INDEX)
+    def repeat_or_come_late(self, index: int) -> None:
+        transfer_id = self.ids[-1 - index % len(self.ids)]
+        if transfer_id not in self.world.source.told:
+            self.world.offer(transfer_id, self.world.tokens_of(transfer_id))
+        elif transfer_id not in self.world.destination.told:
+            self.world.expect(transfer_id)
+        elif transfer_id not in self.world.source.prompts:
+            told = self.world.source.told[transfer_id]
+            self.world.offer(transfer_id, self.world.tokens_of(transfer_id))
+            if transfer_id in self.world.source.told and transfer_id not in self.world.source.prompts:
+                assert self.world.source.told[transfer_id] == ["failed", "released"]
+                self.world.source.told[transfer_id] = told
+
+    @precondition(lambda self: self.world.source.prompts)
+    @rule(index=INDEX, layer=st.sampled_from(LAYERS), all_layers=st.booleans(), count=st.integers(1, 20), tell=st.booleans())
+    def compute(self, index: int, layer: int, all_layers: bool, count: int, tell: bool) -> None:
+        self.world.compute(self.pick(self.world.source.prompts, index), LAYERS if all_layers else (layer,), count)
+        if tell:
+            self.world.announce()
+
+    @precondition(lambda self: self.world.source.prompts)
+    @rule(index=INDEX)
+    def finish(self, index: int) -> None:
+        transfer_id = self.pick(self.world.source.prompts, index)
+        for layer in LAYERS:
+            self.world.compute(transfer_id, (layer,), 1000)
+        self.world.commit(transfer_id)
+
+    @precondition(lambda self: self.world.destination.waiting)
+    @rule(index=INDEX, cached=st.integers(0, 3))
+    def grant(self, index: int, cached: int) -> None:
+        self.world.grant(self.pick(self.world.destination.waiting, index), cached)
+
+    @precondition(lambda self: self.world.destination.waiting)
+    @rule(index=INDEX)
+    def refuse(self, index: int) -> None:
+        self.world.refuse(self.pick(self.world.destination.waiting, index))
+
+    @precondition(lambda self: self.ids)
+    @rule(index=INDEX, at_source=st.booleans())
+    def cancel(self, index: int, at_source: bool) -> None:
+        transfer_id = self.ids[-1 - index % len(self.ids)]
+        if at_source:
+            self.world.cancel_at_source(transfer_id)
+        else:
+            self.world.cancel_at_destination(transfer_id)
+
+    @precondition(lambda self: self.world.dialling)
+    @rule(well=st.integers(0, 9))
+    def dial(self, well: int) -> None:
+        self.world.dial(self.world.dialling[0], well=well > 0)
+
+    @precondition(lambda self: self.world.destination.attaching)
+    @rule(well=st.integers(0, 9))
+    def attach(self, well: int) -> None:
+        self.world.attach(self.world.destination.attaching[0], well=well > 0)
+
+    @precondition(lambda self: self.world.wires)
+    @rule(to_source=st.booleans(), count=st.integers(1, 4), index=st.integers(0, 2))
+    def deliver(self, to_source: bool, count: int, index: int) -> None:
+        wire = self.world.wires[-1 - index % len(self.world.wires)]
+        for _ in range(count):
+            self.world.deliver(wire, to_source=to_source)
+
+    @rule(count=st.integers(1, 5))
+    def copy(self, count: int) -> None:
+        for _ in range(count):
+            self.world.copy_step()
+
+    @rule()
+    def all_goes_on(self) -> None:
+        self.world.run_dry()
+
+    @precondition(lambda self: self.world.wires)
+    @rule(lose=st.booleans())
+    def cut(self, lose: bool) -> None:
+        self.world.cut(self.world.wires[-1], lose=lose)
+
+    @rule(seconds=st.sampled_from([0.1, 2.0, 3.5, 6.0, 11.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.advance(seconds)
+
+    @rule(which=st.integers(0, 9))
+    def restart(self, which: int) -> None:
+        if which == 0:
+            self.world.restart_source()
+        elif which == 1:
+            self.world.restart_destination()
+
+    @invariant()
+    def holds(self) -> None:
+        self.world.check()
+
+    def teardown(self) -> None:
+        self.world.settle()
+
+    @staticmethod
+    def pick(among: dict[str, object], index: int) -> str:
+        return list(among)[index % len(among)]
+
+
+TestHinge = Hinge.TestCase
+TestHinge.settings = settings(max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def drive(world: World, draw: random.Random, steps: int) -> None:
+    """A busy hour: mostly progress, now and then a calamity."""
+    rules = Hinge()
+    rules.world = world
+    for _ in range(steps):
+        chance = draw.random()
+        if chance < 0.12:
+            rules.begin(draw.randint(1, 40), draw.choice(["expect first", "offer first", "offer first", "only offer", "only expect"]))
+        elif chance < 0.32 and world.source.prompts:
+            layers = draw.random() < 0.3
+            rules.compute(draw.randrange(8), draw.choice(LAYERS), layers, draw.randint(1, 20), draw.random() < 0.5)
+        elif chance < 0.40 and world.source.prompts:
+            rules.finish(draw.randrange(8))
+        elif chance < 0.50 and world.destination.waiting:
+            rules.grant(draw.randrange(8), draw.randrange(3))
+        elif chance < 0.52 and rules.ids:
+            rules.cancel(draw.randrange(8), draw.random() < 0.5)
+        elif chance < 0.56 and rules.ids:
+            rules.repeat_or_come_late(draw.randrange(8))
+        elif chance < 0.60 and world.dialling:
+            rules.dial(draw.randrange(10))
+        elif chance < 0.64 and world.destination.attaching:
+            rules.attach(draw.randrange(10))
+        elif chance < 0.82 and world.wires:
+            rules.deliver(draw.random() < 0.5, draw.randint(1, 4), 0)
+        elif chance < 0.96:
+            rules.copy(draw.randint(1, 5))
+        elif chance < 0.985:
+            world.advance(draw.choice([0.1, 0.5, 2.0, 6.0]))
+        elif chance < 0.987 and world.wires:
+            rules.cut(draw.random() < 0.5)
+        elif chance < 0.988:
+            rules.restart(draw.randrange(2))
+        world.check()
+
+
+def test_busy_hours_commit_and_fail() -> None:
+    """What is explored is not only failure, nor only success."""
+    committed = failed = cancelled_late = 0
+    for seed in range(100):
+        world = World()
+        drive(world, random.Random(seed), 400)
+        world.settle()
+        committed += len(world.committed)
+        failed += sum("failed" in told for told in world.destination.told.values())
+        cancelled_late += sum(told == ["granted", "failed", "released"] for told in world.source.told.values())
+    assert committed > 40
+    assert failed > 40
+    assert cancelled_late > 40
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(1000, 1400))
+def test_a_busy_day(seed: int) -> None:
+    world = World()
+    drive(world, random.Random(seed), 3000)
+    world.settle()
+
+
+def test_groups_are_of_both_kinds() -> None:
+    assert {group.kind.value for group in GROUPS} == {"full", "window"}
