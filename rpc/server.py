@@ -4,47 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from ..core.errors import ConfigError
 from .channels import INTERNAL_MESSAGE_BYTES, server_options, split_address
-from .handlers import INFERENCE, Active, inference_handlers, router_handlers, worker_handlers
+from .handlers import Active, inference_handlers, router_handlers, worker_handlers
 from .inference import InferenceFace
 from .router import RouterFace
 from .stream import CLOSE_S
 from .worker import WorkerFace
 
-
-class _Health(Protocol):
-    async def set(self, service: str, status: int) -> None: ...
-
-    async def enter_graceful_shutdown(self) -> None: ...
+if TYPE_CHECKING:
+    from .public import Health
 
 
 class Server:
     """A server that listens. `address` is host:port as bound, `port` its number (the one taken, if 0 was asked for)."""
 
-    def __init__(self, server: grpc.aio.Server, address: str, port: int, active: Active, health_servicer: _Health | None) -> None:
+    def __init__(self, server: grpc.aio.Server, address: str, port: int, active: Active, health: Health | None) -> None:
         self.address = address
         self.port = port
         self._server = server
         self._active = active
-        self._health = health_servicer
+        self._health = health
 
     async def set_serving(self, serving: bool) -> None:
         """What `grpc.health.v1` answers for "" and for `diptych.v1.Inference`; NOT_SERVING until told otherwise."""
         if self._health is not None:
-            await _set_health(self._health, serving)
+            await self._health.set_serving(serving)
 
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, let those under way end for up to `grace_s` seconds, then cancel them. When this returns every call has
         ended (faces get `CLOSE_S` to clean up) and the port is free."""
         if self._health is not None:
-            await self._health.enter_graceful_shutdown()
+            await self._health.end()
         await self._server.stop(grace_s)
         if self._active:
             await asyncio.wait(set(self._active), timeout=CLOSE_S)
@@ -71,27 +66,15 @@ async def serve(
         server.add_generic_rpc_handlers((worker_handlers(worker, active),))
     if router is not None:
         server.add_generic_rpc_handlers((router_handlers(router, active),))
-    health_servicer = None
+    health = None
     if inference is not None:
         server.add_generic_rpc_handlers((inference_handlers(inference, active, write_timeout_s),))
-        health_servicer = await _add_health_and_reflection(server)
+        from .public import add_health_and_reflection  # here: workers run where its packages are not installed
+
+        health = await add_health_and_reflection(server)
     port = _bind(server, host, split_address(address)[1])
     await server.start()
-    return Server(server, _join(host, port), port, active, health_servicer)
-
-
-async def _add_health_and_reflection(server: grpc.aio.Server) -> _Health:
-    servicer: _Health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
-    await _set_health(servicer, False)
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    reflection.enable_server_reflection((INFERENCE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    return servicer
-
-
-async def _set_health(servicer: _Health, serving: bool) -> None:
-    status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-    for service in ("", INFERENCE.full_name):
-        await servicer.set(service, status)
+    return Server(server, _join(host, port), port, active, health)
 
 
 async def _bindable(address: str) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -200,3 +203,11 @@ def test_reflection_describes_the_public_services_only(serving: Any, parrot: Cal
             assert {message.name for message in file.message_type} >= {"GenerateRequest", "GenerateResponse"}
 
     asyncio.run(scenario())
+
+
+def test_a_worker_needs_neither_health_nor_reflection() -> None:
+    """Worker processes start on machines that have grpcio and protobuf alone."""
+    look = "import sys, diptych.rpc.server, diptych.rpc.worker, diptych.rpc.lane; print({'grpc_health.v1', 'grpc_reflection.v1alpha'} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "set()"
