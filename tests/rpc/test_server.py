@@ -207,7 +207,10 @@ def test_reflection_describes_the_public_services_only(serving: Any, parrot: Cal
 
 def test_a_worker_needs_neither_health_nor_reflection() -> None:
     """Worker processes start on machines that have grpcio and protobuf alone."""
-    look = "import sys, diptych.rpc.server, diptych.rpc.worker, diptych.rpc.lane; print({'grpc_health.v1', 'grpc_reflection.v1alpha'} & set(sys.modules))"
+    look = (
+        "import sys, diptych.rpc.server, diptych.rpc.worker, diptych.rpc.lane;"
+        "print({'grpc_health.v1', 'grpc_reflection.v1alpha'} & set(sys.modules))"
+    )
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "set()"
