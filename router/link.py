@@ -92,6 +92,10 @@ class Link:
             except DiptychError as error:
                 heard = False
                 log.debug("worker %s: %s", self.member.worker_id, error)
+            except Exception:
+                # A defect here must not leave the worker unconnected for good.
+                heard = False
+                log.exception("worker %s: a defect in the router", self.member.worker_id)
             pause = _BACKOFF_S[0] if heard else min(longest, pause * 2)
             await asyncio.sleep(pause)
 

@@ -168,12 +168,13 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
         self._borders = tuple(_borders(string) for string in self._strings)
+        self._firsts = frozenset(string[0] for string in self._strings)
         self._matched = [0] * len(self._strings)
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """`(text that is safe to send, whether a stop string is complete)`; after completion nothing more is to be pushed."""
-        if not self._strings:
+        if not self._held and self._firsts.isdisjoint(text):
             return text, False
         whole = self._held + text
         for position in range(len(self._held), len(whole)):

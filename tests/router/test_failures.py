@@ -6,6 +6,7 @@ import logging
 import secrets
 import time
 
+import grpc.aio
 import httpx
 import pytest
 from diptych.core.config import LimitsSection
@@ -16,6 +17,7 @@ from diptych.core.sampling import SamplingParams
 from diptych.router.placement import Policy
 from diptych.router.server import RouterSettings, start_router
 from diptych.rpc.inference import InferenceClient
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 TEXT = "Hello, wörld! And so on."
 PROMPT = "x" * 20
@@ -147,6 +149,21 @@ def test_a_lost_connection_comes_back_by_itself(site):
             await s.workers["d0"].start(s.workers["d0"].address)
             await s.until(lambda: not s.router.service.unavailable())
             assert (await answer(s.router.service))[0] == TEXT[:-1]
+
+    asyncio.run(check())
+
+
+def test_health_over_grpc_says_whether_a_request_could_be_served(site):
+    async def status(channel):
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="diptych.v1.Inference"))
+        return answer.status
+
+    async def check():
+        async with site() as s, grpc.aio.insecure_channel(s.router.grpc) as channel:
+            assert await status(channel) == health_pb2.HealthCheckResponse.SERVING
+            await s.workers["d0"].kill()
+            await s.until(lambda: s.router.service.unavailable())
+            assert await status(channel) == health_pb2.HealthCheckResponse.NOT_SERVING
 
     asyncio.run(check())
 

@@ -5,9 +5,10 @@ import json
 
 import pytest
 from diptych.core.errors import ContextExceeded, InvalidRequest, ModelError
+from diptych.core.model import read_card
 from diptych.router.admission import check_unicode
 from diptych.router.template import ChatTemplate
-from diptych.router.text import Detokeniser, Pieces, StopStrings
+from diptych.router.text import Detokeniser, Pieces, StopStrings, Text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -158,10 +159,16 @@ def test_chat_template_that_is_no_good(source):
         ChatTemplate(source).render([{"role": "user", "content": "x"}])
 
 
-def test_text_encodes_long_texts_off_the_loop(prepared):
-    from diptych.core.model import read_card
-    from diptych.router.text import Text
+def test_a_chat_template_of_ones_own(prepared, tmp_path):
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ bos_token }}own")
+    text = Text.load(prepared, read_card(prepared), file)
+    assert asyncio.run(text.encode_chat([{"role": "user", "content": "x"}])) == (1, *asyncio.run(text.encode("own", special=False)))
+    with pytest.raises(ModelError, match=r"none\.jinja"):
+        Text.load(prepared, read_card(prepared), tmp_path / "none.jinja")
 
+
+def test_text_encodes_long_texts_off_the_loop(prepared):
     text = Text.load(prepared, read_card(prepared))
     long = "ab" * 10000
     with pytest.raises(ContextExceeded, match="more than 4097 tokens"):
