@@ -27,10 +27,21 @@ def settings(*, prefill: int, decode: int, model: str | None, dtype: str, **sect
 
 
 def serve(config: dict[str, Any], measure: Measure) -> None:
-    """Start the cluster `config` describes, run `measure` once it serves, end the cluster."""
+    """Start the cluster `config` describes, run `measure` once it serves, end the cluster. Raises what `measure` raised, and
+    `InterruptedError` if the cluster ended before it was through."""
+    ended: list[BaseException | None] = []
 
     async def when_up(served: Served) -> bool:
-        await measure(served)
+        try:
+            await measure(served)
+        except BaseException as error:  # noqa: BLE001  whatever it is, the cluster is ended first
+            ended.append(error)
+        else:
+            ended.append(None)
         return True
 
     Up(load_config(config), when_up=when_up).run()
+    if not ended:
+        raise InterruptedError("The cluster ended before the measurement.")
+    if ended[0] is not None:
+        raise ended[0]
