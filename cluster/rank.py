@@ -14,9 +14,11 @@ import asyncio
 import os
 import sys
 
-from ..core.errors import DiptychError
+from ..core.errors import ConfigError, DiptychError
+from ..core.model import read_card
 from .child import FAILED, hold_leash, log_to_stderr, progress, say
-from .spec import RankSpec, read_spec
+from .memory import available_bytes, require_memory
+from .spec import BLOCK_SIZE, RankSpec, read_spec
 
 
 def main() -> int:
@@ -29,6 +31,8 @@ def main() -> int:
     try:
         spec = read_spec(RankSpec, arguments.spec)
         log_to_stderr(spec.log_level, spec.worker_id)
+        card = read_card(spec.model_dir)
+        require_memory(card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens), card.weights_bytes, available_bytes())
         _take_cores(spec)
         progress("started")
         # Imported only now: torch reads the number of threads from the environment when it is loaded.
@@ -45,7 +49,10 @@ def main() -> int:
 def _take_cores(spec: RankSpec) -> None:
     """Run on the cores of the spec, with as many engine threads as it says, from before torch is loaded."""
     if spec.cpus is not None:
-        os.sched_setaffinity(0, spec.cpus)
+        try:
+            os.sched_setaffinity(0, spec.cpus)
+        except (OSError, OverflowError):
+            raise ConfigError(f"This process may not run on the cores {list(spec.cpus)}.", field="cpus") from None
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(spec.threads)
 

@@ -38,7 +38,6 @@ from ..worker.loop import EngineLoop, Inbox
 from ..worker.outbox import Call, Delivery
 from ..worker.report import Reporter
 from .child import progress, say
-from .memory import available_bytes, require_memory
 from .spec import BLOCK_SIZE, RankSpec
 
 log = logging.getLogger(__name__)
@@ -53,9 +52,7 @@ async def serve(spec: RankSpec) -> None:
     """Load, say that all is ready, serve until SIGTERM, drain. Raises `DiptychError` if it cannot start."""
     torch.set_num_threads(spec.threads)
     model = open_prepared(spec.model_dir)
-    layout = model.card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens)
-    require_memory(layout, model.card.weights_bytes, available_bytes())
-    pool = Pool.allocate(layout)
+    pool = Pool.allocate(model.card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens))
     progress("model mapped, pool allocated")
     engine = Engine(model, pool.caches, block_size=BLOCK_SIZE, max_slots=spec.max_running)
     engine.warm_up()

@@ -11,12 +11,12 @@ def refusal(request: Request, vocab_size: int) -> DiptychError | None:
     ids = request.token_ids
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
         return InvalidRequest(f"A token id is out of range: the vocabulary has {vocab_size} tokens.", field="prompt")
-    if request.sampling.seed is None and not request.sampling.greedy:
-        return InvalidRequest("A worker draws no seeds: the router does.", field="seed")
     try:
         request.sampling.validate(vocab_size)
     except InvalidRequest as error:
         return error
+    if request.sampling.seed is None and not request.sampling.greedy:
+        return InvalidRequest("A worker draws no seeds: the router does.", field="seed")
     if len(request.generated) >= request.sampling.max_tokens:
         return InvalidRequest("Every token asked for has been generated already.", field="max_tokens")
     return None
