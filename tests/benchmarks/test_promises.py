@@ -1,0 +1,37 @@
+"""What the benchmarks must show, with the demo model on a quiet machine of two cores. Too long for the gate."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+from diptych.benchmarks import handover, memory, stall, start
+from diptych.benchmarks.served import settings
+
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
+DEMO = {"model": None, "dtype": "bfloat16"}
+
+
+def test_prompts_do_not_stall_answers() -> None:
+    load = Namespace(rate=0.75, seconds=120.0, input=256, output=64, seed=1)
+    result = stall.measure(settings(prefill=1, decode=1, **DEMO), load)
+    assert result["handed_over"] == result["requests"]
+    assert result["itl_p99_over_p50"] <= 2
+
+
+def test_a_hand_over_is_cheap() -> None:
+    result = handover.measure(Namespace(prompt=1024, runs=20, warm_up=3, **DEMO))
+    assert result["transport"] == "shm"
+    assert result["first_token_to_decode_started"]["p50_ms"] <= 5
+
+
+def test_memory_is_bounded() -> None:
+    result = memory.measure(Namespace(**DEMO))
+    assert sorted(result["workers"]) == ["decode-0", "prefill-0"]
+    assert all(worker["own_over_weights"] <= 0.15 for worker in result["workers"].values())
+    assert result["weights_pss_over_weights"] <= 1.01
+
+
+def test_the_start_is_fast() -> None:
+    first, handed_over, _ = start.once(Namespace(no_ray=False, **DEMO))
+    assert first <= handed_over <= 20
