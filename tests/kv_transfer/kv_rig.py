@@ -261,14 +261,27 @@ async def eventually(condition: Callable[[], object], within_s: float = 10.0) ->
     raise AssertionError(f"not within {within_s} s")
 
 
+def _links(pid: int | str) -> set[str]:
+    directory = f"/proc/{pid}/fd"
+    return {os.readlink(f"{directory}/{fd}") for fd in os.listdir(directory) if os.path.islink(f"{directory}/{fd}")}
+
+
+def pool_sockets() -> dict[str, str]:
+    """Inode → name of every socket on this host that hands out a pool."""
+    lines = (line.split() for line in Path("/proc/net/unix").read_text().splitlines() if "@diptych-kv" in line)
+    return {fields[6]: fields[7] for fields in lines}
+
+
+def pool_sockets_of(pid: int | str) -> set[str]:
+    links = _links(pid)
+    return {name for inode, name in pool_sockets().items() if f"socket:[{inode}]" in links}
+
+
 def left_behind() -> list[str]:
     """What this process still holds of any pool: mappings, memfds, sockets that hand them out, threads."""
-    links = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")}
-    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines() if "@diptych-kv" in line]
-    mine = [fields[-1] for fields in sockets if f"socket:[{fields[6]}]" in links]
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "diptych-kv" in line]
     threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("diptych")]
-    return [*(link for link in links if "diptych-kv" in link), *mine, *maps, *threads]
+    return [*(link for link in _links("self") if "diptych-kv" in link), *pool_sockets_of("self"), *maps, *threads]
 
 
 class LaneFace:

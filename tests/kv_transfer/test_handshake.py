@@ -1,0 +1,60 @@
+"""Two workers that cannot exchange KV say so by name, at both ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from diptych.core.layout import DType
+from diptych.core.transfer import Hello, RefusedReason
+from diptych.kv_transfer.faults import refusal
+from kv_world import GROUPS, LAYOUT, World, hello
+
+
+@pytest.mark.parametrize(
+    ("theirs", "reason", "words"),
+    [
+        (replace(hello("P", 1), protocol_version=2), RefusedReason.LAYOUT, "protocol_version differs: 1 here, 2 at P"),
+        (hello("P", 1, replace(LAYOUT, block_size=32)), RefusedReason.LAYOUT, "block_size differs"),
+        (hello("P", 1, replace(LAYOUT, fingerprint="other")), RefusedReason.LAYOUT, "fingerprint differs"),
+        (hello("P", 1, replace(LAYOUT, tp=2)), RefusedReason.LAYOUT, "tp differs"),
+        (
+            hello("P", 1, replace(LAYOUT, groups=(replace(GROUPS[0], dtype=DType.BFLOAT16), GROUPS[1]))),
+            RefusedReason.LAYOUT,
+            "groups differs",
+        ),
+        (replace(hello("P", 1), shm=None), RefusedReason.TRANSPORT, "P does not speak shm"),
+    ],
+)
+def test_a_difference_is_named(theirs: Hello, reason: RefusedReason, words: str) -> None:
+    refused = refusal(hello("D", 2), theirs)
+    assert refused is not None
+    assert refused.reason is reason
+    assert words in refused.message
+    assert refused.transfer_id == ""
+
+
+def test_pools_of_different_sizes_may_exchange() -> None:
+    assert refusal(hello("D", 2), hello("P", 1, replace(LAYOUT, num_blocks=(7, 9)))) is None
+
+
+def test_the_refusal_reaches_every_waiting_offer() -> None:
+    world = World()
+    world.source.machine._hello = hello("P", 1, replace(LAYOUT, block_size=32))
+    world.expect("a/5")
+    world.offer("a/5", 5)
+    world.offer("b/5", 5)
+    world.run_dry()
+    assert world.source.told == {"a/5": ["failed", "released"], "b/5": ["failed", "released"]}
+    assert world.source.machine.lanes == world.destination.machine.lanes == 0
+    assert world.destination.told["a/5"] == [], "its router ends it"
+
+
+def test_no_shared_memory_is_said() -> None:
+    world = World()
+    world.offer("a/5", 5)
+    world.dial(world.dialling[0])
+    world.deliver(world.wires[0], to_source=False)
+    world.attach(world.destination.attaching[0], well=False)
+    world.run_dry()
+    assert world.source.told["a/5"] == ["failed", "released"]
