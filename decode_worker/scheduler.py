@@ -219,6 +219,8 @@ class DecodeScheduler:
         """Blocks for positions up to `stop`, if need be from the youngest. False: it waits for blocks that will come, by a step in
         flight, a transfer under way or an older request that ends."""
         table, start = sequence.table, sequence.decided
+        if table.ready(start, stop):
+            return True
         table.slide(start)
         lacks = table.lacks(stop, start)
         if not any(lacks):

@@ -135,7 +135,7 @@ class BlockPool:
 class BlockTable:
     """The blocks of one sequence, per group in order of position. Made by `BlockPool.open`; ends with `close`."""
 
-    __slots__ = ("_passed", "_published", "hashes", "pool", "tables")
+    __slots__ = ("_capacity", "_passed", "_published", "_slides_at", "hashes", "pool", "tables")
 
     def __init__(self, pool: BlockPool, hashes: list[bytes]) -> None:
         self.pool = pool
@@ -143,6 +143,18 @@ class BlockTable:
         self.tables: tuple[tuple[int, ...], ...] = ((),) * len(pool.groups)
         self._passed = [0] * len(pool.groups)
         self._published = 0
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """After every change: positions with blocks in all groups, and the first query that lets a block leave its window."""
+        size, groups = self.pool.block_size, self.pool.groups
+        self._capacity = min(len(row) for row in self.tables) * size
+        leaving = ((passed + 1) * size + group.window - 1 for passed, group in zip(self._passed, groups, strict=True) if group.window)
+        self._slides_at = min(leaving, default=2**63)
+
+    def ready(self, start: int, stop: int) -> bool:
+        """Whether `slide(start)` and `extend(stop, start)` have nothing to do: so it is in 7 of 8 decode steps."""
+        return stop <= self._capacity and start < self._slides_at
 
     def adopt(self, cached: int, position: int) -> None:
         """Reference the cached blocks of the first `cached` tokens (as `match` said) that a query at `position` sees. Table empty."""
@@ -158,6 +170,7 @@ class BlockTable:
             self._passed[g] = first
             tables.append(row)
         self.tables, self._published = tuple(tables), whole
+        self._refresh()
 
     def lacks(self, tokens: int, position: int, *, full_only: bool = False) -> tuple[int, ...]:
         """New blocks per group to hold positions up to `tokens`, where no query before `position` will come."""
@@ -175,6 +188,7 @@ class BlockTable:
         if any(count > part.available for count, part in zip(lacks, self.pool.parts, strict=True)):
             return False
         self.tables = tuple(self._grown(g, count, position) for g, count in enumerate(lacks))
+        self._refresh()
         return True
 
     def _grown(self, g: int, count: int, position: int) -> tuple[int, ...]:
@@ -196,6 +210,7 @@ class BlockTable:
                 self._give_back(g, row[passed:first])
                 self._passed[g] = first
                 self.tables = (*self.tables[:g], (NO_BLOCK,) * first + row[first:], *self.tables[g + 1 :])
+        self._refresh()
 
     def publish(self, token_ids: Sequence[int], computed: int) -> None:
         """The KV of the first `computed` tokens is stored: enter their whole blocks in the prefix table."""
@@ -218,6 +233,7 @@ class BlockTable:
             self._give_back(g, row[self._passed[g] :][::-1])
         self.tables = ((),) * len(self.tables)
         self._passed = [0] * len(self.tables)
+        self._refresh()
         self.pool.forget(self)
 
     def _give_back(self, g: int, blocks: Sequence[int]) -> None:
