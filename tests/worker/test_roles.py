@@ -1,0 +1,356 @@
+"""The two roles over their real schedulers, with a transfer's end and an engine that only take notes: every race by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from diptych.core.clock import ManualClock
+from diptych.core.commands import Decode, Failed, Finished, FirstToken, HandedOver, NewTokens, Prefill, StepEvents, Stop
+from diptych.core.errors import Cancelled, Internal, TransferFailed, Unavailable
+from diptych.core.fleet import WorkerState
+from diptych.core.layout import CacheGroup, CacheKind, DType
+from diptych.core.request import FinishReason, Request, Token, Tokens
+from diptych.core.sampling import SamplingParams
+from diptych.decode_worker.role import DecodeRole
+from diptych.decode_worker.scheduler import DecodeScheduler
+from diptych.engine.batch import Batch, Drawn, StepOutput
+from diptych.engine.block_pool import BlockPool
+from diptych.prefill_worker.role import PrefillRole
+from diptych.prefill_worker.scheduler import PrefillScheduler
+from diptych.worker.loop import Inbox, StepTimes
+from diptych.worker.report import Reporter
+
+LAYERS = 3
+GROUPS = (CacheGroup(CacheKind.FULL, tuple(range(LAYERS)), 1, 4, DType.FLOAT32),)
+BLOCKS = 8
+EOS = 1
+
+
+class Ear:
+    def send(self, events: StepEvents) -> None:
+        raise AssertionError("the outbox only gathers")
+
+
+@dataclass
+class Notes:
+    """Stands for `Source` or `Destination`: keeps the names and arguments of all calls."""
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    events: Any = None
+
+    def __call__(self, events: Any) -> Notes:
+        self.events = events
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        return [arguments for called, *arguments in self.calls if called == name]
+
+
+class Desk:
+    """One role and all around it; `turn` does what the loop does between two waits."""
+
+    def __init__(self, *, prefill: bool) -> None:
+        self.notes, self.ear, self.clock = Notes(), Ear(), ManualClock()
+        self.inbox: Inbox = SimpleQueue()
+        self.said: list[Any] = []
+        self.flying: list[Any] = []
+        scheduling: dict[str, Any] = {
+            "pool": BlockPool((BLOCKS,), GROUPS, 16),
+            "root_hash_of": lambda request: b"root",
+            "chunk_tokens": 32,
+            "max_running": 4,
+            "max_context": 1000,
+            "eos_token_ids": (EOS,),
+        }
+        common: dict[str, Any] = {"vocab_size": 100, "reporter": Reporter("w", 1), "clock": self.clock, "inbox": self.inbox}
+        self.role: Any
+        if prefill:
+            self.role = PrefillRole(
+                PrefillScheduler(**scheduling), layers=LAYERS, call_soon=lambda call: call(), source=self.notes, **common
+            )
+        else:
+            self.role = DecodeRole(DecodeScheduler(**scheduling), destination=self.notes, **common)
+
+    def turn(self) -> list[Any]:
+        """Take what has come and decide up to two steps; what was said to the router."""
+        try:
+            while True:
+                self.inbox.get_nowait()()
+        except Empty:
+            pass
+        self.role.settle()
+        while len(self.flying) < 2 and (decision := self.role.decide()) is not None:
+            self.flying.append(decision)
+        return self.hear()
+
+    def hear(self) -> list[Any]:
+        delivery = self.role.outbox.take()
+        for call in delivery.calls:
+            call()
+        said = [event for listener, events in delivery.events for event in events.events if listener is self.ear]
+        self.said += said
+        return said
+
+    def ran(self, token: int = 7) -> list[Any]:
+        """The oldest step has run, layer by layer, every row drawing `token`."""
+        decision = self.flying.pop(0)
+        hook = self.role.on_layer(decision)
+        for layer in range(LAYERS) if hook else ():
+            hook(layer)
+        batch: Batch = decision.batch
+        output = StepOutput(batch.step, tuple(Drawn(token) if row.draw else None for row in batch.rows))
+        self.role.complete(decision, output, StepTimes(0.0, 0.0))
+        return self.hear() + self.turn()
+
+    def run_dry(self, token: int = 7) -> None:
+        while self.flying:
+            self.ran(token)
+
+    def clean(self) -> None:
+        """Nothing is held, nothing is owed, the books are right."""
+        self.turn()
+        assert not self.flying
+        assert self.role.idle()
+        self.role.check()
+
+
+def asked(length: int = 40, start: int = 3, **sampling: Any) -> Request:
+    ids = tuple(3 + (start + i) % 90 for i in range(length))
+    return Request("r", "", (Tokens(ids),), SamplingParams(**{"temperature": 0.0, "max_tokens": 4, **sampling}))
+
+
+def prefilling(request: Request | None = None, destination: str | None = "d:1") -> Desk:
+    desk = Desk(prefill=True)
+    desk.role.command(desk.ear, Prefill("a", request or asked(), destination))
+    desk.turn()
+    return desk
+
+
+def test_a_prompt_is_offered_computed_told_and_committed_in_this_order() -> None:
+    desk = prefilling()
+    assert desk.notes.calls == [("offer", "a", "d:1", 40)]
+    desk.ran()
+    said = desk.ran()
+    computed = desk.notes.named("computed")
+    assert [(layers, start, stop) for _, layers, start, stop, _ in computed] == [
+        ((layer,), start, stop) for start, stop in ((0, 32), (32, 40)) for layer in range(LAYERS)
+    ]
+    (first,) = said
+    assert isinstance(first, FirstToken)
+    assert first.token == Token(0, 7)
+    assert desk.notes.calls[-1] == ("commit", "a", (Token(0, 7),))
+    desk.notes.events.handed_over("a", 4096, 0.5, "shm")
+    desk.notes.events.released("a")
+    assert desk.turn() == [HandedOver("a", 4096, 0.5, "shm")]
+    desk.clean()
+
+
+def test_what_the_prefix_cache_holds_is_reported_at_once() -> None:
+    desk = prefilling()
+    desk.run_dry()
+    desk.notes.events.handed_over("a", 1, 0.1, "shm")
+    desk.notes.events.released("a")
+    desk.turn()
+    desk.notes.calls.clear()
+    desk.role.command(desk.ear, Prefill("b", asked(), "d:1"))
+    desk.turn()
+    offer, cached = desk.notes.calls
+    assert offer == ("offer", "b", "d:1", 40)
+    assert cached[:5] == ("computed", "b", tuple(range(LAYERS)), 0, 32)
+    desk.run_dry()
+    assert desk.said[-1].cached_tokens == 32
+    desk.notes.events.released("b")
+    desk.role.command(desk.ear, Stop("b"))
+    desk.clean()
+
+
+def test_a_first_token_that_ends_the_request_cancels_the_transfer() -> None:
+    desk = prefilling()
+    desk.ran()
+    first, finished = desk.ran(EOS)
+    assert first.finish is FinishReason.STOP
+    assert isinstance(finished, Finished)
+    assert not desk.notes.named("commit")
+    assert desk.notes.named("cancel")
+    assert not desk.role.idle(), "the blocks stay until the source says that nothing reads them"
+    desk.notes.events.failed("a", Cancelled("by ourselves"))
+    desk.notes.events.released("a")
+    desk.clean()
+    assert [type(event) for event in desk.said] == [FirstToken, Finished]
+
+
+def test_a_prompt_nobody_decodes_is_never_offered() -> None:
+    desk = prefilling(asked(max_tokens=1), destination=None)
+    desk.run_dry()
+    assert desk.notes.calls == []
+    assert [type(event) for event in desk.said] == [FirstToken, Finished]
+    desk.clean()
+
+
+def test_a_stop_that_crosses_the_ack_says_one_thing_only() -> None:
+    desk = prefilling()
+    desk.run_dry()
+    desk.notes.events.handed_over("a", 1, 0.1, "shm")
+    desk.role.command(desk.ear, Stop("a"))  # the loop takes it before the Ack
+    desk.notes.events.released("a")
+    desk.clean()
+    assert [type(event) for event in desk.said] == [FirstToken, Failed]
+
+
+def test_a_stop_with_two_steps_in_flight_computes_no_third() -> None:
+    desk = prefilling(asked(100))
+    assert len(desk.flying) == 2
+    desk.role.command(desk.ear, Stop("a"))
+    (failed,) = desk.turn()
+    assert isinstance(failed.error, Cancelled)
+    desk.notes.events.failed("a", Cancelled("by ourselves"))
+    desk.notes.events.released("a")
+    desk.turn()
+    desk.run_dry()
+    assert desk.said == [failed]
+    desk.clean()
+
+
+def test_a_transfer_that_fails_while_the_prompt_is_computed_ends_it() -> None:
+    desk = prefilling(asked(100))
+    desk.notes.events.failed("a", TransferFailed("the lane broke"))
+    desk.notes.events.released("a")
+    (failed,) = desk.turn()
+    assert isinstance(failed.error, TransferFailed)
+    desk.run_dry()
+    desk.clean()
+    assert dict(desk.role.report().counters)["diptych_worker_transfers_failed_total"] == 1
+
+
+def test_a_failed_step_fails_its_prompt_and_not_the_next() -> None:
+    desk = prefilling(asked(60))
+    desk.role.command(desk.ear, Prefill("b", asked(60, start=40), "d:1"))
+    for _ in range(2):
+        decision = desk.flying.pop(0)
+        desk.role.abandon(decision, Internal("slipped"))
+    desk.hear()
+    desk.notes.events.released("a")
+    desk.turn()
+    desk.run_dry()
+    failed = [event.attempt_id for event in desk.said if isinstance(event, Failed)]
+    assert failed[0] == "a"
+    for left in ("a", "b"):
+        desk.role.command(desk.ear, Stop(left))
+        desk.turn()
+        desk.notes.events.released(left)
+    desk.clean()
+
+
+def test_a_draining_worker_takes_nothing_new_and_ends_what_it_has() -> None:
+    desk = prefilling()
+    desk.role.drain()
+    assert desk.role.report().state is WorkerState.DRAINING
+    desk.role.command(desk.ear, Prefill("b", asked(), "d:1"))
+    (refused,) = desk.turn()
+    assert (refused.attempt_id, type(refused.error)) == ("b", Unavailable)
+    desk.run_dry()
+    desk.notes.events.handed_over("a", 1, 0.1, "shm")
+    desk.notes.events.released("a")
+    desk.clean()
+
+
+def decoding(**sampling: Any) -> Desk:
+    """An attempt granted and not yet committed."""
+    desk = Desk(prefill=False)
+    desk.role.command(desk.ear, Decode("a", asked(**sampling)))
+    desk.turn()
+    assert desk.notes.calls == [("expect", "a")]
+    desk.notes.events.offered("a", 40)
+    desk.turn()
+    assert desk.notes.calls[-1][:2] == ("grant", "a")
+    return desk
+
+
+def test_an_attempt_is_expected_granted_and_decoded_after_its_commit() -> None:
+    desk = decoding()
+    assert not desk.flying
+    desk.notes.events.committed("a", (Token(0, 9),), 4096, 0.1)
+    desk.turn()
+    assert len(desk.flying) == 2, "the second step is decided while the first is in flight"
+    desk.run_dry()
+    assert [token.index for event in desk.said if isinstance(event, NewTokens) for token in event.tokens] == [1, 2, 3]
+    assert isinstance(desk.said[-1], Finished)
+    desk.clean()
+
+
+def test_a_stop_that_crosses_the_commit_gives_the_blocks_back() -> None:
+    desk = decoding()
+    desk.role.command(desk.ear, Stop("a"))
+    desk.notes.events.committed("a", (Token(0, 9),), 4096, 0.1)  # the destination was faster than the stop
+    (failed,) = desk.turn()
+    assert isinstance(failed.error, Cancelled)
+    assert desk.notes.named("cancel") == [["a"]]
+    desk.clean()
+
+
+def test_a_stop_before_the_commit_keeps_the_blocks_until_the_fence() -> None:
+    desk = decoding()
+    desk.role.command(desk.ear, Stop("a"))
+    desk.turn()
+    desk.notes.events.failed("a", Cancelled("by ourselves"))
+    desk.turn()
+    assert not desk.role.idle()
+    desk.notes.events.released("a")
+    desk.clean()
+    assert len(desk.said) == 1
+
+
+def test_a_failed_transfer_fails_the_attempt_once() -> None:
+    desk = decoding()
+    desk.notes.events.failed("a", TransferFailed("no piece for a lease"))
+    desk.notes.events.released("a")
+    (failed,) = desk.turn()
+    assert isinstance(failed.error, TransferFailed)
+    desk.role.command(desk.ear, Stop("a"))
+    desk.clean()
+    assert desk.said == [failed]
+
+
+def test_an_offer_of_another_prompt_is_refused_and_fails_the_attempt() -> None:
+    desk = Desk(prefill=False)
+    desk.role.command(desk.ear, Decode("a", asked()))
+    desk.turn()
+    desk.notes.events.offered("a", 41)
+    (failed,) = desk.turn()
+    assert isinstance(failed.error, TransferFailed)
+    assert desk.notes.calls[-1][:2] == ("refuse", "a")
+    desk.notes.events.failed("a", TransferFailed("refused"))
+    desk.notes.events.released("a")
+    desk.clean()
+
+
+def test_a_failed_step_fails_every_attempt_in_it() -> None:
+    desk = decoding()
+    desk.notes.events.committed("a", (Token(0, 9),), 4096, 0.1)
+    desk.role.command(desk.ear, Decode("b", asked(20, start=50), local_prefill=True))
+    desk.turn()
+    for decision in list(desk.flying):
+        desk.flying.remove(decision)
+        desk.role.abandon(decision, Internal("slipped"))
+    desk.hear()
+    desk.run_dry()
+    assert sorted(event.attempt_id for event in desk.said if isinstance(event, Failed)) == ["a", "b"]
+    desk.clean()
+
+
+def test_a_router_that_is_gone_hears_nothing_more() -> None:
+    desk = decoding()
+    desk.role.command(desk.ear, Decode("b", asked(20, start=50), local_prefill=True))
+    desk.turn()
+    desk.role.detached(desk.ear)
+    desk.notes.events.failed("a", Cancelled("by ourselves"))
+    desk.notes.events.released("a")
+    desk.turn()
+    desk.run_dry()
+    assert not [event for event in desk.said if not isinstance(event, NewTokens)]
+    desk.clean()
