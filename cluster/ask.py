@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from .up import Served
 
 
+DEMO_PROMPT = (
+    "A diptych is a picture on two panels that are joined by a hinge. In the old days travellers carried small ones with them, "
+    "closed like a book, and opened them in the evening by the light of a candle. The two panels were often painted by different "
+    "hands, one quick and one patient. One of them tells how the story begins, and the other one how it goes on. "
+    "The most famous of them all was painted in the year"
+)
+"""Some 80 tokens: a shorter prompt than `router.local_prefill_below` would be read by the decode worker, and nothing handed over."""
+
+
 @dataclass(frozen=True, slots=True)
 class Faces:
     """Where a cluster's router listens, host:port."""
@@ -99,12 +108,18 @@ class Demo:
     async def __call__(self, served: Served) -> bool:
         call = Generate(prompt=self.prompt, sampling=SamplingParams(max_tokens=self.max_tokens, seed=1))
         finish: Finish | None = None
+        began = False
         served.terminal.say(f"\n{self.prompt}", style="bold", end="")
         async with InferenceClient(served.grpc) as client:
             async for chunk in client.generate(call):
+                if chunk.tokens and not began:
+                    served.terminal.timeline.mark("cluster", "first token")
+                    began = True
                 served.terminal.say(chunk.text, end="")
                 finish = chunk.finish or finish
         assert finish is not None, "a stream that ends without an error has a finish"
         served.terminal.say("\n")
         served.terminal.table(numbers(finish))
+        if served.terminal.verbose:
+            served.terminal.show_timeline()
         return self.once

@@ -130,7 +130,7 @@ def _config(file: Path | None, overrides: dict[str, Any], colocated: int | None 
 def demo(
     model: Model = None,
     once: Annotated[bool, typer.Option("--once", help="End after the answer.")] = False,
-    prompt: Annotated[str, typer.Option(help="What to ask.")] = "The three most beautiful things about the sea are",
+    prompt: Annotated[str | None, typer.Option(help="The text to continue; by default one long enough to be handed over.")] = None,
     max_tokens: MaxTokens = 64,
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
@@ -138,7 +138,7 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Start a cluster, ask it something over gRPC and show what the hand-over cost."""
-    from .ask import Demo
+    from .ask import DEMO_PROMPT, Demo
     from .up import Up
 
     overrides = {
@@ -147,7 +147,7 @@ def demo(
         "router.grpc_port": grpc_port,
         "ray.enabled": False if no_ray else None,
     }
-    Up(_config(None, overrides), verbose=verbose, when_up=Demo(prompt, max_tokens, once)).run()
+    Up(_config(None, overrides), verbose=verbose, when_up=Demo(prompt or DEMO_PROMPT, max_tokens, once)).run()
 
 
 @app.command()
@@ -258,3 +258,7 @@ def check(file: Annotated[Path, typer.Argument(help="A config file.")]) -> None:
 
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()

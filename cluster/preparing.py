@@ -9,13 +9,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..core.errors import ModelError
 from ..core.layout import DType
-from .prepare import NO_DEMO
+from ..engine.location import demo_source
+from .models import NO_DEMO
 
 
 def prepare_here(source: str, dtype: str, out: Path | None, name: str | None, chat_template: Path | None) -> Path:
     """The directory of the prepared model, made unless it is there already."""
     from ..engine.prepared import find_or_prepare, prepare
-    from ..engine.sources import demo_source
 
     if source == "demo":
         found = demo_source()

@@ -50,7 +50,6 @@ class Driver:
 
     def connect(self) -> None:
         """Start or join Ray, and reserve what the workers need. Raises `ConfigError` if Ray cannot give it."""
-        environment = {"env_vars": self._spec.environment}
         try:
             if self._spec.address is None:
                 ray.init(
@@ -60,9 +59,9 @@ class Driver:
                     logging_level=logging.ERROR,
                     object_store_memory=OBJECT_STORE_BYTES,
                     _temp_dir=str(self._spec.directory),
-                    runtime_env=environment,
                 )
             else:
+                environment = {"env_vars": self._spec.environment}  # a local one has it from us already, and starts faster without
                 ray.init(address=self._spec.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = f"The Ray cluster at {self._spec.address} cannot be joined" if self._spec.address else "Ray does not start"

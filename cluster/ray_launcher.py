@@ -106,7 +106,10 @@ class RayLauncher:
     async def close(self) -> None:
         """End the actors, and Ray if it was started here."""
         if self._running is not None:
-            self._running.hang_up()
+            if self._connected.done():
+                self._running.hang_up()
+            else:
+                self._running.kill()  # it hears nothing while Ray starts; the sweep finds what that had started
             await asyncio.wait({self._driving}, timeout=CLOSE_S)
         self._driving.cancel()
         await asyncio.gather(self._driving, return_exceptions=True)

@@ -7,12 +7,10 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ..core.errors import ConfigError, DiptychError, Unavailable
 from ..core.fleet import Fleet, WorkerReport
@@ -64,13 +62,15 @@ def _print(found: state.ClusterState) -> None:
     if found.http:
         _out.print(f"  HTTP http://{found.http}/v1   gRPC {found.grpc}")
     reports = {report.worker_id: report for report in _describe(found)[1]}
-    table = Table("process", "pid", "address", "state", "running", "waiting", "KV used", "leases", box=None, padding=(0, 2))
+    rows = [("process", "pid", "address", "state", "running", "waiting", "KV used", "leases")]
     for process in sorted(found.processes, key=lambda process: process.name):
-        table.add_row(process.name, str(process.pid or "-"), process.address or "-", *_columns(reports.get(process.name), process))
-    _out.print(table)
+        rows.append((process.name, str(process.pid or "-"), process.address or "-", *_columns(reports.get(process.name), process)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:  # not a rich table: that would cut columns where there is no terminal
+        _out.print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), markup=False)
 
 
-def _columns(report: WorkerReport | None, process: state.Started) -> Sequence[str]:
+def _columns(report: WorkerReport | None, process: state.Started) -> tuple[str, str, str, str, str]:
     if report is None:
         return ("ready" if process.address else "starting" if process.pid else "dead", "", "", "", "")
     used = 1 - report.blocks_free / report.blocks_total if report.blocks_total else 0.0

@@ -1,0 +1,174 @@
+"""What is refused at start, by name and with what to do; and the reference made from the schema."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_harness import write_card
+from diptych.cluster import config_docs, preflight
+from diptych.cluster.config_file import read_config
+from diptych.cluster.models import find_model
+from diptych.cluster.posts import rank_specs
+from diptych.core.config import ClusterConfig, load_config
+from diptych.core.errors import ConfigError
+from diptych.core.model import read_card
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refused(tmp_path: Path, text: str, **overrides: Any) -> ConfigError:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_config(file, {key.replace("__", "."): value for key, value in overrides.items()})
+    return caught.value
+
+
+def test_flags_override_the_file_and_absent_ones_do_not(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("prefill:\n  workers: 2\ndecode:\n  workers: 3\n")
+    config = read_config(file, {"prefill.workers": 5, "decode.workers": None, "router.http_port": 0})
+    assert (config.prefill.workers, config.decode.workers, config.router.http_port) == (5, 3, 0)
+
+
+def test_an_empty_section_is_a_section_of_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("# nothing\n")
+    assert read_config(file, {}) == load_config({})
+    assert read_config(None, {}) == load_config({})
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "says"),
+    [
+        ("prefil:\n  workers: 1\n", "prefil", "Did you mean prefill?"),
+        ("router:\n  htp_port: 1\n", "router.htp_port", "Did you mean http_port?"),
+        ("router:\n  limits:\n    runing: 1\n", "router.limits.runing", "Did you mean running?"),
+        ("decode:\n  workers: many\n", "decode.workers", "'many'"),
+        ("decode:\n  workers: 0\n", "decode.workers", "greater than or equal to 1"),
+        ("decode:\n  workers: 1.5\n", "decode.workers", "1.5"),
+        ("model:\n  dtype: int4\n", "model.dtype", "'bfloat16' or 'float32'"),
+        ("router:\n  http_port: 99999\n", "router.http_port", "65535"),
+        ("transfer:\n  lease_s: -1\n", "transfer.lease_s", "greater than 0"),
+        ("name: Bad Name\n", "name", "Bad Name"),
+        ("decode: 3\n", "decode", "3"),
+        ("prefill:\n  workers: 0\nrouter:\n  local_prefill: never\n", "prefill.workers", "nobody could read a prompt"),
+        ("router:\n  local_prefill: always\n", "prefill.workers", "set prefill.workers to 0"),
+        ("- a\n- list\n", "file", "must hold keys and values, not a list"),
+        ("just text", "file", "not a str"),
+        ("decode:\n  workers: 1\n  workers: 2\n", "file", "'workers' is given twice"),
+        ("decode: {workers: [\n", "file", "is not YAML"),
+        ("1: 2\n", "file", "key 1 is not a word"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_key_with_what_to_do(tmp_path: Path, text: str, field: str, says: str) -> None:
+    error = refused(tmp_path, text)
+    assert error.field == field
+    assert says in error.message
+    assert "\n" not in error.message
+
+
+def test_a_missing_or_unreadable_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="There is no config file"):
+        read_config(tmp_path / "nowhere.yaml", {})
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_config(tmp_path / "latin.yaml", {})
+
+
+def test_a_flag_into_a_section_that_is_none_is_refused_for_the_section(tmp_path: Path) -> None:
+    assert refused(tmp_path, "decode: 3\n", decode__workers=2).field == "decode"
+
+
+@pytest.mark.parametrize("key", ["http_port", "grpc_port"])
+def test_a_port_in_use_is_refused_by_key_and_flag(key: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError) as caught:
+            preflight.check_ports(load_config({"router": {"http_port": 0, "grpc_port": 0, key: port}}))
+    assert caught.value.field == f"router.{key}"
+    assert f"127.0.0.1:{port}" in caught.value.message
+    assert f"--{key.replace('_', '-')}" in caught.value.message
+
+
+def test_one_port_for_both_faces_is_refused() -> None:
+    with pytest.raises(ConfigError, match="are both 9000"):
+        preflight.check_ports(load_config({"router": {"http_port": 9000, "grpc_port": 9000}}))
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no.such.host.invalid"])
+def test_a_host_that_is_not_ours_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        preflight.check_ports(load_config({"router": {"host": host, "http_port": 0, "grpc_port": 0}}))
+    assert caught.value.field == "router.host"
+
+
+def with_model(directory: Path, **config: Any) -> ClusterConfig:
+    return load_config({"model": {"source": str(directory)}, **config})
+
+
+def test_too_little_memory_is_refused_with_the_pool_that_asks_most(tmp_path: Path) -> None:
+    directory = write_card(tmp_path / "model")
+    config = with_model(directory, decode={"kv_tokens": 10**10}, prefill={"kv_tokens": 1024})
+    with pytest.raises(ConfigError) as caught:
+        preflight.check_memory(config, read_card(directory), rank_specs(config, directory, range(2)))
+    assert caught.value.field == "decode.kv_tokens"
+    assert "not enough memory" in caught.value.message
+    assert "Lower decode.kv_tokens" in caught.value.message
+
+
+def test_weights_count_once_however_many_workers_map_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write_card(tmp_path / "model", weights_bytes=8 << 30)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 12 << 30)
+    config = with_model(directory, decode={"workers": 4}, ray={"enabled": False})
+    preflight.check_memory(config, read_card(directory), rank_specs(config, directory, range(2)))
+
+
+def test_too_many_workers_for_the_cores_is_said_not_refused(tmp_path: Path) -> None:
+    directory = write_card(tmp_path / "model")
+    config = with_model(directory, decode={"workers": 5})
+    said = preflight.warnings(config, read_card(directory), rank_specs(config, directory, range(2)), 2)
+    assert "6 workers with 6 threads share 2 cores" in said[0]
+    assert "no chat template" in said[1]
+
+
+def test_the_model_must_exist_and_be_what_is_asked_for(tmp_path: Path) -> None:
+    directory = write_card(tmp_path / "model")
+    assert find_model(with_model(directory)) == directory
+    for model, field in [
+        ({"source": "/nowhere/model"}, "model.source"),
+        ({"source": "./nowhere"}, "model.source"),
+        ({"source": str(directory), "dtype": "bfloat16"}, "model.dtype"),
+        ({"source": str(directory), "chat_template": "/nowhere.jinja"}, "model.chat_template"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            find_model(load_config({"model": model}))
+        assert caught.value.field == field
+
+
+def test_without_a_model_and_without_the_demo_package_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diptych.cluster.models.demo_source", lambda: None)
+    with pytest.raises(ConfigError, match="Name one with --model") as caught:
+        find_model(load_config({}))
+    assert caught.value.field == "model.source"
+
+
+def test_the_reference_is_what_the_schema_says() -> None:
+    assert (ROOT / "docs" / "config.md").read_text() == config_docs.reference(), "python -m diptych.cluster.config_docs docs/config.md"
+    for key in re.findall(r"^  (\w+):", (ROOT / "examples" / "cluster.yaml").read_text(), re.M):
+        assert f".{key}`" in config_docs.reference()
+
+
+def test_the_example_is_right() -> None:
+    assert read_config(ROOT / "examples" / "cluster.yaml", {}).decode.workers == 2
+
+
+def test_the_schema_describes_every_key() -> None:
+    schema = json.loads(config_docs.schema_text())
+    assert schema["additionalProperties"] is False
+    assert all("description" in key for section in schema["$defs"].values() for key in section.get("properties", {}).values())

@@ -1,0 +1,105 @@
+"""The small pure parts: sharing cores, restart delays, posts, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from diptych.cluster.cores import Share, share_cores
+from diptych.cluster.memory import available_bytes
+from diptych.cluster.posts import rank_specs, route_spec
+from diptych.cluster.restarts import RestartBudget
+from diptych.cluster.timeline import TimeLine
+from diptych.core.config import load_config
+from diptych.core.fleet import Phase
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.mark.parametrize(
+    ("cores", "wanted", "shares"),
+    [
+        ([0, 1], [None, None], [Share(1, (0,)), Share(1, (1,))]),
+        ([0, 1], [None], [Share(2, (0, 1))]),
+        ([0, 1], [None, None, None], [Share(1, None)] * 3),
+        ([0, 1], [2, None], [Share(2, None), Share(1, None)]),
+        ([4, 5, 6, 7], [3, None], [Share(3, (4, 5, 6)), Share(1, (7,))]),
+        ([0, 1, 2, 3, 4], [None, None], [Share(3, (0, 1, 2)), Share(2, (3, 4))]),
+    ],
+)
+def test_workers_get_cores_of_their_own_while_there_are_enough(cores: list[int], wanted: list[int | None], shares: list[Share]) -> None:
+    assert share_cores(cores, wanted) == shares
+
+
+@given(st.integers(1, 16), st.lists(st.none() | st.integers(1, 8), min_size=1, max_size=8))
+def test_shares_never_overlap_and_keep_what_was_asked(cores: int, wanted: list[int | None]) -> None:
+    shares = share_cores(range(cores), wanted)
+    assert [share.threads for share, asked in zip(shares, wanted, strict=True) if asked] == [asked for asked in wanted if asked]
+    assert all(share.threads >= 1 for share in shares)
+    if sum(share.threads for share in shares) <= cores:
+        taken = [cpu for share in shares for cpu in share.cpus or ()]
+        assert len(taken) == len(set(taken)) == sum(share.threads for share in shares)
+    else:
+        assert {share.cpus for share in shares} == {None}
+
+
+def test_restarts_wait_longer_each_time_and_are_given_up() -> None:
+    budget = RestartBudget(most=4, window_s=100, first_s=1, cap_s=3)
+    assert [budget.delay(now) for now in (0.0, 10.0, 20.0, 30.0, 40.0)] == [1, 2, 3, 3, None]
+
+
+def test_a_process_that_ran_long_begins_anew() -> None:
+    budget = RestartBudget(most=2, window_s=100, first_s=1)
+    assert [budget.delay(now) for now in (0.0, 50.0, 101.0, 300.0)] == [1, 2, 2, 1]
+
+
+def test_specs_follow_the_config(tmp_path: Path) -> None:
+    config = load_config(
+        {
+            "prefill": {"workers": 1, "kv_tokens": 512, "chunk_tokens": 32},
+            "decode": {"workers": 2, "kv_tokens": 1024, "max_running": 7, "chunk_tokens": 48},
+            "transfer": {"lease_s": 3},
+            "router": {"http_port": 0, "limits": {"running": 9}},
+            "log": {"level": "debug"},
+        }
+    )
+    specs = rank_specs(config, tmp_path, range(3))
+    assert [(spec.worker_id, spec.phase, spec.cpus) for spec in specs] == [
+        ("prefill-0", Phase.PREFILL, (0,)),
+        ("decode-0", Phase.DECODE, (1,)),
+        ("decode-1", Phase.DECODE, (2,)),
+    ]
+    assert [(spec.kv_tokens, spec.chunk_tokens) for spec in specs] == [(512, 32), (1024, 48), (1024, 48)]
+    assert {(spec.max_running, spec.lease_s, spec.log_level) for spec in specs} == {(7, 3.0, "debug")}
+    route = route_spec(config, tmp_path)
+    assert (route.http_port, route.grpc_port, route.limits.running) == (0, 50051, 9)
+
+
+def test_cores_are_not_chosen_on_a_ray_cluster_that_is_joined(tmp_path: Path) -> None:
+    specs = rank_specs(load_config({"ray": {"address": "somewhere:6379"}}), tmp_path, range(8))
+    assert [spec.cpus for spec in specs] == [None, None]
+
+
+def test_available_memory_is_what_the_container_leaves(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 999 kB\nMemAvailable:    4096 kB\n")
+    assert available_bytes(meminfo, tmp_path) == 4096 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\nactive_file 100\ninactive_file 200\n")
+    assert available_bytes(meminfo, tmp_path) == 4096 * 1024
+    (tmp_path / "memory.max").write_text("1500000\n")
+    assert available_bytes(meminfo, tmp_path) == 500_300
+
+
+def test_the_time_line_says_how_long_each_step_took() -> None:
+    now = iter([1.0, 2.0, 4.5])
+    line = TimeLine(lambda: next(now))
+    line.mark("ray", "started")
+    line.mark("router", "started")
+    line.mark("ray", "ready")
+    assert line.rows() == [
+        ("  1.00 s", "ray", "started", ""),
+        ("  2.00 s", "router", "started", ""),
+        ("  4.50 s", "ray", "ready", "+3.50 s"),
+    ]
