@@ -24,18 +24,28 @@ EOF: object = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 
 Options = list[tuple[str, int]]
 
-_KEEPALIVE: Options = [
-    # A host that vanished is noticed after 10 + 5 s even if nothing is being sent; grpc's own threads answer, so a busy process lives.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-]
+KEEPALIVE_MS = 10_000
+"""A connection without traffic for this long is probed; grpc's own threads answer, so a busy process lives."""
+PING_TIMEOUT_MS = 5_000
+"""A server that has not answered a probe by then is lost: a host that vanished, a process that was stopped. (grpc waits a minute.)"""
+CLIENT_PING_TIMEOUT_MS = 20_000
+"""A client's connection may be slow, and the answer waits behind megabytes of text."""
+
+
+def _keepalive(ping_timeout_ms: int) -> Options:
+    return [
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Both: the first alone does not count while the peer's kernel still acknowledges.
+        ("grpc.keepalive_timeout_ms", ping_timeout_ms),
+        ("grpc.http2.ping_timeout_ms", ping_timeout_ms),
+    ]
 
 
 def channel_options(max_message_bytes: int) -> Options:
     return [
-        *_KEEPALIVE,
+        *_keepalive(PING_TIMEOUT_MS),
         # Workers have local addresses; a proxy from the environment would break them, or see what it should not.
         ("grpc.enable_http_proxy", 0),
         # A connection of its own per channel: no sharing of its fate, or of its backoff, with other channels to that address.
@@ -51,10 +61,10 @@ def channel_options(max_message_bytes: int) -> Options:
 
 def server_options(max_message_bytes: int) -> Options:
     return [
-        *_KEEPALIVE,
+        *_keepalive(CLIENT_PING_TIMEOUT_MS),
         # Otherwise two servers share a port in silence and each gets half of the calls.
         ("grpc.so_reuseport", 0),
-        # Clients' keep-alive pings (every 10 s, above) must not count as abuse.
+        # Clients' probes (every 10 s, above) must not count as abuse.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),

@@ -17,6 +17,7 @@ from diptych.core.commands import NewTokens, StepEvents, Stop
 from diptych.core.errors import Cancelled, DiptychError, InvalidRequest, Unavailable
 from diptych.core.fleet import Fleet, WorkerState
 from diptych.core.transfer import Cancel, KeepAlive, Offer
+from diptych.rpc import channels
 from diptych.rpc import stream as streams
 from diptych.rpc.lane import Lane, dial_lane
 from diptych.rpc.router import RouterClient
@@ -233,6 +234,25 @@ def test_a_server_that_is_killed_ends_the_lane_at_once() -> None:
             await soon(anext(lane))
         with pytest.raises(Unavailable):
             await dial_lane(address, timeout_s=1.0)
+
+    with _child() as child:
+        try:
+            assert child.stdout is not None
+            asyncio.run(scenario(child.stdout.readline().strip()))
+        finally:
+            child.kill()
+
+
+def test_a_server_that_is_stopped_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGSTOP: the kernel still acknowledges what is sent; only the unanswered probe tells."""
+    monkeypatch.setattr(channels, "KEEPALIVE_MS", 500)
+    monkeypatch.setattr(channels, "PING_TIMEOUT_MS", 500)
+
+    async def scenario(address: str) -> None:
+        lane = await dial_lane(address)
+        child.send_signal(signal.SIGSTOP)
+        with pytest.raises(Unavailable):
+            await soon(anext(lane))
 
     with _child() as child:
         try:
