@@ -58,7 +58,9 @@ class _Call:
         except _Gone:
             return
         except DiptychError as error:
-            await reply.error(error)
+            # What is inside a prompt to us came as messages from this client.
+            about_prompt = self._chat and error.field == "prompt"
+            await reply.error(type(error)(error.message, field="messages") if about_prompt else error)
         except Exception as error:
             # The edge: the client is owed an answer whatever went wrong.
             log.error("request %s: a defect in the router", request_id, exc_info=error)
@@ -66,7 +68,7 @@ class _Call:
 
     async def _answer(self, raw: bytes, reply: _Reply, request_id: str, accepted: float) -> None:
         service = self._service
-        with service.seat():
+        with service.seat() as seat:
             if self._chat:
                 chat = parse_body(ChatBody, raw)
                 call, logprobs = await self._chat_call(chat, request_id), chat.logprobs
@@ -80,7 +82,7 @@ class _Call:
                 stream_usage=body.stream and body.include_usage,
             )  # fmt: skip
             assert isinstance(call.prompt, tuple)
-            with service.run(call, call.prompt, accepted) as run:
+            with service.run(seat, call, call.prompt, accepted) as run:
                 await (_send_stream(run, answer, reply, body.include_usage) if body.stream else _send_whole(run, answer, reply))
 
     async def _completion_call(self, body: CompletionBody, request_id: str) -> Generate:

@@ -149,6 +149,7 @@ class Run:
         if wanted.cause:
             self._recorder.inc("diptych_retries_total", code=wanted.cause.code)
             log.info("request %s: attempt %d after: %s", self.request_id, self._machine.attempts + 1, wanted.cause.message)
+        self._record_transfer()
         self._recorder.inc("diptych_attempts_total", path=placement.path.value)
         return self._machine.placed(placement, new_attempt_id())
 
@@ -208,9 +209,7 @@ class Run:
         timing = self._timing()
         if timing.tpot is not None:
             self._recorder.observe("diptych_tpot_seconds", timing.tpot)
-        if timing.transport:
-            self._recorder.inc("diptych_kv_transfer_bytes_total", timing.kv_bytes, transport=timing.transport)
-            self._recorder.observe("diptych_kv_transfer_seconds", timing.transfer_seconds, transport=timing.transport)
+        self._record_transfer()
         line: dict[str, object] = {
             "request": self.request_id,
             "outcome": name,
@@ -230,6 +229,12 @@ class Run:
         if isinstance(outcome, DiptychError) and not isinstance(outcome, Cancelled):
             line["error"] = outcome.message
         log.info("%s", json.dumps(line))
+
+    def _record_transfer(self) -> None:
+        """The latest attempt's; called when the attempt is over."""
+        if moved := self._machine.handed_over:
+            self._recorder.inc("diptych_kv_transfer_bytes_total", moved.kv_bytes, transport=moved.transport)
+            self._recorder.observe("diptych_kv_transfer_seconds", moved.seconds, transport=moved.transport)
 
 
 class _Times:

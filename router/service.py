@@ -6,11 +6,11 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..core.clock import Clock
 from ..core.config import LimitsSection
-from ..core.errors import Overloaded, Unavailable
+from ..core.errors import DiptychError, Overloaded, Unavailable
 from ..core.generate import Chunk, Generate, Model
 from ..core.metrics import Recorder
 from ..core.request import Request, Tokens
@@ -19,6 +19,13 @@ from .budget import RetryBudget
 from .placement import Policy, capacity, unavailable
 from .run import Run, Workers
 from .text import Text
+
+
+@dataclass(slots=True)
+class Seat:
+    """A request's place among the running ones. With a run it is the run that records how it ended."""
+
+    has_run: bool = False
 
 
 class Service:
@@ -54,16 +61,27 @@ class Service:
     async def generate(self, call: Generate) -> AsyncGenerator[Chunk, None]:
         """See `InferenceFace`. Closing the generator cancels the request."""
         accepted = self.clock.now()
-        with self.seat():
+        with self.seat() as seat:
             check_call(call, self.text.card, self.name)
             ids = await self.text.encode(call.prompt) if isinstance(call.prompt, str) else call.prompt
-            with self.run(replace(call, prompt=ids), ids, accepted) as run:
+            with self.run(seat, call, ids, accepted) as run:
                 async for chunk in run:
                     yield chunk
 
     @contextmanager
-    def seat(self) -> Iterator[None]:
+    def seat(self) -> Iterator[Seat]:
         """Count a request as running; raises `Overloaded` when `limits.running` are, `Unavailable` when the router is stopping."""
+        seat = Seat()
+        try:
+            with self._counted():
+                yield seat
+        except DiptychError as error:
+            if not seat.has_run:
+                self._recorder.inc("diptych_requests_total", outcome=error.code)
+            raise
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
         if self._stopping:
             raise Unavailable("The router is shutting down.")
         if self._seated >= self.limits.running:
@@ -80,7 +98,7 @@ class Service:
                 self._empty.set()
 
     @contextmanager
-    def run(self, call: Generate, ids: tuple[int, ...], accepted: float) -> Iterator[Run]:
+    def run(self, seat: Seat, call: Generate, ids: tuple[int, ...], accepted: float) -> Iterator[Run]:
         """Place a checked call whose prompt is `ids`; closed at the end, which stops what is still under way.
 
         Raises `ContextExceeded` for what cannot fit, `Unavailable` when nobody could take it.
@@ -92,6 +110,7 @@ class Service:
             request, call.stop, accepted=accepted, retries=self.limits.retries, workers=self._workers, policy=self._policy,
             budget=self._budget, decoder=self.text.decoder(), recorder=self._recorder, clock=self.clock,
         )  # fmt: skip
+        seat.has_run = True
         self._budget.accepted()
         self._recorder.inc("diptych_prompt_tokens_total", len(ids))
         self._runs.add(run)

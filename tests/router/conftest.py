@@ -218,6 +218,7 @@ class Site:
         fleet = Fleet(self.version, tuple(worker.member() for worker in self.workers.values()))
         async with RouterClient(self.router.grpc) as client:
             assert await client.publish(fleet) == self.version
+        await self.until(lambda: len(self.router.fleet.describe()[1]) == len(self.workers))
         await self.until(lambda: self.router.service.unavailable() is None)
 
     async def until(self, condition, timeout_s=8.0):

@@ -88,7 +88,8 @@ BAD = [
     (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 21}, 400, "logprobs"),
     (CHAT, {"messages": MESSAGES, "tools": [{}]}, 400, "tools"),
     (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}}, 400, "response_format"),
-    (CHAT, {"messages": [{"role": "user", "content": "x" * 300}]}, 400, "prompt"),
+    (CHAT, {"messages": [{"role": "user", "content": "x" * 300}]}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "x" * 190}]}, 400, "messages"),
 ]
 
 
@@ -102,6 +103,8 @@ def test_each_bad_body_is_refused_by_the_name_of_its_field(site):
                 assert answer.status_code == status, shown
                 assert answer.json()["error"]["param"] == field, shown
                 assert len(answer.json()["error"]["message"]) < 6000
+            refused = sum(n for (name, *_), n in s.recorder.values.items() if name == "diptych_requests_total")
+            assert refused == sum(status != 413 for _, _, status, _ in BAD)
             assert not s.workers["p0"].seen
             assert not s.workers["d0"].seen
             good = {"prompt": "x", "n": 1, "user": "me", "presence_penalty": 0, "stop": None, "logit_bias": {}, "max_tokens": 3}
@@ -160,6 +163,26 @@ def test_garbage_on_the_ports(site):
             code = await asyncio.to_thread(call_grpc, s.router.grpc, b"\xff\xff\xff\xff")
             assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL)
             assert (await c.post(COMPLETION, json={"prompt": "x" * 20, "max_tokens": 2})).json()["choices"][0]["text"] == "He"
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_ten_megabytes_are_refused_and_the_connection_goes_on(site, announced):
+    async def pieces():
+        for _ in range(160):
+            yield b"x" * 65536
+
+    async def check():
+        async with site() as s, httpx.AsyncClient(base_url=s.url) as c:
+            for _ in range(2):
+                answer = await c.post(COMPLETION, content=b"x" * (10 << 20) if announced else pieces())
+                assert answer.status_code == 413
+                assert answer.json()["error"]["param"] == "body"
+            assert (await c.post(COMPLETION, json={"prompt": "x" * 20, "max_tokens": 2})).status_code == 200
+            with pytest.raises(DiptychError):
+                async with InferenceClient(s.router.grpc) as client:
+                    await anext(client.generate(Generate("x" * (10 << 20))))
 
     asyncio.run(check())
 
