@@ -91,11 +91,13 @@ class DecodeScheduler:
 
     def expect(self, decode: Decode, now: float) -> None:
         """An attempt: its transfer will be offered, or (`local_prefill`) it is queued at once. Raises `ContextExceeded` if it can
-        never fit, `InvalidRequest` if its prompt is empty or its id is in use."""
+        never fit, `InvalidRequest` if its prompt is empty, it has nothing left to write, or its id is in use."""
         request, attempt_id = decode.request, decode.attempt_id
         tokens, prompt_tokens = list(request.token_ids), len(request.prompt_ids)
         if not prompt_tokens:
             raise InvalidRequest("The prompt has no token.", field="prompt")
+        if len(request.generated) >= request.sampling.max_tokens:
+            raise InvalidRequest("All of max_tokens is generated already.", field="max_tokens")
         if any(attempt_id in ids for ids in (self._expected, self._admission.queue, self._leases, self._started)):
             raise InvalidRequest(f"Attempt {attempt_id} is under way.", field="attempt_id")
         if len(tokens) >= self._longest:

@@ -112,11 +112,14 @@ class PrefillScheduler:
         self._computed_tokens = self._cached_tokens = 0
 
     def add(self, prefill: Prefill, now: float) -> None:
-        """Queue a prompt. Raises `ContextExceeded` if it can never fit, `InvalidRequest` if it is empty or its id is in use."""
+        """Queue a prompt. Raises `ContextExceeded` if it can never fit, `InvalidRequest` if it is
+        empty, has nothing left to write, or its id is in use."""
         request, attempt_id = prefill.request, prefill.attempt_id
         token_ids = request.token_ids
         if not token_ids:
             raise InvalidRequest("The prompt has no token.", field="prompt")
+        if len(request.generated) >= request.sampling.max_tokens:
+            raise InvalidRequest("All of max_tokens is generated already.", field="max_tokens")
         if attempt_id in self._waiting or attempt_id in self._running or attempt_id in self._leased:
             raise InvalidRequest(f"Attempt {attempt_id} is under way.", field="attempt_id")
         if len(token_ids) >= self._max_context:

@@ -229,7 +229,6 @@ def test_a_grant_counts_on_the_cached_prefix_and_sends_only_the_window() -> None
             assert (full.first_position, len(full.blocks)) == (0, 5)
             assert (window.first_position, len(window.blocks)) == (48, 2)
             worker.commit("a")
-            worker.step()
     assert (full.blocks, window.blocks) == ((), ())
     worker.drain()
     assert worker.finished["b"].cached_tokens == 80
@@ -271,6 +270,15 @@ def test_decodes_go_on_beside_a_long_local_prompt() -> None:
     worker.drain()
     assert worker.finished["new"].local_prefill_tokens == 120
     assert worker.finished["old"].recomputed_tokens == 0
+
+
+def test_a_local_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
+    worker = Worker()
+    for attempt_id in "ab":
+        worker.expect(attempt_id, prompt(64), local=True, max_tokens=2, ignore_eos=True)
+        worker.drain()
+    assert [worker.finished[attempt_id].cached_tokens for attempt_id in "ab"] == [0, 48]
+    assert worker.finished["b"].local_prefill_tokens == 16
 
 
 def test_the_youngest_is_preempted_and_computed_again() -> None:
@@ -325,6 +333,8 @@ def test_what_can_never_fit_and_what_is_no_prompt_are_refused() -> None:
         worker.expect("a", prompt(64))
     with pytest.raises(InvalidRequest, match="no token"):
         worker.expect("a", [])
+    with pytest.raises(InvalidRequest, match="max_tokens"):
+        worker.expect("a", prompt(3), generated=[1, 2], max_tokens=2)
     worker.expect("a", prompt(10))
     with pytest.raises(InvalidRequest, match="under way"):
         worker.expect("a", prompt(10))
@@ -394,6 +404,25 @@ def test_advance_is_that_many_single_steps(lengths: list[tuple[int, int]], windo
         assert [new.attempt_id for new in outcome.new_tokens] == list(advanced)
     fast.check()
     assert state(fast) == state(slow)
+
+
+def test_steady_ends_before_memory_does_and_while_others_could_start() -> None:
+    worker = Worker(windows=(0,), blocks=8, context=10_000)
+    for attempt_id in "ab":
+        worker.expect(attempt_id, prompt(32, ord(attempt_id)), local=True, max_tokens=90, ignore_eos=True)
+    assert worker.scheduler.steady() == 0, "prompts are still to be computed"
+    while worker.scheduler.steady() == 0:
+        worker.step()
+    assert 24 <= worker.scheduler.steady() <= 32, "four blocks for two requests"
+    worker.decide()
+    assert worker.scheduler.steady() == 0, "a step is in flight"
+    worker.run()
+    worker.complete()
+    worker.expect("c", prompt(60, 3), local=True, max_tokens=2)
+    assert worker.scheduler.steady() == 0, "there is a seat, memory may come"
+    with pytest.raises(ValueError, match="steady"):
+        worker.scheduler.advance(1, 7, 0.0)
+    worker.drain()
 
 
 def state(scheduler: object) -> str:

@@ -187,6 +187,8 @@ def test_what_can_never_fit_is_refused() -> None:
         Worker().add("a", prompt(160))
     with pytest.raises(InvalidRequest, match="no token"):
         worker.add("a", [])
+    with pytest.raises(InvalidRequest, match="max_tokens"):
+        worker.add("a", prompt(3), generated=[1, 2], max_tokens=2)
     worker.add("a", prompt(80))
     with pytest.raises(InvalidRequest, match="under way"):
         worker.add("a", prompt(3))
