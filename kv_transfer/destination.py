@@ -146,6 +146,7 @@ class Destination:
                 self._events.released(transfer_id)
             case Attach(lane, hello):
                 self._attaching[lane] = asyncio.create_task(self._attach(lane, hello), name=f"map the pool of {hello.worker_id}")
+                self._attaching[lane].add_done_callback(lambda _: self._attaching.pop(lane))
             case Detach(lane):
                 self._detach(lane)
             case HangUp(lane, reason):
@@ -160,8 +161,6 @@ class Destination:
             actions = self._machine.not_attached(lane, error.message, self._clock.now())
         else:
             actions = self._machine.attached(lane, self._clock.now())
-        finally:
-            del self._attaching[lane]
         self._do(actions)
 
     def _detach(self, lane: int) -> None:

@@ -133,6 +133,7 @@ class Source:
                 self._events.released(transfer_id)
             case Dial(lane, address):
                 self._tasks[lane] = asyncio.create_task(self._speak(lane, address), name=f"lane to {address}")
+                self._tasks[lane].add_done_callback(lambda _: self._tasks.pop(lane))
             case HangUp(lane, reason):
                 self._hang_up(lane, reason)
 
@@ -157,5 +158,4 @@ class Source:
         finally:
             if number in self._lanes:
                 self._lanes.pop(number).close()
-            del self._tasks[number]
             self._do(self._machine.lane_broken(number, reason, self._clock.now()))

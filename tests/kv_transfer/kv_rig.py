@@ -364,26 +364,49 @@ async def rig(
     *, grpc: bool = False, lease_s: float = 5.0, source_blocks: int = 64, destination_blocks: int = 64, offer_wait_s: float = 5.0
 ) -> AsyncIterator[tuple[PrefillEnd, DecodeEnd, str, Exchange]]:
     """Both ends, the destination's address, and the in-process exchange. At the end nothing may be left on either side."""
-    pools = Pool.allocate(layout_with(source_blocks)), Pool.allocate(layout_with(destination_blocks))
     exchange = Exchange()
-    decode = DecodeEnd(pools[1], lease_s, offer_wait_s=offer_wait_s)
-    prefill = PrefillEnd(pools[0], lease_s, None if grpc else exchange.dial)
-    server = await serve("127.0.0.1:0", worker=LaneFace(decode.destination.serve_lane)) if grpc else None
-    address = server.address if server else "D:1"
-    exchange.destinations[address] = decode.destination
-    try:
+    async with (
+        decode_end(exchange, grpc, lease_s, destination_blocks, offer_wait_s) as (decode, address),
+        prefill_end(None if grpc else exchange.dial, lease_s, source_blocks) as prefill,
+    ):
         yield prefill, decode, address, exchange
+
+
+@asynccontextmanager
+async def prefill_end(dial: DialLane | None, lease_s: float, blocks: int = 64, worker_id: str = "P") -> AsyncIterator[PrefillEnd]:
+    """`dial` None: over gRPC."""
+    pool = Pool.allocate(layout_with(blocks))
+    prefill = PrefillEnd(pool, lease_s, dial, worker_id)
+    try:
+        yield prefill
     finally:
         await prefill.source.close()
+        prefill.source.check()
+        pool.close()
+    assert prefill.source.leases == 0
+    assert not prefill.blocks.lent
+
+
+@asynccontextmanager
+async def decode_end(
+    exchange: Exchange, grpc: bool, lease_s: float, blocks: int = 64, offer_wait_s: float = 5.0, worker_id: str = "D"
+) -> AsyncIterator[tuple[DecodeEnd, str]]:
+    """A destination and its address, on gRPC or in `exchange`."""
+    pool = Pool.allocate(layout_with(blocks))
+    decode = DecodeEnd(pool, lease_s, worker_id, offer_wait_s=offer_wait_s)
+    server = await serve("127.0.0.1:0", worker=LaneFace(decode.destination.serve_lane)) if grpc else None
+    address = server.address if server else worker_id
+    exchange.destinations[address] = decode.destination
+    try:
+        yield decode, address
+    finally:
+        exchange.destinations.pop(address, None)
         await decode.destination.close()
         if server is not None:
             await server.stop(0)
         if exchange.tasks:
             await asyncio.wait(exchange.tasks)
-        prefill.source.check()
         decode.destination.check()
-        for pool in pools:
-            pool.close()
-    assert prefill.source.leases == decode.destination.leases == 0
-    assert not prefill.blocks.lent
+        pool.close()
+    assert decode.destination.leases == 0
     assert not decode.blocks.lent

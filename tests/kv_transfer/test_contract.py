@@ -5,13 +5,29 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 
 import pytest
 from diptych.core.errors import Cancelled, TransferFailed
 from diptych.core.transfer import RefusedReason
-from kv_rig import BLOCK, LAYERS, LAYOUT, TOKENS, TRANSPORTS, DecodeEnd, Exchange, PrefillEnd, eventually, left_behind, rig
+from kv_rig import (
+    BLOCK,
+    LAYERS,
+    LAYOUT,
+    TOKENS,
+    TRANSPORTS,
+    DecodeEnd,
+    Exchange,
+    PrefillEnd,
+    decode_end,
+    eventually,
+    left_behind,
+    prefill_end,
+    rig,
+)
 
+Cut = Callable[[], None]
 pytestmark = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
@@ -242,41 +258,84 @@ def test_back_pressure(transport: str) -> None:
     asyncio.run(run())
 
 
-def test_interleaved_transfers_cancelled_at_random_on_both_ends(transport: str) -> None:
-    """Each commits whole (the rig verifies every position) or fails on both sides; blocks change hands all the time."""
+def test_any_source_to_any_destination(transport: str) -> None:
+    async def run() -> None:
+        exchange = Exchange()
+        async with AsyncExitStack() as stack:
+            decodes = [await stack.enter_async_context(decode_end(exchange, True, 5.0, worker_id=f"D{i}")) for i in range(2)]
+            prefills = [await stack.enter_async_context(prefill_end(None, 5.0, worker_id=f"P{i}")) for i in range(2)]
+            pairs = [(prefill, decode, address) for prefill in prefills for decode, address in decodes] * 3
+            work = (hand_over(*pair, f"t{i}", 30 + 7 * i) for i, pair in enumerate(pairs))
+            await asyncio.gather(*work)
 
-    async def one(prefill: PrefillEnd, decode: DecodeEnd, address: str, name: str, draw: random.Random, exchange: Exchange) -> None:
-        await asyncio.sleep(draw.random() * 0.2)
-        expect_first = draw.random() < 0.5
-        if expect_first:
-            decode.destination.expect(name)
-        await prefill.offer_when_it_fits(name, address, draw.randint(1, 200))
-        if not expect_first:
-            decode.destination.expect(name)
-        computing = asyncio.create_task(prefill.compute_all(name, draw.choice([8, 30, 64, 500])))
-        await asyncio.sleep(draw.random() * 0.02)
-        match draw.randrange(6):
-            case 0:
-                prefill.source.cancel(name, "random")
-            case 1:
-                decode.destination.cancel(name)
-            case 2 if draw.random() < 0.2:
+    asyncio.run(run())
+
+
+def test_the_same_name_at_the_same_address_after_a_restart(transport: str) -> None:
+    """A destination that restarts is another incarnation; the source has a broken lane and a stale mapping, and neither matters."""
+
+    async def run() -> None:
+        exchange = Exchange()
+        async with prefill_end(exchange.dial, 5.0) as prefill:
+            for name in ("a", "b"):
+                async with decode_end(exchange, False, 5.0) as (decode, address):
+                    await hand_over(prefill, decode, address, name, 50)
+            prefill.offer("c", address, 10)
+            await prefill.diary.wait("released", "c")
+            assert isinstance(prefill.diary.errors["c"], TransferFailed)
+
+    asyncio.run(run())
+
+
+async def live_and_perhaps_die(prefill: PrefillEnd, decode: DecodeEnd, address: str, name: str, draw: random.Random, cut: Cut) -> None:
+    await asyncio.sleep(draw.random() * 0.2)
+    expect_first = draw.random() < 0.5
+    if expect_first:
+        decode.destination.expect(name)
+    await prefill.offer_when_it_fits(name, address, draw.randint(1, 200))
+    if not expect_first:
+        decode.destination.expect(name)
+    computing = asyncio.create_task(prefill.compute_all(name, draw.choice([8, 30, 64, 500])))
+    await asyncio.sleep(draw.random() * 0.02)
+    match draw.randrange(6):
+        case 0:
+            prefill.source.cancel(name, "random")
+        case 1:
+            decode.destination.cancel(name)
+        case 2 if draw.random() < 0.2:
+            cut()
+    await computing
+    await prefill.diary.wait("released", name)
+
+
+async def interleaved(seed: int, *, grpc: bool) -> tuple[int, int]:
+    """60 transfers through small pools: how many committed, how many did not."""
+    draw = random.Random(seed)
+    async with rig(grpc=grpc, source_blocks=48, destination_blocks=40) as (prefill, decode, address, exchange):
+        names = [f"t{i}" for i in range(60)]
+
+        def cut() -> None:
+            if not grpc:
                 exchange.lanes[-1].cut()
-        await computing
-        await prefill.diary.wait("released", name)
 
-    async def run(seed: int) -> tuple[int, int]:
-        draw = random.Random(seed)
-        async with rig(source_blocks=48, destination_blocks=40) as (prefill, decode, address, exchange):
-            names = [f"t{i}" for i in range(60)]
-            async with asyncio.timeout(60):
-                await asyncio.gather(*(one(prefill, decode, address, name, draw, exchange) for name in names))
-            for name in names:
-                assert prefill.diary.of(name).count("released") == 1
-                assert prefill.diary.of(name).count("failed") + prefill.diary.of(name).count("handed over") == 1
-            done = [name for what, name in decode.diary.lines if what == "committed"]
-            return len(done), len(names) - len(done)
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(live_and_perhaps_die(prefill, decode, address, name, draw, cut) for name in names))
+        for name in names:
+            assert prefill.diary.of(name).count("released") == 1
+            assert prefill.diary.of(name).count("failed") + prefill.diary.of(name).count("handed over") == 1
+        done = [name for what, name in decode.diary.lines if what == "committed"]
+        return len(done), len(names) - len(done)
 
-    outcomes = [asyncio.run(run(seed)) for seed in range(3)]
+
+@pytest.mark.parametrize("grpc", [False, True])
+def test_interleaved_transfers_cancelled_at_random_on_both_ends(transport: str, grpc: bool) -> None:
+    """Each commits whole (the rig verifies every position) or fails on both sides; blocks change hands all the time."""
+    outcomes = [asyncio.run(interleaved(seed, grpc=grpc)) for seed in range(2)]
     assert min(done for done, _ in outcomes) > 5
     assert min(failed for _, failed in outcomes) > 5
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(100, 140))
+def test_interleaved_at_length(transport: str, seed: int) -> None:
+    asyncio.run(interleaved(seed, grpc=seed % 2 == 0))

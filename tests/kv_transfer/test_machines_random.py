@@ -44,11 +44,11 @@ class Hinge(RuleBasedStateMachine):
         elif transfer_id not in self.world.destination.told:
             self.world.expect(transfer_id)
         elif transfer_id not in self.world.source.prompts:
-            told = self.world.source.told[transfer_id]
+            before = self.world.source.told.pop(transfer_id)
             self.world.offer(transfer_id, self.world.tokens_of(transfer_id))
-            if transfer_id in self.world.source.told and transfer_id not in self.world.source.prompts:
-                assert self.world.source.told[transfer_id] == ["failed", "released"]
-                self.world.source.told[transfer_id] = told
+            if transfer_id not in self.world.source.prompts:
+                assert self.world.source.told.get(transfer_id) in (None, ["failed", "released"])
+                self.world.source.told[transfer_id] = before
 
     @precondition(lambda self: self.world.source.prompts)
     @rule(index=INDEX, layer=st.sampled_from(LAYERS), all_layers=st.booleans(), count=st.integers(1, 20), tell=st.booleans())

@@ -15,9 +15,7 @@ from typing import Any
 
 import pytest
 from diptych.core.errors import TransferFailed
-from diptych.kv_transfer.pool import Pool
-from diptych.rpc.server import serve
-from kv_rig import TRANSPORTS, DecodeEnd, LaneFace, PrefillEnd, layout_with, left_behind, pool_sockets, pool_sockets_of
+from kv_rig import TRANSPORTS, DecodeEnd, Exchange, PrefillEnd, decode_end, left_behind, pool_sockets, pool_sockets_of, prefill_end
 
 HERE = Path(__file__).parent
 LEASE_S = 1.0
@@ -84,36 +82,6 @@ async def peer(role: str) -> AsyncIterator[Peer]:
     assert not sockets & set(pool_sockets().values()), "its socket went with it"
 
 
-@asynccontextmanager
-async def decode_here(address: str = "127.0.0.1:0") -> AsyncIterator[tuple[DecodeEnd, str]]:
-    pool = Pool.allocate(layout_with(64))
-    end = DecodeEnd(pool, LEASE_S)
-    server = await serve(address, worker=LaneFace(end.destination.serve_lane))
-    try:
-        yield end, server.address
-    finally:
-        await end.destination.close()
-        await server.stop(0)
-        end.destination.check()
-        pool.close()
-    assert end.destination.leases == 0
-    assert not end.blocks.lent
-
-
-@asynccontextmanager
-async def prefill_here() -> AsyncIterator[PrefillEnd]:
-    pool = Pool.allocate(layout_with(64))
-    end = PrefillEnd(pool, LEASE_S, None)
-    try:
-        yield end
-    finally:
-        await end.source.close()
-        end.source.check()
-        pool.close()
-    assert end.source.leases == 0
-    assert not end.blocks.lent
-
-
 async def from_peer(there: Peer, here: DecodeEnd, address: str, transfer_id: str) -> None:
     here.destination.expect(transfer_id)
     there.do(do="offer", id=transfer_id, to=address, tokens=100)
@@ -132,7 +100,7 @@ async def to_peer(here: PrefillEnd, there: Peer, transfer_id: str) -> None:
 
 def test_source_killed_and_restarted(transport: str) -> None:
     async def run() -> None:
-        async with decode_here() as (here, address):
+        async with decode_end(Exchange(), True, LEASE_S) as (here, address):
             async with peer("prefill") as there:
                 await from_peer(there, here, address, "a")
                 here.destination.expect("b")
@@ -155,7 +123,7 @@ def test_source_stopped_and_continued(transport: str) -> None:
     """Stopped for longer than its lease: the grant ends, and whatever it does when it wakes is not counted."""
 
     async def run() -> None:
-        async with decode_here() as (here, address), peer("prefill") as there:
+        async with decode_end(Exchange(), True, LEASE_S) as (here, address), peer("prefill") as there:
             here.destination.expect("a")
             there.do(do="offer", id="a", to=address, tokens=200)
             await there.hear("granted", "a")
@@ -175,7 +143,7 @@ def test_source_stopped_and_continued(transport: str) -> None:
 
 def test_destination_killed_and_restarted_at_another_address(transport: str) -> None:
     async def run() -> None:
-        async with prefill_here() as here:
+        async with prefill_end(None, LEASE_S) as here:
             async with peer("decode") as there:
                 await to_peer(here, there, "a")
                 there.do(id="b")
@@ -199,7 +167,7 @@ def test_destination_stopped_and_continued(transport: str) -> None:
     must not count what it copies then."""
 
     async def run() -> None:
-        async with prefill_here() as here, peer("decode") as there:
+        async with prefill_end(None, LEASE_S) as here, peer("decode") as there:
             await to_peer(here, there, "a")
             there.do(id="b")
             here.offer("b", there.address, 200)
