@@ -75,7 +75,8 @@ class _Worker:
             self._role,
             post=self._inbox.put,
             first_report=self._role.report(),
-            serve_lane=self._role.destination.serve_lane if isinstance(self._role, DecodeRole) else None,
+            serve_lane=self._role.transfers.serve_lane if isinstance(self._role, DecodeRole) else None,
+            check=self._check_transfers if spec.check else None,
         )
         self._loop: EngineLoop[Any] = EngineLoop(
             engine.run, self._role, inbox=self._inbox, clock=self._clock, deliver=self._deliver, died=died, check=spec.check
@@ -97,9 +98,15 @@ class _Worker:
         if unfinished:
             log.warning("%d attempts are unfinished after %g s; ending.", unfinished, self._spec.drain_s)
         await server.stop(GRACE_S)
-        await (self._role.destination if isinstance(self._role, DecodeRole) else self._role.source).close()
+        await self._role.transfers.close()
         self._loop.stop()
         self._pool.close()
+
+    def _check_transfers(self) -> None:
+        """On the asyncio thread, while the loop is idle."""
+        self._role.transfers.check()
+        if leases := self._role.transfers.leases:
+            raise AssertionError(f"idle, and yet {leases} transfers hold blocks")
 
     def _call_soon(self, call: Call) -> None:
         self._asyncio.call_soon_threadsafe(call)

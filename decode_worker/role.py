@@ -39,7 +39,11 @@ class Transfers(Protocol):
     def refuse(self, transfer_id: str, reason: RefusedReason, message: str) -> None: ...
     def cancel(self, transfer_id: str) -> None: ...
     async def serve_lane(self, lane: Lane) -> None: ...
+    def check(self) -> None: ...
     async def close(self) -> None: ...
+
+    @property
+    def leases(self) -> int: ...
 
 
 class DecodeRole:
@@ -62,7 +66,7 @@ class DecodeRole:
         self._draining = False
         self._fresh: set[str] = set()
         """Committed, and no step of theirs has completed yet: their start is still to be stamped."""
-        self.destination = destination(_Events(self, inbox))
+        self.transfers = destination(_Events(self, inbox))
 
     # What routers say.
 
@@ -96,7 +100,7 @@ class DecodeRole:
             return
         self._attempts.open(decode.attempt_id, listener)
         if not decode.local_prefill:
-            self.outbox.call(partial(self.destination.expect, decode.attempt_id))
+            self.outbox.call(partial(self.transfers.expect, decode.attempt_id))
 
     def _fail(self, attempt_id: str, error: DiptychError) -> None:
         self._attempts.end(Failed(attempt_id, error))
@@ -106,14 +110,14 @@ class DecodeRole:
         """Compute no more of it; a transfer under way ends at the destination, and `released` (or a faster commit) follows."""
         self._fresh.discard(attempt_id)
         if self._scheduler.cancel(attempt_id, self._clock.now()):
-            self.outbox.call(partial(self.destination.cancel, attempt_id))
+            self.outbox.call(partial(self.transfers.cancel, attempt_id))
 
     # What the engine does.
 
     def settle(self) -> None:
         for transfer_id, groups in self._scheduler.grants(self._clock.now()):
             stamp(Stage.GRANTED, transfer_id, self._clock.now())
-            self.outbox.call(partial(self.destination.grant, transfer_id, groups))
+            self.outbox.call(partial(self.transfers.grant, transfer_id, groups))
 
     def decide(self) -> Decision | None:
         return self._scheduler.decide(self._clock.now())
@@ -147,7 +151,7 @@ class DecodeRole:
         reason = self._scheduler.on_offer(transfer_id, prompt_tokens, self._clock.now())
         if reason is None:
             return
-        self.outbox.call(partial(self.destination.refuse, transfer_id, reason, REFUSALS[reason]))
+        self.outbox.call(partial(self.transfers.refuse, transfer_id, reason, REFUSALS[reason]))
         self.transfer_failed(transfer_id, TransferFailed(REFUSALS[reason]))
 
     def committed(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None:

@@ -31,7 +31,11 @@ class Transfers(Protocol):
     def computed(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: Tables) -> None: ...
     def commit(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None: ...
     def cancel(self, transfer_id: str, reason: str) -> None: ...
+    def check(self) -> None: ...
     async def close(self) -> None: ...
+
+    @property
+    def leases(self) -> int: ...
 
 
 class PrefillRole:
@@ -56,8 +60,8 @@ class PrefillRole:
         self._attempts = Attempts(self.outbox)
         self._draining = False
         self._offered: set[str] = set()
-        self.source = source(_Events(self, inbox))
-        self._announcer = Announcer(self.source.computed, call_soon)
+        self.transfers = source(_Events(self, inbox))
+        self._announcer = Announcer(self.transfers.computed, call_soon)
 
     # What routers say.
 
@@ -99,7 +103,7 @@ class PrefillRole:
     def _drop(self, attempt_id: str, reason: str) -> None:
         """Compute no more of it; what was offered ends at the source, and `released` follows."""
         if self._scheduler.cancel(attempt_id, self._clock.now()):
-            self.outbox.call(partial(self.source.cancel, attempt_id, reason))
+            self.outbox.call(partial(self.transfers.cancel, attempt_id, reason))
 
     # What the engine does.
 
@@ -115,9 +119,9 @@ class PrefillRole:
             if started.destination is None:
                 continue
             self._offered.add(started.attempt_id)
-            self.outbox.call(partial(self.source.offer, started.attempt_id, started.destination, started.prompt_tokens))
+            self.outbox.call(partial(self.transfers.offer, started.attempt_id, started.destination, started.prompt_tokens))
             if started.cached_tokens:
-                cached = partial(self.source.computed, started.attempt_id, self._layers, 0, started.cached_tokens, started.tables)
+                cached = partial(self.transfers.computed, started.attempt_id, self._layers, 0, started.cached_tokens, started.tables)
                 self.outbox.call(cached)
         return decision
 
@@ -152,11 +156,11 @@ class PrefillRole:
         for finished in outcome.finished:
             self._attempts.end(finished)
             if finished.attempt_id in self._offered:
-                self.outbox.call(partial(self.source.cancel, finished.attempt_id, "the first token ended the request"))
+                self.outbox.call(partial(self.transfers.cancel, finished.attempt_id, "the first token ended the request"))
 
     def _commit(self, transfer_id: str, token: Token) -> None:
         """On the asyncio thread."""
-        self.source.commit(transfer_id, (token,))
+        self.transfers.commit(transfer_id, (token,))
         stamp(Stage.COMMIT_SENT, transfer_id, self._clock.now())
 
     def abandon(self, decision: Decision, error: DiptychError) -> None:
