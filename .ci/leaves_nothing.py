@@ -2,14 +2,14 @@
 
     python .ci/leaves_nothing.py COMMAND [ARGUMENT ...]
 
-Every descendant inherits a random tag in its environment, daemons too, so none is missed and none of anybody else's is hit.
-Processes get `GRACE_S` to end by themselves; what is left is listed and killed.
+This process is made the reaper of its descendants (prctl PR_SET_CHILD_SUBREAPER): a daemon whose parents have ended becomes its child, so none
+is missed and none of anybody else's is hit. Processes get `GRACE_S` to end by themselves; what is left is listed and killed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-import secrets
 import select
 import signal
 import subprocess
@@ -17,24 +17,37 @@ import sys
 import time
 from pathlib import Path
 
-TAG = "DIPTYCH_GATE"
+PR_SET_CHILD_SUBREAPER = 36
 GRACE_S = 5.0
 
 
-def tagged(tag: str) -> dict[int, str]:
-    """Living processes whose environment carries the tag, as pid → command line."""
-    found: dict[int, str] = {}
+def descendants() -> dict[int, str]:
+    """Living processes below this one, as pid → command line. Zombies are reaped or somebody else's to reap."""
+    parents: dict[int, int] = {}
     for process in Path("/proc").iterdir():
-        if not process.name.isdigit() or int(process.name) == os.getpid():
+        if not process.name.isdigit():
             continue
         try:
-            environment = (process / "environ").read_bytes().split(b"\0")
-            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:  # it ended, or is not ours to read
+            state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # it has ended
             continue
-        if f"{TAG}={tag}".encode() in environment:
-            found[int(process.name)] = command
-    return found
+        if state not in "ZX":
+            parents[int(process.name)] = int(parent)
+    return {pid: command_line(pid) for pid in parents if is_below(pid, parents)}
+
+
+def is_below(pid: int, parents: dict[int, int]) -> bool:
+    while (pid := parents.get(pid, 0)) != 0:
+        if pid == os.getpid():
+            return True
+    return False
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:  # it has ended
+        return ""
 
 
 def wait_for_ends(pids: list[int], seconds: float) -> None:
@@ -51,18 +64,26 @@ def wait_for_ends(pids: list[int], seconds: float) -> None:
             os.close(handle)
 
 
-def main(command: list[str]) -> int:
-    tag = secrets.token_hex(8)
-    status = subprocess.run(command, env={**os.environ, TAG: tag}, check=False).returncode
-    if left := tagged(tag):
+def kill_all() -> None:
+    """Kill every descendant, those that are forked meanwhile too."""
+    while left := descendants():
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
         wait_for_ends(list(left), GRACE_S)
-    left = tagged(tag)
+
+
+def main(command: list[str]) -> int:
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+    status = subprocess.run(command, check=False).returncode
+    wait_for_ends(list(descendants()), GRACE_S)
+    left = descendants()
     for pid, line in sorted(left.items()):
         print(f"left behind: {pid} {line}", file=sys.stderr)
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    kill_all()
     if left:
         print(f"{len(left)} processes were left behind and have been killed", file=sys.stderr)
     return status or int(bool(left))
