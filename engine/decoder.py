@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.model import ModelCard
 from ..kernels.gated import gated
 from ..kernels.kv_store import store_kv
+from ..kernels.linear import linear
 from ..kernels.paged_attention import attend
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rotary import rotary_angles, rotate
@@ -69,13 +70,13 @@ class LoadedDecoder:
             if number == last and not len(inputs.drawn):
                 return None
             mixed = attend(query, layer.cache, inputs.groups[layer.group].spans, self.decoder.query_scale)
-            x = self._mlp(layer, self._residual(x, F.linear(mixed, layer.o), layer.attention_out_norm))
-        return F.linear(self._normed(x.index_select(0, inputs.drawn), self.norm), self.head)
+            x = self._mlp(layer, self._residual(x, linear(mixed, layer.o), layer.attention_out_norm))
+        return linear(self._normed(x.index_select(0, inputs.drawn), self.norm), self.head)
 
     def _store(self, layer: Layer, x: Tensor, group: GroupInputs, angles: tuple[Tensor, Tensor]) -> Tensor:
         """Store keys and values of [tokens, hidden]; the rotated queries, [tokens, heads, head_dim]."""
         heads, kv_heads = self.decoder.heads, self.decoder.kv_heads
-        qkv = F.linear(self._normed(x, layer.attention_norm), layer.qkv)
+        qkv = linear(self._normed(x, layer.attention_norm), layer.qkv)
         qkv = qkv.view(len(x), heads + 2 * kv_heads, self.decoder.head_dim)
         qk, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if layer.qk_norm is not None:
@@ -85,8 +86,8 @@ class LoadedDecoder:
         return qk[:, :heads]
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        opened = gated(F.linear(self._normed(x, layer.mlp_norm), layer.gate_up), self.decoder.activation)
-        return self._residual(x, F.linear(opened, layer.down), layer.mlp_out_norm)
+        opened = gated(linear(self._normed(x, layer.mlp_norm), layer.gate_up), self.decoder.activation)
+        return self._residual(x, linear(opened, layer.down), layer.mlp_out_norm)
 
     def _residual(self, x: Tensor, change: Tensor, norm: Tensor | None) -> Tensor:
         return x + (change if norm is None else self._normed(change, norm))

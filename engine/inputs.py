@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.layout import CacheGroup
 from ..kernels.kv_store import store_rows
-from ..kernels.paged_attention import Span, make_span
+from ..kernels.paged_attention import Chunk, Paging, Singles, make_chunk, make_singles
 from .batch import Row
 
 
@@ -20,7 +20,7 @@ class GroupInputs:
     """What one cache group's layers need. store: rows of the cache the new keys go to. spans: what is attended."""
 
     store: Tensor
-    spans: tuple[Span, ...]
+    spans: tuple[Chunk | Singles, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,33 +67,30 @@ def _group_inputs(
         kv_heads=group.kv_heads,
         block_size=block_size,
     )
-    spans = tuple(
-        make_span(
-            [places[row] for row in members],
-            [rows[row].start for row in members],
-            rows[members[0]].length,
-            [rows[row].tables[index] for row in members],
-            window=group.window,
-            kv_heads=group.kv_heads,
-            block_size=block_size,
-            dtype=dtype,
-        )
-        for members in _alike(rows, group.window)
-    )
-    return GroupInputs(store=store, spans=spans)
+    paging = Paging(kv_heads=group.kv_heads, block_size=block_size, window=group.window)
+    spans: list[Chunk | Singles] = [
+        make_chunk(place, row.start, row.length, row.tables[index], paging)
+        for place, row in zip(places, rows, strict=False)
+        if row.length > 1
+    ]
+    for members in _alike(rows, group.window):
+        picked = [rows[row] for row in members]
+        tables = [row.tables[index] for row in picked]
+        spans.append(make_singles([places[row] for row in members], [row.start for row in picked], tables, paging, dtype))
+    return GroupInputs(store=store, spans=tuple(spans))
 
 
 def _alike(rows: Sequence[Row], window: int) -> list[list[int]]:
-    """Indices of rows that share a span: one row with several tokens alone; rows with one token by the length they attend to.
+    """Indices of the rows with one token, gathered by how much they attend to.
 
-    A row joins the span of the longest only if it attends to at least half as much, so padding less than doubles the reading.
+    A row joins the longest only if it attends to at least half as much, so padding less than doubles the reading.
     """
-    spans = [[index] for index, row in enumerate(rows) if row.length > 1]
     reach = {index: min(row.start + 1, window or row.start + 1) for index, row in enumerate(rows) if row.length == 1}
+    alike: list[list[int]] = []
     longest = 0
     for index in sorted(reach, key=lambda index: -reach[index]):
-        if reach[index] * 2 < longest or not longest:
+        if reach[index] * 2 < longest or not alike:
             longest = reach[index]
-            spans.append([])
-        spans[-1].append(index)
-    return spans
+            alike.append([])
+        alike[-1].append(index)
+    return alike

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..core.errors import ModelError
+from .gguf import write_slim
 from .location import DEMO_NAME, DEMO_PACKAGE, demo_source
+
+_UNREADABLE = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, struct.error, TypeError, ValueError)
+"""What transformers, gguf and tokenizers raise for files they cannot read."""
 
 Progress = Callable[[str, float], None]
 
@@ -42,9 +47,9 @@ def open_checkpoint(source: str, scratch: Path, progress: Progress) -> Iterator[
     path = Path(source)
     with ExitStack() as stack:
         if source.startswith("package:"):
-            yield _gguf(_assemble(scratch, progress), progress)
+            yield _gguf(_assemble(scratch, progress), scratch, progress)
         elif path.is_file() and path.suffix == ".gguf":
-            yield _gguf(path, progress)
+            yield _gguf(path, scratch, progress)
         elif path.is_dir():
             yield _directory(path, stack)
         elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -76,9 +81,8 @@ def _download(name: str, progress: Progress) -> Path:
     except HFValidationError as error:
         raise ModelError(f"{name!r} is neither a path that exists nor a hub name.", field="model.source") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"{name} is not a path here and cannot be had from the Hugging Face hub: {reason}", field="model.source"
+            f"{name} is not a path here and cannot be had from the Hugging Face hub: {_first_line(error)}", field="model.source"
         ) from error
 
 
@@ -112,6 +116,10 @@ def _directory(path: Path, stack: ExitStack) -> Checkpoint:
     )
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _config(path: Path) -> dict[str, Any]:
     """The complete text config, defaults filled in by transformers; model types it does not know are refused here."""
     from transformers import AutoConfig
@@ -125,11 +133,9 @@ def _config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{file} is not JSON: {error}.", field="model.source") from None
     try:
         config: dict[str, Any] = AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except _UNREADABLE as error:
         kind = raw.get("model_type") if isinstance(raw, dict) else None
-        raise ModelError(
-            f"{file} describes a {kind!r} model that cannot be read: {str(error).splitlines()[0]}", field="model_type"
-        ) from error
+        raise ModelError(f"{file} describes a {kind!r} model that cannot be read: {_first_line(error)}", field="model_type") from error
     return config
 
 
@@ -160,10 +166,8 @@ def _tokenizer(path: Path) -> str:
 
     try:
         return str(AutoTokenizer.from_pretrained(path, trust_remote_code=False).backend_tokenizer.to_str())
-    except (ValueError, OSError, AttributeError, ImportError) as error:
-        raise ModelError(
-            f"{path} has no tokenizer.json and none can be made: {str(error).splitlines()[0]}", field="model.source"
-        ) from error
+    except _UNREADABLE as error:
+        raise ModelError(f"{path} has no tokenizer.json and none can be made: {_first_line(error)}", field="model.source") from error
 
 
 def _chat_template(path: Path) -> str | None:
@@ -185,23 +189,23 @@ def _eos(config: dict[str, Any], path: Path | None = None) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _gguf(path: Path, progress: Progress) -> Checkpoint:
+def _gguf(path: Path, scratch: Path, progress: Progress) -> Checkpoint:
     """A GGUF file, dequantised to fp32 by transformers."""
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    # transformers reads the file's 262,144 tokens anew (12 s) in each call that is not spared it: the model is given the
-    # config, and the tokenizer's own class is named.
+    slim = scratch / "slim.gguf"
+    write_slim(path, slim)
     try:
-        progress("reading the GGUF file's header", 0.0)
-        config_ = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         progress("dequantising", 0.0)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config_, dtype=torch.float32)
+        found = AutoConfig.from_pretrained(scratch, gguf_file=slim.name)
+        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=slim.name, config=found, dtype=torch.float32)
         progress("reading the tokenizer", 0.0)
+        # The tokenizer's class is named because the automatic choice reads the whole file once more.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:
-        raise ModelError(f"{path} cannot be read as GGUF: {str(error).splitlines()[0]}", field="model.source") from error
+    except _UNREADABLE as error:
+        raise ModelError(f"{path} cannot be read as GGUF: {_first_line(error)}", field="model.source") from error
     tensors = model.state_dict()
-    config = config_.to_dict()
+    config = found.to_dict()
     return Checkpoint(
         config=config | {"quantization_config": None},
         names=frozenset(tensors),

@@ -1,8 +1,9 @@
 """Attention over a paged cache.
 
-Rows of a step that have the same number of queries and about as much context are computed together as one `Span`: their
-blocks are gathered into contiguous keys and values, padded to the longest, and what a query may not see is masked. Everything
-that depends on tables and positions is computed once per step and cache group, and shared by the layers of the group.
+Everything that depends on tables and positions is computed once per step and cache group, and shared by the layers of the
+group: which blocks to gather into contiguous keys and values, and who may see what. A row with several new tokens is a `Chunk`
+and computed alone, tile by tile; rows with one new token that have about as much context are computed together as `Singles`,
+padded to the longest.
 """
 
 from __future__ import annotations
@@ -13,98 +14,144 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+
+TILE = 128
+"""Queries of a chunk computed at once: a tile reads no key that all its queries are forbidden to see."""
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """`rows` sequences with `queries` new tokens each.
+class Paging:
+    """The shape of a cache group: `window` 0 is full attention, w lets query q see keys k with q - w < k <= q."""
 
-    tokens: int64 [rows * queries], their places among the step's tokens. blocks: int64 [rows * kv_heads * 2 * blocks],
-    which blocks' keys and values are read, as rows of a cache read as [-1, block_size * head_dim].
-    mask: [rows * kv_heads, 1, queries, keys], 0 where a query sees a key and -inf where it does not, in the model's dtype.
-    """
+    kv_heads: int
+    block_size: int
+    window: int
 
-    rows: int
-    queries: int
+    def first_block(self, position: int) -> int:
+        """The first block with a key that a query at `position` sees."""
+        return max(0, position - self.window + 1) // self.block_size if self.window else 0
+
+    def sees(self, queries: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which queries see which keys; positions, broadcast against each other."""
+        causal = keys <= queries
+        return causal & (keys > queries - self.window) if self.window else causal
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Queries of a chunk and the gathered keys they may see. mask: fp32 [queries, keys], 0 or -inf."""
+
+    queries: slice
+    keys: slice
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One row's new tokens, a slice of the step's. blocks: int64, rows of the cache read as [-1, block_size * head_dim]."""
+
+    tokens: slice
+    blocks: Tensor
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Singles:
+    """Rows with one new token each. tokens: int64 [rows]; blocks as in `Chunk`; mask: [rows * kv_heads, 1, 1, keys]."""
+
     tokens: Tensor
     blocks: Tensor
     mask: Tensor
 
 
-def make_span(
-    tokens: Sequence[int],
-    starts: Sequence[int],
-    queries: int,
-    tables: Sequence[Sequence[int]],
-    *,
-    window: int,
-    kv_heads: int,
-    block_size: int,
-    dtype: torch.dtype,
-) -> Span:
-    """The span of rows whose first new token is at place `tokens[r]` of the step and at position `starts[r]` of its sequence.
+def make_chunk(token: int, start: int, length: int, table: Sequence[int], paging: Paging) -> Chunk:
+    """A row whose `length` new tokens begin at place `token` of the step and at position `start` of its sequence."""
+    size = paging.block_size
+    first, last = paging.first_block(start), (start + length - 1) // size + 1
+    tiles = []
+    for begin in range(0, length, TILE):
+        end = min(begin + TILE, length)
+        low = (paging.first_block(start + begin) - first) * size
+        high = start + end - first * size
+        keys = np.arange(first * size + low, first * size + high)
+        seen = paging.sees(np.arange(start + begin, start + end)[:, None], keys)
+        tiles.append(Tile(slice(begin, end), slice(low, high), _mask(seen, torch.float32)))
+    blocks = np.asarray(table[first:last], dtype=np.int64)[None]
+    return Chunk(slice(token, token + length), _cache_rows(blocks, paging.kv_heads), tuple(tiles))
 
-    `tables[r]` are the blocks of the whole sequence; only those with a position that a query sees are read. `window` 0 is
-    full attention, w lets query q see keys k with q - w < k <= q.
-    """
-    rows = len(starts)
-    firsts = [max(0, start - window + 1) // block_size if window else 0 for start in starts]
-    lasts = [(start + queries - 1) // block_size + 1 for start in starts]
-    width = max(last - first for first, last in zip(firsts, lasts, strict=True))
-    blocks = np.empty((rows, width), dtype=np.int64)
-    for row, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
-        blocks[row, : last - first] = tables[row][first:last]
+
+def make_singles(
+    tokens: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]], paging: Paging, dtype: torch.dtype
+) -> Singles:
+    """Rows whose one new token is at place `tokens[r]` of the step and at `positions[r]` of its sequence. dtype: the model's."""
+    size = paging.block_size
+    firsts = [paging.first_block(position) for position in positions]
+    counts = [position // size + 1 - first for position, first in zip(positions, firsts, strict=True)]
+    blocks = np.empty((len(tokens), max(counts)), dtype=np.int64)
+    for row, (first, count) in enumerate(zip(firsts, counts, strict=True)):
+        blocks[row, :count] = tables[row][first : first + count]
         # Padding repeats a block of the row itself: masked, and never another sequence's memory.
-        blocks[row, last - first :] = tables[row][last - 1]
-    heads = blocks[:, None, :] * kv_heads + np.arange(kv_heads)[:, None]
-    index = heads[:, :, None, :] * 2 + np.arange(2)[:, None]
-    start = np.asarray(starts)
-    query = start[:, None] + np.arange(queries)
-    key = np.asarray(firsts)[:, None] * block_size + np.arange(width * block_size)
-    seen = key[:, None, :] <= query[:, :, None]
-    if window:
-        seen &= key[:, None, :] > query[:, :, None] - window
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(torch.from_numpy(~seen), -torch.inf)
-    place = np.asarray(tokens)[:, None] + np.arange(queries)
-    return Span(
-        rows=rows,
-        queries=queries,
-        tokens=torch.from_numpy(place.ravel()),
-        blocks=torch.from_numpy(index.ravel()),
-        mask=mask.repeat_interleave(kv_heads, dim=0)[:, None],
+        blocks[row, count:] = blocks[row, 0]
+    keys = np.asarray(firsts)[:, None] * size + np.arange(max(counts) * size)
+    mask = _mask(paging.sees(np.asarray(positions)[:, None], keys), dtype)
+    return Singles(
+        tokens=torch.tensor(tokens),
+        blocks=_cache_rows(blocks, paging.kv_heads),
+        mask=mask.repeat_interleave(paging.kv_heads, dim=0)[:, None, None],
     )
 
 
-def attend(query: Tensor, cache: Tensor, spans: Sequence[Span], scale: float) -> Tensor:
+def _cache_rows(blocks: NDArray[np.int64], kv_heads: int) -> Tensor:
+    """For blocks [rows, n]: cache rows of [rows, kv_heads, 2, n], flat; the 2 are keys and values."""
+    heads = blocks[:, None, :] * kv_heads + np.arange(kv_heads)[:, None]
+    return torch.from_numpy((heads[:, :, None, :] * 2 + np.arange(2)[:, None]).ravel())
+
+
+def _mask(seen: NDArray[np.bool_], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(torch.from_numpy(~seen), -torch.inf)
+
+
+def attend(query: Tensor, cache: Tensor, spans: Sequence[Chunk | Singles], scale: float) -> Tensor:
     """Attention of the step's queries over one layer's cache: [tokens, heads * head_dim], in `query`'s dtype.
 
     query: [tokens, heads, head_dim]; cache: [num_blocks, kv_heads, 2, block_size, head_dim]. The queries' own keys and values
-    are already stored. Softmax is over `scale * q·k`.
+    are already stored. Softmax is over `scale * q·k`, in fp32.
     """
-    tokens, heads, head_dim = query.shape
-    if len(spans) == 1 and spans[0].rows == 1:
-        return _attend_span(query, cache, spans[0], scale).view(tokens, heads * head_dim)
-    out = torch.empty_like(query)
+    out = torch.empty(query.shape, dtype=query.dtype)
     for span in spans:
-        out.index_copy_(0, span.tokens, _attend_span(query.index_select(0, span.tokens), cache, span, scale))
-    return out.view(tokens, heads * head_dim)
+        if isinstance(span, Chunk):
+            _attend_chunk(query[span.tokens], cache, span, scale, out[span.tokens])
+        else:
+            out.index_copy_(0, span.tokens, _attend_singles(query.index_select(0, span.tokens), cache, span, scale))
+    return out.view(len(query), -1)
 
 
-def _attend_span(query: Tensor, cache: Tensor, span: Span, scale: float) -> Tensor:
-    """Queries [rows * queries, heads, head_dim] of one span, in and out."""
+def _attend_chunk(query: Tensor, cache: Tensor, chunk: Chunk, scale: float, out: Tensor) -> None:
+    """Queries [length, heads, head_dim] to `out`, likewise.
+
+    Two matrix products and a softmax: in bf16 that takes a third of the time of torch's fused attention on the CPU (256
+    queries: 1.05 ms against 3.3), in fp32 the same.
+    """
     _, kv_heads, _, block_size, head_dim = cache.shape
+    read = cache.view(-1, block_size * head_dim).index_select(0, chunk.blocks).view(kv_heads, 2, -1, head_dim)
+    keys, values = read[:, 0], read[:, 1]
     group = query.shape[1] // kv_heads
-    batch = span.rows * kv_heads
+    for tile in chunk.tiles:
+        count, seen = tile.mask.shape
+        part = query[tile.queries].view(count, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * count, head_dim)
+        scores = torch.bmm(part, keys[:, tile.keys].transpose(1, 2)).float().mul_(scale)
+        shares = scores.view(kv_heads, group, count, seen).add_(tile.mask).softmax(-1).to(query.dtype)
+        mixed = torch.bmm(shares.view(kv_heads, group * count, seen), values[:, tile.keys])
+        out[tile.queries] = mixed.view(kv_heads, group, count, head_dim).permute(2, 0, 1, 3).reshape(count, -1, head_dim)
+
+
+def _attend_singles(query: Tensor, cache: Tensor, span: Singles, scale: float) -> Tensor:
+    """Queries [rows, heads, head_dim], in and out. The heads that share keys become queries of one head: keys are read once."""
+    _, kv_heads, _, block_size, head_dim = cache.shape
+    batch, group = len(query) * kv_heads, query.shape[1] // kv_heads
     read = cache.view(-1, block_size * head_dim).index_select(0, span.blocks).view(batch, 1, 2, -1, head_dim)
-    keys, values = read[:, :, 0], read[:, :, 1]
-    if span.queries == 1:
-        # The heads that share keys become the queries of one head, so that keys are read once.
-        shared = query.view(batch, 1, group, head_dim)
-        return F.scaled_dot_product_attention(shared, keys, values, attn_mask=span.mask, scale=scale).reshape(query.shape)
-    split = query.view(span.rows, span.queries, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-    split = split.reshape(batch, group, span.queries, head_dim)
-    wide = (batch, group, -1, head_dim)
-    mixed = F.scaled_dot_product_attention(split, keys.expand(wide), values.expand(wide), attn_mask=span.mask, scale=scale)
-    mixed = mixed.view(span.rows, kv_heads, group, span.queries, head_dim).permute(0, 3, 1, 2, 4)
+    shared = query.view(batch, 1, group, head_dim)
+    mixed = F.scaled_dot_product_attention(shared, read[:, :, 0], read[:, :, 1], attn_mask=span.mask, scale=scale)
     return mixed.reshape(query.shape)

@@ -9,19 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 10
+Words = NDArray[np.uint64]
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
-def philox(counter: tuple[NDArray[np.uint64], int, int, int], key: int) -> tuple[NDArray[np.uint64], ...]:
+def philox(counter: tuple[Words, int, int, int], key: int) -> tuple[Words, Words, Words, Words]:
     """The four 32-bit words of each counter, as four uint64 arrays.
 
     counter: word 0 for each of n counters, [n], and words 1 to 3, the same for all. key: 64 bits, low word first.
     """
     c0 = counter[0]
-    c1, c2, c3 = (np.uint64(word) for word in counter[1:])
+    c1, c2, c3 = (np.array([word], dtype=np.uint64) for word in counter[1:])
     k0, k1 = key & 0xFFFFFFFF, key >> 32
     for _ in range(ROUNDS):
         left, right = c0 * _M0, c2 * _M1

@@ -21,10 +21,6 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "nightly: too long for the gate; run by `make nightly`")
-
-
 def write_tokenizer(directory: Path) -> None:
     """A byte-level tokenizer of VOCAB tokens that any text survives: <pad>, <eos>, <bos>, 256 bytes, a few merges, fillers."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
@@ -151,8 +147,8 @@ def demo_model_dir() -> Callable[[DType], Path]:
     """The demo model, prepared as the given dtype; kept in the user's cache between runs. Skips where it is not installed."""
 
     def find(dtype: DType) -> Path:
-        from diptych.engine.prepared import find_or_prepare
         from diptych.engine.location import demo_source
+        from diptych.engine.prepared import find_or_prepare
 
         source = demo_source()
         if source is None:

@@ -1,0 +1,100 @@
+"""What the engine answers: draws, slots, logprobs, and how much memory it takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diptych.core.sampling import SamplingParams
+from diptych.engine.batch import Draw, Row
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def test_a_row_without_tokens_reads_the_last_drawn_of_its_slot(bench, prompt, tiny_gemma3_dir):
+    ids = prompt(20)
+    fed = bench(tiny_gemma3_dir)
+    tables = fed.table(30)
+    first = fed.prefill(ids, tables).token_id
+    given = fed.step(Row(3, 20, (first,), tables, Draw(GREEDY, 1)))[0]
+    taken = next(fed.decode(20, 1, tables))
+    assert given == taken
+
+
+def test_seeded_draws_do_not_depend_on_the_batch(bench, prompt, tiny_gemma3_dir):
+    sampling = SamplingParams(temperature=1.3, seed=11, top_p=0.95)
+    ids = prompt(30)
+    alone = [drawn.token_id for drawn in bench(tiny_gemma3_dir).generate(ids, 12, chunk=7, sampling=sampling)]
+    both = bench(tiny_gemma3_dir, seed=5)
+    tables, others = both.table(50), both.table(80)
+    out = [both.prefill(ids, tables, slot=1, sampling=sampling).token_id]
+    both.prefill(prompt(40, seed=3), others, slot=2)
+    for index in range(1, 12):
+        rows = (Row(2, 39 + index, (), others, Draw(GREEDY, index)), Row(1, 29 + index, (), tables, Draw(sampling, index)))
+        out.append(both.step(*rows)[1].token_id)
+    assert out == alone
+    assert len(set(alone)) > 3
+
+
+def test_choices_draw_differently(bench, prompt, tiny_llama_dir):
+    sampling = SamplingParams(temperature=2.0, seed=1)
+    bench_ = bench(tiny_llama_dir)
+    tables = bench_.table(20)
+    rows = (Row(0, 0, tuple(prompt(20)), tables, Draw(sampling, 0, choice=0)),)
+    first = bench_.step(*rows)[0]
+    others = {bench_.step(Row(0, 0, tuple(prompt(20)), tables, Draw(sampling, 0, choice=c)))[0].token_id for c in range(1, 8)}
+    assert len(others | {first.token_id}) > 4
+
+
+def test_logprobs(bench, prompt, tiny_llama_dir):
+    bench_ = bench(tiny_llama_dir)
+    tables = bench_.table(20)
+    row = Row(0, 0, tuple(prompt(20)), tables, Draw(SamplingParams(temperature=0.0, logprobs=3), 0))
+    (drawn,) = bench_.step(row)
+    assert drawn.top[0] == (drawn.token_id, drawn.logprob)
+    assert [value for _, value in drawn.top] == sorted((value for _, value in drawn.top), reverse=True)
+    assert len(drawn.top) == 3
+    (none,) = bench_.step(Row(0, 0, tuple(prompt(20)), tables, Draw(SamplingParams(temperature=0.0, logprobs=0), 0)))
+    assert none.top == ()
+    assert none.logprob == drawn.logprob
+
+
+def test_a_step_that_draws_nothing(bench, prompt, tiny_llama_dir):
+    bench_ = bench(tiny_llama_dir)
+    assert bench_.step(Row(0, 0, tuple(prompt(20)), bench_.table(20), None)) == (None,)
+
+
+def test_only_its_own_blocks_are_written(bench, prompt, tiny_gemma3_dir):
+    bench_ = bench(tiny_gemma3_dir)
+    for group in bench_.caches:
+        for cache in group:
+            cache.fill_(7.0)
+    tables = bench_.table(40)
+    bench_.prefill(prompt(40), tables)
+    for table, group in zip(tables, bench_.caches, strict=True):
+        for cache in group:
+            others = [block for block in range(len(cache)) if block not in table]
+            assert bool((cache[others] == 7.0).all())
+            assert bool((cache[table[2]][:, :, 8:] == 7.0).all())
+            assert not bool((cache[table[2]][:, :, :8] == 7.0).any())
+
+
+def test_warm_up_leaves_the_engine_as_new(bench, prompt, tiny_gemma3_dir):
+    cold, warm = bench(tiny_gemma3_dir), bench(tiny_gemma3_dir)
+    warm.engine.warm_up()
+    assert [d.token_id for d in cold.generate(prompt(20), 5)] == [d.token_id for d in warm.generate(prompt(20), 5)]
+
+
+def test_bfloat16_follows_float32(bench, prompt, tiny_gemma3_source, tiny_gemma3_dir, tmp_path):
+    """Logprobs of the same prompts agree to a few bf16 roundings."""
+    from diptych.core.layout import DType
+    from diptych.engine.prepared import prepare
+
+    prepare(str(tiny_gemma3_source), tmp_path / "narrow", dtype=DType.BFLOAT16)
+    sampling = SamplingParams(temperature=0.0, logprobs=20)
+    for length in (1, 30, 90):
+        wide, narrow = (bench(d).generate(prompt(length), 1, sampling=sampling)[0] for d in (tiny_gemma3_dir, tmp_path / "narrow"))
+        known = dict(narrow.top)
+        shared = [(value, known[token]) for token, value in wide.top if token in known]
+        assert len(shared) >= 12
+        assert [n for _, n in shared] == pytest.approx([w for w, _ in shared], abs=0.25)
+    assert torch.backends.mkldnn.enabled

@@ -1,0 +1,101 @@
+"""Drawing: the noise is a function of its key alone, the frequencies are the softmax's, the limits are transformers'."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diptych.kernels.sampling import Noise, draw, log_probabilities, survivors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def test_noise_of_some_tokens_is_the_noise_of_all():
+    noise = Noise(seed=2**63 + 5, choice=1, index=77)
+    tokens = torch.randperm(1003)[:50]
+    assert torch.equal(noise.of(tokens), noise.of_all(1003)[tokens])
+
+
+def test_noise_differs_by_seed_choice_and_index():
+    base = Noise(1, 0, 0).of_all(64)
+    for other in (Noise(2, 0, 0), Noise(1, 1, 0), Noise(1, 0, 1), Noise(1 + 2**32, 0, 0)):
+        assert not torch.equal(base, other.of_all(64))
+    assert torch.equal(base, Noise(1, 0, 0).of_all(64))
+
+
+def test_noise_is_gumbel():
+    values = torch.cat([Noise(3, 0, index).of_all(262_144) for index in range(4)]).double()
+    assert torch.isfinite(values).all()
+    assert values.mean() == pytest.approx(0.5772, abs=0.005)
+    assert values.std() == pytest.approx(math.pi / math.sqrt(6), abs=0.005)
+    for point in (-1.0, 0.0, 1.0, 3.0, 8.0):
+        assert (values < point).double().mean() == pytest.approx(math.exp(-math.exp(-point)), abs=0.002)
+
+
+def test_frequencies_are_those_of_the_softmax():
+    logits = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5])
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = [draw(logits, Noise(9, 0, i), temperature=temperature, top_k=0, top_p=1.0) for i in range(4000)]
+        expected = (logits / temperature).softmax(0)
+        seen = torch.bincount(torch.tensor(drawn), minlength=5) / 4000
+        torch.testing.assert_close(seen, expected, atol=0.03, rtol=0)
+
+
+def transformers_survivors(logits, top_k, top_p):
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    scores = logits[None]
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1.0:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return set(torch.isfinite(scores[0]).nonzero().flatten().tolist())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([1.0, 4.0, 0.05]),
+    st.sampled_from([0, 1, 2, 50, 9999]),
+    st.sampled_from([1.0, 0.999, 0.9, 0.5, 1e-6]),
+)
+def test_survivors_are_those_of_transformers(seed, spread, top_k, top_p):
+    if not top_k and top_p == 1.0:
+        return
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(seed)) * spread
+    values, tokens = survivors(logits, top_k, top_p)
+    ours, theirs = set(tokens.tolist()), transformers_survivors(logits, top_k, top_p)
+    assert torch.equal(logits[tokens], values)
+    # Sums in another order may move the edge of the nucleus by the tokens whose probability is the rounding of the sum.
+    assert len(ours ^ theirs) <= max(1, len(theirs) // 500)
+
+
+def test_top_k_beyond_the_vocabulary_and_a_nucleus_of_one():
+    logits = torch.tensor([0.0, 5.0, 1.0])
+    assert survivors(logits, 100, 1.0)[1].tolist() == [1, 2, 0]
+    assert survivors(logits, 0, 1e-9)[1].tolist() == [1]
+
+
+def test_a_wide_nucleus_needs_the_whole_vocabulary():
+    logits = torch.zeros(40_000)
+    assert len(survivors(logits, 0, 0.9)[1]) == pytest.approx(36_000, abs=50)
+
+
+def test_top_k_does_not_change_the_noise_of_those_it_lets_through():
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 8
+    free = [draw(logits, Noise(4, 0, i), temperature=1.0, top_k=0, top_p=1.0) for i in range(50)]
+    likely = set(logits.topk(20).indices.tolist())
+    assert [draw(logits, Noise(4, 0, i), temperature=1.0, top_k=20, top_p=1.0) for i in range(50) if free[i] in likely] == [
+        token for token in free if token in likely
+    ]
+
+
+def test_log_probabilities_are_of_the_raw_distribution():
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(1)) * 3
+    expected = logits.log_softmax(0)
+    logprob, top = log_probabilities(logits, 17, 4)
+    assert logprob == pytest.approx(float(expected[17]), abs=1e-5)
+    assert [token for token, _ in top] == expected.topk(4).indices.tolist()
+    assert [value for _, value in top] == pytest.approx(expected.topk(4).values.tolist(), abs=1e-5)
+    assert log_probabilities(logits, 17, 0)[1] == ()
