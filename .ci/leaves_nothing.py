@@ -2,8 +2,8 @@
 
     python .ci/leaves_nothing.py COMMAND [ARGUMENT ...]
 
-This process is made the reaper of its descendants (prctl PR_SET_CHILD_SUBREAPER): a daemon whose parents have ended becomes its child, so none
-is missed and none of anybody else's is hit. Processes get `GRACE_S` to end by themselves; what is left is listed and killed.
+This process is made the reaper of its descendants (prctl PR_SET_CHILD_SUBREAPER): a daemon whose parents have ended becomes its child, so
+none is missed and none of anybody else's is hit. Processes get `GRACE_S` to end by themselves; what is left is listed and killed.
 """
 
 from __future__ import annotations
