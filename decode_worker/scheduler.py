@@ -196,7 +196,7 @@ class DecodeScheduler:
         start, length = sequence.decided, sequence.length
         if length >= sequence.limit:
             return
-        chunked = start < sequence.target
+        chunked = not sequence.decoding
         stop = chunk_stop(start, length, draft.budget, self._pool.block_size) if chunked else length
         if stop == start or not self._has_slot(sequence) or not self._grow(draft, sequence, stop, may_preempt):
             return

@@ -46,8 +46,8 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Whether only its last token is left to compute."""
-        return self.length - self.decided == 1
+        """Whether nothing is left to compute in chunks: each step computes its last token and draws the next."""
+        return self.decided >= self.target
 
 
 def by_age(sequence: Sequence) -> int:

@@ -36,7 +36,8 @@ def advance_blocks(pool: BlockPool, running: Seq[Sequence], first_step: int, ste
     for sequence in running:
         for ahead in range(size):
             position = (sequence.decided + ahead) % size
-            if position in opens:
+            behind = ahead == 0 and not sequence.table.ready(sequence.decided, sequence.decided + 1)  # after a chunk
+            if position in opens or behind:
                 changing[ahead].append(sequence)
             if position == size - 1:
                 filling[ahead].append(sequence)

@@ -14,7 +14,7 @@ from diptych.decode_worker.scheduler import Decision, DecodeOutcome, DecodeSched
 from diptych.engine.batch import NO_BLOCK, Drawn, StepOutput
 from diptych.engine.block_pool import BlockPool
 from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, draw, groups, request, root_of
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -378,7 +378,9 @@ def test_a_grant_nobody_was_told_of_ends_with_its_attempt() -> None:
     worker.drain()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
+@example(lengths=[(40, 3)], windows=(24,), before=2, share=1.0)  # a chunk has passed the position where a block leaves the window
+@example(lengths=[(1, 2), (49, 2), (49, 2)], windows=(0,), before=4, share=1.0)  # the last token of a prompt is not yet decoding
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(2, 90)), min_size=1, max_size=4),
     windows=st.sampled_from([(0,), (24,), (0, 24), (0, 5), (0, 16, 33)]),
