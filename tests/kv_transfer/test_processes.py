@@ -18,7 +18,7 @@ from diptych.core.errors import TransferFailed
 from kv_rig import TRANSPORTS, DecodeEnd, Exchange, PrefillEnd, decode_end, left_behind, pool_sockets, pool_sockets_of, prefill_end
 
 HERE = Path(__file__).parent
-LEASE_S = 1.0
+LEASE_S = 2.0
 pytestmark = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
