@@ -139,6 +139,9 @@ class Worker:
     def decide(self) -> Decision | None:
         decision = self.scheduler.decide(self.now)
         if decision is not None:
+            users = {row.slot: name for step in self.decided for name, row in zip(step.attempts, step.batch.rows, strict=True)}
+            for name, row in zip(decision.attempts, decision.batch.rows, strict=True):
+                assert users.get(row.slot, name) == name, "a slot in flight belongs to another"
             self.decided.append(decision)
         return decision
 
@@ -288,6 +291,21 @@ def test_the_youngest_is_preempted_and_computed_again() -> None:
     worker.drain()
     assert worker.finished["a"].recomputed_tokens == 0
     assert worker.finished["b"].recomputed_tokens > 0
+
+
+def test_no_more_are_preempted_than_needed_while_steps_are_in_flight() -> None:
+    worker = Worker(windows=(0,), blocks=9, watermark=0.0)
+    for attempt_id in "abc":
+        worker.expect(attempt_id, prompt(32, ord(attempt_id)), local=True, max_tokens=40, ignore_eos=True)
+    while worker.scheduler.steady() == 0:
+        worker.step()
+    while len(worker.tokens["a"]) < 40 and "a" not in worker.finished:
+        while len(worker.decided) < 2 and worker.decide():
+            pass
+        worker.run()
+        worker.complete()
+        assert worker.scheduler.load(0.0).prompt_tokens_waiting <= 32 + 40, "two of three are thrown out"
+    worker.drain()
 
 
 def test_new_work_leaves_the_watermark_free() -> None:

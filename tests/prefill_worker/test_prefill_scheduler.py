@@ -52,6 +52,9 @@ class Worker:
         decision = self.scheduler.decide(self.now)
         if decision is None:
             return None
+        users = {row.slot: name for step in self.decided for name, row in zip(step.attempts, step.batch.rows, strict=True)}
+        for name, row in zip(decision.attempts, decision.batch.rows, strict=True):
+            assert users.get(row.slot, name) == name, "a slot in flight belongs to another"
         self.decided.append(decision)
         assert sum(row.length for row in decision.batch.rows) <= self.chunk_tokens
         for started in decision.started:
@@ -233,6 +236,25 @@ def test_a_destination_that_does_not_grant_fills_half_the_pool_and_blocks_no_oth
     while worker.step():
         pass
     assert worker.started == ["slow0", "slow1", "quick", "slow2"]
+    worker.drain()
+
+
+def test_small_prompts_do_not_starve_a_large_one_to_the_same_destination() -> None:
+    worker = Worker(max_running=8)
+    worker.add("first", prompt(20, 1), "d")
+    worker.add("large", prompt(90, 2), "d")
+    passes = scheduler_module.MAX_PASSES
+    for i in range(passes + 4):
+        worker.add(f"small{i}", prompt(10, 3 + i), "d")
+        while worker.step():
+            pass
+        if f"small{i}" in worker.offered:
+            worker.scheduler.granted(f"small{i}")
+            worker.release(f"small{i}")
+    assert worker.started == ["first", *(f"small{i}" for i in range(passes))]
+    worker.add("elsewhere", prompt(10, 2), "e")
+    worker.step()
+    assert worker.started[-1] == "elsewhere"
     worker.drain()
 
 
