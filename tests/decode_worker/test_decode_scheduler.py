@@ -293,6 +293,21 @@ def test_the_youngest_is_preempted_and_computed_again() -> None:
     assert worker.finished["b"].recomputed_tokens > 0
 
 
+def test_a_slot_is_not_reused_while_a_step_with_it_is_in_flight() -> None:
+    worker = Worker(max_running=1)
+    worker.expect("a", prompt(10), local=True)
+    worker.decide()
+    worker.decide()
+    worker.cancel("a")
+    worker.expect("b", prompt(10, 2), local=True)
+    for _ in range(2):
+        assert worker.decide() is None
+        worker.run()
+        worker.complete()
+    assert worker.decide() is not None
+    worker.drain()
+
+
 def test_no_more_are_preempted_than_needed_while_steps_are_in_flight() -> None:
     worker = Worker(windows=(0,), blocks=9, watermark=0.0)
     for attempt_id in "abc":
