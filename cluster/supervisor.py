@@ -227,7 +227,6 @@ class Supervisor:
         self._version += 1
         try:
             known = await publisher.publish(Fleet(self._version, members))
-            seen = await publisher.live() if len(members) == len(self._posts) - 1 and not self.all_ready.is_set() else set()
         except DiptychError as error:
             _log.warning("the router did not take fleet %d: %s", self._version, error.message)
             await asyncio.sleep(PUBLISH_RETRY_S)
@@ -237,11 +236,18 @@ class Supervisor:
         if known > self._version:  # a router that outlived an earlier supervisor
             self._version = known
             self._changed.set()
-        elif len(seen) == len(self._posts) - 1:
-            self.all_ready.set()
-        elif seen:  # the router is still connecting to some, which takes a few milliseconds and sends us no event
-            await asyncio.sleep(LIVE_POLL_S)
-            self._changed.set()
+        elif len(members) == len(self._posts) - 1 and not self.all_ready.is_set():
+            await self._until_live(publisher, {member.worker_id for member in members})
+
+    async def _until_live(self, publisher: Publisher, workers: set[str]) -> None:
+        """The router connects to the workers it was told of within milliseconds, and sends us no event when it has: ask it."""
+        while not self._changed.is_set():
+            with contextlib.suppress(DiptychError):
+                if await publisher.live() >= workers:
+                    self.all_ready.set()
+                    return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), LIVE_POLL_S)
 
     async def _end(self, keepers: dict[asyncio.Task[None], Post], kill: asyncio.Event) -> None:
         """End all processes: at once if the cluster was not up yet or `kill` is set; else the router first, so that what it has

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from rich.console import Console
@@ -11,14 +12,22 @@ from rich.table import Table
 from .timeline import TimeLine
 
 
+class _Console(Console):
+    """A console whose reader may go away (`| head`, a closed terminal): the cluster goes on without being watched."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Terminal:
     """An `Observer` that tells a person. Output goes to stdout; `warn` and `error` to stderr."""
 
     def __init__(self, timeline: TimeLine, *, verbose: bool = False) -> None:
         self.timeline = timeline
         self.verbose = verbose
-        self._out = Console(highlight=False, soft_wrap=True)
-        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._out = _Console(highlight=False, soft_wrap=True)
+        self._err = _Console(stderr=True, highlight=False, soft_wrap=True)
         self._status: Status | None = None
         self._doing: dict[str, str] = {}
         self._is_up = False

@@ -132,3 +132,23 @@ def running(argv: list[str], environment: dict[str, str], cwd: Path = Path("/"))
 def nothing_left(state: dict[str, object]) -> bool:
     """No process of the cluster, no scratch directory, no state file."""
     return not processes.marked(str(state["id"])) and not Path(str(state["scratch"])).exists()
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def sockets_below(directory: str) -> list[str]:
+    """Open Unix sockets with a path below `directory`."""
+    return [line for line in Path("/proc/net/unix").read_text().splitlines() if directory in line]
+
+
+def killed_at_once(cluster: Cluster, cluster_id: str) -> None:
+    """SIGKILL for the supervisor and every process of the cluster, the reaper among them, before any could do something about it."""
+    pids = processes.marked(cluster_id)
+    for pid in (cluster.process.pid, *pids):
+        os.kill(pid, signal.SIGSTOP)
+    for pid in pids:
+        processes.kill(pid, cluster_id)
+    cluster.process.kill()
+    cluster.wait()

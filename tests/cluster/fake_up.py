@@ -22,10 +22,11 @@ class FilePublisher:
     """Writes each fleet as a line: version, then id=incarnation of each member."""
 
     def __init__(self, ready: dict[str, Any]) -> None:
+        self.told: set[str] = set()
         self.seen: set[str] = set()
 
     async def publish(self, fleet: Fleet) -> int:
-        self.seen = {member.worker_id for member in fleet.members}
+        self.told = {member.worker_id for member in fleet.members}
         self._write(json.dumps([fleet.version, {member.worker_id: member.incarnation for member in fleet.members}]))
         return fleet.version
 
@@ -34,7 +35,9 @@ class FilePublisher:
             file.write(line + "\n")
 
     async def live(self) -> set[str]:
-        return self.seen
+        """A worker is seen when it is asked for the second time, as by a router that takes a moment to connect."""
+        seen, self.seen = self.seen, self.told
+        return seen
 
     async def close(self) -> None:
         return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_harness import Cluster, nothing_left, running, wait_for, write_card
+from cluster_harness import Cluster, killed_at_once, nothing_left, running, shared_memory, sockets_below, wait_for, write_card
 from diptych.cluster import processes
 
 HERE = Path(__file__).parent
@@ -170,13 +170,26 @@ def test_what_a_crash_of_everything_left_is_cleaned_by_the_next_start(start: Sta
     with start() as cluster:
         cluster.expect("Ctrl-C ends it.")
         state = cluster.state()
-        cluster.process.send_signal(signal.SIGSTOP)  # so that it cannot clean up while the reaper dies
-        for pid in processes.marked(str(state["id"])):
-            processes.kill(pid, str(state["id"]))
-        cluster.process.kill()
-        cluster.wait()
+        killed_at_once(cluster, str(state["id"]))
         assert Path(str(state["scratch"])).exists()
         with start() as following:
             following.expect("Ctrl-C ends it.")
             assert nothing_left(state)
             assert following.end() == 0
+
+
+def test_not_even_ray_leaves_a_socket_when_every_process_is_killed_at_once(start: Start) -> None:
+    before = shared_memory()
+    with start(ray={"enabled": True}) as cluster:
+        cluster.expect("Ctrl-C ends it.", 90)
+        state = cluster.state()
+        scratch = Path(str(state["scratch"]))
+        assert sockets_below(str(scratch))
+        if any((scratch / "ray").iterdir()):
+            pytest.skip("this host allows no mount namespace; the reaper cleans up, as other tests show")
+        killed_at_once(cluster, str(state["id"]))
+        wait_for("their end", lambda: not processes.marked(str(state["id"])))
+        assert not sockets_below(str(scratch))
+        assert [path.name for path in scratch.rglob("*")] == ["ray"]
+        assert str(scratch) not in Path("/proc/mounts").read_text()
+        assert shared_memory() == before

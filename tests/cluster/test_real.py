@@ -1,0 +1,173 @@
+"""Real clusters of a tiny model, through the command line: what a user types, and that nothing is left of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cluster_harness import killed_at_once, nothing_left, running, shared_memory, sockets_below, wait_for
+from diptych.cluster import processes
+from diptych.cluster.launch import Launch, PlainLauncher
+from diptych.cluster.ray_launcher import ray_environment
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+UP_S = 90.0
+"""For a cluster to be up, on two cores that other tests use too; alone it takes 5 s plain and 10 s with Ray."""
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def up(model: Path, runtime: Path, *flags: str) -> Any:
+    ports = ("--http-port", "0", "--grpc-port", "0")
+    argv = ["-m", "diptych.cluster.cli", "up", "--model", str(model), *ports, *flags]
+    return running(argv, {"XDG_RUNTIME_DIR": str(runtime), "PYTHONSAFEPATH": "1"}, cwd=ROOT)
+
+
+def diptych(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "diptych.cluster.cli", *arguments], input=stdin, capture_output=True, text=True, timeout=90, check=False
+    )
+
+
+PROMPT = "the thin man and the other thing in the inn; then another one, and the end of it all there"
+
+
+def test_a_plain_cluster_from_up_to_down(tiny_gemma3_dir: Path, runtime: Path) -> None:
+    before = shared_memory()
+    with up(tiny_gemma3_dir, runtime, "--no-ray", "-v") as cluster:
+        cluster.expect("Ctrl-C ends it.", UP_S)
+        cluster.expect("last token", UP_S)
+        for who in ("router", "prefill-0", "decode-0"):
+            assert re.search(rf"{who} is ready at ", cluster.output)
+        state = cluster.state()
+
+        whole = diptych("generate", PROMPT, "--max-tokens", "12", "-t", "0", "--stats")
+        assert whole.returncode == 0, whole.stderr
+        assert re.search(r"path +prefill-0 → decode-0", whole.stderr)
+        assert re.search(r"KV moved +[\d,]+ bytes in .* over shm", whole.stderr)
+        piped = diptych("generate", "--max-tokens", "12", "-t", "0", stdin=PROMPT)
+        assert piped.stdout == whole.stdout
+        assert diptych("generate", PROMPT, "--max-tokens", "0").returncode == 1
+
+        listed = json.loads(diptych("status", "--json").stdout)
+        assert [(one["name"], one["ready"]) for one in listed] == [("default", True)]
+        shown = diptych("status")
+        assert re.search(r"decode-0 +\d+ +127.0.0.1:\d+ +ready", shown.stdout)
+
+        refused = diptych("chat")
+        assert refused.returncode == 1
+        assert "has no chat template" in refused.stderr
+        assert "diptych up --chat-template FILE" in refused.stderr
+
+        metrics = httpx.get(f"http://{state['http']}/metrics").text
+        assert re.search(r'diptych_requests_total\{outcome="length"\} [1-9]', metrics)
+        second = diptych(
+            "up", "--model", str(tiny_gemma3_dir), "--no-ray", "--name", "two", "--http-port", str(state["http"]).split(":")[1]
+        )
+        assert second.returncode == 2
+        assert "router.http_port: cannot listen on" in second.stderr
+
+        ended = diptych("down")
+        assert ended.returncode == 0
+        assert "nothing is left of it" in ended.stdout
+        assert cluster.wait() == 0
+    assert nothing_left(state)
+    assert shared_memory() == before
+    assert not list(runtime.glob("diptych/*"))
+
+
+def test_chat_with_a_template_of_ones_own(tiny_gemma3_dir: Path, runtime: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:")
+    with up(tiny_gemma3_dir, runtime, "--no-ray", "--colocated", "1", "--chat-template", str(template)) as cluster:
+        cluster.expect("Ctrl-C ends it.", UP_S)
+        answered = diptych("chat", "--max-tokens", "5", "-t", "0", "--system", "Be brief.", stdin="hello\nand then?\n")
+        assert answered.returncode == 0, answered.stderr
+        assert len(answered.stdout.splitlines()) >= 2
+        assert cluster.end(signal.SIGINT) == 0
+
+
+def test_a_cluster_on_ray_serves_heals_and_leaves_nothing(tiny_gemma3_dir: Path, runtime: Path) -> None:
+    before = shared_memory()
+    with up(tiny_gemma3_dir, runtime) as cluster:
+        cluster.expect("Ctrl-C ends it.", UP_S)
+        assert "ray is ready" in cluster.output
+        state = cluster.state()
+        scratch = str(state["scratch"])
+        assert sockets_below(scratch), "Ray's sockets are where we remove them"
+
+        answer = diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0", "--stats")
+        assert "over shm" in answer.stderr
+
+        pids = {process["name"]: process["pid"] for process in state["processes"]}  # type: ignore[attr-defined]
+        processes.kill(pids["decode-0"], str(state["id"]))
+        cluster.expect("Starting it again")
+        wait_for("a new decode worker", lambda: cluster.output.count("decode-0 is ready") == 2, UP_S)
+        wait_for("it to serve", lambda: diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0").stdout == answer.stdout, 30)
+
+        cluster.process.kill()
+        wait_for("the reaper", lambda: nothing_left(state), 20)
+        assert not sockets_below(scratch)
+        assert shared_memory() == before
+        assert "No cluster runs here" in diptych("status").stdout
+
+
+def test_down_cleans_up_after_a_supervisor_and_reaper_that_were_killed(tiny_gemma3_dir: Path, runtime: Path) -> None:
+    with up(tiny_gemma3_dir, runtime, "--no-ray") as cluster:
+        cluster.expect("Ctrl-C ends it.", UP_S)
+        state = cluster.state()
+        killed_at_once(cluster, str(state["id"]))
+        assert not processes.marked(str(state["id"]))
+        cleaned = diptych("down")
+        assert cleaned.returncode == 0
+        assert "had been killed; cleaned up after it" in cleaned.stdout
+        assert nothing_left(state)
+
+
+@pytest.fixture
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Short: a path to a Unix socket has at most 107 bytes."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="diptych-") as directory:
+        yield Path(directory)
+
+
+def test_a_ray_worker_started_from_the_root_imports_other_peoples_proto(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DESIGN §4: `proto` and `kernels` at our root must not be what others find under these names."""
+    monkeypatch.chdir(ROOT)
+    cluster_id = "imports-" + scratch.name
+
+    async def ask() -> dict[str, Any]:
+        launcher = PlainLauncher(cluster_id, scratch, ray_environment(os.environ, local=True))
+        log = scratch / "ray.log"
+        running = await launcher.start(Launch("ray", (sys.executable, str(HERE / "ray_worker_imports.py")), log))
+        events = [event async for event in running.lines()]
+        assert await running.wait() == 0, log.read_text()
+        return events[-1]
+
+    try:
+        found = asyncio.run(ask())
+    finally:
+        processes.sweep(cluster_id, ())
+    assert "site-packages" in found["proto"]
+    assert "site-packages" in found["transformers"]
+    assert found["message"] == "Message"
+    assert Path(found["ours"]).is_relative_to(ROOT)
+    assert str(ROOT) not in found["path"]
+    assert found["cwd"] != str(ROOT)
