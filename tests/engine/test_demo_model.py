@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 COUNT = 48
 # What transformers 5.23 with torch 2.13 generates greedily in fp32; `test_twenty_prompts` computes the first anew.
 RECORDED = {
-    "The capital of France is": "506 5279 529 506 2891 529 7001 236761 1030 563 506 7488 3207 528 7001 532 506 1855 7488 3207 528 3879 236761 1030",
-    "def fibonacci(n):\n    ": "584 538 1251 236743 236771 236787 107 144 2060 236743 236771 107 140 36208 538 1251 236743 236770 236787 107 144 2060 236743 236770",
+    "The capital of France is": "506 5279 529 506 2891 529 7001 236761 1030 563 506 7488 3207 528 7001 532",
+    "def fibonacci(n):\n    ": "584 538 1251 236743 236771 236787 107 144 2060 236743 236771 107 140 36208 538 1251",
 }
 SENTENCES = (
     "A model server reads the prompt and writes the answer. Reading is bound by arithmetic and writing by memory. ",
