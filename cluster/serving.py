@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 
 DIED = 70
 """Exit status of a rank whose books or engine could no longer be trusted (EX_SOFTWARE)."""
-GRACE_S = 1.0
-"""How long calls under way may still end after the drain, in seconds."""
+GRACE_S = 0.25
+"""How long what was said last may take to reach the routers after the drain, in seconds; their streams would never end by themselves."""
 
 
 async def serve(spec: RankSpec) -> None:
@@ -109,16 +109,17 @@ class _Worker:
             raise AssertionError(f"idle, and yet {leases} transfers hold blocks")
 
     def _call_soon(self, call: Call) -> None:
-        self._asyncio.call_soon_threadsafe(call)
+        """Have `call` made on the asyncio thread, after those before it. From any thread."""
+        self._asyncio.call_soon_threadsafe(self._trusted, call)
+
+    def _trusted(self, call: Call) -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - asyncio would log it and go on, with a turn half carried out
+            died(error)
 
     def _deliver(self, delivery: Delivery) -> None:
-        self._asyncio.call_soon_threadsafe(self._carry_out, delivery)
-
-    def _carry_out(self, delivery: Delivery) -> None:
-        try:
-            self._face.deliver(delivery)
-        except BaseException as error:  # noqa: BLE001 - a turn half delivered: nobody could say what is true any more
-            died(error)
+        self._call_soon(partial(self._face.deliver, delivery))
 
     def _prefill_role(self) -> PrefillRole:
         spec = self._spec

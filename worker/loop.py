@@ -113,7 +113,7 @@ class EngineLoop(Generic[D]):
         self._in_flight = 0
         self._failures = 0
         self._running = True
-        self._reported: WorkerReport | None = None
+        self._reported: tuple[WorkerReport, bool] | None = None
         self._threads = tuple(
             threading.Thread(target=self._guarded, args=(body,), name=name, daemon=True)
             for name, body in (("engine-loop", self._turns), ("engine", self._engine))
@@ -171,8 +171,8 @@ class EngineLoop(Generic[D]):
         if idle and self._check:
             self._role.check()
         report = self._role.report()
-        if report != self._reported or self._role.outbox:
-            self._reported = report
+        if (report, idle) != self._reported or self._role.outbox:
+            self._reported = report, idle
             self._deliver(self._role.outbox.take(report, idle=idle))
 
     def _engine(self) -> None:
