@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import ConfigError, DiptychError
+from .bench import bench
 
 
 class _Commands(TyperGroup):
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="The config file: its keys, and whether one is right.")
 app.add_typer(config_app, name="config")
+app.command()(bench)
 
 
 class Dtype(StrEnum):

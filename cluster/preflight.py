@@ -14,6 +14,7 @@ from .spec import BLOCK_SIZE, RankSpec
 WORKER_BYTES = 300 << 20
 """Private memory of a worker before its pool: 230 MB for a process that imported torch and grpc, the rest buffers."""
 ROUTER_BYTES = 200 << 20
+RAY_ANSWER_S = 5.0
 RAY_BYTES = 900 << 20
 """A local Ray 2.60: head, agents and monitors, ten processes of some 80 MB."""
 
@@ -47,6 +48,23 @@ def _check_port(host: str, port: int, key: str) -> None:
                 + (f"End what uses it, or choose another with {flag} (0 takes a free one)." if port else "Choose another --host."),
                 field=f"router.{key}",
             ) from None
+
+
+def check_ray(config: ClusterConfig) -> None:
+    """`ConfigError` if the Ray cluster to join is not there; Ray itself would try for a minute."""
+    address = config.ray.address
+    if not config.ray.enabled or address is None or address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise ConfigError(f"ray.address: {address!r} is not host:port of a Ray head (or `auto`).", field="ray.address")
+    try:
+        socket.create_connection((host, int(port)), timeout=RAY_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"ray.address: no Ray answers at {address} ({error}). Start one there with `ray start --head`, or leave the address out.",
+            field="ray.address",
+        ) from None
 
 
 def check_memory(config: ClusterConfig, card: ModelCard, specs: Sequence[RankSpec]) -> None:

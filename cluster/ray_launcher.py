@@ -20,6 +20,7 @@ from .supervisor import Observer
 
 DRIVER = "ray"
 CLOSE_S = 10.0
+PLACED_S = 60.0
 
 
 def ray_environment(environment: Mapping[str, str], *, local: bool) -> dict[str, str]:
@@ -95,7 +96,12 @@ class RayLauncher:
         self._count += 1
         self._processes[process.number] = process
         self.order("start", process.number, bundle=self._bundles[launch.name], argv=launch.argv, log=str(launch.log))
-        await process.known.wait()
+        try:
+            async with asyncio.timeout(PLACED_S):
+                await process.known.wait()
+        except TimeoutError:
+            process.kill()
+            raise Unavailable(f"Ray has not started {launch.name} within {PLACED_S:g} s. Its driver's log: {self._log}") from None
         return process
 
     def order(self, what: str, number: int, **more: Any) -> None:
@@ -141,6 +147,8 @@ class RayLauncher:
                 self._observer.ready(DRIVER, event)
                 self._connected.set_result(None)
             case "failed":
+                if self._connected.done():
+                    return Unavailable(event["message"])
                 return ConfigError(event["message"], field=event.get("field"))
             case "pid":
                 process = self._processes[event["id"]]

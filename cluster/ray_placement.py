@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from typing import Any
@@ -105,10 +106,18 @@ class Driver:
                     say("line", id=number, line=line)
         except ray.exceptions.RayError as error:
             _log.warning("the actor of process %d ended: %s", number, error)
+            await self._end_with_ray()
         finally:
             del self._actors[number]
             ray.kill(actor)
             say("ended", id=number, status=status)
+
+    async def _end_with_ray(self) -> None:
+        """End this process if no node of the Ray cluster lives any more: nothing could be placed, and asking would wait for ever."""
+        nodes = await asyncio.to_thread(ray.nodes)
+        if not any(node["Alive"] for node in nodes):
+            say("failed", message="Ray has died, and the workers with it.")
+            os._exit(1)  # what else runs here waits for Ray
 
     def close(self) -> None:
         """End the actors and, if it was started here, Ray."""

@@ -77,6 +77,7 @@ class Up:
         stop, kill = asyncio.Event(), asyncio.Event()
         _on_signals(stop, kill, terminal)
         preflight.check_ports(self.config)
+        preflight.check_ray(self.config)
         try:
             model_dir = find_model(self.config) or await prepare_model(self.config, terminal, stop)
             if model_dir is None:  # told to end meanwhile

@@ -108,6 +108,17 @@ def test_a_host_that_is_not_ours_is_refused(host: str) -> None:
     assert caught.value.field == "router.host"
 
 
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [("127.0.0.1:1", "no Ray answers at 127.0.0.1:1"), ("ray://host:1", "is not host:port"), ("host", "is not host:port")],
+)
+def test_a_ray_cluster_that_is_not_there_is_refused(address: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        preflight.check_ray(load_config({"ray": {"address": address}}))
+    assert caught.value.field == "ray.address"
+    assert says in caught.value.message
+
+
 def with_model(directory: Path, **config: Any) -> ClusterConfig:
     return load_config({"model": {"source": str(directory)}, **config})
 

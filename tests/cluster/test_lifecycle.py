@@ -193,3 +193,18 @@ def test_not_even_ray_leaves_a_socket_when_every_process_is_killed_at_once(start
         assert [path.name for path in scratch.rglob("*")] == ["ray"]
         assert str(scratch) not in Path("/proc/mounts").read_text()
         assert shared_memory() == before
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("daemon", ["raylet/raylet", "gcs/gcs_server"])
+def test_when_ray_dies_the_cluster_ends_and_says_so(start: Start, daemon: str) -> None:
+    """Without fault tolerance of Ray's head, nothing could be placed again; Ray itself takes up to a minute to notice."""
+    with start(ray={"enabled": True}) as cluster:
+        cluster.expect("Ctrl-C ends it.", 90)
+        state = cluster.state()
+        pids = processes.marked(str(state["id"]))
+        victim = next(pid for pid in pids if daemon in Path(f"/proc/{pid}/cmdline").read_text())
+        processes.kill(victim, str(state["id"]))
+        assert cluster.wait(100) == 2
+        assert "decode-0 died too often; the cluster ends. The last reason: Ray" in cluster.output
+        assert nothing_left(state)

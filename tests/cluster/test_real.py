@@ -91,11 +91,19 @@ def test_a_plain_cluster_from_up_to_down(tiny_gemma3_dir: Path, runtime: Path) -
     assert not list(runtime.glob("diptych/*"))
 
 
-def test_chat_with_a_template_of_ones_own(tiny_gemma3_dir: Path, runtime: Path, tmp_path: Path) -> None:
+def test_a_source_is_prepared_by_up_and_chats_with_a_template_of_ones_own(
+    tiny_llama_source: Path, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIPTYCH_HOME", str(tmp_path / "home"))
     template = tmp_path / "chat.jinja"
     template.write_text("{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:")
-    with up(tiny_gemma3_dir, runtime, "--no-ray", "--colocated", "1", "--chat-template", str(template)) as cluster:
+    flags = ("--dtype", "float32", "--no-ray", "--colocated", "1", "--chat-template", str(template))
+    with up(tiny_llama_source, runtime, *flags) as cluster:
         cluster.expect("Ctrl-C ends it.", UP_S)
+        assert "model: writing weights" in cluster.output
+        prepared = diptych("prepare", str(tiny_llama_source), "--dtype", "float32")
+        assert (prepared.returncode, Path(prepared.stdout.strip()).parent) == (0, tmp_path / "home" / "models")
+        assert len(list((tmp_path / "home" / "models").iterdir())) == 1, "prepared once, by up"
         answered = diptych("chat", "--max-tokens", "5", "-t", "0", "--system", "Be brief.", stdin="hello\nand then?\n")
         assert answered.returncode == 0, answered.stderr
         assert len(answered.stdout.splitlines()) >= 2

@@ -1,0 +1,42 @@
+"""What a request must meet to count: limits on its times, all at once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ...core.errors import ConfigError
+from .answer import Answer
+
+_LIMIT = re.compile(r"^(ttft|tpot|e2e)=(\d+(?:\.\d+)?)(ms|s)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Limits in seconds; None: any."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+    e2e: float | None = None
+
+    def met(self, answer: Answer) -> bool:
+        """Whether the request ended well within every limit. One token has no TPOT and exceeds none."""
+        if answer.error is not None:
+            return False
+        pairs = ((self.ttft, answer.ttft), (self.tpot, answer.tpot), (self.e2e, answer.e2e))
+        return all(limit is None or value is None or value <= limit for limit, value in pairs)
+
+    def __str__(self) -> str:
+        named = (("ttft", self.ttft), ("tpot", self.tpot), ("e2e", self.e2e))
+        return ",".join(f"{name}={limit * 1000:g}ms" for name, limit in named if limit is not None)
+
+
+def parse_slo(text: str) -> Slo:
+    """`ttft=1s,tpot=100ms`; `ConfigError` for anything else."""
+    limits: dict[str, float] = {}
+    for part in text.replace(" ", "").split(","):
+        match = _LIMIT.match(part.lower())
+        if not match or match[1] in limits:
+            raise ConfigError(f"--slo {part!r}: give each of ttft, tpot, e2e at most once, as in ttft=1s,tpot=100ms.", field="slo")
+        limits[match[1]] = float(match[2]) / (1000 if match[3] == "ms" else 1)
+    return Slo(**limits)
