@@ -161,7 +161,9 @@ class DecodeRole:
         self._tell(self._scheduler.committed(transfer_id, first_tokens, self._clock.now()))
 
     def transfer_failed(self, transfer_id: str, error: DiptychError) -> None:
-        if self._scheduler.transfer_failed(transfer_id, self._clock.now()) and self._attempts.end(Failed(transfer_id, error)):
+        if not self._scheduler.transfer_failed(transfer_id, self._clock.now()):
+            return
+        if self._attempts.end(Failed(transfer_id, error)) and not isinstance(error, Cancelled):
             self._reporter.count("diptych_worker_transfers_failed_total")
 
     def released(self, transfer_id: str) -> None:

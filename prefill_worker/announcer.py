@@ -27,32 +27,30 @@ class Computed(Protocol):
 
 
 class Announcer:
-    """Wakes the asyncio thread for a stored layer, once: layers stored before it has woken up travel together."""
+    """Tells the source what one step has stored, layer by layer, waking the asyncio thread once for all layers it has not yet seen.
 
-    def __init__(self, computed: Computed, call_soon: Callable[[Callable[[], None]], None]) -> None:
+    One announcer per step: its first call follows what was told the asyncio thread before the step was submitted, the Offer among it.
+    """
+
+    def __init__(self, stretches: tuple[Stretch, ...], computed: Computed, call_soon: Callable[[Callable[[], None]], None]) -> None:
         """`call_soon` has a call made on the asyncio thread, in order, from any thread."""
-        self._computed, self._call_soon = computed, call_soon
-        self._stored: deque[tuple[tuple[Stretch, ...], int]] = deque()
+        self._stretches, self._computed, self._call_soon = stretches, computed, call_soon
+        self._stored: deque[int] = deque()
         self._woken = False
 
-    def on_layer(self, stretches: tuple[Stretch, ...]) -> Callable[[int], None]:
-        """What the engine's thread calls with each layer it has stored of a step that computes `stretches`."""
-
-        def stored(layer: int) -> None:
-            self._stored.append((stretches, layer))
-            if not self._woken:
-                self._woken = True
-                self._call_soon(self._announce)
-
-        return stored
+    def stored(self, layer: int) -> None:
+        """On the engine's thread, after the layer's KV is stored."""
+        self._stored.append(layer)
+        if not self._woken:
+            self._woken = True
+            self._call_soon(self._announce)
 
     def _announce(self) -> None:
         # Before the queue is emptied: a layer stored from here on wakes this thread again.
         self._woken = False
+        layers: list[int] = []
         while self._stored:
-            stretches, layer = self._stored.popleft()
-            layers = [layer]
-            while self._stored and self._stored[0][0] is stretches:
-                layers.append(self._stored.popleft()[1])
-            for stretch in stretches:
+            layers.append(self._stored.popleft())
+        if layers:  # else an earlier call has taken them between the append and the wake-up
+            for stretch in self._stretches:
                 self._computed(stretch.transfer_id, tuple(layers), stretch.start, stretch.stop, stretch.tables)

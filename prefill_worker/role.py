@@ -61,7 +61,7 @@ class PrefillRole:
         self._draining = False
         self._offered: set[str] = set()
         self.transfers = source(_Events(self, inbox))
-        self._announcer = Announcer(self.transfers.computed, call_soon)
+        self._call_soon = call_soon
 
     # What routers say.
 
@@ -132,7 +132,7 @@ class PrefillRole:
         )
         if not stretches:
             return None
-        announce = self._announcer.on_layer(stretches)
+        announce = Announcer(stretches, self.transfers.computed, self._call_soon).stored
         return self._stamped(announce, decision) if stamping() else announce
 
     def _stamped(self, announce: OnLayer, decision: Decision) -> OnLayer:
@@ -178,7 +178,7 @@ class PrefillRole:
 
     def transfer_failed(self, transfer_id: str, error: DiptychError) -> None:
         self._scheduler.cancel(transfer_id, self._clock.now())
-        if self._attempts.end(Failed(transfer_id, error)):
+        if self._attempts.end(Failed(transfer_id, error)) and not isinstance(error, Cancelled):
             self._reporter.count("diptych_worker_transfers_failed_total")
 
     def released(self, transfer_id: str) -> None:

@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
 from diptych.prefill_worker.announcer import Announcer, Stretch
 
+A, B = Stretch("a", 0, 32, ((1, 2),)), Stretch("b", 16, 20, ((3,),))
+
 
 def test_layers_stored_before_the_wake_up_are_one_call() -> None:
     calls: list[Any] = []
     queue: list[Callable[[], None]] = []
-    announcer = Announcer(lambda *arguments: calls.append(arguments), queue.append)
-    stored = announcer.on_layer((Stretch("a", 0, 32, ((1, 2),)), Stretch("b", 16, 20, ((3,),))))
+    announcer = Announcer((A, B), lambda *arguments: calls.append(arguments), queue.append)
     for layer in range(3):
-        stored(layer)
+        announcer.stored(layer)
     assert len(queue) == 1
     queue.pop()()
     assert calls == [("a", (0, 1, 2), 0, 32, ((1, 2),)), ("b", (0, 1, 2), 16, 20, ((3,),))]
-    stored(3)
-    announcer.on_layer((Stretch("a", 32, 40, ((1, 2),)),))(0)
-    assert len(queue) == 1
+    announcer.stored(3)
     queue.pop()()
-    assert [(call[0], call[1], call[2]) for call in calls[2:]] == [("a", (3,), 0), ("b", (3,), 16), ("a", (0,), 32)]
+    assert [call[:2] for call in calls[2:]] == [("a", (3,)), ("b", (3,))]
+
+
+def test_a_step_is_announced_after_what_was_told_before_it_began() -> None:
+    """A wake-up still to come for the step before must not take this step's layers along: its Offer lies in between."""
+    order: list[str] = []
+    queue: list[Callable[[], None]] = []
+    before = Announcer((A,), lambda *arguments: order.append("a"), queue.append)
+    before.stored(0)
+    queue.append(lambda: order.append("offer b"))
+    Announcer((B,), lambda *arguments: order.append("b"), queue.append).stored(0)
+    before.stored(1)
+    for call in queue:
+        call()
+    assert order == ["a", "offer b", "b"]
 
 
 def test_no_layer_is_lost_between_two_threads() -> None:
-    from queue import SimpleQueue
-
     layers: list[int] = []
     queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-    announcer = Announcer(lambda transfer_id, some, *rest: layers.extend(some), queue.put)
-    stored = announcer.on_layer((Stretch("a", 0, 1, ((0,),)),))
+    announcer = Announcer((A,), lambda transfer_id, some, *rest: layers.extend(some), queue.put)
 
     def engine() -> None:
         for layer in range(20_000):
-            stored(layer)
+            announcer.stored(layer)
         queue.put(None)
 
     thread = Thread(target=engine)
