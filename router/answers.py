@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from ..core.errors import DiptychError, NotFound
-from ..core.generate import Chunk, Finish, Usage
+from ..core.generate import Chunk, Finish, Timing, Usage
 from ..core.request import Token
 from .text import Text
 
@@ -25,23 +26,43 @@ class Answer(Protocol):
     def whole(self, text: str, tokens: Sequence[Token], finish: Finish) -> Json: ...
 
 
+@dataclass(slots=True)
+class StreamUsage:
+    """What a stream with usage says of it before its last event: null, or if `running` the tokens so far."""
+
+    prompt_tokens: int
+    running: bool = False
+    written: int = 0
+
+    def behind(self, tokens: int) -> Json:
+        """The field of an event that carries `tokens` more."""
+        self.written += tokens
+        return {"usage": usage_json(Usage(self.prompt_tokens, self.written)) if self.running else None}
+
+
 class _Envelope:
     """What all messages of one answer share."""
 
-    def __init__(self, kind: str, answer_id: str, model: str, created: int, *, with_usage: bool) -> None:
+    def __init__(self, kind: str, answer_id: str, model: str, created: int, usage: StreamUsage | None) -> None:
         self._fixed: Json = {"id": answer_id, "object": kind, "created": created, "model": model}
-        self._usage: Json = {"usage": None} if with_usage else {}
+        self._usage = usage
 
-    def choice(self, choice: Json) -> Json:
-        return {**self._fixed, "choices": [{"index": 0, **choice}], **self._usage}
+    def choice(self, choice: Json, tokens: int = 0) -> Json:
+        """`tokens`: how many it carries."""
+        usage = self._usage.behind(tokens) if self._usage else {}
+        return {**self._fixed, "choices": [{"index": 0, **choice}], **usage}
+
+    def tells(self, tokens: int) -> bool:
+        """Whether `tokens` are worth an event though no text is complete with them: who counts tokens wants to see when they come."""
+        return tokens > 0 and self._usage is not None and self._usage.running
 
     def last(self, usage: Usage, choices: list[Json]) -> Json:
         return {**self._fixed, "choices": choices, "usage": usage_json(usage)}
 
 
 class CompletionAnswer:
-    def __init__(self, text: Text, *, answer_id: str, model: str, created: int, logprobs: bool, stream_usage: bool) -> None:
-        self._envelope = _Envelope("text_completion", f"cmpl-{answer_id}", model, created, with_usage=stream_usage)
+    def __init__(self, text: Text, *, answer_id: str, model: str, created: int, logprobs: bool, usage: StreamUsage | None) -> None:
+        self._envelope = _Envelope("text_completion", f"cmpl-{answer_id}", model, created, usage)
         self._text = text
         self._logprobs = logprobs
         self._offset = 0
@@ -52,10 +73,11 @@ class CompletionAnswer:
 
     def pieces(self, chunk: Chunk) -> list[Json]:
         logprobs = self._logprobs_of(chunk.tokens)
-        if not chunk.text and not chunk.finish and not (logprobs and chunk.tokens):
+        tokens = len(chunk.tokens)
+        if not chunk.text and not chunk.finish and not (logprobs and tokens) and not self._envelope.tells(tokens):
             return []
         reason = chunk.finish.reason.value if chunk.finish else None
-        return [self._envelope.choice({"text": chunk.text, "logprobs": logprobs, "finish_reason": reason})]
+        return [self._envelope.choice({"text": chunk.text, "logprobs": logprobs, "finish_reason": reason}, tokens)]
 
     def usage(self, usage: Usage) -> Json:
         return self._envelope.last(usage, [])
@@ -86,10 +108,10 @@ class CompletionAnswer:
 
 
 class ChatAnswer:
-    def __init__(self, text: Text, *, answer_id: str, model: str, created: int, logprobs: bool, stream_usage: bool) -> None:
+    def __init__(self, text: Text, *, answer_id: str, model: str, created: int, logprobs: bool, usage: StreamUsage | None) -> None:
         name = f"chatcmpl-{answer_id}"
-        self._stream = _Envelope("chat.completion.chunk", name, model, created, with_usage=stream_usage)
-        self._one = _Envelope("chat.completion", name, model, created, with_usage=False)
+        self._stream = _Envelope("chat.completion.chunk", name, model, created, usage)
+        self._one = _Envelope("chat.completion", name, model, created, None)
         self._text = text
         self._logprobs = logprobs
 
@@ -99,10 +121,12 @@ class ChatAnswer:
     def pieces(self, chunk: Chunk) -> list[Json]:
         pieces = []
         logprobs = self._logprobs_of(chunk.tokens) if chunk.tokens else None
-        if chunk.text or logprobs:
-            pieces.append(self._delta({"content": chunk.text}, None, logprobs))
+        tokens = len(chunk.tokens)
+        if chunk.text or logprobs or self._stream.tells(tokens):
+            pieces.append(self._delta({"content": chunk.text}, None, logprobs, tokens))
+            tokens = 0
         if chunk.finish:
-            pieces.append(self._delta({}, chunk.finish.reason.value))
+            pieces.append(self._delta({}, chunk.finish.reason.value, tokens=tokens))
         return pieces
 
     def usage(self, usage: Usage) -> Json:
@@ -113,8 +137,8 @@ class ChatAnswer:
         choice = {"index": 0, "message": message, "logprobs": self._logprobs_of(tokens), "finish_reason": finish.reason.value}
         return self._one.last(finish.usage, [choice])
 
-    def _delta(self, delta: Json, reason: str | None, logprobs: Json | None = None) -> Json:
-        return self._stream.choice({"delta": delta, "logprobs": logprobs, "finish_reason": reason})
+    def _delta(self, delta: Json, reason: str | None, logprobs: Json | None = None, tokens: int = 0) -> Json:
+        return self._stream.choice({"delta": delta, "logprobs": logprobs, "finish_reason": reason}, tokens)
 
     def _logprobs_of(self, tokens: Sequence[Token]) -> Json | None:
         if not self._logprobs:
@@ -133,6 +157,11 @@ def usage_json(usage: Usage) -> Json:
         "total_tokens": usage.prompt_tokens + usage.output_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+
+
+def timing_json(timing: Timing) -> Json:
+    """Our own field, for clients that ask for it with a header: `core.generate.Timing` as it is."""
+    return asdict(timing)
 
 
 def error_json(error: DiptychError) -> Json:

@@ -30,6 +30,7 @@ _ANY = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: Literal[False] = False
 
 
@@ -38,7 +39,7 @@ def _strings(value: object) -> object:
 
 
 class _Body(BaseModel):
-    """Fields that both calls share. `top_k`, `ignore_eos` and `stop_token_ids` are ours, not OpenAI's."""
+    """Fields that both calls share. `top_k`, `ignore_eos`, `stop_token_ids` and `continuous_usage_stats` are not OpenAI's but vLLM's."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     model: str = ""
@@ -56,6 +57,10 @@ class _Body(BaseModel):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def running_usage(self) -> bool:
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def generate(self, prompt: str | tuple[int, ...], request_id: str, *, max_tokens: int, logprobs: int | None) -> Generate:
         sampling = SamplingParams(

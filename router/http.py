@@ -23,15 +23,18 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..core.errors import DiptychError, Internal, InvalidRequest, NotFound, TooLarge
-from ..core.generate import Chunk, Generate, Model
+from ..core.generate import Chunk, Finish, Generate, Model
 from ..core.request import Token
 from .admission import check_call, check_model
-from .answers import Answer, ChatAnswer, CompletionAnswer, error_json
+from .answers import Answer, ChatAnswer, CompletionAnswer, StreamUsage, error_json, timing_json
 from .bodies import ChatBody, CompletionBody, parse_body
 from .run import Run
 from .service import Service, new_request_id
 
 log = logging.getLogger(__name__)
+
+TIMING_HEADER = "x-diptych-timing"
+"""A request with this header at 1 is told the router's own times, with its usage."""
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for completions. A chat without a limit goes on to the end of the context."""
@@ -77,11 +80,11 @@ class _Call:
                 body = parse_body(CompletionBody, raw)
                 call, logprobs = await self._completion_call(body, request_id), body.logprobs is not None
             kind = ChatAnswer if self._chat else CompletionAnswer
-            answer: Answer = kind(
-                service.text, answer_id=request_id, model=service.name, created=int(time.time()), logprobs=logprobs,
-                stream_usage=body.stream and body.include_usage,
-            )  # fmt: skip
             assert isinstance(call.prompt, tuple)
+            usage = StreamUsage(len(call.prompt), body.running_usage) if body.stream and body.include_usage else None
+            answer: Answer = kind(
+                service.text, answer_id=request_id, model=service.name, created=int(time.time()), logprobs=logprobs, usage=usage
+            )  # fmt: skip
             with service.run(seat, call, call.prompt, accepted) as run:
                 await (_send_stream(run, answer, reply, body.include_usage) if body.stream else _send_whole(run, answer, reply))
 
@@ -118,7 +121,12 @@ class _Reply:
         self._asgi = (scope, receive, send)
         self._send = send
         self._headers = {"x-request-id": request_id}
+        self._timing = Headers(scope=scope).get(TIMING_HEADER) == "1"
         self._streaming = False
+
+    def timed(self, content: dict[str, Any], finish: Finish) -> dict[str, Any]:
+        """The answer, or its event with the usage; with our times if the client asked for them."""
+        return {**content, "timing": timing_json(finish.timing)} if self._timing else content
 
     async def whole(self, content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content, ensure_ascii=status >= 400).encode()
@@ -147,7 +155,7 @@ async def _send_whole(run: Run, answer: Answer, reply: _Reply) -> None:
         texts.append(chunk.text)
         tokens.extend(chunk.tokens)
         if chunk.finish:
-            await reply.whole(answer.whole("".join(texts), tokens, chunk.finish))
+            await reply.whole(reply.timed(answer.whole("".join(texts), tokens, chunk.finish), chunk.finish))
 
 
 async def _send_stream(run: Run, answer: Answer, reply: _Reply, include_usage: bool) -> None:
@@ -159,7 +167,7 @@ async def _send_stream(run: Run, answer: Answer, reply: _Reply, include_usage: b
         for piece in answer.pieces(chunk):
             await reply.event(_compact(piece))
         if chunk.finish and include_usage:
-            await reply.event(_compact(answer.usage(chunk.finish.usage)))
+            await reply.event(_compact(reply.timed(answer.usage(chunk.finish.usage), chunk.finish)))
     await reply.event("[DONE]", last=True)
 
 

@@ -1,6 +1,7 @@
 """The HTTP face through the `openai` package, over fake workers and real gRPC."""
 
 import asyncio
+import json
 
 import httpx
 import openai
@@ -49,6 +50,43 @@ def test_completion_streams(site):
             assert chunks[-1].usage.completion_tokens == 24
             assert chunks[-1].choices == []
             assert all(chunk.usage is None for chunk in chunks[:-1])
+
+    asyncio.run(check())
+
+
+def test_usage_in_every_event_tells_when_tokens_come_even_without_text(site):
+    async def check():
+        async with site() as s, client(s) as c:
+            options = {"include_usage": True, "continuous_usage_stats": True}
+            stream = await c.completions.create(model="tiny", prompt=[1, 300, 301], max_tokens=24, stream=True, stream_options=options)
+            chunks = [chunk async for chunk in stream]
+            counts = [chunk.usage.completion_tokens for chunk in chunks]
+            assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == TEXT[:-1]
+            assert counts == sorted(counts)
+            assert counts[-1] == counts[-2] == 24
+            assert {chunk.usage.prompt_tokens for chunk in chunks} == {3}
+            assert any(chunk.choices and not chunk.choices[0].text for chunk in chunks)  # the first byte of ö
+            messages = [{"role": "user", "content": "Hi"}]
+            stream = await c.chat.completions.create(model="tiny", messages=messages, stream=True, max_tokens=9, stream_options=options)
+            counts = [chunk.usage.completion_tokens async for chunk in stream]
+            assert counts == sorted(counts)
+            assert (counts[0], counts[-1]) == (0, 9)
+
+    asyncio.run(check())
+
+
+def test_the_router_s_times_come_only_if_asked_for(site):
+    async def check():
+        body = {"prompt": [1, *range(300, 330)], "max_tokens": 5}
+        async with site() as s, httpx.AsyncClient(base_url=s.url) as c:
+            asked = (await c.post("/v1/completions", json=body, headers={"x-diptych-timing": "1"})).json()["timing"]
+            assert 0 < asked["ttft"] <= asked["ttft"] + asked["handover_gap"]
+            assert asked["transport"] == "shm"
+            assert "timing" not in (await c.post("/v1/completions", json=body)).json()
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+            for headers, times in (({"x-diptych-timing": "1"}, 1), ({"x-diptych-timing": "0"}, 0)):
+                lines = (await c.post("/v1/completions", json=body, headers=headers)).text.split("\n\n")
+                assert [json.loads(line[6:])["usage"] is not None for line in lines if '"timing"' in line] == [True] * times
 
     asyncio.run(check())
 
