@@ -12,6 +12,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,12 +100,12 @@ def main() -> None:
     matrices = sum(t.numel() for name, t in model.tensors.items() if t.dim() == 2 and name not in ("embed", "head"))
     head_ms = model.tensors["embed"].nbytes / read * 1e3
     for start, length in ((0, 16), (0, 64), (0, 256), (256, 256), (0, 512)):
-        took = least(lambda start=start, length=length: bench.prefill(0, start, length))
+        took = least(partial(bench.prefill, 0, start, length))
         bound = 2 * matrices * length / flops * 1e3 + head_ms
         print(f"prefill {length:4d} tokens from {start:3d}: {took:7.1f} ms, {bound / took:4.0%} of the bound")
     for rows in (1, 4, 16):
         for name, sampling in SAMPLINGS.items():
-            took = least(lambda rows=rows, sampling=sampling: bench.decode(rows, sampling))
+            took = least(partial(bench.decode, rows, sampling))
             kv = sum(2 * g.kv_heads * g.head_dim * g.dtype.itemsize * len(g.layers) * 316 for g in model.card.cache_groups()) * rows
             bound = (model.card.weights_bytes + kv) / read * 1e3
             print(f"decode {rows:2d} rows, {name:20s}: {took:7.1f} ms, {bound / took:4.0%} of the bound")
