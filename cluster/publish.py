@@ -12,7 +12,7 @@ class RouterConnection:
     """Publishes to the router that has said `ready`; a `Publisher`."""
 
     def __init__(self, ready: dict[str, Any]) -> None:
-        self._client = RouterClient(str(ready["grpc"]))
+        self._client = RouterClient(str(ready["control"]))
 
     async def publish(self, fleet: Fleet) -> int:
         return await self._client.publish(fleet)

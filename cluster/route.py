@@ -2,8 +2,9 @@
 
     python -m diptych.cluster.route --spec '<RouteSpec as JSON>' [--leash]
 
-It writes one JSON object a line to stdout: `progress`, then `ready` (http, grpc: host:port) or `failed` (message, field; exit status
-2). Logs go to stderr. SIGTERM lets running requests finish, a second one does not; with `--leash` it ends with its parent.
+It writes one JSON object a line to stdout: `progress`, then `ready` (http, grpc, control: host:port) or `failed` (message, field;
+exit status 2). Logs go to stderr. SIGTERM lets running requests finish, a second one does not; with `--leash` it ends with its
+parent.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ async def _serve(spec: RouteSpec) -> None:
         settings,
         recorder=exporter,
         metrics_text=exporter.text,
-        ready=lambda http, grpc: say("ready", http=http, grpc=grpc),
+        ready=lambda router: say("ready", http=router.http, grpc=router.grpc, control=router.control),
         stop=_stop_on_signals(),
         grace_s=spec.drain_s,
     )

@@ -32,7 +32,8 @@ class Started(BaseModel):
 
 
 class ClusterState(BaseModel):
-    """`pid` and `started` (see `processes.start_ticks`) are the supervisor's. `http`, `grpc`: host:port, once ready."""
+    """`pid` and `started` (see `processes.start_ticks`) are the supervisor's. `http`, `grpc`, `control` are the
+    router's, host:port, once ready."""
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -44,6 +45,7 @@ class ClusterState(BaseModel):
     model: str
     http: str | None = None
     grpc: str | None = None
+    control: str | None = None
     ready: bool = False
     processes: tuple[Started, ...] = ()
 

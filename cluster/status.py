@@ -84,9 +84,9 @@ def _describe(found: state.ClusterState) -> tuple[Fleet, tuple[WorkerReport, ...
         async with RouterClient(address) as client:
             return await client.describe()
 
-    if found.grpc is not None:
+    if found.control is not None:
         with suppress(DiptychError):
-            return asyncio.run(ask(found.grpc))
+            return asyncio.run(ask(found.control))
     return Fleet(0), ()
 
 

@@ -199,7 +199,7 @@ class _Record:
         pid = next((process.pid for process in self.state.processes if process.name == name), None)
         self._process(name, pid, event.get("address") or event.get("grpc"))
         if "http" in event:
-            self.update(http=event["http"], grpc=event["grpc"])
+            self.update(http=event["http"], grpc=event["grpc"], control=event["control"])
 
     def lost(self, name: str, reason: str, restart_in: float | None) -> None:
         self._process(name, None)

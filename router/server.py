@@ -1,4 +1,6 @@
-"""The router as it runs: both faces on their ports, over one service and one view of the fleet."""
+"""The router as it runs: both faces on their ports, over one service and one view of the fleet.
+
+The supervisor speaks to a third port, on loopback only: who may ask for tokens may not say who serves."""
 
 from __future__ import annotations
 
@@ -52,16 +54,25 @@ class RouterSettings:
 
 
 class Router:
-    """A router that serves. `http` and `grpc` are the addresses as bound (host:port)."""
+    """A router that serves. `http`, `grpc` and `control` are the addresses as bound (host:port); `control` takes the fleet."""
 
     def __init__(
-        self, http: str, grpc: str, service: Service, fleet: FleetView, web: _WebServer, listening: socket.socket, rpc: RpcServer
+        self,
+        http: str,
+        service: Service,
+        fleet: FleetView,
+        web: _WebServer,
+        listening: socket.socket,
+        rpc: RpcServer,
+        control: RpcServer,
     ) -> None:
         self.http = http
-        self.grpc = grpc
+        self.grpc = rpc.address
+        self.control = control.address
         self.service = service
         self.fleet = fleet
         self._rpc = rpc
+        self._control = control
         self._web = web
         self._web_task = asyncio.create_task(web.serve([listening]))
         self._health_task = asyncio.create_task(self._show_health())
@@ -73,7 +84,7 @@ class Router:
         await self._rpc.set_serving(False)
         await self.service.stop(grace_s)
         self._web.should_exit = True
-        await asyncio.gather(self._rpc.stop(1.0), self._web_task)
+        await asyncio.gather(self._rpc.stop(1.0), self._control.stop(0.0), self._web_task)
         await self.fleet.close()
         self.service.text.close()
 
@@ -109,12 +120,13 @@ async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_
     limits = settings.limits
     try:
         rpc = await serve(
-            _address(settings.host, settings.grpc_port), router=fleet, inference=service, max_message_bytes=limits.body_bytes,
+            _address(settings.host, settings.grpc_port), inference=service, max_message_bytes=limits.body_bytes,
             write_timeout_s=limits.write_s,
         )  # fmt: skip
     except ConfigError as error:
         listening.close()
         raise ConfigError(f"router.grpc_port {settings.grpc_port}: {error.message}", field="router.grpc_port") from error
+    control = await serve("127.0.0.1:0", router=fleet)
     web = _WebServer(
         uvicorn.Config(
             make_app(service, metrics_text), http=limited_protocol(read_s=limits.write_s, write_s=limits.write_s), ws="none",
@@ -123,7 +135,7 @@ async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_
         )
     )  # fmt: skip
     web.config.load()
-    return Router(_address(settings.host, listening.getsockname()[1]), rpc.address, service, fleet, web, listening, rpc)
+    return Router(_address(settings.host, listening.getsockname()[1]), service, fleet, web, listening, rpc, control)
 
 
 async def run_router(
@@ -131,13 +143,13 @@ async def run_router(
     *,
     recorder: Recorder,
     metrics_text: Callable[[], bytes],
-    ready: Callable[[str, str], None],
+    ready: Callable[[Router], None],
     stop: asyncio.Event,
     grace_s: float,
 ) -> None:
-    """`start_router`, tell `ready` the HTTP and gRPC addresses, and end gracefully when `stop` is set."""
+    """`start_router`, tell `ready`, and end gracefully when `stop` is set."""
     router = await start_router(settings, recorder=recorder, metrics_text=metrics_text)
-    ready(router.http, router.grpc)
+    ready(router)
     await stop.wait()
     await router.stop(grace_s)
 

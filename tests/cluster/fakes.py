@@ -59,7 +59,7 @@ def main() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     address = f"127.0.0.1:{listener.getsockname()[1]}"
     if kind == "route":
-        say(event="ready", http=address, grpc=address)
+        say(event="ready", http=address, grpc=address, control=address)
     else:
         say(event="ready", address=address, incarnation=time.monotonic_ns(), layout=LAYOUT, capacity_tokens=1024)
     while True:

@@ -216,7 +216,7 @@ class Site:
     async def publish(self):
         self.version += 1
         fleet = Fleet(self.version, tuple(worker.member() for worker in self.workers.values()))
-        async with RouterClient(self.router.grpc) as client:
+        async with RouterClient(self.router.control) as client:
             assert await client.publish(fleet) == self.version
         await self.until(lambda: len(self.router.fleet.describe()[1]) == len(self.workers))
         await self.until(lambda: self.router.service.unavailable() is None)

@@ -11,12 +11,13 @@ import httpx
 import pytest
 from diptych.core.config import LimitsSection
 from diptych.core.errors import ConfigError, DeadlineExceeded, DiptychError, Internal, Overloaded, TransferFailed, Unavailable
-from diptych.core.fleet import LocalPrefill, WorkerState
+from diptych.core.fleet import Fleet, LocalPrefill, WorkerState
 from diptych.core.generate import Generate
 from diptych.core.sampling import SamplingParams
 from diptych.router.placement import Policy
 from diptych.router.server import RouterSettings, start_router
 from diptych.rpc.inference import InferenceClient
+from diptych.rpc.router import RouterClient
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 TEXT = "Hello, wörld! And so on."
@@ -287,5 +288,15 @@ def test_a_thousand_tokens_cost_little(site):
             answers = await asyncio.gather(*(answer(s.router.service) for _ in range(200)))
             assert {text for text, _ in answers} == {TEXT[:-1]}
             assert time.monotonic() - began < 20
+
+    asyncio.run(check())
+
+
+def test_the_public_port_does_not_take_a_fleet(site):
+    async def check():
+        async with site() as s, RouterClient(s.router.grpc) as stranger:
+            with pytest.raises(DiptychError):
+                await stranger.publish(Fleet(10**6))
+            assert s.router.fleet.describe()[0].version < 10**6
 
     asyncio.run(check())
