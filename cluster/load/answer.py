@@ -97,7 +97,7 @@ def read_answer(arrival: Arrival, wire: Wire, begin: float, *, whole: bool) -> A
     for at, data in wire.events:
         stream.event(at - wire.begun, data)
     tokens = len(stream.token_times) if stream.total is None else stream.total
-    error = wire.failure or _refusal(wire) or stream.error
+    error = stream.error or wire.failure or _refusal(wire)
     if error is None and not stream.done:
         error = "stream without its end"
     if error is None and not stream.token_times:

@@ -18,6 +18,7 @@ POLICIES = {
     "kv_transfer": "actions closed_ids coverage destination_machine geometry receipt source_machine",
     "router": "admission budget machine placement",
     "cluster": "cores restarts",
+    "cluster.load": "agreement answer arrivals choice dialect goodput lengths prompts report slo sse summary workload",
 }
 MODULES = [f"diptych.{room}.{name}" for room, names in POLICIES.items() for name in names.split()]
 LOOKED_FOR = ["torch", "grpc", "ray", "asyncio", "numpy", "transformers"]
