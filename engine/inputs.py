@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,12 +25,16 @@ class GroupInputs:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """One step. token_ids, positions: int64 [tokens]. drawn: int64 [draws], the tokens whose logits are wanted."""
+    """One step. token_ids, positions: int64 [tokens]. drawn: int64 [draws], the tokens whose logits are wanted.
+
+    last_spans: what the drawn tokens attend to in the last layer, where no other token's output is read; they are numbered from 0.
+    """
 
     token_ids: Tensor
     positions: Tensor
     groups: tuple[GroupInputs, ...]
     drawn: Tensor
+    last_spans: tuple[Chunk | Singles, ...]
 
 
 def make_inputs(
@@ -43,12 +47,26 @@ def make_inputs(
         token_ids.extend(row.token_ids or (last_drawn[row.slot],))
         places.append(len(token_ids))
     positions = np.concatenate([np.arange(row.start, row.start + row.length) for row in rows])
+    inputs = tuple(_group_inputs(rows, places, index, group, block_size, dtype) for index, group in enumerate(groups))
+    drawn = [end - 1 for row, end in zip(rows, places[1:], strict=True) if row.draw]
+    last = max(range(len(groups)), key=lambda index: groups[index].layers[-1])
     return Inputs(
         token_ids=torch.tensor(token_ids),
         positions=torch.from_numpy(positions),
-        groups=tuple(_group_inputs(rows, places, index, group, block_size, dtype) for index, group in enumerate(groups)),
-        drawn=torch.tensor([end - 1 for row, end in zip(rows, places[1:], strict=True) if row.draw], dtype=torch.int64),
+        groups=inputs,
+        drawn=torch.tensor(drawn, dtype=torch.int64),
+        last_spans=inputs[last].spans if len(drawn) == len(token_ids) else _ends(rows, last, groups[last], block_size, dtype),
     )
+
+
+def _ends(rows: Sequence[Row], index: int, group: CacheGroup, block_size: int, dtype: torch.dtype) -> tuple[Singles, ...]:
+    """The last token of each row that draws."""
+    ends = [replace(row, start=row.start + row.length - 1, token_ids=()) for row in rows if row.draw]
+    return tuple(_singles(ends, range(len(ends)), index, _paging(group, block_size), dtype))
+
+
+def _paging(group: CacheGroup, block_size: int) -> Paging:
+    return Paging(kv_heads=group.kv_heads, block_size=block_size, window=group.window)
 
 
 def _group_inputs(
@@ -67,17 +85,22 @@ def _group_inputs(
         kv_heads=group.kv_heads,
         block_size=block_size,
     )
-    paging = Paging(kv_heads=group.kv_heads, block_size=block_size, window=group.window)
+    paging = _paging(group, block_size)
     spans: list[Chunk | Singles] = [
         make_chunk(place, row.start, row.length, row.tables[index], paging)
         for place, row in zip(places, rows, strict=False)
         if row.length > 1
     ]
-    for members in _alike(rows, group.window):
+    spans.extend(_singles(rows, places, index, paging, dtype))
+    return GroupInputs(store=store, spans=tuple(spans))
+
+
+def _singles(rows: Sequence[Row], places: Sequence[int], index: int, paging: Paging, dtype: torch.dtype) -> Iterator[Singles]:
+    """The rows with one token, each at its place, over their tables of group `index`."""
+    for members in _alike(rows, paging.window):
         picked = [rows[row] for row in members]
         tables = [row.tables[index] for row in picked]
-        spans.append(make_singles([places[row] for row in members], [row.start for row in picked], tables, paging, dtype))
-    return GroupInputs(store=store, spans=tuple(spans))
+        yield make_singles([places[row] for row in members], [row.start for row in picked], tables, paging, dtype)
 
 
 def _alike(rows: Sequence[Row], window: int) -> list[list[int]]:
