@@ -4,7 +4,7 @@ accepted → tokenised → placed ─┬─ P: prefill_queued → prefill_starte
                                └─ D: offered → granted → committed → decode_started → … → finished
 
 kv_stored: the last layer's KV of the whole prompt lies in P's pool; first_token: the step that computed it has ended (the head,
-which is the model's last layer, included).
+which is the model's last layer, included). Both ends stamp granted: D when it grants, P when it knows.
 """
 
 from __future__ import annotations

@@ -171,6 +171,7 @@ class PrefillRole:
     # What the source says.
 
     def granted(self, transfer_id: str) -> None:
+        stamp(Stage.GRANTED, transfer_id, self._clock.now())
         self._scheduler.granted(transfer_id)
 
     def handed_over(self, transfer_id: str, kv_bytes: int, seconds: float, transport: str) -> None:

@@ -133,7 +133,7 @@ def test_decode_worker_stopped_before_the_commit_is_given_up_after_a_lease(pair:
     async def main() -> None:
         async with attached(prefill, decode) as workers:
             attempt_id = await begin(workers)
-            await reached(decode, Stage.GRANTED, attempt_id)
+            await reached(prefill, Stage.GRANTED, attempt_id)  # else only the lane's end would tell P, after 15 s
             decode.process.send_signal(signal.SIGSTOP)
             assert workers.prefill is not None
             events = await workers.prefill.until_terminal(attempt_id)
