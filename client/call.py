@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -20,7 +20,9 @@ class Options(TypedDict, total=False):
 
     `model`: by default the one that is served. `max_tokens`: by default 16. `temperature`: by default 1; 0 takes the likeliest
     token. `top_p`, `top_k`: keep only the likeliest tokens of that total probability, or that many. `seed`: the same seed draws the
-    same answer. `stop`: a text, or up to 16, that ends the answer and is not part of it. `stop_token_ids`: the same for tokens.
+    same answer. `min_p`: only tokens at least that share as likely as the likeliest. `repetition_penalty`, `presence_penalty`,
+    `frequency_penalty`: say less again what was said. `logit_bias`: added to the logits of these token ids. `min_tokens`: end no sooner.
+    `stop`: a text, or up to 16, that ends the answer and is not part of it. `stop_token_ids`: the same for tokens.
     `ignore_eos`: go on past the model's own end. `logprobs`: n adds to each token its logarithmic probability, and the n likeliest
     ones with theirs. `request_id`: a name of yours for the logs. `timeout_s`: give up after so many seconds.
     """
@@ -31,6 +33,12 @@ class Options(TypedDict, total=False):
     top_p: float
     top_k: int
     seed: int | None
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    min_tokens: int
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
@@ -61,7 +69,9 @@ def make_call(prompt: Prompt, options: Options) -> tuple[Generate, float | None]
         model=values.pop("model", ""),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         request_id=values.pop("request_id", ""),
-        sampling=SamplingParams(stop_token_ids=tuple(values.pop("stop_token_ids", ())), **values),
+        sampling=SamplingParams(
+            stop_token_ids=tuple(values.pop("stop_token_ids", ())), logit_bias=tuple(sorted(values.pop("logit_bias", {}).items())), **values
+        ),
     )
     return call, timeout_s
 

@@ -20,10 +20,11 @@ from ..core.errors import ContextExceeded, InvalidRequest
 from ..core.prefix import chain
 from ..core.request import FinishReason, Request, Token
 from ..core.transfer import GroupGrant, RefusedReason
-from ..engine.batch import Batch, Draw, Row, StepOutput
+from ..engine.batch import Batch, Row, StepOutput
 from ..engine.block_pool import BlockPool, BlockTable
 from ..engine.slots import Slots
 from ..worker.chunks import chunk_stop
+from ..worker.draws import next_draw
 from ..worker.load import Load
 from .admission import Admission
 from .sequence import Sequence, by_age
@@ -112,7 +113,7 @@ class DecodeScheduler:
             tokens,
             prompt_tokens,
             limit=min(prompt_tokens + sampling.max_tokens, self._longest),
-            stop_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_token_ids),
+            stop_ids=sampling.ends(self._eos_token_ids),
             table=self._pool.open([root, *chain(root, tokens)]),
         )
         (self._admission.queue if decode.local_prefill else self._expected)[attempt_id] = sequence
@@ -206,7 +207,8 @@ class DecodeScheduler:
         token_ids = () if sequence.pending else tuple(sequence.tokens[start:stop])
         draw = None
         if stop == length:
-            draw = Draw(sequence.request.sampling, length - sequence.prompt_tokens)
+            index = length - sequence.prompt_tokens
+            draw = next_draw(sequence.request.sampling, index, sequence.tokens, sequence.stop_ids, pending=sequence.pending > 0)
             sequence.pending += 1
         sequence.decided = stop
         draft.chosen.append((sequence, Row(sequence.slot, start, token_ids, sequence.table.tables, draw)))

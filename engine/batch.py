@@ -12,11 +12,17 @@ NO_BLOCK = -1
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Draw output token `index` of `choice` from the row's last position."""
+    """Draw output token `index` of `choice` from the row's last position.
+
+    `history`, for penalties: prompt and output, the last `index` tokens the output. A row without token ids has none: its history
+    is that of the draw before in its slot, and the token then drawn. `banned`: ids that cannot be drawn.
+    """
 
     sampling: SamplingParams
     index: int
     choice: int = 0
+    history: tuple[int, ...] = ()
+    banned: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.sampling import SamplingParams
+from ..kernels.penalties import Seen
 from .batch import Batch, Draw, Drawn, Row, StepOutput
 from .decoder import LoadedDecoder
 from .inputs import make_inputs
@@ -28,6 +29,7 @@ class Engine:
         self._dtype = model.tensors["embed"].dtype
         self._decoder = LoadedDecoder(model.card, model.tensors, caches)
         self._last_drawn = [0] * max_slots
+        self._seen: list[Seen | None] = [None] * max_slots
 
     @torch.inference_mode()
     def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepOutput:
@@ -42,10 +44,23 @@ class Engine:
         drawn: dict[int, Drawn] = {}
         if logits is not None:
             draws = [row.draw for row in drawing if row.draw]
-            drawn = {row.slot: each for row, each in zip(drawing, sample(logits, draws), strict=True)}
+            seen = [self._seen_before(row.slot, draw) for row, draw in zip(drawing, draws, strict=True)]
+            drawn = {row.slot: each for row, each in zip(drawing, sample(logits, draws, seen), strict=True)}
         for slot, each in drawn.items():
             self._last_drawn[slot] = each.token_id
         return StepOutput(batch.step, tuple(drawn[row.slot] if row.draw else None for row in batch.rows))
+
+    def _seen_before(self, slot: int, draw: Draw) -> Seen | None:
+        """What the penalties of `draw` count. Called before anything is drawn in this step: the slot still holds the token before."""
+        seen = None
+        if draw.history:
+            seen = Seen(draw.history, draw.index)
+        elif draw.sampling.penalised:
+            seen = self._seen[slot]
+            assert seen is not None, "a history comes with the first draw in a slot"
+            seen.add(self._last_drawn[slot])
+        self._seen[slot] = seen
+        return seen
 
     def warm_up(self) -> None:
         """Touch every weight and every kind of step once. Overwrites block 0 of every group: call it before serving."""

@@ -1,4 +1,4 @@
-"""Drawing a token: temperature, then top-k, then top-p, then the largest of log-probability plus Gumbel noise.
+"""Drawing a token: temperature, then top-k, top-p and min-p, then the largest of log-probability plus Gumbel noise.
 
 The largest of logit + Gumbel noise is a draw from the softmax (Gumbel, 1954; Maddison, Tarlow and Minka, 2014). The noise of a
 token is a function of (seed, choice, index, token) alone, so the same request draws the same tokens on every device, in every
@@ -7,6 +7,7 @@ batch, and whatever else top-k and top-p let through.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,17 +59,36 @@ def _gumbel(words: NDArray[np.float32]) -> Tensor:
     return w.neg_().log1p_().neg_().log_().neg_()
 
 
-def draw(logits: Tensor, noise: Noise, *, temperature: float, top_k: int, top_p: float) -> int:
-    """The token drawn from fp32 logits [vocab]. temperature > 0; top_k 0 and top_p 1 are no limit."""
+def draw(logits: Tensor, noise: Noise, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> int:
+    """The token drawn from fp32 logits [vocab]. temperature > 0; top_k 0, top_p 1 and min_p 0 are no limit."""
     scaled = logits / temperature
-    if top_k or top_p < 1.0:
-        values, tokens = survivors(scaled, top_k, top_p)
+    if top_k or top_p < 1.0 or min_p > 0.0:
+        values, tokens = survivors(scaled, top_k, top_p, min_p)
         return int(tokens[(values + noise.of(tokens)).argmax()])
     return int((scaled + noise.of_all(len(scaled))).argmax())
 
 
-def survivors(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Values and ids of the tokens that top-k, then top-p, let through, likeliest first; at least one."""
+def survivors(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Values and ids of the tokens that top-k, then top-p, then min-p let through; at least one.
+
+    min-p (Nguyen et al., 2024) is a share of the likeliest one's probability, which a sum over what is left does not change.
+    """
+    if not top_k and top_p == 1.0:
+        tokens = _likely(logits, float(logits.max()), min_p).nonzero().flatten()
+        return logits[tokens], tokens
+    values, tokens = _likeliest(logits, top_k, top_p)
+    if min_p > 0.0:
+        kept = int(_likely(values, float(values[0]), min_p).sum())
+        values, tokens = values[:kept], tokens[:kept]
+    return values, tokens
+
+
+def _likely(logits: Tensor, best: float, min_p: float) -> Tensor:
+    return logits >= best + (math.log(min_p) if min_p > 0.0 else -math.inf)
+
+
+def _likeliest(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """What top-k, then top-p, let through, likeliest first."""
     vocab = len(logits)
     if top_k:
         values, tokens = logits.topk(min(top_k, vocab))

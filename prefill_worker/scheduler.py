@@ -20,10 +20,11 @@ from ..core.errors import ContextExceeded, InvalidRequest
 from ..core.layout import CacheKind
 from ..core.prefix import chain
 from ..core.request import FinishReason, Request, Token
-from ..engine.batch import Batch, Draw, Drawn, Row, StepOutput
+from ..engine.batch import Batch, Drawn, Row, StepOutput
 from ..engine.block_pool import BlockPool
 from ..engine.slots import Slots
 from ..worker.chunks import chunk_stop
+from ..worker.draws import next_draw
 from ..worker.load import Load
 from .leases import Lease, Leases
 from .prompt import Prompt
@@ -182,7 +183,11 @@ class PrefillScheduler:
         if not prompt.table.extend(stop, start):
             return None
         prompt.decided = stop
-        draw = Draw(prompt.request.sampling, len(prompt.request.generated)) if stop == prompt.tokens else None
+        draw = None
+        if stop == prompt.tokens:
+            sampling = prompt.request.sampling
+            ends = sampling.ends(self._eos_token_ids)
+            draw = next_draw(sampling, len(prompt.request.generated), prompt.token_ids, ends, pending=False)
         return Row(prompt.slot, start, prompt.token_ids[start:stop], prompt.table.tables, draw)
 
     def _start(self, budget: int, now: float) -> list[tuple[Prompt, Row]]:
@@ -279,7 +284,7 @@ class PrefillScheduler:
         assert drawn is not None, "the row asked for a token"
         sampling, index = prompt.request.sampling, len(prompt.request.generated)
         finish: FinishReason | None = None
-        if drawn.token_id in sampling.stop_token_ids or (drawn.token_id in self._eos_token_ids and not sampling.ignore_eos):
+        if drawn.token_id in sampling.ends(self._eos_token_ids):
             finish = FinishReason.STOP
         elif index + 1 >= sampling.max_tokens or prompt.tokens + 1 >= self._max_context or prompt.destination is None:
             finish = FinishReason.LENGTH

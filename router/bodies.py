@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -15,9 +16,6 @@ from .admission import check_unicode
 
 _COMMON_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "n": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
@@ -25,6 +23,8 @@ _COMMON_NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 _ANY = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 """Fields that ask for nothing whatever they hold."""
+
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
 
 class StreamOptions(BaseModel):
@@ -38,8 +38,18 @@ def _strings(value: object) -> object:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
+def _bias(value: object) -> object:
+    """JSON's keys are texts; ours are token ids, written in the one plain way, so that no two are the same."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of token ids and numbers")
+    if any(not _TOKEN_ID.fullmatch(key) for key in value):
+        raise ValueError("its keys must be token ids")
+    return {int(key): bias for key, bias in value.items()}
+
+
 class _Body(BaseModel):
-    """Fields that both calls share. `top_k`, `ignore_eos`, `stop_token_ids` and `continuous_usage_stats` are not OpenAI's but vLLM's."""
+    """Fields that both calls share. `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids` and
+    `continuous_usage_stats` are not OpenAI's but vLLM's."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     model: str = ""
@@ -51,6 +61,12 @@ class _Body(BaseModel):
     stop: Annotated[list[str], BeforeValidator(_strings)] = []
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = {}
+    min_tokens: int = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -64,7 +80,20 @@ class _Body(BaseModel):
 
     def generate(self, prompt: str | tuple[int, ...], request_id: str, *, max_tokens: int, logprobs: int | None) -> Generate:
         sampling = SamplingParams(
-            max_tokens, self.temperature, self.top_p, self.top_k, self.seed, tuple(self.stop_token_ids), self.ignore_eos, logprobs
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple(sorted(self.logit_bias.items())),
+            min_tokens=self.min_tokens,
         )
         return Generate(prompt, self.model, sampling, tuple(self.stop), request_id)
 

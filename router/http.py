@@ -102,15 +102,18 @@ class _Call:
             raise InvalidRequest(
                 f"{self._service.name} has no chat template; use /v1/completions, or start with --chat-template FILE.", field="messages"
             )
-        call = body.generate(" ", request_id, max_tokens=1 if body.limit is None else body.limit, logprobs=body.logprob_count)
+        longest = self._service.text.card.max_context
+        call = body.generate(" ", request_id, max_tokens=longest if body.limit is None else body.limit, logprobs=body.logprob_count)
         check_call(call, self._service.text.card, self._service.name)
         ids = await self._service.text.encode_chat(body.plain_messages())
-        return self._limited(call, ids, self._service.text.card.max_context if body.limit is None else None)
+        return self._limited(call, ids, longest if body.limit is None else None)
 
     def _limited(self, call: Generate, ids: tuple[int, ...], default: int | None) -> Generate:
         """The call on its token ids; a `default` limit gives way to what fits, the client's own does not."""
         room = self._service.room(len(ids))
-        sampling = call.sampling if default is None else replace(call.sampling, max_tokens=min(default, room))
+        sampling = call.sampling
+        if default is not None:
+            sampling = replace(sampling, max_tokens=max(min(default, room), sampling.min_tokens))
         return replace(call, prompt=ids, sampling=sampling)
 
 

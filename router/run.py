@@ -162,7 +162,9 @@ class Run:
         for token in tokens:
             self._times.token(now, handed_over)
             self._tokens.append(token)
-            text, stopped = self._stop.push(self._decoder.push(token.id))
+            text, stopped = self._decoder.push(token.id), False
+            if token.index >= self._machine.request.sampling.min_tokens:
+                text, stopped = self._stop.push(text)
             if text:
                 self._text.append(text)
             if stopped:

@@ -88,6 +88,12 @@ def _sampling(sampling: SamplingParams) -> pb.Sampling:
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        min_tokens=sampling.min_tokens,
     )
 
 
@@ -101,6 +107,12 @@ def _read_sampling(message: pb.Sampling) -> SamplingParams:
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
+        min_p=finite(message.min_p, "min_p"),
+        repetition_penalty=finite(message.repetition_penalty, "repetition_penalty"),
+        presence_penalty=finite(message.presence_penalty, "presence_penalty"),
+        frequency_penalty=finite(message.frequency_penalty, "frequency_penalty"),
+        logit_bias=tuple((token, finite(bias, "logit_bias")) for token, bias in sorted(message.logit_bias.items())),
+        min_tokens=message.min_tokens,
     )
 
 

@@ -12,6 +12,8 @@ from .codec_fields import at_most, chosen, duration, finite, parse, present, wor
 MAX_REQUEST_ID = 128
 MAX_STOP_BYTES = 1024
 UINT32, UINT64 = 2**32 - 1, 2**64 - 1
+_WHOLE_FIELDS = ("max_tokens", "top_k", "seed", "logprobs", "min_tokens")
+_REAL_FIELDS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 def encode_generate(call: Generate) -> bytes:
@@ -46,6 +48,9 @@ def _whole(value: int | None, high: int, field: str) -> int | None:
 def _sampling(sampling: SamplingParams) -> pb.Sampling:
     for token in sampling.stop_token_ids:
         _whole(token, UINT32, "stop_token_ids")
+    for token, bias in sampling.logit_bias:
+        _whole(token, UINT32, "logit_bias")
+        finite(bias, "logit_bias")
     return pb.Sampling(
         max_tokens=_whole(sampling.max_tokens, UINT32, "max_tokens"),
         temperature=finite(sampling.temperature, "temperature"),
@@ -55,6 +60,12 @@ def _sampling(sampling: SamplingParams) -> pb.Sampling:
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
         logprobs=_whole(sampling.logprobs, UINT32, "logprobs"),
+        min_p=finite(sampling.min_p, "min_p"),
+        repetition_penalty=finite(sampling.repetition_penalty, "repetition_penalty"),
+        presence_penalty=finite(sampling.presence_penalty, "presence_penalty"),
+        frequency_penalty=finite(sampling.frequency_penalty, "frequency_penalty"),
+        logit_bias=dict(sampling.logit_bias),
+        min_tokens=_whole(sampling.min_tokens, UINT32, "min_tokens"),
     )
 
 
@@ -79,9 +90,14 @@ def decode_generate(data: bytes) -> Generate:
 
 def _read_sampling(message: pb.Sampling) -> SamplingParams:
     """What the client did not set gets the default of `SamplingParams`."""
-    given = {name: getattr(message, name) for name in ("max_tokens", "top_k", "seed", "logprobs") if message.HasField(name)}
-    given |= {name: finite(getattr(message, name), name) for name in ("temperature", "top_p") if message.HasField(name)}
-    return SamplingParams(**given, stop_token_ids=tuple(message.stop_token_ids), ignore_eos=message.ignore_eos)
+    given = {name: getattr(message, name) for name in _WHOLE_FIELDS if message.HasField(name)}
+    given |= {name: finite(getattr(message, name), name) for name in _REAL_FIELDS if message.HasField(name)}
+    return SamplingParams(
+        **given,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logit_bias=tuple((token, finite(bias, "logit_bias")) for token, bias in sorted(message.logit_bias.items())),
+    )
 
 
 def encode_chunk(chunk: Chunk) -> bytes:

@@ -120,11 +120,17 @@ def test_every_option_reaches_the_server(served: Served) -> None:
             stop_token_ids=[8],
             ignore_eos=True,
             logprobs=2,
+            min_p=0.1,
+            repetition_penalty=1.1,
+            presence_penalty=0.5,
+            frequency_penalty=-0.5,
+            logit_bias={9: 1.0, 4: -2.0},
+            min_tokens=1,
             request_id="mine",
             timeout_s=5.0,
         )
         client.generate("a")
-    sampling = SamplingParams(3, 0.5, 0.9, 7, 11, (8,), True, 2)
+    sampling = SamplingParams(3, 0.5, 0.9, 7, 11, (8,), True, 2, 0.1, 1.1, 0.5, -0.5, ((4, -2.0), (9, 1.0)), 1)
     assert served.face.calls == [Generate((1, 2), "m", sampling, ("end",), "mine"), Generate("a")]
 
 

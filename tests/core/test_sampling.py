@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from diptych.core.errors import InvalidRequest
-from diptych.core.sampling import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
+from diptych.core.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 VOCABULARY = 100
 
@@ -33,6 +33,22 @@ VOCABULARY = 100
         ("stop_token_ids", (VOCABULARY,)),
         ("stop_token_ids", (-1,)),
         ("stop_token_ids", (1,) * (MAX_STOP_TOKEN_IDS + 1)),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", -2.1),
+        ("logit_bias", ((VOCABULARY, 1.0),)),
+        ("logit_bias", ((-1, 1.0),)),
+        ("logit_bias", ((1, 100.5),)),
+        ("logit_bias", ((1, math.nan),)),
+        ("logit_bias", ((2, 1.0), (1, 1.0))),
+        ("logit_bias", ((1, 1.0), (1, 2.0))),
+        ("logit_bias", ((1, 1.0),) * (MAX_LOGIT_BIAS + 1)),
+        ("min_tokens", -1),
+        ("min_tokens", 17),  # max_tokens is 16
     ],
 )
 def test_out_of_range_is_refused_by_name(field: str, value: object) -> None:
@@ -57,6 +73,12 @@ def test_out_of_range_is_refused_by_name(field: str, value: object) -> None:
         ("logprobs", 0),
         ("logprobs", MAX_LOGPROBS),
         ("stop_token_ids", (0, VOCABULARY - 1)),
+        ("min_p", 1.0),
+        ("repetition_penalty", 1e-3),
+        ("presence_penalty", -2.0),
+        ("frequency_penalty", 2.0),
+        ("logit_bias", ((0, -100.0), (VOCABULARY - 1, 100.0))),
+        ("min_tokens", 16),
     ],
 )
 def test_in_range_is_accepted(field: str, value: object) -> None:
@@ -66,3 +88,8 @@ def test_in_range_is_accepted(field: str, value: object) -> None:
 def test_zero_temperature_is_greedy() -> None:
     assert SamplingParams(temperature=0.0).greedy
     assert not SamplingParams().greedy
+
+
+def test_what_ends_the_output() -> None:
+    assert SamplingParams(stop_token_ids=(5,)).ends(frozenset({1})) == {1, 5}
+    assert SamplingParams(stop_token_ids=(5,), ignore_eos=True).ends(frozenset({1})) == {5}

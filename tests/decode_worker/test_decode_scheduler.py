@@ -498,6 +498,7 @@ class Decodes(RuleBasedStateMachine):
         generated = min(generated, max_tokens - 1, length - 1)
         cut = length - generated
         sampling = {"max_tokens": max_tokens, "ignore_eos": family == 2, "generated": [int(i) for i in ids[cut:]]}
+        sampling |= {"min_tokens": max_tokens // 3, "repetition_penalty": 1.0 + self.count % 2}
         self.worker.expect(f"a{self.count}", ids[:cut], local=local, **sampling)
         self.count += 1
 

@@ -57,7 +57,9 @@ class Pair:
     def open(self) -> None:
         name = f"t{len(self.transfers)}"
         family, length = self.random.randint(1, 2), self.random.randint(1, CONTEXT - 1)
-        asked = request([1 + (family * 7 + i * i) % 38 for i in range(length)], max_tokens=self.random.randint(2, 60))
+        max_tokens = self.random.randint(2, 60)
+        sampling = {"max_tokens": max_tokens, "min_tokens": self.random.randint(0, max_tokens), "presence_penalty": float(length % 2)}
+        asked = request([1 + (family * 7 + i * i) % 38 for i in range(length)], **sampling)
         self.transfers[name] = Transfer(asked)
         self.p.add(Prefill(name, asked, "d"), 0.0)
         self.d.expect(Decode(name, asked), 0.0)

@@ -40,6 +40,7 @@ def requests(seed: int) -> list[Request]:
             [2, *(order.randrange(3, 512) for _ in range(order.randrange(20, 150)))],
             max_tokens=order.randrange(1, 90),
             **({"temperature": 0.9, "seed": i} if i % 2 else {}),
+            **({"repetition_penalty": 1.2, "frequency_penalty": 0.5} if i % 3 else {}),
         )
         for i in range(AT_ONCE)
     ]

@@ -13,6 +13,14 @@ from diptych.core.request import FinishReason, Request, new_attempt_id
 from e2e_harness import Answer, Family, Workers, attached, request
 
 SEEDED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 11}
+PENALISED: dict[str, Any] = {
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.6,
+    "frequency_penalty": 0.4,
+    "logit_bias": ((7, 3.0), (9, -9.0)),
+}
+EVERYTHING: dict[str, Any] = {**PENALISED, "temperature": 1.1, "min_p": 0.02, "seed": 5, "min_tokens": 9, "ignore_eos": False}
+SAMPLINGS = pytest.mark.parametrize("sampling", [{}, SEEDED, PENALISED, EVERYTHING], ids=["greedy", "seeded", "penalised", "everything"])
 LENGTHS = (1, 15, 16, 17, 40, 100, 333)
 
 
@@ -31,13 +39,13 @@ def same(answers: list[Answer]) -> None:
             assert ours == pytest.approx(first, abs=1e-3)
 
 
-@pytest.mark.parametrize("sampling", [{}, SEEDED], ids=["greedy", "seeded"])
+@SAMPLINGS
 def test_every_path_writes_the_same_tokens(family: Family, sampling: dict[str, Any]) -> None:
     async def main() -> None:
         async with attached(family.prefills[0], family.decode) as small, attached(family.prefills[1], family.decode) as large:
             for length in LENGTHS:
                 # The seed of the prompt makes it new to both prefill workers; D meets it three times, at last from its prefix cache.
-                asked = request(prompt(length, 1 + bool(sampling)), max_tokens=12, logprobs=2, **sampling)
+                asked = request(prompt(length, 1 + len(sampling)), max_tokens=12, logprobs=2, **sampling)
                 answers = [await small.disaggregated(asked), await large.disaggregated(asked), await large.local(asked)]
                 same(answers)
                 assert len(answers[0].tokens) == 12
@@ -85,7 +93,7 @@ def _bytes_to_move(layout: Any, tokens: int, cached: int) -> int:
     return total
 
 
-@pytest.mark.parametrize("sampling", [{}, SEEDED], ids=["greedy", "seeded"])
+@SAMPLINGS
 def test_a_resumed_request_goes_on_where_it_stopped(family: Family, sampling: dict[str, Any]) -> None:
     async def main() -> None:
         async with attached(family.prefills[0], family.decode) as workers:

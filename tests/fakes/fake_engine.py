@@ -51,7 +51,14 @@ def digests(token_ids: Sequence[int]) -> list[int]:
 
 def draw(cache_groups: Sequence[CacheGroup], seen: Sequence[Sequence[int]], sampling: SamplingParams, index: int) -> int:
     """The token drawn from `seen`: per group the digests of the positions that the query sees, itself included."""
-    return hash((tuple(hash(tuple(part)) for part in seen), sampling.seed, index)) % VOCAB
+    token = hash((tuple(hash(tuple(part)) for part in seen), sampling.seed, index)) % VOCAB
+    while token in banned(sampling, index):
+        token = (token + 1) % VOCAB
+    return token
+
+
+def banned(sampling: SamplingParams, index: int) -> frozenset[int]:
+    return sampling.ends(frozenset(EOS)) if index < sampling.min_tokens else frozenset()
 
 
 def answer(asked: Request, cache_groups: Sequence[CacheGroup], longest: int) -> tuple[list[int], FinishReason]:
@@ -75,6 +82,7 @@ class FakeEngine:
         self.groups, self.num_blocks, self.max_slots = tuple(cache_groups), tuple(num_blocks), max_slots
         self.cells: dict[Place, Cell] = {}
         self._last_drawn: dict[int, int] = {}
+        self._histories: dict[int, tuple[int, ...]] = {}
         self._next_step = 0
 
     def run(self, batch: Batch) -> StepOutput:
@@ -123,6 +131,13 @@ class FakeEngine:
         if row.draw is None:
             return None
         last = row.start + row.length - 1
-        token = draw(self.groups, self.seen(row.tables, last, last + 1), row.draw.sampling, row.draw.index)
+        seen = self.seen(row.tables, last, last + 1)
+        token = draw(self.groups, seen, row.draw.sampling, row.draw.index)
+        assert row.draw.banned == banned(row.draw.sampling, row.draw.index)
+        if row.draw.sampling.penalised:
+            history = row.draw.history or (*self._histories[row.slot], self._last_drawn[row.slot])
+            assert len(history) == last + 1
+            assert digests(history)[-1] == seen[0][-1], "the history is not what was computed"
+            self._histories[row.slot] = history
         self._last_drawn[row.slot] = token
         return Drawn(token)

@@ -165,6 +165,30 @@ def test_stop_strings_end_the_request_on_the_workers_too(site, stream):
     asyncio.run(check())
 
 
+def test_stop_strings_are_not_looked_for_before_min_tokens(site):
+    async def check():
+        async with site(text="abcabcabc") as s, client(s) as c:
+            for min_tokens, text in ((0, "a"), (1, "a"), (2, "abca"), (4, "abca"), (5, "abcabcab"), (8, "abcabcab")):
+                extra = {"min_tokens": min_tokens}
+                answer = await c.completions.create(model="tiny", prompt="x", max_tokens=8, stop="bc", extra_body=extra)
+                assert (min_tokens, answer.choices[0].text) == (min_tokens, text)
+
+    asyncio.run(check())
+
+
+def test_all_that_sampling_takes_reaches_the_workers(site):
+    async def check():
+        async with site() as s, client(s) as c:
+            asked = {"presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"70": -5, "9": 1.5}}
+            extra = {"min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 2, "top_k": 7}
+            await c.completions.create(model="tiny", prompt="x" * 20, max_tokens=3, extra_body=extra, **asked)
+            sampling = s.workers["p0"].seen[0].request.sampling
+            assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.logit_bias) == (0.5, -1.0, ((9, 1.5), (70, -5.0)))
+            assert (sampling.min_p, sampling.repetition_penalty, sampling.min_tokens, sampling.top_k) == (0.1, 1.2, 2, 7)
+
+    asyncio.run(check())
+
+
 def test_a_client_that_goes_away_is_stopped_everywhere(site):
     async def check():
         async with site() as s, client(s) as c:

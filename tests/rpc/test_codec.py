@@ -33,7 +33,10 @@ def many(strategy: st.SearchStrategy[Any], least: int = 0) -> st.SearchStrategy[
     return st.lists(strategy, min_size=least, max_size=3).map(tuple)
 
 
-sampling = st.builds(SamplingParams, u32, reals, reals, u32, opt(u64), ids, st.booleans(), opt(u32))
+biases = st.dictionaries(u32, reals, max_size=4).map(lambda bias: tuple(sorted(bias.items())))
+sampling = st.builds(
+    SamplingParams, u32, reals, reals, u32, opt(u64), ids, st.booleans(), opt(u32), reals, reals, reals, reals, biases, u32
+)
 requests = st.builds(
     Request,
     texts,
@@ -226,6 +229,8 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("generate", P.GenerateRequest(text="x", request_id="r" * 200), "request_id"),
     ("generate", P.GenerateRequest(text="x", sampling=P.Sampling(temperature=NAN)), "temperature"),
     ("generate", P.GenerateRequest(text="x", sampling=P.Sampling(top_p=INF)), "top_p"),
+    ("generate", P.GenerateRequest(text="x", sampling=P.Sampling(min_p=NAN)), "min_p"),
+    ("generate", P.GenerateRequest(text="x", sampling=P.Sampling(logit_bias={3: INF})), "logit_bias"),
     ("chunk", P.GenerateResponse(finish=P.Finish(reason="stop")), "finish.usage"),
     ("chunk", P.GenerateResponse(finish=P.Finish(reason="", usage=P.Usage(), timing=P.Timing())), "finish.reason"),
 ]
@@ -255,6 +260,9 @@ def test_text_that_is_not_utf8_is_refused() -> None:
         (Generate("a", sampling=SamplingParams(temperature=NAN)), "temperature"),
         (Generate("a", sampling=SamplingParams(seed=2**64)), "seed"),
         (Generate("a", sampling=SamplingParams(stop_token_ids=(-5,))), "stop_token_ids"),
+        (Generate("a", sampling=SamplingParams(logit_bias=((-5, 1.0),))), "logit_bias"),
+        (Generate("a", sampling=SamplingParams(presence_penalty=NAN)), "presence_penalty"),
+        (Generate("a", sampling=SamplingParams(min_tokens=-1)), "min_tokens"),
     ],
 )
 def test_what_the_wire_cannot_carry_is_named_before_it_is_sent(call: Generate, field: str) -> None:
