@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 
-class Tokens(BaseStreamer):  # type: ignore[misc]  # transformers has no types
+class Tokens(BaseStreamer):
     """Hands every new token's id over as it is drawn; the prompt, which comes first, is left out."""
 
-    def __init__(self, hand_over: Callable[[int | None], None]) -> None:
+    def __init__(self, hand_over: Callable[[int], object]) -> None:
         self._hand_over = hand_over
         self._prompt = True
 
@@ -39,7 +39,7 @@ class Tokens(BaseStreamer):  # type: ignore[misc]  # transformers has no types
         self._prompt = False
 
     def end(self) -> None:
-        self._hand_over(None)
+        """Nothing: `generate` returns, or raises, right behind it."""
 
 
 class Model:
@@ -47,7 +47,7 @@ class Model:
 
     def __init__(self, directory: Path) -> None:
         self.name = directory.name
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)  # in eval mode, as it comes
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         self._thread = ThreadPoolExecutor(max_workers=1)
 
@@ -57,6 +57,7 @@ class Model:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[int | None]()
         streamer = Tokens(lambda token: loop.call_soon_threadsafe(queue.put_nowait, token))
         work = loop.run_in_executor(self._thread, self._generate, ids, count, streamer)
+        work.add_done_callback(lambda done: queue.put_nowait(None))
         while (token := await queue.get()) is not None:
             yield token
         await work
