@@ -47,7 +47,7 @@ class Model:
 
     def __init__(self, directory: Path) -> None:
         self.name = directory.name
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)  # in eval mode, as it comes
+        self._model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)  # in eval mode, as it comes
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         self._thread = ThreadPoolExecutor(max_workers=1)
 

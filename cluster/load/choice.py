@@ -48,9 +48,10 @@ class Load:
         next(self._pairs(0))
 
     def arrivals(self, rate: float, variant: int = 0) -> Iterator[Arrival]:
-        """The load at `rate` requests per second; endless but for a trace. `variant`: another draw of the same load."""
+        """The load at `rate` requests per second; endless but for a trace. `variant`: another draw of the same load, with
+        other prompts: a server keeps the prefixes of those it was asked before."""
         seed = self.seed + 7919 * variant
-        return arrivals_of(self._times(rate, seed), self._pairs(seed))
+        return arrivals_of(self._times(rate, seed), self._pairs(seed), variant)
 
     def _times(self, rate: float, seed: int) -> Iterable[float]:
         if self.times:

@@ -13,7 +13,7 @@ from .summary import percentile
 from .workload import Arrival
 
 Load = Callable[[float, int], Iterator[Arrival]]
-"""The endless load of a rate; the second number tells apart the probes of one search."""
+"""The endless load of a rate; the second number is its variant: every probe has prompts of its own."""
 
 
 class Prober:
@@ -29,17 +29,18 @@ class Prober:
         timer = loop.call_later(budget_s, stop.set)
         try:
             while not stop.is_set() and (rate := search.next_rate()) is not None:
-                await self._settle()
-                probe = await self._probe(rate, len(search.probes), stop)
+                number = 1 + len(search.probes)
+                await self._settle(number)
+                probe = await self._probe(rate, number, stop)
                 if probe.total:
                     search.add(probe)
         finally:
             timer.cancel()
         return search.found()
 
-    async def _settle(self) -> None:
+    async def _settle(self, number: int) -> None:
         """Wait out what the last probe left in the server's queues: one request, answered behind it."""
-        arrival = next(self._load(1.0, -1))
+        arrival = next(self._load(1.0, -number))
         await self._asker.ask(arrival, self._asker.prepare(arrival), 0.0)
 
     async def _probe(self, rate: float, number: int, stop: asyncio.Event) -> Probe:

@@ -17,13 +17,13 @@ WORDS = _TEXT.split()
 """Frequent English words, nearly all of them one token in vocabularies of today."""
 
 
-def token_ids(count: int, vocabulary: int, seed: int, number: int) -> list[int]:
-    """Prompt `number` of a load: `count` random ids from `FIRST_ID` to below `vocabulary`."""
-    draw = random.Random(f"prompt {seed} {number}")
+def token_ids(count: int, vocabulary: int, seed: int, variant: int, number: int) -> list[int]:
+    """Prompt `number` of a load's variant: `count` random ids from `FIRST_ID` to below `vocabulary`."""
+    draw = random.Random(f"prompt {seed} {variant} {number}")
     return draw.choices(range(min(FIRST_ID, vocabulary - 1), vocabulary), k=count)
 
 
-def text(count: int, seed: int, number: int) -> str:
+def text(count: int, seed: int, variant: int, number: int) -> str:
     """Prompt `number` as text of `count` words: about as many tokens. How many the server says."""
-    draw = random.Random(f"prompt {seed} {number}")
+    draw = random.Random(f"prompt {seed} {variant} {number}")
     return " ".join(draw.choices(WORDS, k=count))

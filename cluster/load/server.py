@@ -31,9 +31,9 @@ class Server:
         """The body of a request: made before its time has come."""
         make_ids, make_text = prompts.token_ids, prompts.text
         prompt: str | list[int] = (
-            make_ids(arrival.prompt_tokens, self.vocabulary, self.seed, arrival.number)
+            make_ids(arrival.prompt_tokens, self.vocabulary, self.seed, arrival.variant, arrival.number)
             if self.dialect.token_ids
-            else make_text(arrival.prompt_tokens, self.seed, arrival.number)
+            else make_text(arrival.prompt_tokens, self.seed, arrival.variant, arrival.number)
         )
         return self.dialect.body(self.model, prompt, arrival.output_tokens)
 

@@ -16,18 +16,19 @@ from .lengths import Pair
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request to send. `at`: seconds from the load's begin."""
+    """One request to send. `at`: seconds from the load's begin. `variant`: of the load; another one has other prompts."""
 
     number: int
     at: float
     prompt_tokens: int
     output_tokens: int
+    variant: int = 0
 
 
-def arrivals_of(times: Iterable[float], pairs: Iterable[Pair]) -> Iterator[Arrival]:
+def arrivals_of(times: Iterable[float], pairs: Iterable[Pair], variant: int = 0) -> Iterator[Arrival]:
     """Requests numbered from 0 in the order of their times."""
     for number, (at, (prompt_tokens, output_tokens)) in enumerate(zip(times, pairs, strict=False)):
-        yield Arrival(number, at, prompt_tokens, output_tokens)
+        yield Arrival(number, at, prompt_tokens, output_tokens, variant)
 
 
 def limited(arrivals: Iterable[Arrival], requests: int | None, seconds: float | None) -> Iterator[Arrival]:

@@ -274,10 +274,12 @@ def test_the_command_prints_and_keeps_what_it_measured(tmp_path: Path) -> None:
 def test_the_command_finds_a_goodput(tmp_path: Path) -> None:
     files = [tmp_path / "out.json", tmp_path / "out.png"]
     with in_thread(Script(events=lambda number: [(0.0, 1)] * 2)) as scripted:
-        line = f"bench {scripted.url} --goodput --slo ttft=10s --rate 200 --budget 2 --warm-up 2 --output 2 --input 3"
+        line = f"bench {scripted.url} --goodput --slo ttft=10s --rate 200 --budget 2 --warm-up 2 --output 2 --input 9"
         result = CliRunner().invoke(app, [*line.split(), "--json", str(files[0]), "--plot", str(files[1])])
     assert result.exit_code == 0, result.output
     assert "200.000 requests/s: 60 of 60 met the SLO" in result.output
+    prompts = [tuple(served.body["prompt"]) for served in scripted.served]
+    assert len(set(prompts)) == len(prompts)  # or a later probe would meet the prefix cache of an earlier one
     assert "at 95% for each rate" in result.output
     assert json.loads(files[0].read_text())["goodput"]["proven"] >= 200
     assert files[1].read_bytes().startswith(b"\x89PNG")

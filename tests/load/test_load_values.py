@@ -97,12 +97,12 @@ def test_limits_are_those_of_the_obvious_way(times: list[float], requests: int |
 
 
 def test_prompts_repeat_and_share_no_prefix() -> None:
-    every = [tuple(prompts.token_ids(16, 1000, 3, number)) for number in range(200)]
+    every = [tuple(prompts.token_ids(16, 1000, 3, number % 2, number // 2)) for number in range(200)]
     assert len({ids[:4] for ids in every}) == 200
-    assert every[7] == tuple(prompts.token_ids(16, 1000, 3, 7))
+    assert every[7] == tuple(prompts.token_ids(16, 1000, 3, 1, 3))
     assert all(prompts.FIRST_ID <= token < 1000 for ids in every for token in ids)
-    assert len(prompts.text(40, 3, 1).split()) == 40
-    assert prompts.text(40, 3, 1) != prompts.text(40, 3, 2)
+    assert len(prompts.text(40, 3, 0, 1).split()) == 40
+    assert prompts.text(40, 3, 0, 1) != prompts.text(40, 3, 1, 1)
 
 
 def test_a_load_varies_by_variant_and_not_by_call() -> None:
