@@ -58,10 +58,13 @@ async def answer(running: Router, prompt: str, seed: int, *, max_tokens: int = 2
 
 
 async def idle(running: Router) -> None:
-    """No worker has anything of ours left: nothing runs, no lease is held, every block is free."""
+    """The router has ended every request, and no worker has anything of ours left: nothing runs, no lease is held, every block is free."""
     await until(
         running,
-        lambda: all(r.running == r.waiting == r.leases == 0 and r.blocks_free == r.blocks_total for r in running.fleet.describe()[1]),
+        lambda: (
+            running.service.running == 0
+            and all(r.running == r.waiting == r.leases == 0 and r.blocks_free == r.blocks_total for r in running.fleet.describe()[1])
+        ),
     )
 
 
