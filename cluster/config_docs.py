@@ -56,6 +56,8 @@ def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
 
 def _kind(field: FieldInfo) -> str:
     """The type in words, with its range."""
+    if get_origin(field.annotation) is tuple:
+        return f"list of {_word(get_args(field.annotation)[0])}"
     choices = [_word(kind) for kind in get_args(field.annotation) if kind is not NoneType and get_origin(field.annotation) is not Literal]
     words = " or ".join(choices) or _word(field.annotation)
     bounds = [f"{sign} {getattr(rule, name)}" for rule in field.metadata for name, sign in _SIGNS if hasattr(rule, name)]
@@ -78,6 +80,8 @@ def _default(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(value)}]`"
     return f"`{value}`"
 
 

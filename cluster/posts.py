@@ -50,6 +50,7 @@ def rank_specs(config: ClusterConfig, model_dir: Path, cores: Sequence[int]) -> 
                 max_running=decode.max_running,
                 lease_s=config.transfer.lease_s,
                 offer_wait_s=config.transfer.offer_wait_s,
+                transports=config.transfer.transports,
                 log_level=config.log.level,
             )
         )

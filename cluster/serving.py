@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import ipaddress
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from ..core.clock import Clock, MonotonicClock
+from ..core.errors import ConfigError
 from ..core.fleet import Phase
 from ..core.layout import Layout
 from ..core.model import ModelCard
@@ -31,6 +33,7 @@ from ..kv_transfer.pool import Pool
 from ..kv_transfer.source import Source
 from ..prefill_worker.role import PrefillRole
 from ..prefill_worker.scheduler import PrefillScheduler
+from ..rpc.channels import join_address, split_address
 from ..rpc.lane import dial_lane
 from ..rpc.server import serve as serve_faces
 from ..worker.face import Face
@@ -50,6 +53,7 @@ GRACE_S = 0.25
 
 async def serve(spec: RankSpec) -> None:
     """Load, say that all is ready, serve until SIGTERM, drain. Raises `DiptychError` if it cannot start."""
+    host = reachable_host(spec)
     torch.set_num_threads(spec.threads)
     model = open_prepared(spec.model_dir)
     pool = Pool.allocate(model.card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens))
@@ -57,15 +61,29 @@ async def serve(spec: RankSpec) -> None:
     engine = Engine(model, pool.caches, block_size=BLOCK_SIZE, max_slots=spec.max_running)
     engine.warm_up()
     progress("warm")
-    worker = _Worker(spec, model, pool, engine)
+    worker = _Worker(spec, host, model, pool, engine)
     await worker.run()
+
+
+def reachable_host(spec: RankSpec) -> str:
+    """The host by which routers and peers reach this rank. Raises `ConfigError` for an address that stands for all interfaces: nobody
+    can come to it, and a transport that binds to it would listen where nobody asked it to."""
+    host = spec.advertise or split_address(spec.listen)[0]
+    try:
+        everywhere = ipaddress.ip_address(host).is_unspecified
+    except ValueError:  # a name
+        everywhere = False
+    if everywhere:
+        raise ConfigError(f"Others cannot come to {host}, which names all interfaces; say which host they shall ask.", field="advertise")
+    return host
 
 
 class _Worker:
     """The parts of one rank, joined; lives on the asyncio thread."""
 
-    def __init__(self, spec: RankSpec, model: PreparedModel, pool: Pool, engine: Engine) -> None:
-        self._spec, self._card, self._pool, self._layout = spec, model.card, pool, pool.layout
+    def __init__(self, spec: RankSpec, host: str, model: PreparedModel, pool: Pool, engine: Engine) -> None:
+        """`host`: by which others reach it."""
+        self._spec, self._host, self._card, self._pool, self._layout = spec, host, model.card, pool, pool.layout
         self._clock: Clock = MonotonicClock()
         self._incarnation = new_incarnation()
         self._asyncio = asyncio.get_running_loop()
@@ -88,7 +106,7 @@ class _Worker:
         progress("serving")
         say(
             "ready",
-            address=server.address,
+            address=join_address(self._host, server.port) if self._spec.advertise else server.address,
             incarnation=self._incarnation,
             layout=dataclasses.asdict(self._layout),
             capacity_tokens=capacity_tokens(self._layout, self._card),
@@ -132,7 +150,16 @@ class _Worker:
             inbox=self._inbox,
             call_soon=self._call_soon,
             source=lambda events: Source(
-                spec.worker_id, self._incarnation, self._pool, self._layout, self._clock, spec.lease_s, events, dial=dial_lane
+                spec.worker_id,
+                self._incarnation,
+                self._pool,
+                self._layout,
+                self._clock,
+                spec.lease_s,
+                events,
+                transports=spec.transports,
+                host=self._host,
+                dial=dial_lane,
             ),
         )
 
@@ -145,7 +172,16 @@ class _Worker:
             clock=self._clock,
             inbox=self._inbox,
             destination=lambda events: Destination(
-                spec.worker_id, self._incarnation, self._pool, self._layout, self._clock, spec.lease_s, spec.offer_wait_s, events
+                spec.worker_id,
+                self._incarnation,
+                self._pool,
+                self._layout,
+                self._clock,
+                spec.lease_s,
+                spec.offer_wait_s,
+                events,
+                transports=spec.transports,
+                host=self._host,
             ),
         )
 

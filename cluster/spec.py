@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..core.config import LimitsSection
 from ..core.errors import ConfigError
 from ..core.fleet import LocalPrefill, Phase
+from ..core.transfer import Transport
 
 BLOCK_SIZE = 16
 """Tokens per block of every cache group."""
@@ -29,6 +30,9 @@ class RankSpec(_Spec):
     phase: Phase = Field(description="Whether it reads prompts or writes answers.")
     model_dir: Path = Field(description="A prepared model.")
     listen: str = Field("127.0.0.1:0", description="host:port of its gRPC faces; port 0 takes a free one.")
+    advertise: str | None = Field(
+        None, min_length=1, description="The host by which others reach it, if `listen` names all interfaces; gloo binds to its interface."
+    )
     threads: int = Field(1, ge=1, description="CPU threads of the engine.")
     cpus: tuple[int, ...] | None = Field(None, min_length=1, description="Cores the process may run on; by default all it has.")
     kv_tokens: int = Field(8192, ge=BLOCK_SIZE, description="Tokens the KV pool holds.")
@@ -36,6 +40,7 @@ class RankSpec(_Spec):
     max_running: int = Field(32, ge=1, description="Attempts in one batch.")
     lease_s: float = Field(10.0, gt=0, description="A grant without piece or keep-alive ends after this, in seconds.")
     offer_wait_s: float = Field(5.0, gt=0, description="How long an Offer waits for its Decode, in seconds.")
+    transports: tuple[Transport, ...] = Field((Transport.SHM, Transport.GLOO), min_length=1, description="How KV may move, the best first.")
     drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running work finish, in seconds.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
     check: bool = Field(False, description="Check the books (blocks, leases, transfers) at every idle moment, and die if they are wrong.")

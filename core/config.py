@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError
 from .fleet import LocalPrefill
+from .transfer import Transport
 
 
 class _Section(BaseModel):
@@ -44,6 +45,12 @@ class DecodeSection(_Section):
 
 
 class TransferSection(_Section):
+    transports: tuple[Transport, ...] = Field(
+        (Transport.SHM, Transport.GLOO),
+        min_length=1,
+        description="How KV may move, the best first: shm within a host, gloo (TCP) between hosts. Each pair of workers takes the first "
+        "that works between them; with one alone, that or nothing.",
+    )
     lease_s: float = Field(10.0, gt=0, description="A grant ends when neither piece nor keep-alive has come for this long, in seconds.")
     offer_wait_s: float = Field(5.0, gt=0, description="How long an Offer waits for its Decode, in seconds.")
 

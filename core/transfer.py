@@ -2,10 +2,11 @@
 
     source                                   destination
       ── Hello ──────────────────────────────▶
-      ◀────────────────────────────── Hello ──      versions, incarnations, layouts, transports; or Refused by name
+      ◀────────────────────────────── Hello ──      versions, incarnations, layouts, the transport chosen; or Refused by name
+      ◀────────── Rendezvous* ───────────────▶      two-sided transports: how the two ends find each other
       ── Offer ──────────────────────────────▶
       ◀────────────────── Grant or Refused ──       at once, or when memory frees
-      ── Ready* ─────────────────────────────▶      pieces, layer by layer as they are computed
+      ── Ready* ─────────────────────────────▶      pieces, layer by layer as they are computed (two-sided: as they are staged)
       ── Commit ─────────────────────────────▶
       ◀──────────────────────────────── Ack ──      committed and every piece counted
       ◀──────────────── Cancel ──────────────▶      from either side, in any state
@@ -21,7 +22,15 @@ from enum import StrEnum
 from .layout import Layout
 from .request import Token
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+
+
+class Transport(StrEnum):
+    """How KV crosses. `shm` is one-sided: the destination copies from the source's pool. `gloo` is two-sided, over TCP: what the
+    source announces it sends, and the destination receives."""
+
+    SHM = "shm"
+    GLOO = "gloo"
 
 
 class RefusedReason(StrEnum):
@@ -34,7 +43,7 @@ class RefusedReason(StrEnum):
     LAYOUT = "layout"
     """The two workers' KV cannot be exchanged: layouts or protocol versions differ."""
     TRANSPORT = "transport"
-    """There is no transport that both ends speak (for `shm`: they are not on the same host)."""
+    """There is no transport that both ends may use (for `shm`: they are not on the same host)."""
     DRAINING = "draining"
     FAILED = "failed"
     """A piece failed, or a lease ran out."""
@@ -59,13 +68,26 @@ class ShmEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First message each way on a lane. `shm` None: this end does not speak it."""
+    """First message each way on a lane.
+
+    `transports`: the source's are those it may use; the destination answers with the one that it has chosen. `shm` None: this end
+    has no pool to share.
+    """
 
     worker_id: str
     incarnation: int
     layout: Layout
     shm: ShmEndpoint | None
+    transports: tuple[Transport, ...]
     protocol_version: int = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """What a two-sided transport tells its other end so that the two can connect; only the transport understands it."""
+
+    key: str
+    value: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +125,12 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A piece may be read: tokens [start, stop) of `layers` (model layer numbers, all of `group`) lie in the source's `blocks`.
+    """A piece may be taken: tokens [start, stop) of `layers` (model layer numbers, all of `group`). `seq` counts the pieces of a
+    transfer from 0.
 
-    `blocks[0]` holds position `start`. `seq` counts the pieces of a transfer from 0. `slot` and `word`: the source's epoch
-    word for this transfer, and the value it must still have after the copy for the piece to count.
+    One-sided: it lies in the source's `blocks`, of which `blocks[0]` holds position `start`. `slot` and `word`: the source's epoch
+    word for this transfer, and the value it must still have after the copy for the piece to count. Two-sided: it comes next in the
+    pair's one queue, whatever has become of its transfer, and its bytes have this `checksum`; `blocks` is empty.
     """
 
     transfer_id: str
@@ -117,8 +141,9 @@ class Ready:
     start: int
     stop: int
     blocks: tuple[int, ...]
-    slot: int
-    word: int
+    slot: int = 0
+    word: int = 0
+    checksum: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,4 +178,4 @@ class KeepAlive:
     transfer_ids: tuple[str, ...]
 
 
-LaneMessage = Hello | Offer | Grant | Refused | Ready | Commit | Ack | Cancel | KeepAlive
+LaneMessage = Hello | Rendezvous | Offer | Grant | Refused | Ready | Commit | Ack | Cancel | KeepAlive

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..core.errors import DiptychError
 from ..core.request import Token
-from ..core.transfer import Hello, LaneMessage
+from ..core.transfer import Hello, LaneMessage, Transport
 from .coverage import Span
 
 
@@ -36,12 +36,14 @@ class HangUp:
 class Fence:
     """Answer with `fenced` as soon as nothing can touch the transfer's blocks any more.
 
-    On the source `slot` is to be set to `word`: what the destination copies from here on it will not count.
+    On the source `slot` is to be set to `word`: what the destination copies from here on it will not count. On the destination
+    `lane` says whose pieces may be under way.
     """
 
     transfer_id: str
     slot: int = 0
     word: int = 0
+    lane: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,27 @@ class Attach:
 
 
 @dataclass(frozen=True, slots=True)
+class Connect:
+    """Make a pair with the worker that said `hello`, in the background; the source's answers with `connected`. Whatever goes wrong
+    with it, now or later, is told once, by `pair_broken`. `instead`: why no transport that comes earlier in the list is used."""
+
+    lane: int
+    hello: Hello
+    instead: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Introduce:
+    """Give the lane's pair what its other end has said."""
+
+    lane: int
+    key: str
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Detach:
-    """Destination: undo `Attach` (finished or not) after the copies and fences asked for so far."""
+    """Undo `Attach` or `Connect` (finished or not) after the copies and fences asked for so far."""
 
     lane: int
 
@@ -77,6 +98,37 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """Source: put `span`, which lies in `blocks`, into staging slot `slot` of the lane's pair; answer with `staged`, in order."""
+
+    lane: int
+    slot: int
+    span: Span
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """Source: send what is staged in `slot`; answer with `sent` when the slot is free again."""
+
+    lane: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Destination: receive the pair's next piece, whose size `span` gives. If `blocks` is not None, check it and, unless a fence
+    was asked for, put it there, then answer with `copied`; otherwise it is received and dropped."""
+
+    lane: int
+    transfer_id: str
+    seq: int
+    span: Span
+    blocks: tuple[int, ...] | None
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
 class TellGranted:
     transfer_id: str
 
@@ -86,6 +138,7 @@ class TellHandedOver:
     transfer_id: str
     kv_bytes: int
     seconds: float
+    transport: Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,5 +166,9 @@ class TellReleased:
     transfer_id: str
 
 
-SourceAction = Dial | Send | HangUp | Fence | TellGranted | TellHandedOver | TellFailed | TellReleased
-DestinationAction = Send | HangUp | Attach | Detach | Copy | Fence | TellOffered | TellCommitted | TellFailed | TellReleased
+SourceAction = (
+    Dial | Send | HangUp | Connect | Introduce | Detach | Stage | Post | Fence | TellGranted | TellHandedOver | TellFailed | TellReleased
+)
+DestinationAction = (
+    Send | HangUp | Attach | Connect | Introduce | Detach | Copy | Receive | Fence | TellOffered | TellCommitted | TellFailed | TellReleased
+)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..core.layout import CacheGroup, Layout
 
 PIECE_BYTES = 16 << 20
-"""A piece takes further layers only up to this size: 1 ms of copying, the longest a fence waits for a copy under way. One
-layer's positions are never split."""
+"""The most that is copied at once: 1 ms of copying, the longest a fence waits for a copy under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,9 @@ class Coverage:
             self._until[layer] = stop
 
 
-def ahead(layout: Layout, computed: Coverage, announced: Coverage) -> Iterator[Span]:
-    """What is computed and not yet announced. Layers with equal positions share a span, of `PIECE_BYTES` at most."""
+def ahead(layout: Layout, computed: Coverage, announced: Coverage, most_bytes: int) -> Iterator[Span]:
+    """What is computed and not yet announced, in spans of at most `most_bytes` (which must hold a block of any layer). Layers with
+    equal positions share a span; only what is too long in a single layer is cut, between blocks."""
     for number, group in enumerate(layout.groups):
         together: dict[tuple[int, int], list[int]] = {}
         for layer in group.layers:
@@ -67,6 +68,17 @@ def ahead(layout: Layout, computed: Coverage, announced: Coverage) -> Iterator[S
             if start < stop:
                 together.setdefault((start, stop), []).append(layer)
         for (start, stop), layers in together.items():
-            width = max(1, PIECE_BYTES // ((stop - start) * group.token_bytes))
+            width = max(1, most_bytes // ((stop - start) * group.token_bytes))
             for first in range(0, len(layers), width):
-                yield Span(number, tuple(layers[first : first + width]), start, stop)
+                yield from _cut(Span(number, tuple(layers[first : first + width]), start, stop), group.token_bytes, layout, most_bytes)
+
+
+def _cut(span: Span, token_bytes: int, layout: Layout, most_bytes: int) -> Iterator[Span]:
+    if span.bytes(layout.groups) <= most_bytes:
+        yield span
+        return
+    size = layout.block_size
+    length = most_bytes // (size * token_bytes) * size
+    edges = [span.start, *range((span.start // size) * size + length, span.stop, length), span.stop]
+    for start, stop in pairwise(edges):
+        yield Span(span.group, span.layers, start, stop)

@@ -9,14 +9,30 @@ from collections import deque
 from ..core.clock import Clock
 from ..core.errors import DiptychError, TransferFailed
 from ..core.layout import Layout
-from ..core.transfer import GroupGrant, Hello, RefusedReason
-from .actions import Attach, Copy, DestinationAction, Detach, Fence, HangUp, Send, TellCommitted, TellFailed, TellOffered, TellReleased
+from ..core.transfer import GroupGrant, Hello, RefusedReason, Rendezvous, Transport
+from .actions import (
+    Attach,
+    Connect,
+    Copy,
+    DestinationAction,
+    Detach,
+    Fence,
+    HangUp,
+    Introduce,
+    Receive,
+    Send,
+    TellCommitted,
+    TellFailed,
+    TellOffered,
+    TellReleased,
+)
 from .alarm import Alarm
 from .destination_machine import DestinationMachine
 from .events import DestinationEvents
 from .geometry import SLOTS
 from .lanes import Lane
 from .pool import Pool
+from .transports.gloo import Device, Incoming, PairEvents
 from .transports.shm import PeerPool, ShmCopies, attach
 
 log = logging.getLogger(__name__)
@@ -35,9 +51,19 @@ class Destination:
         lease_s: float,
         offer_wait_s: float,
         events: DestinationEvents,
+        *,
+        transports: tuple[Transport, ...],
+        host: str,
     ) -> None:
-        """Construct while the loop runs; close before the pool."""
-        self._machine = DestinationMachine(Hello(worker_id, incarnation, layout, pool.endpoint), lease_s, offer_wait_s, SLOTS)
+        """Construct while the loop runs; close before the pool. `transports`: those it may use, the best first. `host`: the address by
+        which peers reach this worker; gloo binds to its interface alone."""
+        hello = Hello(worker_id, incarnation, layout, pool.endpoint, transports)
+        self._machine = DestinationMachine(hello, lease_s, offer_wait_s, SLOTS)
+        self._pool = pool
+        self._lease_s = lease_s
+        self._device = Device(host)
+        self._pairs: dict[int, Incoming] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._clock = clock
         self._events = events
         self._copies = ShmCopies(pool, self._copied, self._fenced)
@@ -76,6 +102,7 @@ class Destination:
         """Raise `AssertionError` if an invariant does not hold."""
         self._machine.check()
         assert self._sources.keys() <= self._lanes.keys(), "a mapping goes with its lane"
+        assert self._pairs.keys() <= self._lanes.keys(), "and so does a pair"
 
     async def serve_lane(self, lane: Lane) -> None:
         """Speak with one source until the lane ends; then everything on it has failed."""
@@ -102,6 +129,9 @@ class Destination:
             await self._idle.wait()
         if self._attaching:
             await asyncio.wait(list(self._attaching.values()))
+        if self._closing:
+            await asyncio.wait(self._closing)
+        self._device.close()
         self._copies.close()
         self._alarm.cancel()
 
@@ -134,8 +164,10 @@ class Destination:
                 self._copies.copy(self._sources[action.lane], action)
             case Send(lane, message):
                 self._lanes[lane].send(message)
+            case Receive():
+                self._pairs[action.lane].receive(action)
             case Fence(transfer_id):
-                self._copies.fence(transfer_id)
+                self._copying(action.lane).fence(transfer_id)
             case TellOffered(transfer_id, prompt_tokens):
                 self._events.offered(transfer_id, prompt_tokens)
             case TellCommitted(transfer_id, first_tokens, kv_bytes, seconds):
@@ -147,6 +179,10 @@ class Destination:
             case Attach(lane, hello):
                 self._attaching[lane] = asyncio.create_task(self._attach(lane, hello), name=f"map the pool of {hello.worker_id}")
                 self._attaching[lane].add_done_callback(lambda _: self._attaching.pop(lane))
+            case Connect():
+                self._connect(action)
+            case Introduce(lane, key, value):
+                self._pairs[lane].introduce(key, value)
             case Detach(lane):
                 self._detach(lane)
             case HangUp(lane, reason):
@@ -160,11 +196,33 @@ class Destination:
         except TransferFailed as error:
             actions = self._machine.not_attached(lane, error.message, self._clock.now())
         else:
+            log.info("lane %d: KV comes from %s over shm", lane, hello.worker_id)
             actions = self._machine.attached(lane, self._clock.now())
         self._do(actions)
 
+    def _copying(self, lane: int) -> ShmCopies | Incoming:
+        """Who writes what comes on `lane`."""
+        return self._pairs.get(lane, self._copies)
+
+    def _connect(self, connect: Connect) -> None:
+        number, lane = connect.lane, self._lanes[connect.lane]
+        log.info("lane %d: KV comes from %s over gloo%s", number, connect.hello.worker_id, connect.instead and f": {connect.instead}")
+        events = PairEvents(
+            broken=lambda reason: self._do(self._machine.pair_broken(number, reason, self._clock.now())),
+            copied=self._copied,
+            fenced=self._fenced,
+        )
+        tell = lambda key, value: lane.send(Rendezvous(key, value))  # noqa: E731
+        self._pairs[number] = Incoming(self._pool, self._device, self._lease_s, tell, events)
+
     def _detach(self, lane: int) -> None:
-        if lane in self._sources:
+        if lane in self._pairs:
+            pair = self._pairs.pop(lane)
+            pair.close()
+            task = asyncio.create_task(pair.wait_closed())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        elif lane in self._sources:
             self._copies.detach(self._sources.pop(lane))
         elif lane in self._attaching:
             self._attaching[lane].cancel()

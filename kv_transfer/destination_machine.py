@@ -5,13 +5,13 @@
 
 An Offer may come before `expect`: it is parked. Who waits here, and until when: a new lane for Hello and the attachment,
 `HANDSHAKE_S`; a parked Offer, `offer_wait_s`; a grant, one lease after the last piece or KeepAlive; after Commit, only for copies
-of our own. `expected` and `offered` hold nothing and end with their owners: the router's cancel, the worker's grant or refusal.
+of our own (shm) or for what the source is sending (gloo), which comes or the pair breaks, and its lane with it. `expected` and
+`offered` hold nothing and end with their owners: the router's cancel, the worker's grant or refusal.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import replace
 
 from ..core.errors import Cancelled, DiptychError, Internal, InvalidRequest, TransferFailed
 from ..core.layout import Layout
@@ -29,43 +29,32 @@ from ..core.transfer import (
     Ready,
     Refused,
     RefusedReason,
+    Rendezvous,
+    Transport,
 )
-from .actions import Attach, Copy, DestinationAction, Detach, Fence, HangUp, Send, TellCommitted, TellFailed, TellOffered, TellReleased
+from .actions import (
+    Attach,
+    Connect,
+    DestinationAction,
+    Detach,
+    Fence,
+    HangUp,
+    Introduce,
+    Send,
+    TellCommitted,
+    TellFailed,
+    TellOffered,
+    TellReleased,
+)
 from .closed_ids import ClosedIds
-from .coverage import Span
-from .faults import grant_fault, refusal
+from .destination_state import Lane, State, Transfer
+from .faults import common_transports, grant_fault, place_fault, refusal, size_fault
 from .parking import Parking
 from .receipt import Receipt
+from .staging import slot_bytes
 
 HANDSHAKE_S = 5.0
 """Longest time from a lane's opening to our own Hello."""
-
-
-class _State(StrEnum):
-    EXPECTED = "expected"
-    OFFERED = "offered"
-    GRANTED = "granted"
-    FENCING = "fencing"
-
-
-@dataclass(slots=True)
-class _Transfer:
-    transfer_id: str
-    state: _State = _State.EXPECTED
-    lane: int = 0
-    prompt_tokens: int = 0
-    receipt: Receipt | None = None
-    """From the grant on."""
-    lease_until: float | None = None
-
-
-@dataclass(slots=True)
-class _Lane:
-    number: int
-    heard_at: float
-    hello: Hello | None = None
-    opened_by: float | None = None
-    """None once our own Hello was said."""
 
 
 class DestinationMachine:
@@ -78,10 +67,10 @@ class DestinationMachine:
         self._lease_s = lease_s
         self._offer_wait_s = offer_wait_s
         self._slots = slots
-        self._transfers: dict[str, _Transfer] = {}
+        self._transfers: dict[str, Transfer] = {}
         self._parking = Parking(offer_wait_s)
         self._closed = ClosedIds()
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, Lane] = {}
         self._lanes_made = 0
         self._grants_made = 0
 
@@ -94,22 +83,21 @@ class DestinationMachine:
         if self._closed.has(transfer_id, now):
             error = TransferFailed(f"Transfer id {transfer_id} has ended: it was used before, or its Offer was given up.")
             return [TellFailed(transfer_id, error), TellReleased(transfer_id)]
-        transfer = self._transfers[transfer_id] = _Transfer(transfer_id)
+        transfer = self._transfers[transfer_id] = Transfer(transfer_id)
         parked = self._parking.take(transfer_id)
         return self._offered(transfer, parked.lane, parked.prompt_tokens) if parked else []
 
     def grant(self, transfer_id: str, groups: tuple[GroupGrant, ...], now: float) -> list[DestinationAction]:
         """Raises `Internal` if `groups` cannot hold the prompt, or on a second grant. Ignored if the transfer has ended."""
         transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is _State.FENCING:
+        if transfer is None or transfer.state is State.FENCING:
             return []
-        if transfer.state is not _State.OFFERED:
+        if transfer.state is not State.OFFERED:
             raise Internal(f"Transfer {transfer_id} is {transfer.state}, so it cannot be granted.")
-        fault = grant_fault(groups, transfer.prompt_tokens, self._layout)
-        if fault is not None:
+        if (fault := grant_fault(groups, transfer.prompt_tokens, self._layout)) is not None:
             raise Internal(f"Transfer {transfer_id}: the grant is wrong: {fault}.")
         self._grants_made += 1
-        transfer.state = _State.GRANTED
+        transfer.state = State.GRANTED
         epoch = Epoch(self._hello.incarnation, self._grants_made)
         transfer.receipt = Receipt(self._layout, epoch, groups, transfer.prompt_tokens)
         transfer.lease_until = now + self._lease_s
@@ -117,7 +105,7 @@ class DestinationMachine:
 
     def refuse(self, transfer_id: str, reason: RefusedReason, message: str, now: float) -> list[DestinationAction]:
         transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is not _State.OFFERED:
+        if transfer is None or transfer.state is not State.OFFERED:
             return []
         return self._fail(transfer, TransferFailed(message), now, say=Refused(transfer_id, reason, message))
 
@@ -129,14 +117,18 @@ class DestinationMachine:
 
     def attached(self, lane: int, now: float) -> list[DestinationAction]:
         """The lane's source can be copied from: the lane is open."""
-        known = self._lanes.get(lane)
-        if known is None:
-            return []
-        known.opened_by = None
-        return [Send(lane, self._hello)]
+        return self._open(self._lanes[lane]) if lane in self._lanes else []
 
     def not_attached(self, lane: int, message: str, now: float) -> list[DestinationAction]:
-        return self._refuse_lane(lane, Refused("", RefusedReason.TRANSPORT, message), now) if lane in self._lanes else []
+        """The source's memory cannot be reached from here: the next transport is tried, if there is one."""
+        if lane not in self._lanes:
+            return []
+        self._lanes[lane].choices = self._lanes[lane].choices[1:]
+        return self._try(self._lanes[lane], message, now)
+
+    def pair_broken(self, lane: int, reason: str, now: float) -> list[DestinationAction]:
+        """The source is dead or silent, or there was no way to it: the lane goes with the pair, and the source makes both anew."""
+        return self._hang_up(lane, reason, now) if lane in self._lanes else []
 
     def copied(self, transfer_id: str, seq: int, error: str | None, now: float) -> list[DestinationAction]:
         """A copy has ended; without `error` the epoch word stood after it, so the piece counts."""
@@ -150,7 +142,7 @@ class DestinationMachine:
 
     def fenced(self, transfer_id: str, now: float) -> list[DestinationAction]:
         transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is not _State.FENCING:
+        if transfer is None or transfer.state is not State.FENCING:
             return []
         del self._transfers[transfer_id]
         return [TellReleased(transfer_id)]
@@ -169,7 +161,7 @@ class DestinationMachine:
     def lane_opened(self, now: float) -> int:
         """The number of a lane a source has dialled; it is never used again."""
         self._lanes_made += 1
-        self._lanes[self._lanes_made] = _Lane(self._lanes_made, now, opened_by=now + HANDSHAKE_S)
+        self._lanes[self._lanes_made] = Lane(self._lanes_made, now, opened_by=now + HANDSHAKE_S)
         return self._lanes_made
 
     def lane_broken(self, lane: int, reason: str, now: float) -> list[DestinationAction]:
@@ -197,6 +189,8 @@ class DestinationMachine:
                 return self._cancelled_by_peer(known, message, now)
             case KeepAlive():
                 return self._renew(known, message, now)
+            case Rendezvous(key, value) if known.two_sided:
+                return [Introduce(lane, key, value)]
             case _:
                 return self._hang_up(lane, f"It said {type(message).__name__}, which a source does not say.", now)
 
@@ -212,11 +206,10 @@ class DestinationMachine:
         actions: list[DestinationAction] = []
         for lane in list(self._lanes.values()):
             if lane.opened_by is not None and lane.opened_by <= now:
-                message = f"The handshake took longer than {HANDSHAKE_S:g} s."
-                actions += self._refuse_lane(lane.number, Refused("", RefusedReason.TRANSPORT, message), now)
+                refused = Refused("", RefusedReason.TRANSPORT, f"The handshake took longer than {HANDSHAKE_S:g} s.")
+                actions += self._refuse_lane(lane.number, refused, now)
         for transfer_id, parked in self._parking.take_expired(now):
-            message = f"No Decode came within {self._offer_wait_s:g} s."
-            actions += self._turn_away(parked.lane, transfer_id, message, now)
+            actions += self._turn_away(parked.lane, transfer_id, f"No Decode came within {self._offer_wait_s:g} s.", now)
         for transfer in list(self._transfers.values()):
             if transfer.lease_until is not None and transfer.lease_until <= now:
                 actions += self._lease_over(transfer, now)
@@ -232,7 +225,7 @@ class DestinationMachine:
     @property
     def leases(self) -> int:
         """Transfers whose granted blocks are not yet the worker's again."""
-        return sum(1 for transfer in self._transfers.values() if transfer.state in (_State.GRANTED, _State.FENCING))
+        return sum(1 for transfer in self._transfers.values() if transfer.state in (State.GRANTED, State.FENCING))
 
     @property
     def parked(self) -> int:
@@ -245,31 +238,40 @@ class DestinationMachine:
     def check(self) -> None:
         """Raise `AssertionError` if an invariant does not hold."""
         for transfer in self._transfers.values():
-            granted = transfer.state is _State.GRANTED
-            assert transfer.state in (_State.EXPECTED, _State.FENCING) or transfer.lane in self._lanes, "what is offered has a lane"
-            assert granted == (transfer.receipt is not None), "a grant, and nothing else, has a receipt"
-            waiting = transfer.receipt is not None and transfer.receipt.commit is None
-            assert (transfer.lease_until is not None) == waiting, "a grant without Commit, and nothing else, has a lease"
-            assert transfer.receipt is None or not transfer.receipt.complete, "what is complete is committed"
+            transfer.check(set(self._lanes))
         self._parking.check(set(self._lanes), set(self._transfers))
         names = [lane.hello.worker_id for lane in self._lanes.values() if lane.hello]
         assert len(set(names)) == len(names), "one lane per source"
 
     # -- inside: lanes ------------------------------------------------------------------------------------------------
 
-    def _introduced(self, lane: _Lane, message: LaneMessage, now: float) -> list[DestinationAction]:
+    def _introduced(self, lane: Lane, message: LaneMessage, now: float) -> list[DestinationAction]:
         if not isinstance(message, Hello):
             return self._hang_up(lane.number, f"It said {type(message).__name__} before Hello.", now)
-        refused = refusal(self._hello, message)
-        if refused is not None:
+        if (refused := refusal(self._hello, message)) is not None:
             return self._refuse_lane(lane.number, refused, now)
-        actions: list[DestinationAction] = []
-        for other in list(self._lanes.values()):
-            if other.hello is not None and other.hello.worker_id == message.worker_id:
-                # A source keeps one lane here. If it dials again, it has restarted or its old lane is dead without our knowing.
-                actions += self._hang_up(other.number, f"{message.worker_id} has opened a new lane.", now)
+        # A source keeps one lane here. If it dials again, it has restarted or its old lane is dead without our knowing.
+        others = [other.number for other in self._lanes.values() if other.hello and other.hello.worker_id == message.worker_id]
+        ended = [action for other in others for action in self._hang_up(other, f"{message.worker_id} has opened a new lane.", now)]
         lane.hello = message
-        return [*actions, Attach(lane.number, message)]
+        lane.choices = common_transports(self._hello, message)
+        return [*ended, *self._try(lane, "", now)]
+
+    def _try(self, lane: Lane, instead: str, now: float) -> list[DestinationAction]:
+        """Make the first of the transports that are left work; `instead`: why the one before it does not."""
+        assert lane.hello is not None
+        match lane.choices[:1]:
+            case (Transport.SHM,):
+                return [Attach(lane.number, lane.hello)]
+            case (Transport.GLOO,):
+                return [*self._open(lane), Connect(lane.number, lane.hello, instead)]
+            case _:
+                return self._refuse_lane(lane.number, Refused("", RefusedReason.TRANSPORT, instead), now)
+
+    def _open(self, lane: Lane) -> list[DestinationAction]:
+        """Answer the source's Hello with the transport chosen."""
+        lane.opened_by = None
+        return [Send(lane.number, replace(self._hello, transports=lane.choices[:1]))]
 
     def _refuse_lane(self, lane: int, refused: Refused, now: float) -> list[DestinationAction]:
         return [Send(lane, refused), *self._hang_up(lane, refused.message, now)]
@@ -288,10 +290,10 @@ class DestinationMachine:
 
     # -- inside: transfers --------------------------------------------------------------------------------------------
 
-    def _offer(self, lane: _Lane, offer: Offer, now: float) -> list[DestinationAction]:
+    def _offer(self, lane: Lane, offer: Offer, now: float) -> list[DestinationAction]:
         transfer_id = offer.transfer_id
         transfer = self._transfers.get(transfer_id)
-        if transfer is not None and transfer.state is _State.EXPECTED:
+        if transfer is not None and transfer.state is State.EXPECTED:
             return self._offered(transfer, lane.number, offer.prompt_tokens)
         if transfer is not None or transfer_id in self._parking or self._closed.has(transfer_id, now):
             return [Send(lane.number, Refused(transfer_id, RefusedReason.CLOSED, f"Transfer id {transfer_id} was used before."))]
@@ -300,8 +302,8 @@ class DestinationMachine:
         self._parking.add(transfer_id, lane.number, offer.prompt_tokens, now)
         return []
 
-    def _offered(self, transfer: _Transfer, lane: int, prompt_tokens: int) -> list[DestinationAction]:
-        transfer.state = _State.OFFERED
+    def _offered(self, transfer: Transfer, lane: int, prompt_tokens: int) -> list[DestinationAction]:
+        transfer.state = State.OFFERED
         transfer.lane = lane
         transfer.prompt_tokens = prompt_tokens
         return [TellOffered(transfer.transfer_id, prompt_tokens)]
@@ -310,36 +312,38 @@ class DestinationMachine:
         self._closed.add(transfer_id, now)
         return [Send(lane, Refused(transfer_id, RefusedReason.UNKNOWN, message))]
 
-    def _receipt_on(self, lane: _Lane, transfer_id: str) -> tuple[_Transfer, Receipt] | None:
+    def _receipt_on(self, lane: Lane, transfer_id: str) -> tuple[Transfer, Receipt] | None:
         transfer = self._transfers.get(transfer_id)
         return (transfer, transfer.receipt) if transfer and transfer.receipt and transfer.lane == lane.number else None
 
-    def _ready(self, lane: _Lane, ready: Ready, now: float) -> list[DestinationAction]:
-        """A piece of another epoch, or of a transfer that has ended, is not looked at."""
+    def _ready(self, lane: Lane, ready: Ready, now: float) -> list[DestinationAction]:
+        """A piece of another epoch, or of a transfer that has ended, is not looked at; what is sent all the same is received. One whose
+        size cannot be told would leave a pair out of step."""
+        fault = size_fault(ready, self._layout, slot_bytes(self._layout)) if lane.two_sided else None
+        if fault is not None:
+            return self._hang_up(lane.number, f"Piece {ready.seq} of {ready.transfer_id} cannot be received: {fault}.", now)
         found = self._receipt_on(lane, ready.transfer_id)
-        if found is None or ready.epoch != found[1].epoch:
-            return []
+        if found is None or found[1].epoch != ready.epoch:
+            return lane.passes(ready)
         transfer, receipt = found
         assert lane.hello is not None
-        fault = receipt.piece(ready, lane.hello.layout, self._slots, now)
+        fault = receipt.piece(ready, now) or (None if lane.two_sided else place_fault(ready, lane.hello.layout, self._slots))
         if fault is not None:
-            return self._reject(transfer, f"Piece {ready.seq} is wrong: {fault}.", now)
+            return [*self._reject(transfer, f"Piece {ready.seq} is wrong: {fault}.", now), *lane.passes(ready)]
         transfer.lease_until = now + self._lease_s
-        span = Span(ready.group, ready.layers, ready.start, ready.stop)
-        return [Copy(lane.number, ready.transfer_id, ready.seq, span, ready.blocks, receipt.into(span), ready.slot, ready.word)]
+        return [lane.takes(ready, receipt)]
 
-    def _commit(self, lane: _Lane, commit: Commit, now: float) -> list[DestinationAction]:
+    def _commit(self, lane: Lane, commit: Commit, now: float) -> list[DestinationAction]:
         found = self._receipt_on(lane, commit.transfer_id)
         if found is None:
             return []
         transfer, receipt = found
-        fault = receipt.close(commit)
-        if fault is not None:
+        if (fault := receipt.close(commit)) is not None:
             return self._reject(transfer, f"The Commit is wrong: {fault}.", now)
         transfer.lease_until = None
         return self._perhaps_commit(transfer, receipt, now)
 
-    def _perhaps_commit(self, transfer: _Transfer, receipt: Receipt, now: float) -> list[DestinationAction]:
+    def _perhaps_commit(self, transfer: Transfer, receipt: Receipt, now: float) -> list[DestinationAction]:
         if not receipt.complete:
             return []
         assert receipt.commit is not None
@@ -351,7 +355,7 @@ class DestinationMachine:
             Send(transfer.lane, Ack(transfer.transfer_id, receipt.kv_bytes, seconds)),
         ]
 
-    def _cancelled_by_peer(self, lane: _Lane, message: Cancel, now: float) -> list[DestinationAction]:
+    def _cancelled_by_peer(self, lane: Lane, message: Cancel, now: float) -> list[DestinationAction]:
         if self._parking.take_from(lane.number, message.transfer_id):
             self._closed.add(message.transfer_id, now)
         transfer = self._transfers.get(message.transfer_id)
@@ -359,39 +363,37 @@ class DestinationMachine:
             return []
         return self._fail(transfer, Cancelled(message.reason), now, say=None)
 
-    def _renew(self, lane: _Lane, message: KeepAlive, now: float) -> list[DestinationAction]:
+    def _renew(self, lane: Lane, message: KeepAlive, now: float) -> list[DestinationAction]:
         for transfer_id in message.transfer_ids:
             found = self._receipt_on(lane, transfer_id)
             if found is not None and found[1].commit is None:
                 found[0].lease_until = now + self._lease_s
         return []
 
-    def _lease_over(self, transfer: _Transfer, now: float) -> list[DestinationAction]:
+    def _lease_over(self, transfer: Transfer, now: float) -> list[DestinationAction]:
         """A peer that said nothing at all for the lease may be stopped: its lane ends too, and it finds that out when it wakes."""
-        if transfer.state is not _State.GRANTED:
+        if transfer.state is not State.GRANTED:
             return []
         message = f"Neither piece nor KeepAlive came within the lease of {self._lease_s:g} s."
         if now - self._lanes[transfer.lane].heard_at >= self._lease_s:
             return self._hang_up(transfer.lane, message, now)
         return self._reject(transfer, message, now)
 
-    def _reject(self, transfer: _Transfer, message: str, now: float) -> list[DestinationAction]:
+    def _reject(self, transfer: Transfer, message: str, now: float) -> list[DestinationAction]:
         refused = Refused(transfer.transfer_id, RefusedReason.FAILED, message)
         return self._fail(transfer, TransferFailed(message), now, say=refused)
 
-    def _fail(self, transfer: _Transfer, error: DiptychError, now: float, *, say: LaneMessage | None) -> list[DestinationAction]:
+    def _fail(self, transfer: Transfer, error: DiptychError, now: float, *, say: LaneMessage | None) -> list[DestinationAction]:
         """Terminal: what was granted waits for its fence, what was not is released at once."""
-        if transfer.state is _State.FENCING:
+        if transfer.state is State.FENCING:
             return []
-        actions: list[DestinationAction] = []
-        if say is not None and transfer.lane in self._lanes:
-            actions.append(Send(transfer.lane, say))
+        actions: list[DestinationAction] = [Send(transfer.lane, say)] if say is not None and transfer.lane in self._lanes else []
         self._closed.add(transfer.transfer_id, now)
         actions.append(TellFailed(transfer.transfer_id, error))
-        if transfer.state is _State.GRANTED:
-            transfer.state = _State.FENCING
+        if transfer.state is State.GRANTED:
+            transfer.state = State.FENCING
             transfer.receipt = None
             transfer.lease_until = None
-            return [*actions, Fence(transfer.transfer_id)]
+            return [*actions, Fence(transfer.transfer_id, lane=transfer.lane)]
         del self._transfers[transfer.transfer_id]
         return [*actions, TellReleased(transfer.transfer_id)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..core.layout import Layout
-from ..core.transfer import GroupGrant, Hello, Ready, Refused, RefusedReason
+from ..core.transfer import GroupGrant, Hello, Ready, Refused, RefusedReason, Transport
 from .coverage import Span, blocks_of
 
 
@@ -15,11 +15,16 @@ def refusal(ours: Hello, theirs: Hello) -> Refused | None:
     difference = ours.layout.difference(theirs.layout)
     if difference is not None:
         return Refused("", RefusedReason.LAYOUT, f"{ours.worker_id} and {theirs.worker_id} cannot exchange KV: {difference}")
-    if ours.shm is None or theirs.shm is None:
-        deaf = ours.worker_id if ours.shm is None else theirs.worker_id
-        message = f"{ours.worker_id} and {theirs.worker_id} have no transport in common: {deaf} does not speak shm."
-        return Refused("", RefusedReason.TRANSPORT, message)
+    if not common_transports(ours, theirs):
+        spoken = " and ".join(f"{hello.worker_id} may use {', '.join(hello.transports) or 'none'}" for hello in (ours, theirs))
+        return Refused("", RefusedReason.TRANSPORT, f"{ours.worker_id} and {theirs.worker_id} have no transport in common: {spoken}.")
     return None
+
+
+def common_transports(ours: Hello, theirs: Hello) -> tuple[Transport, ...]:
+    """Those that both ends may use, in our order."""
+    common = (transport for transport in ours.transports if transport in theirs.transports)
+    return tuple(transport for transport in common if transport is not Transport.SHM or theirs.shm is not None)
 
 
 def grant_fault(groups: tuple[GroupGrant, ...], prompt_tokens: int, destination: Layout) -> str | None:
@@ -38,12 +43,25 @@ def grant_fault(groups: tuple[GroupGrant, ...], prompt_tokens: int, destination:
     return None
 
 
-def piece_fault(ready: Ready, source: Layout, slots: int) -> str | None:
-    """The piece must lie in one cache group and in the source's pool. (Order and holes are `Coverage`'s to judge.)"""
-    if not 0 <= ready.group < len(source.groups) or not set(ready.layers) <= set(source.groups[ready.group].layers):
+def piece_fault(ready: Ready, layout: Layout) -> str | None:
+    """The piece must lie in one cache group. (Order and holes are `Coverage`'s to judge.)"""
+    if not 0 <= ready.group < len(layout.groups) or not set(ready.layers) <= set(layout.groups[ready.group].layers):
         return f"cache group {ready.group} has no layers {ready.layers}"
+    if not 0 <= ready.start < ready.stop:
+        return f"{ready.start} to {ready.stop} are no positions"
+    return None
+
+
+def size_fault(ready: Ready, layout: Layout, most_bytes: int) -> str | None:
+    """Why it cannot be said how many bytes to receive, or where to put them meanwhile."""
+    size = Span(ready.group, ready.layers, ready.start, ready.stop).bytes(layout.groups) if not (fault := piece_fault(ready, layout)) else 0
+    return f"{size} bytes are more than a staging slot holds" if size > most_bytes else fault
+
+
+def place_fault(ready: Ready, source: Layout, slots: int) -> str | None:
+    """A piece that is to be copied from the source's pool must lie there, under one of its epoch words."""
     span = Span(ready.group, ready.layers, ready.start, ready.stop)
-    if not 0 <= ready.start < ready.stop or len(ready.blocks) != blocks_of(span, source.block_size):
+    if len(ready.blocks) != blocks_of(span, source.block_size):
         return f"{len(ready.blocks)} blocks do not hold positions {ready.start} to {ready.stop}"
     if not all(0 <= block < source.num_blocks[ready.group] for block in ready.blocks):
         return "a block is outside the source's pool"

@@ -30,8 +30,8 @@ class Receipt:
     def copying(self, seq: int) -> bool:
         return seq in self._copying
 
-    def piece(self, ready: Ready, source: Layout, slots: int, now: float) -> str | None:
-        fault = piece_fault(ready, source, slots)
+    def piece(self, ready: Ready, now: float) -> str | None:
+        fault = piece_fault(ready, self._layout)
         if fault is not None:
             return fault
         if self.commit is not None or ready.seq != self._pieces:

@@ -10,16 +10,31 @@ from ..core.clock import Clock
 from ..core.errors import DiptychError
 from ..core.layout import Layout
 from ..core.request import Token
-from ..core.transfer import Hello
+from ..core.transfer import Hello, Rendezvous, Transport
 from ..rpc.lane import dial_lane
-from .actions import Dial, Fence, HangUp, Send, SourceAction, TellFailed, TellGranted, TellHandedOver, TellReleased
+from .actions import (
+    Connect,
+    Detach,
+    Dial,
+    Fence,
+    HangUp,
+    Introduce,
+    Post,
+    Send,
+    SourceAction,
+    Stage,
+    TellFailed,
+    TellGranted,
+    TellHandedOver,
+    TellReleased,
+)
 from .alarm import Alarm
 from .events import SourceEvents
 from .geometry import SLOTS
 from .lanes import DialLane, Lane
 from .pool import Pool
 from .source_machine import SourceMachine
-from .transports.shm import NAME
+from .transports.gloo import Device, Outgoing, PairEvents
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +52,17 @@ class Source:
         lease_s: float,
         events: SourceEvents,
         *,
+        transports: tuple[Transport, ...],
+        host: str,
         dial: DialLane = dial_lane,
     ) -> None:
-        """Construct while the loop runs; close before the pool. `dial`: a test's own way to open lanes."""
-        self._machine = SourceMachine(Hello(worker_id, incarnation, layout, pool.endpoint), lease_s, SLOTS)
+        """Construct while the loop runs; close before the pool. `transports`: those it may use. `host`: the address by which peers
+        reach this worker; gloo binds to its interface alone. `dial`: a test's own way to open lanes."""
+        self._machine = SourceMachine(Hello(worker_id, incarnation, layout, pool.endpoint, transports), lease_s, SLOTS)
+        self._lease_s = lease_s
+        self._device = Device(host)
+        self._pairs: dict[int, Outgoing] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._pool = pool
         self._clock = clock
         self._events = events
@@ -84,6 +106,7 @@ class Source:
         """Raise `AssertionError` if an invariant does not hold."""
         self._machine.check()
         assert self._lanes.keys() <= self._tasks.keys(), "a lane is one task's"
+        assert self._pairs.keys() <= self._lanes.keys(), "a pair goes with its lane"
 
     async def close(self) -> None:
         """Cancel everything, hang up all lanes; returns when no task of it is left."""
@@ -91,6 +114,9 @@ class Source:
         self._do(self._machine.close("The worker is closing.", self._clock.now()))
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()))
+        if self._closing:
+            await asyncio.wait(self._closing)
+        self._device.close()
         self._alarm.cancel()
         if self._announcing is not None:
             self._announcing.cancel()
@@ -125,8 +151,8 @@ class Source:
                 self._do(self._machine.fenced(transfer_id, self._clock.now()))
             case TellGranted(transfer_id):
                 self._events.granted(transfer_id)
-            case TellHandedOver(transfer_id, kv_bytes, seconds):
-                self._events.handed_over(transfer_id, kv_bytes, seconds, NAME)
+            case TellHandedOver(transfer_id, kv_bytes, seconds, transport):
+                self._events.handed_over(transfer_id, kv_bytes, seconds, transport)
             case TellFailed(transfer_id, error):
                 self._events.failed(transfer_id, error)
             case TellReleased(transfer_id):
@@ -136,6 +162,33 @@ class Source:
                 self._tasks[lane].add_done_callback(lambda _: self._tasks.pop(lane))
             case HangUp(lane, reason):
                 self._hang_up(lane, reason)
+            case Stage():
+                self._pairs[action.lane].stage(action)
+            case Post(lane, slot):
+                self._pairs[lane].post(slot)
+            case Connect(lane):
+                self._connect(lane)
+            case Introduce(lane, key, value):
+                self._pairs[lane].introduce(key, value)
+            case Detach(lane):
+                self._disconnect(self._pairs.pop(lane))
+
+    def _connect(self, number: int) -> None:
+        lane = self._lanes[number]
+        events = PairEvents(
+            connected=lambda: self._do(self._machine.connected(number, self._clock.now())),
+            staged=lambda slot, checksum: self._do(self._machine.staged(number, slot, checksum, self._clock.now())),
+            sent=lambda slot: self._do(self._machine.sent(number, slot, self._clock.now())),
+            broken=lambda reason: self._do(self._machine.pair_broken(number, reason, self._clock.now())),
+        )
+        tell = lambda key, value: lane.send(Rendezvous(key, value))  # noqa: E731
+        self._pairs[number] = Outgoing(self._pool, self._device, self._lease_s, tell, events)
+
+    def _disconnect(self, pair: Outgoing) -> None:
+        pair.close()
+        task = asyncio.create_task(pair.wait_closed())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     def _hang_up(self, lane: int, reason: str) -> None:
         log.info("lane %d closed: %s", lane, reason)

@@ -5,61 +5,43 @@
                                broken, no Ack for one lease
 
 Who waits here, and until when: a lane being dialled, `HANDSHAKE_S`; an Offer, until Grant, Refused, cancel or the lane's end; a
-Commit, one lease. A granted transfer waits for nobody: it says KeepAlive three times a lease.
+Commit, one lease. A granted transfer waits for nobody but, on a two-sided transport, a staging slot: sends free it, or the pair
+breaks and its lane with it. It says KeepAlive three times a lease.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Iterable
 
 from ..core.errors import Cancelled, DiptychError, Internal, InvalidRequest, TransferFailed
 from ..core.layout import Layout
 from ..core.request import Token
-from ..core.transfer import Ack, Cancel, Commit, Epoch, Grant, Hello, KeepAlive, LaneMessage, Offer, Ready, Refused
-from .actions import Dial, Fence, HangUp, Send, SourceAction, TellFailed, TellGranted, TellHandedOver, TellReleased
+from ..core.transfer import Ack, Cancel, Grant, Hello, KeepAlive, LaneMessage, Offer, Refused, Rendezvous, Transport
+from .actions import (
+    Connect,
+    Detach,
+    Dial,
+    Fence,
+    HangUp,
+    Introduce,
+    Post,
+    Send,
+    SourceAction,
+    TellFailed,
+    TellGranted,
+    TellHandedOver,
+    TellReleased,
+)
+from .announcing import to_read, to_stage
 from .closed_ids import ClosedIds
-from .coverage import Coverage, Span, ahead, blocks_of
+from .coverage import Coverage
 from .faults import grant_fault, refusal
+from .source_state import Lane, State, Transfer
+from .staging import Staging
 
 HANDSHAKE_S = 10.0
 """Longest time from dialling to the peer's Hello. Twice what the destination allows itself, so that its reason arrives."""
 KEEP_ALIVES_PER_LEASE = 3
-
-
-class _State(StrEnum):
-    OFFERED = "offered"
-    GRANTED = "granted"
-    COMMITTED = "committed"
-    FENCING = "fencing"
-
-
-@dataclass(slots=True)
-class _Transfer:
-    transfer_id: str
-    lane: int
-    prompt_tokens: int
-    slot: int
-    computed: Coverage
-    state: _State = _State.OFFERED
-    tables: tuple[tuple[int, ...], ...] = ()
-    epoch: Epoch | None = None
-    announced: Coverage | None = None
-    pieces: int = 0
-    first_tokens: tuple[Token, ...] | None = None
-    acked_by: float | None = None
-
-
-@dataclass(slots=True)
-class _Lane:
-    number: int
-    address: str
-    heard_at: float
-    opened_by: float | None
-    """None once the peer's Hello has come."""
-    layout: Layout | None = None
-    """The peer's."""
-    transfers: set[str] = field(default_factory=set)
 
 
 class SourceMachine:
@@ -72,9 +54,9 @@ class SourceMachine:
         self._hello = hello
         self._layout: Layout = hello.layout
         self._lease_s = lease_s
-        self._transfers: dict[str, _Transfer] = {}
+        self._transfers: dict[str, Transfer] = {}
         self._closed = ClosedIds()
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, Lane] = {}
         self._lane_to: dict[str, int] = {}
         self._lanes_made = 0
         self._words = [0] * slots
@@ -96,7 +78,7 @@ class SourceMachine:
         lane = self._lane(address, now, actions)
         starts = (0,) * len(self._layout.groups)
         computed = Coverage(self._layout.groups, starts, prompt_tokens)
-        self._transfers[transfer_id] = _Transfer(transfer_id, lane.number, prompt_tokens, self._free_slots.pop(), computed)
+        self._transfers[transfer_id] = Transfer(transfer_id, lane.number, prompt_tokens, self._free_slots.pop(), computed)
         lane.transfers.add(transfer_id)
         if lane.opened_by is None:
             actions.append(Send(lane.number, Offer(transfer_id, prompt_tokens)))
@@ -105,31 +87,35 @@ class SourceMachine:
     def computed(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: tuple[tuple[int, ...], ...]) -> bool:
         """True if `announce` now has something to say. Raises `Internal` if positions come out of order."""
         transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is _State.FENCING:
+        if transfer is None or transfer.state is State.FENCING:
             return False
         try:
             transfer.computed.extend(layers, start, stop)
         except ValueError as error:
             raise Internal(f"Transfer {transfer_id}: computed out of order: {error}.") from error
         transfer.tables = tables
-        if transfer.state is _State.GRANTED:
+        if transfer.state is State.GRANTED:
             self._dirty[transfer_id] = None
         return bool(self._dirty)
 
     def announce(self, now: float) -> list[SourceAction]:
         """Ready for all that was computed since it was last called."""
         dirty, self._dirty = self._dirty, {}
-        return [action for transfer_id in dirty for action in self._announce(self._transfers[transfer_id], now)]
+        actions: list[SourceAction] = []
+        for transfer in map(self._transfers.__getitem__, dirty):
+            if transfer.state is State.GRANTED:  # still: announcing one may fail another
+                actions += self._announce(transfer, now)
+        return actions
 
     def commit(self, transfer_id: str, first_tokens: tuple[Token, ...], now: float) -> list[SourceAction]:
         """Raises `Internal` if some position was not computed, or on a second commit."""
         transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is _State.FENCING:
+        if transfer is None or transfer.state is State.FENCING:
             return []
         if transfer.first_tokens is not None or not transfer.computed.complete:
             raise Internal(f"Transfer {transfer_id}: committed twice, or before all its KV was computed.")
         transfer.first_tokens = first_tokens
-        return self._advance(transfer, now) if transfer.state is _State.GRANTED else []
+        return self._advance(transfer, now) if transfer.state is State.GRANTED else []
 
     def cancel(self, transfer_id: str, reason: str, now: float) -> list[SourceAction]:
         transfer = self._transfers.get(transfer_id)
@@ -137,9 +123,40 @@ class SourceMachine:
 
     # -- the transport ------------------------------------------------------------------------------------------------
 
+    def connected(self, lane: int, now: float) -> list[SourceAction]:
+        """The lane's pair stands."""
+        staging = self._staging(lane)
+        if staging is None:
+            return []
+        staging.connected()
+        return self._fill(self._lanes[lane], now)
+
+    def staged(self, lane: int, slot: int, checksum: int, now: float) -> list[SourceAction]:
+        """The piece in `slot` is complete: announce it, then send it. What was fenced meanwhile is neither announced nor sent."""
+        staging = self._staging(lane)
+        if staging is None:
+            return []
+        transfer_id, span = staging.filled(slot)
+        transfer = self._on(self._lanes[lane], transfer_id)
+        if transfer is None:
+            staging.empty(slot)
+            return self._fill(self._lanes[lane], now)
+        return [Send(lane, transfer.ready(span, checksum=checksum)), Post(lane, slot), *self._perhaps_commit(transfer, now)]
+
+    def sent(self, lane: int, slot: int, now: float) -> list[SourceAction]:
+        staging = self._staging(lane)
+        if staging is None:
+            return []
+        staging.empty(slot)
+        return self._fill(self._lanes[lane], now)
+
+    def pair_broken(self, lane: int, reason: str, now: float) -> list[SourceAction]:
+        """The peer is dead or silent, or there was no way to it: the lane goes with the pair, and the next Offer makes both anew."""
+        return self._hang_up(lane, reason, now) if lane in self._lanes else []
+
     def fenced(self, transfer_id: str, now: float) -> list[SourceAction]:
         transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is not _State.FENCING:
+        if transfer is None or transfer.state is not State.FENCING:
             return []
         del self._transfers[transfer_id]
         self._free_slots.append(transfer.slot)
@@ -161,8 +178,8 @@ class SourceMachine:
 
     def lane_broken(self, lane: int, reason: str, now: float) -> list[SourceAction]:
         """The lane has ended, from whichever side; an unknown lane (hung up before) is ignored."""
-        gone = self._forget_lane(lane)
-        return self._fail_all(gone, f"The lane to {gone.address} broke: {reason}", now) if gone else []
+        known = self._lanes.get(lane)
+        return self._end_lane(lane, f"The lane to {known.address} broke: {reason}", now) if known else []
 
     def received(self, lane: int, message: LaneMessage, now: float) -> list[SourceAction]:
         """A message from the peer; one that comes on a lane that was hung up is ignored."""
@@ -183,6 +200,8 @@ class SourceMachine:
                 return self._ended_by_peer(known, message.transfer_id, Cancelled(message.reason), now)
             case Ack():
                 return self._acked(known, message, now)
+            case Rendezvous(key, value) if known.staging is not None:
+                return [Introduce(lane, key, value)]
             case _:
                 return self._hang_up(lane, f"It said {type(message).__name__}, which a destination does not say.", now)
 
@@ -223,116 +242,113 @@ class SourceMachine:
         assert sorted(slots) == list(range(len(self._words))), "each slot is free or one transfer's"
         assert self._lane_to == {lane.address: lane.number for lane in self._lanes.values()}, "one lane per address"
         for lane in self._lanes.values():
-            for transfer_id in lane.transfers:
-                assert self._transfers[transfer_id].lane == lane.number
+            lane.check(self._transfers)
         for transfer in self._transfers.values():
-            fencing = transfer.state is _State.FENCING
+            fencing = transfer.state is State.FENCING
             assert fencing != (transfer.lane in self._lanes and transfer.transfer_id in self._lanes[transfer.lane].transfers)
-            assert (transfer.acked_by is not None) == (transfer.state is _State.COMMITTED), "only a Commit waits for an Ack"
-            assert transfer.state in (_State.OFFERED, _State.FENCING) or transfer.announced is not None
-        granted = any(transfer.state is _State.GRANTED for transfer in self._transfers.values())
+            transfer.check()
+        granted = any(transfer.state is State.GRANTED for transfer in self._transfers.values())
         assert not granted or self._keep_alive_at is not None, "a grant is kept alive"
-        assert all(self._transfers[transfer_id].state is _State.GRANTED for transfer_id in self._dirty)
+        assert all(self._transfers[transfer_id].state is State.GRANTED for transfer_id in self._dirty)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _stillborn(self, transfer_id: str, message: str) -> list[SourceAction]:
         return [TellFailed(transfer_id, TransferFailed(message)), TellReleased(transfer_id)]
 
-    def _lane(self, address: str, now: float, actions: list[SourceAction]) -> _Lane:
+    def _lane(self, address: str, now: float, actions: list[SourceAction]) -> Lane:
         if address in self._lane_to:
             return self._lanes[self._lane_to[address]]
         self._lanes_made += 1
-        lane = self._lanes[self._lanes_made] = _Lane(self._lanes_made, address, now, now + HANDSHAKE_S)
+        lane = self._lanes[self._lanes_made] = Lane(self._lanes_made, address, now, now + HANDSHAKE_S)
         self._lane_to[address] = lane.number
         actions.append(Dial(lane.number, address))
         return lane
 
-    def _welcome(self, lane: _Lane, message: LaneMessage, now: float) -> list[SourceAction]:
+    def _welcome(self, lane: Lane, message: LaneMessage, now: float) -> list[SourceAction]:
         if not isinstance(message, Hello):
             return self._hang_up(lane.number, f"It said {type(message).__name__} before Hello.", now)
-        refused = refusal(self._hello, message)
-        if refused is not None:
+        if (refused := refusal(self._hello, message)) is not None:
             return self._hang_up(lane.number, refused.message, now)
+        if len(message.transports) != 1:
+            return self._hang_up(lane.number, f"{message.worker_id} has chosen no transport.", now)
         lane.opened_by = None
         lane.layout = message.layout
+        lane.transport = message.transports[0]
         offers = (self._transfers[transfer_id] for transfer_id in self._transfers if transfer_id in lane.transfers)
-        return [Send(lane.number, Offer(transfer.transfer_id, transfer.prompt_tokens)) for transfer in offers]
+        actions: list[SourceAction] = [Send(lane.number, Offer(offer.transfer_id, offer.prompt_tokens)) for offer in offers]
+        if lane.transport is Transport.GLOO:
+            lane.staging = Staging()
+            actions.append(Connect(lane.number, message))
+        return actions
 
-    def _granted(self, lane: _Lane, grant: Grant, now: float) -> list[SourceAction]:
+    def _staging(self, lane: int) -> Staging | None:
+        return self._lanes[lane].staging if lane in self._lanes else None
+
+    def _granted(self, lane: Lane, grant: Grant, now: float) -> list[SourceAction]:
         transfer = self._on(lane, grant.transfer_id)
         if transfer is None:
             return [Send(lane.number, Cancel(grant.transfer_id, "The source has ended this transfer."))]
-        if transfer.state is not _State.OFFERED:
+        if transfer.state is not State.OFFERED:
             return []
         assert lane.layout is not None
-        wrong = grant_fault(grant.groups, transfer.prompt_tokens, lane.layout)
-        if wrong is not None:
+        if (wrong := grant_fault(grant.groups, transfer.prompt_tokens, lane.layout)) is not None:
             return self._fail(transfer, TransferFailed(f"The destination's Grant is wrong: {wrong}."), now, tell_peer=wrong)
-        transfer.state = _State.GRANTED
+        transfer.state = State.GRANTED
         transfer.epoch = grant.epoch
         transfer.announced = Coverage(self._layout.groups, tuple(group.first_position for group in grant.groups), transfer.prompt_tokens)
         if self._keep_alive_at is None:
             self._keep_alive_at = now + self._lease_s / KEEP_ALIVES_PER_LEASE
         return [TellGranted(transfer.transfer_id), *self._advance(transfer, now)]
 
-    def _advance(self, transfer: _Transfer, now: float) -> list[SourceAction]:
+    def _advance(self, transfer: Transfer, now: float) -> list[SourceAction]:
         """Announce what is computed and, if the first tokens are known, commit."""
-        actions = self._announce(transfer, now)
         self._dirty.pop(transfer.transfer_id, None)
-        if transfer.state is _State.GRANTED and transfer.first_tokens is not None:
-            transfer.state = _State.COMMITTED
-            transfer.acked_by = now + self._lease_s
-            actions.append(Send(transfer.lane, Commit(transfer.transfer_id, transfer.pieces, transfer.first_tokens)))
-        return actions
+        return [*self._announce(transfer, now), *self._perhaps_commit(transfer, now)]
 
-    def _announce(self, transfer: _Transfer, now: float) -> list[SourceAction]:
-        assert transfer.announced is not None
+    def _perhaps_commit(self, transfer: Transfer, now: float) -> list[SourceAction]:
+        """Commit, if the first tokens are known and every piece is announced."""
+        if transfer.state is not State.GRANTED or transfer.first_tokens is None or not self._lanes[transfer.lane].announces_all(transfer):
+            return []
+        return [Send(transfer.lane, transfer.commit(acked_by=now + self._lease_s))]
+
+    def _announce(self, transfer: Transfer, now: float) -> list[SourceAction]:
+        """Of a two-sided transport's pieces only what has a staging slot is announced, once it lies there."""
+        lane = self._lanes[transfer.lane]
+        if lane.staging is None:
+            return self._said(to_read(self._layout, transfer, self._words[transfer.slot]), now)
+        lane.staging.want(transfer.transfer_id)
+        return self._fill(lane, now)
+
+    def _fill(self, lane: Lane, now: float) -> list[SourceAction]:
+        return self._said(to_stage(self._layout, lane, self._transfers), now)
+
+    def _said(self, found: Iterable[tuple[Transfer, SourceAction | str]], now: float) -> list[SourceAction]:
+        """The actions found, and the end of those transfers of which something is lacking."""
         actions: list[SourceAction] = []
-        for span in ahead(self._layout, transfer.computed, transfer.announced):
-            ready = self._ready(transfer, span)
-            if len(ready.blocks) < blocks_of(span, self._layout.block_size) or min(ready.blocks) < 0:
-                message = f"The Grant asks for positions from {span.start} of cache group {span.group}, which the source does not hold."
-                return [*actions, *self._fail(transfer, TransferFailed(message), now, tell_peer=message)]
-            transfer.announced.extend(span.layers, span.start, span.stop)
-            transfer.pieces += 1
-            actions.append(Send(transfer.lane, ready))
+        for transfer, said in found:
+            actions += self._fail(transfer, TransferFailed(said), now, tell_peer=said) if isinstance(said, str) else [said]
         return actions
 
-    def _ready(self, transfer: _Transfer, span: Span) -> Ready:
-        assert transfer.epoch is not None
-        size = self._layout.block_size
-        return Ready(
-            transfer_id=transfer.transfer_id,
-            epoch=transfer.epoch,
-            seq=transfer.pieces,
-            group=span.group,
-            layers=span.layers,
-            start=span.start,
-            stop=span.stop,
-            blocks=transfer.tables[span.group][span.start // size : -(-span.stop // size)],
-            slot=transfer.slot,
-            word=self._words[transfer.slot],
-        )
-
-    def _on(self, lane: _Lane, transfer_id: str) -> _Transfer | None:
+    def _on(self, lane: Lane, transfer_id: str) -> Transfer | None:
         return self._transfers[transfer_id] if transfer_id in lane.transfers else None
 
-    def _acked(self, lane: _Lane, ack: Ack, now: float) -> list[SourceAction]:
+    def _acked(self, lane: Lane, ack: Ack, now: float) -> list[SourceAction]:
         transfer = self._on(lane, ack.transfer_id)
         if transfer is None:
             return []
-        if transfer.state is not _State.COMMITTED:
+        if transfer.state is not State.COMMITTED:
             return self._fail(transfer, TransferFailed("The destination acknowledged what was not committed."), now, tell_peer="early Ack")
-        return [TellHandedOver(transfer.transfer_id, ack.kv_bytes, ack.seconds), self._fence(transfer, now)]
+        assert lane.transport is not None
+        return [TellHandedOver(transfer.transfer_id, ack.kv_bytes, ack.seconds, lane.transport), self._fence(transfer, now)]
 
-    def _ended_by_peer(self, lane: _Lane, transfer_id: str, error: DiptychError, now: float) -> list[SourceAction]:
+    def _ended_by_peer(self, lane: Lane, transfer_id: str, error: DiptychError, now: float) -> list[SourceAction]:
         transfer = self._on(lane, transfer_id)
         return self._fail(transfer, error, now, tell_peer=None) if transfer else []
 
-    def _unacknowledged(self, transfer: _Transfer, now: float) -> list[SourceAction]:
+    def _unacknowledged(self, transfer: Transfer, now: float) -> list[SourceAction]:
         """A peer that said nothing at all for the lease may be stopped: its lane ends too, so that the next Offer finds out soon."""
-        if transfer.state is not _State.COMMITTED:
+        if transfer.state is not State.COMMITTED:
             return []
         lane = self._lanes[transfer.lane]
         message = f"No Ack came within the lease of {self._lease_s:g} s."
@@ -343,25 +359,28 @@ class SourceMachine:
     def _keep_alive(self, now: float) -> list[SourceAction]:
         granted: dict[int, list[str]] = {}
         for transfer in self._transfers.values():
-            if transfer.state is _State.GRANTED:
+            if transfer.state is State.GRANTED:
                 granted.setdefault(transfer.lane, []).append(transfer.transfer_id)
         self._keep_alive_at = now + self._lease_s / KEEP_ALIVES_PER_LEASE if granted else None
         return [Send(lane, KeepAlive(tuple(ids))) for lane, ids in granted.items()]
 
-    def _fence(self, transfer: _Transfer, now: float) -> Fence:
+    def _fence(self, transfer: Transfer, now: float) -> Fence:
         """Terminal: from here on the transfer only waits for its fence. The word is spent, whatever the end was, so that every
         transfer has a word of its own."""
-        if transfer.lane in self._lanes:
-            self._lanes[transfer.lane].transfers.discard(transfer.transfer_id)
+        lane = self._lanes.get(transfer.lane)
+        if lane is not None:
+            lane.transfers.discard(transfer.transfer_id)
+            if lane.staging is not None:
+                lane.staging.drop(transfer.transfer_id)
         self._dirty.pop(transfer.transfer_id, None)
         self._closed.add(transfer.transfer_id, now)
-        transfer.state = _State.FENCING
+        transfer.state = State.FENCING
         transfer.acked_by = None
         self._words[transfer.slot] += 1
         return Fence(transfer.transfer_id, transfer.slot, self._words[transfer.slot])
 
-    def _fail(self, transfer: _Transfer, error: DiptychError, now: float, *, tell_peer: str | None) -> list[SourceAction]:
-        if transfer.state is _State.FENCING:
+    def _fail(self, transfer: Transfer, error: DiptychError, now: float, *, tell_peer: str | None) -> list[SourceAction]:
+        if transfer.state is State.FENCING:
             return []
         actions: list[SourceAction] = []
         lane = self._lanes.get(transfer.lane)
@@ -369,17 +388,13 @@ class SourceMachine:
             actions.append(Send(lane.number, Cancel(transfer.transfer_id, tell_peer)))
         return [*actions, TellFailed(transfer.transfer_id, error), self._fence(transfer, now)]
 
-    def _forget_lane(self, lane: int) -> _Lane | None:
-        gone = self._lanes.pop(lane, None)
-        if gone is not None:
-            del self._lane_to[gone.address]
-        return gone
-
     def _hang_up(self, lane: int, reason: str, now: float) -> list[SourceAction]:
-        gone = self._forget_lane(lane)
-        assert gone is not None
-        return [HangUp(lane, reason), *self._fail_all(gone, f"No lane to {gone.address}: {reason}", now)]
+        return [HangUp(lane, reason), *self._end_lane(lane, f"No lane to {self._lanes[lane].address}: {reason}", now)]
 
-    def _fail_all(self, lane: _Lane, message: str, now: float) -> list[SourceAction]:
-        mine = [transfer for transfer in self._transfers.values() if transfer.transfer_id in lane.transfers]
-        return [action for transfer in mine for action in self._fail(transfer, TransferFailed(message), now, tell_peer=None)]
+    def _end_lane(self, lane: int, message: str, now: float) -> list[SourceAction]:
+        """With a lane end its transfers and its pair."""
+        gone = self._lanes.pop(lane)
+        del self._lane_to[gone.address]
+        mine = [transfer for transfer in self._transfers.values() if transfer.transfer_id in gone.transfers]
+        actions = [action for transfer in mine for action in self._fail(transfer, TransferFailed(message), now, tell_peer=None)]
+        return [*actions, Detach(lane)] if gone.staging is not None else actions

@@ -336,7 +336,7 @@ class FleetStatus(_message.Message):
     def __init__(self, fleet: _Optional[_Union[Fleet, _Mapping]] = ..., reports: _Optional[_Iterable[_Union[WorkerReport, _Mapping]]] = ...) -> None: ...
 
 class LaneMessage(_message.Message):
-    __slots__ = ("hello", "offer", "grant", "refused", "ready", "commit", "ack", "cancel", "keep_alive")
+    __slots__ = ("hello", "offer", "grant", "refused", "ready", "commit", "ack", "cancel", "keep_alive", "rendezvous")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +346,7 @@ class LaneMessage(_message.Message):
     ACK_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     KEEP_ALIVE_FIELD_NUMBER: _ClassVar[int]
+    RENDEZVOUS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     offer: Offer
     grant: Grant
@@ -355,23 +356,34 @@ class LaneMessage(_message.Message):
     ack: Ack
     cancel: Cancel
     keep_alive: KeepAlive
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., keep_alive: _Optional[_Union[KeepAlive, _Mapping]] = ...) -> None: ...
+    rendezvous: Rendezvous
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., keep_alive: _Optional[_Union[KeepAlive, _Mapping]] = ..., rendezvous: _Optional[_Union[Rendezvous, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "layout", "shm_socket", "shm_nonce", "protocol_version")
+    __slots__ = ("worker_id", "incarnation", "layout", "shm_socket", "shm_nonce", "protocol_version", "transports")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     SHM_SOCKET_FIELD_NUMBER: _ClassVar[int]
     SHM_NONCE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     layout: Layout
     shm_socket: str
     shm_nonce: bytes
     protocol_version: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., shm_socket: _Optional[str] = ..., shm_nonce: _Optional[bytes] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    transports: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., shm_socket: _Optional[str] = ..., shm_nonce: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Rendezvous(_message.Message):
+    __slots__ = ("key", "value")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    value: bytes
+    def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
 
 class Epoch(_message.Message):
     __slots__ = ("incarnation", "counter")
@@ -418,7 +430,7 @@ class Refused(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "seq", "group", "layers", "start", "stop", "blocks", "slot", "word")
+    __slots__ = ("transfer_id", "epoch", "seq", "group", "layers", "start", "stop", "blocks", "slot", "word", "checksum")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -429,6 +441,7 @@ class Ready(_message.Message):
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     WORD_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: Epoch
     seq: int
@@ -439,7 +452,8 @@ class Ready(_message.Message):
     blocks: _containers.RepeatedScalarFieldContainer[int]
     slot: int
     word: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., seq: _Optional[int] = ..., group: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., slot: _Optional[int] = ..., word: _Optional[int] = ...) -> None: ...
+    checksum: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., seq: _Optional[int] = ..., group: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., slot: _Optional[int] = ..., word: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Commit(_message.Message):
     __slots__ = ("transfer_id", "pieces", "first_tokens")

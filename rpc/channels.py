@@ -79,6 +79,10 @@ def split_address(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def open_channel(address: str, max_message_bytes: int = INTERNAL_MESSAGE_BYTES) -> grpc.aio.Channel:
     """A channel of the running event loop that connects when first used, and again after the connection was lost."""
     split_address(address)

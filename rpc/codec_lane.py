@@ -20,7 +20,9 @@ from ..core.transfer import (
     Ready,
     Refused,
     RefusedReason,
+    Rendezvous,
     ShmEndpoint,
+    Transport,
 )
 from ..proto import worker_pb2 as pb
 from .codec_commands import read_tokens, write_token
@@ -52,6 +54,8 @@ def encode_lane_message(message: LaneMessage) -> bytes:
             wire.refused.CopyFrom(pb.Refused(transfer_id=transfer_id, reason=refused, message=text))
         case Hello():
             wire.hello.CopyFrom(_hello(message))
+        case Rendezvous(key, value):
+            wire.rendezvous.CopyFrom(pb.Rendezvous(key=key, value=value))
     return wire.SerializeToString()
 
 
@@ -71,6 +75,7 @@ def _ready(message: Ready) -> pb.Ready:
         blocks=message.blocks,
         slot=message.slot,
         word=message.word,
+        checksum=message.checksum,
     )
 
 
@@ -82,6 +87,7 @@ def _hello(message: Hello) -> pb.Hello:
         shm_socket=message.shm.socket if message.shm else None,
         shm_nonce=message.shm.nonce if message.shm else b"",
         protocol_version=message.protocol_version,
+        transports=message.transports,
     )
 
 
@@ -103,7 +109,10 @@ def _read_hello(wire: pb.Hello) -> Hello:
         if len(wire.shm_nonce) != NONCE_BYTES:
             raise InvalidRequest(f"hello.shm_nonce has {len(wire.shm_nonce)} bytes, not {NONCE_BYTES}.", field="hello.shm_nonce")
         shm = ShmEndpoint(wire.shm_socket, wire.shm_nonce)
-    return Hello(wire.worker_id, wire.incarnation, read_layout(wire.layout), shm, wire.protocol_version)
+    # Names that this version does not know are a newer peer's; it may still have another in common.
+    known = {transport.value: transport for transport in Transport}
+    transports = tuple(known[name] for name in wire.transports if name in known)
+    return Hello(wire.worker_id, wire.incarnation, read_layout(wire.layout), shm, transports, wire.protocol_version)
 
 
 def _read_grant(wire: pb.Grant) -> Grant:
@@ -125,11 +134,13 @@ def _read_ready(wire: pb.Ready) -> Ready:
         blocks=tuple(wire.blocks),
         slot=wire.slot,
         word=wire.word,
+        checksum=wire.checksum,
     )
 
 
 _READ: dict[str, Callable[[Any], LaneMessage]] = {
     "hello": _read_hello,
+    "rendezvous": lambda wire: Rendezvous(wire.key, wire.value),
     "offer": lambda wire: Offer(wire.transfer_id, wire.prompt_tokens),
     "grant": _read_grant,
     "refused": lambda wire: Refused(wire.transfer_id, word(RefusedReason, wire.reason, "refused.reason"), wire.message),

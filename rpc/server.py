@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import grpc.aio
 
 from ..core.errors import ConfigError
-from .channels import INTERNAL_MESSAGE_BYTES, server_options, split_address
+from .channels import INTERNAL_MESSAGE_BYTES, join_address, server_options, split_address
 from .handlers import Active, inference_handlers, router_handlers, worker_handlers
 from .inference import InferenceFace
 from .router import RouterFace
@@ -74,7 +74,7 @@ async def serve(
         health = await add_health_and_reflection(server)
     port = _bind(server, host, split_address(address)[1])
     await server.start()
-    return Server(server, _join(host, port), port, active, health)
+    return Server(server, join_address(host, port), port, active, health)
 
 
 async def _bindable(address: str) -> str:
@@ -93,7 +93,7 @@ async def _bindable(address: str) -> str:
 def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
     _probe(host, port)
     try:
-        return server.add_insecure_port(_join(host, port))
+        return server.add_insecure_port(join_address(host, port))
     except RuntimeError as error:
         raise _cannot_listen(host, port, str(error)) from None
 
@@ -111,10 +111,6 @@ def _probe(host: str, port: int) -> None:
 
 def _cannot_listen(host: str, port: int, reason: str) -> ConfigError:
     return ConfigError(
-        f"Cannot listen on {_join(host, port)}: {reason}. Stop what uses port {port}, or choose another (0 takes a free one).",
+        f"Cannot listen on {join_address(host, port)}: {reason}. Stop what uses port {port}, or choose another (0 takes a free one).",
         field="address",
     )
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -23,7 +23,6 @@ from ..geometry import NONCE_BYTES, SLOTS, WORD_BYTES, Geometry, runs
 from ..memory import address_of, copy_runs
 from ..pool import SEALS, Pool
 
-NAME = "shm"
 ATTACH_S = 4.0
 """Within the destination's handshake (5 s), so that the reason told is this one."""
 UNREACHABLE = "{worker} cannot be reached by shared memory from here ({why}); shm is for workers of one host and one user."

@@ -1,5 +1,5 @@
-"""One end of the hinge as a process: `python kv_peer.py prefill|decode`. Commands are JSON lines on stdin, what is told JSON lines
-on stdout. It ends at the end of stdin."""
+"""One end of the hinge as a process: `python kv_peer.py prefill|decode LEASE_S TRANSPORT`. Commands are JSON lines on
+stdin, what is told JSON lines on stdout. It ends at the end of stdin."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diptych.core.request import new_incarnation
+from diptych.core.transfer import Transport
 from diptych.kv_transfer.pool import Pool
 from diptych.rpc.server import serve
 from kv_rig import DecodeEnd, LaneFace, PrefillEnd, layout_with
@@ -37,8 +38,8 @@ async def commands() -> asyncio.StreamReader:
     return reader
 
 
-async def prefill(pool: Pool, lease_s: float) -> None:
-    end = PrefillEnd(pool, lease_s, None, incarnation=new_incarnation())
+async def prefill(pool: Pool, lease_s: float, transport: Transport) -> None:
+    end = PrefillEnd(pool, lease_s, None, incarnation=new_incarnation(), transports=(transport,))
     aloud(end)
     say(what="ready", address="")
     async for line in await commands():
@@ -53,8 +54,8 @@ async def prefill(pool: Pool, lease_s: float) -> None:
     await end.source.close()
 
 
-async def decode(pool: Pool, lease_s: float) -> None:
-    end = DecodeEnd(pool, lease_s, incarnation=new_incarnation())
+async def decode(pool: Pool, lease_s: float, transport: Transport) -> None:
+    end = DecodeEnd(pool, lease_s, incarnation=new_incarnation(), transports=(transport,))
     aloud(end)
     server = await serve("127.0.0.1:0", worker=LaneFace(end.destination.serve_lane))
     say(what="ready", address=server.address)
@@ -67,5 +68,5 @@ async def decode(pool: Pool, lease_s: float) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     shared = Pool.allocate(layout_with(64))
-    asyncio.run((prefill if sys.argv[1] == "prefill" else decode)(shared, float(sys.argv[2])))
+    asyncio.run((prefill if sys.argv[1] == "prefill" else decode)(shared, float(sys.argv[2]), Transport(sys.argv[3])))
     shared.close()

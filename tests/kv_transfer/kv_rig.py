@@ -21,15 +21,17 @@ from diptych.core.errors import DiptychError, Unavailable
 from diptych.core.fleet import WorkerReport
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.core.request import Token
-from diptych.core.transfer import GroupGrant, LaneMessage
+from diptych.core.transfer import GroupGrant, LaneMessage, Transport
 from diptych.kv_transfer.destination import Destination
 from diptych.kv_transfer.lanes import DialLane, Lane
 from diptych.kv_transfer.pool import Pool
 from diptych.kv_transfer.source import Source
+from diptych.rpc.lane import dial_lane
 from diptych.rpc.server import serve
 from diptych.rpc.worker import RouterStream
 
-TRANSPORTS = ("shm",)
+TRANSPORTS = tuple(Transport)
+HOST = "127.0.0.1"
 BLOCK = 16
 LAYOUT = Layout(
     "model",
@@ -134,21 +136,40 @@ class Diary:
 class PrefillEnd:
     """A worker that computes prompts as it is told, and hands them over."""
 
-    def __init__(self, pool: Pool, lease_s: float, dial: DialLane | None, worker_id: str = "P", incarnation: int = 1) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        lease_s: float,
+        dial: DialLane | None,
+        worker_id: str = "P",
+        incarnation: int = 1,
+        transports: tuple[Transport, ...] = (Transport.SHM,),
+    ) -> None:
+        self.transports = transports
         self.pool = pool
         self.blocks = Blocks(pool.layout)
         self.diary = Diary()
         self.prompts: dict[str, tuple[int, Tables]] = {}
         self.bytes: dict[str, int] = {}
         self._freed = asyncio.Event()
-        options = {} if dial is None else {"dial": dial}
-        self.source = Source(worker_id, incarnation, pool, pool.layout, MonotonicClock(), lease_s, self, **options)
+        self.source = Source(
+            worker_id,
+            incarnation,
+            pool,
+            pool.layout,
+            MonotonicClock(),
+            lease_s,
+            self,
+            transports=transports,
+            host=HOST,
+            dial=dial or dial_lane,
+        )
 
     def granted(self, transfer_id: str) -> None:
         self.diary.write("granted", transfer_id)
 
     def handed_over(self, transfer_id: str, kv_bytes: int, seconds: float, transport: str) -> None:
-        assert transport in TRANSPORTS
+        assert transport in self.transports
         assert seconds >= 0
         self.bytes[transfer_id] = kv_bytes
         self.diary.write("handed over", transfer_id)
@@ -202,7 +223,15 @@ class PrefillEnd:
 class DecodeEnd:
     """A worker that grants what fits, in the order of Offers, and verifies what comes."""
 
-    def __init__(self, pool: Pool, lease_s: float, worker_id: str = "D", incarnation: int = 2, offer_wait_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        lease_s: float,
+        worker_id: str = "D",
+        incarnation: int = 2,
+        offer_wait_s: float = 5.0,
+        transports: tuple[Transport, ...] = (Transport.SHM,),
+    ) -> None:
         self.pool = pool
         self.blocks = Blocks(pool.layout)
         self.diary = Diary()
@@ -211,7 +240,18 @@ class DecodeEnd:
         self.cached_blocks: dict[str, int] = Counter()
         self.holding = False
         self.bytes: dict[str, int] = {}
-        self.destination = Destination(worker_id, incarnation, pool, pool.layout, MonotonicClock(), lease_s, offer_wait_s, self)
+        self.destination = Destination(
+            worker_id,
+            incarnation,
+            pool,
+            pool.layout,
+            MonotonicClock(),
+            lease_s,
+            offer_wait_s,
+            self,
+            transports=transports,
+            host=HOST,
+        )
 
     def offered(self, transfer_id: str, prompt_tokens: int) -> None:
         self.diary.write("offered", transfer_id)
@@ -361,22 +401,30 @@ class Exchange:
 
 @asynccontextmanager
 async def rig(
-    *, grpc: bool = False, lease_s: float = 5.0, source_blocks: int = 64, destination_blocks: int = 64, offer_wait_s: float = 5.0
+    transport: Transport,
+    *,
+    grpc: bool = False,
+    lease_s: float = 5.0,
+    source_blocks: int = 64,
+    destination_blocks: int = 64,
+    offer_wait_s: float = 5.0,
 ) -> AsyncIterator[tuple[PrefillEnd, DecodeEnd, str, Exchange]]:
     """Both ends, the destination's address, and the in-process exchange. At the end nothing may be left on either side."""
     exchange = Exchange()
     async with (
-        decode_end(exchange, grpc, lease_s, destination_blocks, offer_wait_s) as (decode, address),
-        prefill_end(None if grpc else exchange.dial, lease_s, source_blocks) as prefill,
+        decode_end(transport, exchange, grpc, lease_s, destination_blocks, offer_wait_s) as (decode, address),
+        prefill_end(transport, None if grpc else exchange.dial, lease_s, source_blocks) as prefill,
     ):
         yield prefill, decode, address, exchange
 
 
 @asynccontextmanager
-async def prefill_end(dial: DialLane | None, lease_s: float, blocks: int = 64, worker_id: str = "P") -> AsyncIterator[PrefillEnd]:
+async def prefill_end(
+    transport: Transport, dial: DialLane | None, lease_s: float, blocks: int = 64, worker_id: str = "P"
+) -> AsyncIterator[PrefillEnd]:
     """`dial` None: over gRPC."""
     pool = Pool.allocate(layout_with(blocks))
-    prefill = PrefillEnd(pool, lease_s, dial, worker_id)
+    prefill = PrefillEnd(pool, lease_s, dial, worker_id, transports=(transport,))
     try:
         yield prefill
     finally:
@@ -389,11 +437,11 @@ async def prefill_end(dial: DialLane | None, lease_s: float, blocks: int = 64, w
 
 @asynccontextmanager
 async def decode_end(
-    exchange: Exchange, grpc: bool, lease_s: float, blocks: int = 64, offer_wait_s: float = 5.0, worker_id: str = "D"
+    transport: Transport, exchange: Exchange, grpc: bool, lease_s: float, blocks: int = 64, offer_wait_s: float = 5.0, worker_id: str = "D"
 ) -> AsyncIterator[tuple[DecodeEnd, str]]:
     """A destination and its address, on gRPC or in `exchange`."""
     pool = Pool.allocate(layout_with(blocks))
-    decode = DecodeEnd(pool, lease_s, worker_id, offer_wait_s=offer_wait_s)
+    decode = DecodeEnd(pool, lease_s, worker_id, offer_wait_s=offer_wait_s, transports=(transport,))
     server = await serve("127.0.0.1:0", worker=LaneFace(decode.destination.serve_lane)) if grpc else None
     address = server.address if server else worker_id
     exchange.destinations[address] = decode.destination

@@ -12,7 +12,7 @@ from typing import Any
 
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.core.request import Token
-from diptych.core.transfer import GroupGrant, Hello, RefusedReason, ShmEndpoint
+from diptych.core.transfer import GroupGrant, Hello, RefusedReason, ShmEndpoint, Transport
 from diptych.kv_transfer.actions import (
     Attach,
     Copy,
@@ -44,8 +44,11 @@ LAYERS = (0, 1, 2, 3, 4)
 FIRST_TOKENS = (Token(0, 7),)
 
 
-def hello(worker_id: str, incarnation: int, layout: Layout = LAYOUT) -> Hello:
-    return Hello(worker_id, incarnation, layout, ShmEndpoint("socket", b"n" * 16))
+SHM, GLOO = (Transport.SHM,), (Transport.GLOO,)
+
+
+def hello(worker_id: str, incarnation: int, layout: Layout = LAYOUT, transports: tuple[Transport, ...] = SHM) -> Hello:
+    return Hello(worker_id, incarnation, layout, ShmEndpoint("socket", b"n" * 16), transports)
 
 
 class Memory:

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 from diptych.core.errors import Cancelled, TransferFailed
-from diptych.core.transfer import RefusedReason
+from diptych.core.transfer import RefusedReason, Transport
 from kv_rig import (
     BLOCK,
     LAYERS,
@@ -54,9 +54,9 @@ def kv_bytes(tokens: int, cached: int = 0) -> int:
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 40, 41, 57, 100, 333])
-def test_every_byte_arrives_once(transport: str, tokens: int) -> None:
+def test_every_byte_arrives_once(transport: Transport, tokens: int) -> None:
     async def run() -> None:
-        async with rig() as (prefill, decode, address, _):
+        async with rig(transport) as (prefill, decode, address, _):
             await hand_over(prefill, decode, address, "a", tokens)
             assert prefill.diary.of("a") == ["granted", "handed over", "released"]
             assert decode.diary.of("a") == ["offered", "committed"]
@@ -66,9 +66,9 @@ def test_every_byte_arrives_once(transport: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
-def test_over_grpc_lanes(transport: str, chunk: int) -> None:
+def test_over_grpc_lanes(transport: Transport, chunk: int) -> None:
     async def run() -> None:
-        async with rig(grpc=True) as (prefill, decode, address, _):
+        async with rig(transport, grpc=True) as (prefill, decode, address, _):
             await hand_over(prefill, decode, address, "a", 77, chunk)
             await hand_over(prefill, decode, address, "b", 140, chunk)
             assert decode.bytes == {"a": kv_bytes(77), "b": kv_bytes(140)}
@@ -76,9 +76,9 @@ def test_over_grpc_lanes(transport: str, chunk: int) -> None:
     asyncio.run(run())
 
 
-def test_only_what_the_destination_lacks_is_sent(transport: str) -> None:
+def test_only_what_the_destination_lacks_is_sent(transport: Transport) -> None:
     async def run() -> None:
-        async with rig() as (prefill, decode, address, _):
+        async with rig(transport) as (prefill, decode, address, _):
             decode.cached_blocks["a"] = 3
             decode.cached_blocks["b"] = 4
             await hand_over(prefill, decode, address, "a", 100)
@@ -88,11 +88,11 @@ def test_only_what_the_destination_lacks_is_sent(transport: str) -> None:
     asyncio.run(run())
 
 
-def test_kv_flows_while_the_rest_is_computed(transport: str) -> None:
+def test_kv_flows_while_the_rest_is_computed(transport: Transport) -> None:
     """Granted early, a piece goes with the layer that made it, and the copies before Commit are done when Commit comes."""
 
     async def run() -> None:
-        async with rig() as (prefill, decode, address, _):
+        async with rig(transport) as (prefill, decode, address, _):
             decode.destination.expect("a")
             prefill.offer("a", address, 32)
             await prefill.diary.wait("granted", "a")
@@ -108,9 +108,9 @@ def test_kv_flows_while_the_rest_is_computed(transport: str) -> None:
     asyncio.run(run())
 
 
-def test_a_prompt_computed_before_its_grant(transport: str) -> None:
+def test_a_prompt_computed_before_its_grant(transport: Transport) -> None:
     async def run() -> None:
-        async with rig() as (prefill, decode, address, _):
+        async with rig(transport) as (prefill, decode, address, _):
             decode.holding = True
             decode.destination.expect("a")
             prefill.offer("a", address, 90)
@@ -126,9 +126,9 @@ def test_a_prompt_computed_before_its_grant(transport: str) -> None:
     asyncio.run(run())
 
 
-def test_order_many_at_once(transport: str) -> None:
+def test_order_many_at_once(transport: Transport) -> None:
     async def run() -> None:
-        async with rig(source_blocks=200, destination_blocks=200) as (prefill, decode, address, _):
+        async with rig(transport, source_blocks=200, destination_blocks=200) as (prefill, decode, address, _):
             names = [f"t{i}" for i in range(30)]
             await asyncio.gather(*(hand_over(prefill, decode, address, name, 5 + 11 * (i % 9), 16) for i, name in enumerate(names)))
             assert [name for what, name in decode.diary.lines if what == "offered"] == names
@@ -139,11 +139,11 @@ def test_order_many_at_once(transport: str) -> None:
 
 @pytest.mark.parametrize("who", ["source", "destination"])
 @pytest.mark.parametrize("when", ["offered", "half computed", "computed", "committed"])
-def test_abort_in_the_middle(transport: str, who: str, when: str) -> None:
+def test_abort_in_the_middle(transport: Transport, who: str, when: str) -> None:
     """The one who gives up and the other both learn it once, and the lane serves the next transfer."""
 
     async def run() -> None:
-        async with rig() as (prefill, decode, address, _):
+        async with rig(transport) as (prefill, decode, address, _):
             decode.holding = when == "offered"
             decode.destination.expect("a")
             prefill.offer("a", address, 100)
@@ -172,9 +172,9 @@ def test_abort_in_the_middle(transport: str, who: str, when: str) -> None:
     asyncio.run(run())
 
 
-def test_a_lane_that_breaks_fails_its_transfers_and_the_next_one_dials_anew(transport: str) -> None:
+def test_a_lane_that_breaks_fails_its_transfers_and_the_next_one_dials_anew(transport: Transport) -> None:
     async def run() -> None:
-        async with rig() as (prefill, decode, address, exchange):
+        async with rig(transport) as (prefill, decode, address, exchange):
             decode.destination.expect("a")
             prefill.offer("a", address, 100)
             await prefill.diary.wait("granted", "a")
@@ -191,9 +191,9 @@ def test_a_lane_that_breaks_fails_its_transfers_and_the_next_one_dials_anew(tran
     asyncio.run(run())
 
 
-def test_a_destination_that_is_not_there_and_then_is(transport: str) -> None:
+def test_a_destination_that_is_not_there_and_then_is(transport: Transport) -> None:
     async def run() -> None:
-        async with rig() as (prefill, decode, address, exchange):
+        async with rig(transport) as (prefill, decode, address, exchange):
             del exchange.destinations[address]
             prefill.offer("a", address, 10)
             await prefill.diary.wait("released", "a")
@@ -204,9 +204,9 @@ def test_a_destination_that_is_not_there_and_then_is(transport: str) -> None:
     asyncio.run(run())
 
 
-def test_an_offer_before_its_decode_waits_and_then_is_refused(transport: str) -> None:
+def test_an_offer_before_its_decode_waits_and_then_is_refused(transport: Transport) -> None:
     async def run() -> None:
-        async with rig(offer_wait_s=0.2) as (prefill, decode, address, _):
+        async with rig(transport, offer_wait_s=0.2) as (prefill, decode, address, _):
             prefill.offer("a", address, 20)
             prefill.offer("b", address, 20)
             await asyncio.sleep(0.05)
@@ -221,9 +221,9 @@ def test_an_offer_before_its_decode_waits_and_then_is_refused(transport: str) ->
     asyncio.run(run())
 
 
-def test_a_refusal_is_told_in_its_words(transport: str) -> None:
+def test_a_refusal_is_told_in_its_words(transport: Transport) -> None:
     async def run() -> None:
-        async with rig() as (prefill, decode, address, _):
+        async with rig(transport) as (prefill, decode, address, _):
             decode.holding = True
             decode.destination.expect("a")
             prefill.offer("a", address, 20)
@@ -235,11 +235,11 @@ def test_a_refusal_is_told_in_its_words(transport: str) -> None:
     asyncio.run(run())
 
 
-def test_back_pressure(transport: str) -> None:
+def test_back_pressure(transport: Transport) -> None:
     """The destination holds one prompt at a time and the source three: KV waits in the source's blocks, then all arrives in order."""
 
     async def run() -> None:
-        async with rig(source_blocks=24, destination_blocks=8) as (prefill, decode, address, _):
+        async with rig(transport, source_blocks=24, destination_blocks=8) as (prefill, decode, address, _):
             names = [f"t{i}" for i in range(12)]
             for name in names:
                 decode.destination.expect(name)
@@ -258,12 +258,12 @@ def test_back_pressure(transport: str) -> None:
     asyncio.run(run())
 
 
-def test_any_source_to_any_destination(transport: str) -> None:
+def test_any_source_to_any_destination(transport: Transport) -> None:
     async def run() -> None:
         exchange = Exchange()
         async with AsyncExitStack() as stack:
-            decodes = [await stack.enter_async_context(decode_end(exchange, True, 5.0, worker_id=f"D{i}")) for i in range(2)]
-            prefills = [await stack.enter_async_context(prefill_end(None, 5.0, worker_id=f"P{i}")) for i in range(2)]
+            decodes = [await stack.enter_async_context(decode_end(transport, exchange, True, 5.0, worker_id=f"D{i}")) for i in range(2)]
+            prefills = [await stack.enter_async_context(prefill_end(transport, None, 5.0, worker_id=f"P{i}")) for i in range(2)]
             pairs = [(prefill, decode, address) for prefill in prefills for decode, address in decodes] * 3
             work = (hand_over(*pair, f"t{i}", 30 + 7 * i) for i, pair in enumerate(pairs))
             await asyncio.gather(*work)
@@ -271,14 +271,14 @@ def test_any_source_to_any_destination(transport: str) -> None:
     asyncio.run(run())
 
 
-def test_the_same_name_at_the_same_address_after_a_restart(transport: str) -> None:
+def test_the_same_name_at_the_same_address_after_a_restart(transport: Transport) -> None:
     """A destination that restarts is another incarnation; the source has a broken lane and a stale mapping, and neither matters."""
 
     async def run() -> None:
         exchange = Exchange()
-        async with prefill_end(exchange.dial, 5.0) as prefill:
+        async with prefill_end(transport, exchange.dial, 5.0) as prefill:
             for name in ("a", "b"):
-                async with decode_end(exchange, False, 5.0) as (decode, address):
+                async with decode_end(transport, exchange, False, 5.0) as (decode, address):
                     await hand_over(prefill, decode, address, name, 50)
             prefill.offer("c", address, 10)
             await prefill.diary.wait("released", "c")
@@ -308,10 +308,10 @@ async def live_and_perhaps_die(prefill: PrefillEnd, decode: DecodeEnd, address: 
     await prefill.diary.wait("released", name)
 
 
-async def interleaved(seed: int, *, grpc: bool) -> tuple[int, int]:
+async def interleaved(transport: Transport, seed: int, *, grpc: bool) -> tuple[int, int]:
     """60 transfers through small pools: how many committed, how many did not."""
     draw = random.Random(seed)
-    async with rig(grpc=grpc, source_blocks=48, destination_blocks=40) as (prefill, decode, address, exchange):
+    async with rig(transport, grpc=grpc, source_blocks=48, destination_blocks=40) as (prefill, decode, address, exchange):
         names = [f"t{i}" for i in range(60)]
 
         def cut() -> None:
@@ -328,14 +328,14 @@ async def interleaved(seed: int, *, grpc: bool) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("grpc", [False, True])
-def test_interleaved_transfers_cancelled_at_random_on_both_ends(transport: str, grpc: bool) -> None:
+def test_interleaved_transfers_cancelled_at_random_on_both_ends(transport: Transport, grpc: bool) -> None:
     """Each commits whole (the rig verifies every position) or fails on both sides; blocks change hands all the time."""
-    outcomes = [asyncio.run(interleaved(seed, grpc=grpc)) for seed in range(2)]
+    outcomes = [asyncio.run(interleaved(transport, seed, grpc=grpc)) for seed in range(2)]
     assert min(done for done, _ in outcomes) > 5
     assert min(failed for _, failed in outcomes) > 5
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(100, 140))
-def test_interleaved_at_length(transport: str, seed: int) -> None:
-    asyncio.run(interleaved(seed, grpc=seed % 2 == 0))
+def test_interleaved_at_length(transport: Transport, seed: int) -> None:
+    asyncio.run(interleaved(transport, seed, grpc=seed % 2 == 0))

@@ -67,9 +67,16 @@ def test_layers_do_not_overlap_and_begin_on_pages() -> None:
     assert ends <= geometry.size
 
 
+BLOCK_BYTES = max(LAYOUT.block_size * group.token_bytes for group in LAYOUT.groups)
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([(0,), (2,), (0, 2), (1, 3, 4), (0, 1, 2, 3, 4)]), st.integers(1, 30)), max_size=30), st.data())
-def test_spans_ahead_tile_what_is_computed(steps: list[tuple[tuple[int, ...], int]], data: st.DataObject) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from([(0,), (2,), (0, 2), (1, 3, 4), (0, 1, 2, 3, 4)]), st.integers(1, 30)), max_size=30),
+    st.sampled_from([BLOCK_BYTES, BLOCK_BYTES + 100, 3 * BLOCK_BYTES, PIECE_BYTES]),
+    st.data(),
+)
+def test_spans_ahead_tile_what_is_computed(steps: list[tuple[tuple[int, ...], int]], most: int, data: st.DataObject) -> None:
     """However computing and announcing interleave, every position from the grant on is announced once."""
     computed = Coverage(LAYOUT.groups, (0, 0), 100)
     announced = Coverage(LAYOUT.groups, (32, 64), 100)
@@ -79,8 +86,8 @@ def test_spans_ahead_tile_what_is_computed(steps: list[tuple[tuple[int, ...], in
         layers = tuple(layer for layer in layers if computed.until(layer) == start)
         computed.extend(layers, start, min(start + count, 100))
         if data.draw(st.booleans()):
-            announce(computed, announced, seen)
-    announce(computed, announced, seen)
+            announce(computed, announced, most, seen)
+    announce(computed, announced, most, seen)
     wanted = [
         (layer, position)
         for group, first in zip(LAYOUT.groups, (32, 64), strict=True)
@@ -90,8 +97,9 @@ def test_spans_ahead_tile_what_is_computed(steps: list[tuple[tuple[int, ...], in
     assert sorted(seen) == sorted(wanted)
 
 
-def announce(computed: Coverage, announced: Coverage, seen: list[tuple[int, int]]) -> None:
-    for span in list(ahead(LAYOUT, computed, announced)):
+def announce(computed: Coverage, announced: Coverage, most: int, seen: list[tuple[int, int]]) -> None:
+    for span in list(ahead(LAYOUT, computed, announced, most)):
+        assert span.bytes(LAYOUT.groups) <= most
         announced.extend(span.layers, span.start, span.stop)
         seen.extend((layer, position) for layer in span.layers for position in range(span.start, span.stop))
 
@@ -101,7 +109,7 @@ def test_layers_with_the_same_news_share_a_piece_up_to_its_size() -> None:
     layout = Layout("m", (wide,), 16, (1000,))
     computed, announced = Coverage(layout.groups, (0,), 2048), Coverage(layout.groups, (0,), 2048)
     computed.extend(wide.layers, 0, 2048)
-    spans = list(ahead(layout, computed, announced))
+    spans = list(ahead(layout, computed, announced, PIECE_BYTES))
     assert sum(len(span.layers) for span in spans) == 8
     assert all(span.bytes(layout.groups) <= PIECE_BYTES for span in spans)
     assert len(spans) == 4

@@ -8,13 +8,13 @@ import pytest
 from diptych.core.layout import DType
 from diptych.core.transfer import Hello, RefusedReason
 from diptych.kv_transfer.faults import refusal
-from kv_world import GROUPS, LAYOUT, World, hello
+from kv_world import GLOO, GROUPS, LAYOUT, World, hello
 
 
 @pytest.mark.parametrize(
     ("theirs", "reason", "words"),
     [
-        (replace(hello("P", 1), protocol_version=2), RefusedReason.LAYOUT, "protocol_version differs: 1 here, 2 at P"),
+        (replace(hello("P", 1), protocol_version=1), RefusedReason.LAYOUT, "protocol_version differs: 2 here, 1 at P"),
         (hello("P", 1, replace(LAYOUT, block_size=32)), RefusedReason.LAYOUT, "block_size differs"),
         (hello("P", 1, replace(LAYOUT, fingerprint="other")), RefusedReason.LAYOUT, "fingerprint differs"),
         (hello("P", 1, replace(LAYOUT, tp=2)), RefusedReason.LAYOUT, "tp differs"),
@@ -23,7 +23,8 @@ from kv_world import GROUPS, LAYOUT, World, hello
             RefusedReason.LAYOUT,
             "groups differs",
         ),
-        (replace(hello("P", 1), shm=None), RefusedReason.TRANSPORT, "P does not speak shm"),
+        (hello("P", 1, transports=GLOO), RefusedReason.TRANSPORT, "P may use gloo"),
+        (replace(hello("P", 1), shm=None), RefusedReason.TRANSPORT, "no transport in common"),
     ],
 )
 def test_a_difference_is_named(theirs: Hello, reason: RefusedReason, words: str) -> None:

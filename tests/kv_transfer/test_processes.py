@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from diptych.core.errors import TransferFailed
+from diptych.core.transfer import Transport
 from kv_rig import TRANSPORTS, DecodeEnd, Exchange, PrefillEnd, decode_end, left_behind, pool_sockets, pool_sockets_of, prefill_end
 
 HERE = Path(__file__).parent
@@ -58,13 +59,14 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer(role: str) -> AsyncIterator[Peer]:
+async def peer(role: str, transport: Transport) -> AsyncIterator[Peer]:
     environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(HERE)}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(HERE / "kv_peer.py"),
         role,
         str(LEASE_S),
+        transport,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env=environment,
@@ -98,10 +100,10 @@ async def to_peer(here: PrefillEnd, there: Peer, transfer_id: str) -> None:
     await there.hear("committed", transfer_id)
 
 
-def test_source_killed_and_restarted(transport: str) -> None:
+def test_source_killed_and_restarted(transport: Transport) -> None:
     async def run() -> None:
-        async with decode_end(Exchange(), True, LEASE_S) as (here, address):
-            async with peer("prefill") as there:
+        async with decode_end(transport, Exchange(), True, LEASE_S) as (here, address):
+            async with peer("prefill", transport) as there:
                 await from_peer(there, here, address, "a")
                 here.destination.expect("b")
                 there.do(do="offer", id="b", to=address, tokens=200)
@@ -112,18 +114,18 @@ def test_source_killed_and_restarted(transport: str) -> None:
                 await here.diary.wait("released", "b", within_s=2 * LEASE_S)
                 assert isinstance(here.diary.errors["b"], TransferFailed)
                 assert "lane" in here.diary.errors["b"].message
-            async with peer("prefill") as there:
+            async with peer("prefill", transport) as there:
                 await from_peer(there, here, address, "c")
                 assert here.diary.of("b") == ["offered", "failed", "released"]
 
     asyncio.run(run())
 
 
-def test_source_stopped_and_continued(transport: str) -> None:
+def test_source_stopped_and_continued(transport: Transport) -> None:
     """Stopped for longer than its lease: the grant ends, and whatever it does when it wakes is not counted."""
 
     async def run() -> None:
-        async with decode_end(Exchange(), True, LEASE_S) as (here, address), peer("prefill") as there:
+        async with decode_end(transport, Exchange(), True, LEASE_S) as (here, address), peer("prefill", transport) as there:
             here.destination.expect("a")
             there.do(do="offer", id="a", to=address, tokens=200)
             await there.hear("granted", "a")
@@ -141,10 +143,10 @@ def test_source_stopped_and_continued(transport: str) -> None:
     asyncio.run(run())
 
 
-def test_destination_killed_and_restarted_at_another_address(transport: str) -> None:
+def test_destination_killed_and_restarted_at_another_address(transport: Transport) -> None:
     async def run() -> None:
-        async with prefill_end(None, LEASE_S) as here:
-            async with peer("decode") as there:
+        async with prefill_end(transport, None, LEASE_S) as here:
+            async with peer("decode", transport) as there:
                 await to_peer(here, there, "a")
                 there.do(id="b")
                 here.offer("b", there.address, 200)
@@ -156,18 +158,18 @@ def test_destination_killed_and_restarted_at_another_address(transport: str) -> 
                 assert isinstance(here.diary.errors["b"], TransferFailed)
                 here.offer("c", there.address, 20)
                 await here.diary.wait("released", "c")
-            async with peer("decode") as there:
+            async with peer("decode", transport) as there:
                 await to_peer(here, there, "d")
 
     asyncio.run(run())
 
 
-def test_destination_stopped_and_continued(transport: str) -> None:
+def test_destination_stopped_and_continued(transport: Transport) -> None:
     """Stopped after the Commit: the source takes its blocks back after one lease and writes over them; the destination, awake,
     must not count what it copies then."""
 
     async def run() -> None:
-        async with prefill_end(None, LEASE_S) as here, peer("decode") as there:
+        async with prefill_end(transport, None, LEASE_S) as here, peer("decode", transport) as there:
             await to_peer(here, there, "a")
             there.do(id="b")
             here.offer("b", there.address, 200)
@@ -175,7 +177,7 @@ def test_destination_stopped_and_continued(transport: str) -> None:
             there.signal(signal.SIGSTOP)
             await here.compute_all("b")
             await here.diary.wait("released", "b", within_s=3 * LEASE_S)
-            assert "No Ack" in here.diary.errors["b"].message
+            assert {Transport.SHM: "No Ack", Transport.GLOO: "Timed out"}[transport] in here.diary.errors["b"].message
             there.signal(signal.SIGCONT)
             assert (await there.hear("released", "b"))["error"]
             assert not any(line["what"] == "committed" and line["id"] == "b" for line in there.lines)

@@ -184,7 +184,7 @@ def test_a_grant_without_news_ends_with_its_lease() -> None:
     actions = world.destination.machine.expire(4.0 + LEASE_S)
     assert isinstance(actions[0], HangUp), "a source that says nothing for a lease loses its lane"
     assert TellReleased(ID) not in actions, "not before the fence"
-    assert Fence(ID) in actions
+    assert Fence(ID, lane=1) in actions
 
 
 def test_a_source_that_still_speaks_keeps_its_lane_when_one_lease_ends() -> None:
@@ -250,7 +250,7 @@ def test_a_piece_of_another_epoch_is_not_looked_at() -> None:
         ({"layers": (0, 0)}, "repeat"),
         ({"start": 4, "blocks": (1, 2)}, "stands at 0"),
         ({"stop": 12}, "not within 10"),
-        ({"stop": 0, "blocks": ()}, "do not hold"),
+        ({"stop": 0, "blocks": ()}, "no positions"),
         ({"blocks": (0, 1)}, "do not hold"),
         ({"blocks": (0, 1, 99)}, "outside"),
         ({"slot": 6}, "no epoch word"),
@@ -388,7 +388,7 @@ def test_a_source_that_dials_again_ends_its_old_lane() -> None:
     actions = machine.received(lane, hello("P", 77), 0.0)
     assert isinstance(actions[0], HangUp)
     assert actions[0].lane == 1
-    assert Fence(ID) in actions
+    assert Fence(ID, lane=1) in actions
     machine.check()
 
 

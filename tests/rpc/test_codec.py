@@ -94,9 +94,11 @@ ready = st.builds(
     ids,
     u32,
     u64,
+    u64,
 )
 lane_messages = st.one_of(
-    st.builds(transfer.Hello, texts, u64, layouts, opt(shm), u32),
+    st.builds(transfer.Hello, texts, u64, layouts, opt(shm), many(st.sampled_from(transfer.Transport)), u32),
+    st.builds(transfer.Rendezvous, texts, st.binary(max_size=40)),
     st.builds(transfer.Offer, texts, u32),
     st.builds(transfer.Grant, texts, epochs, many(st.builds(transfer.GroupGrant, u32, ids))),
     st.builds(transfer.Refused, texts, st.sampled_from(transfer.RefusedReason), texts),
