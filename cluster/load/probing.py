@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from .answer import Answer
 from .goodput import Goodput, Probe, Search, Tally, Trial, Verdict
@@ -30,7 +31,7 @@ class Prober:
         try:
             while not stop.is_set() and (rate := search.next_rate()) is not None:
                 number = 1 + len(search.probes)
-                await self._settle(number)
+                await self._settle(number, stop)
                 probe = await self._probe(rate, number, stop)
                 if probe.total:
                     search.add(probe)
@@ -38,10 +39,9 @@ class Prober:
             timer.cancel()
         return search.found()
 
-    async def _settle(self, number: int) -> None:
+    async def _settle(self, number: int, stop: asyncio.Event) -> None:
         """Wait out what the last probe left in the server's queues: one request, answered behind it."""
-        arrival = next(self._load(1.0, -number))
-        await self._asker.ask(arrival, self._asker.prepare(arrival), 0.0)
+        await open_loop(self._asker, islice(self._load(1.0, -number), 1), stop, lambda answer: None, lambda: None)
 
     async def _probe(self, rate: float, number: int, stop: asyncio.Event) -> Probe:
         """Sends until the trial is decided; requests still under way then are cut off. Judged only by prefixes in sending order."""
