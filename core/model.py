@@ -33,6 +33,9 @@ class Decoder(BaseModel):
 
     `windows[i]` is layer i's attention window, 0 for full attention. `embedding_scale` multiplies the embedded tokens.
     `query_scale` multiplies q before the dot product.
+    `biases`: which of the products "qkv", "o", "gate_up", "down" add one. `layer_norm`: layer norms with a bias, not RMS norms.
+    `learned_positions`: how many positions have a learned embedding, added to the tokens'; 0 with rotary embedding. `rope_full` None: no
+    rotary embedding. `attention_softcap`, `logit_softcap`: x becomes cap * tanh(x / cap); 0 is no cap.
     `sandwich_norms`: norms after attention and MLP as well as before. `qk_norm`: RMS norm of each head of q and k.
     A family that scales its norms by 1 + weight has the 1 added to the prepared weights.
     """
@@ -51,9 +54,14 @@ class Decoder(BaseModel):
     query_scale: float
     qk_norm: bool = False
     sandwich_norms: bool = False
+    layer_norm: bool = False
+    biases: tuple[str, ...] = ()
+    learned_positions: int = 0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
     tied_head: bool
     windows: tuple[int, ...]
-    rope_full: Rope
+    rope_full: Rope | None
     rope_window: Rope | None = None
 
 

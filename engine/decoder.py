@@ -12,10 +12,12 @@ from torch import Tensor
 from ..core.model import ModelCard
 from ..kernels.gated import gated
 from ..kernels.kv_store import store_kv
+from ..kernels.layer_norm import layer_norm
 from ..kernels.linear import linear
 from ..kernels.paged_attention import attend
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rotary import rotary_angles, rotate
+from ..kernels.softcap import softcap_
 from .inputs import GroupInputs, Inputs
 from .rope import frequencies
 
@@ -33,6 +35,10 @@ class Layer:
     gate_up: Tensor
     down: Tensor
     mlp_out_norm: Tensor | None
+    qkv_bias: Tensor | None
+    o_bias: Tensor | None
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
     cache: Tensor
     group: int
 
@@ -46,11 +52,10 @@ class LoadedDecoder:
         groups = card.cache_groups()
         place = {layer: (g, caches[g][i]) for g, group in enumerate(groups) for i, layer in enumerate(group.layers)}
         self.layers = [_layer(tensors, number, *place[number]) for number in range(self.decoder.layers)]
-        self.frequencies = [
-            frequencies(self.decoder.rope_window if group.window and self.decoder.rope_window else self.decoder.rope_full, group.head_dim)
-            for group in groups
-        ]
+        ropes = [self.decoder.rope_window if group.window and self.decoder.rope_window else self.decoder.rope_full for group in groups]
+        self.frequencies = [None if rope is None else frequencies(rope, self.decoder.head_dim) for rope in ropes]
         self.embed, self.norm = tensors["embed"], tensors["norm"]
+        self.positions = tensors.get("positions")
         self.head = self.embed if self.decoder.tied_head else tensors["head"]
         # transformers rounds the scale to the model's dtype before multiplying; at bf16 and hidden 640 that is 25.25 for 25.298.
         self.embedding_scale = torch.tensor(self.decoder.embedding_scale, dtype=self.embed.dtype)
@@ -61,7 +66,9 @@ class LoadedDecoder:
         `on_layer(layer)` is called right after a layer's KV is stored.
         """
         x = F.embedding(inputs.token_ids, self.embed) * self.embedding_scale
-        angles = [rotary_angles(inputs.positions, each) for each in self.frequencies]
+        if self.positions is not None:
+            x += F.embedding(inputs.positions, self.positions)
+        angles = [None if each is None else rotary_angles(inputs.positions, *each) for each in self.frequencies]
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             query, spans = self._store(layer, x, inputs.groups[layer.group], angles[layer.group]), inputs.groups[layer.group].spans
@@ -72,30 +79,33 @@ class LoadedDecoder:
                     return None
                 # Only what is drawn is still needed: after a chunk of 512 the first token comes in 18 ms instead of 40.
                 x, query, spans = x.index_select(0, inputs.drawn), query.index_select(0, inputs.drawn), inputs.last_spans
-            mixed = attend(query, layer.cache, spans, self.decoder.query_scale)
-            x = self._mlp(layer, self._residual(x, linear(mixed, layer.o), layer.attention_out_norm))
-        return linear(self._normed(x, self.norm), self.head)
+            mixed = attend(query, layer.cache, spans, self.decoder.query_scale, self.decoder.attention_softcap)
+            x = self._mlp(layer, self._residual(x, linear(mixed, layer.o, layer.o_bias), layer.attention_out_norm))
+        return softcap_(linear(self._normed(x, self.norm), self.head), self.decoder.logit_softcap)
 
-    def _store(self, layer: Layer, x: Tensor, group: GroupInputs, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def _store(self, layer: Layer, x: Tensor, group: GroupInputs, angles: tuple[Tensor, Tensor] | None) -> Tensor:
         """Store keys and values of [tokens, hidden]; the rotated queries, [tokens, heads, head_dim]."""
         heads, kv_heads = self.decoder.heads, self.decoder.kv_heads
-        qkv = linear(self._normed(x, layer.attention_norm), layer.qkv)
+        qkv = linear(self._normed(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
         qkv = qkv.view(len(x), heads + 2 * kv_heads, self.decoder.head_dim)
         qk, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if layer.qk_norm is not None:
-            qk = self._normed(qk, layer.qk_norm)
-        qk = rotate(qk, *angles)
+            qk = rms_norm(qk, layer.qk_norm, self.decoder.norm_eps)
+        if angles is not None:
+            qk = rotate(qk, *angles)
         store_kv(layer.cache, qk[:, heads:], values, group.store)
         return qk[:, :heads]
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        opened = gated(linear(self._normed(x, layer.mlp_norm), layer.gate_up), self.decoder.activation)
-        return self._residual(x, linear(opened, layer.down), layer.mlp_out_norm)
+        opened = gated(linear(self._normed(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias), self.decoder.activation)
+        return self._residual(x, linear(opened, layer.down, layer.down_bias), layer.mlp_out_norm)
 
     def _residual(self, x: Tensor, change: Tensor, norm: Tensor | None) -> Tensor:
         return x + (change if norm is None else self._normed(change, norm))
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.decoder.layer_norm:
+            return layer_norm(x, weight[0], weight[1], self.decoder.norm_eps)
         return rms_norm(x, weight, self.decoder.norm_eps)
 
 
@@ -113,6 +123,10 @@ def _layer(tensors: Mapping[str, Tensor], number: int, group: int, cache: Tensor
         gate_up=weight("gate_up"),
         down=weight("down"),
         mlp_out_norm=tensors.get(f"{number}.mlp_out_norm"),
+        qkv_bias=tensors.get(f"{number}.qkv_bias"),
+        o_bias=tensors.get(f"{number}.o_bias"),
+        gate_up_bias=tensors.get(f"{number}.gate_up_bias"),
+        down_bias=tensors.get(f"{number}.down_bias"),
         cache=cache,
         group=group,
     )

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..core.errors import ModelError
 from ..core.layout import DType
 from ..core.model import CARD, CHAT_TEMPLATE, TOKENIZER, WEIGHTS, Decoder, ModelCard, read_card
-from .checkpoint import check_names, describe, make_tensor
+from .checkpoint import check_names, make_tensor
+from .families import describe
 from .location import FORMAT, default_prepared_dir, source_name
 from .sources import Checkpoint, open_checkpoint
 from .weights import bytes_of, map_weights, shapes_of, write_weights
@@ -141,9 +142,9 @@ def _write(
 ) -> ModelCard:
     """Write all files of a prepared model; the card last."""
     decoder = describe(checkpoint.config)
-    check_names(checkpoint.names, decoder)
     vocab_size = int(checkpoint.config["vocab_size"])
     shapes = shapes_of(decoder, vocab_size, dtype)
+    check_names(checkpoint.names, decoder, shapes)
     digest = _fingerprint(decoder, dtype)
     for share in write_weights(made / WEIGHTS, shapes, lambda tensor: make_tensor(tensor, decoder, checkpoint.read), digest):
         report("writing weights", share)

@@ -4,14 +4,16 @@ Tensors, in this order (L is a layer's number; norms are fp32, their family's of
 
     embed                 [vocab, hidden]; also the head if it is tied
     head                  [vocab, hidden], only if it is not tied
-    norm                  [hidden]
+    positions             [positions, hidden], only if they are learned
+    norm                  [hidden]; layer norms here and below are [2, hidden]: weight, bias
     L.attention_norm      [hidden]                L.attention_out_norm  [hidden], only with sandwich norms
     L.qkv                 [(heads + 2 * kv_heads) * head_dim, hidden]: q, k, v
     L.qk_norm             [heads + kv_heads, head_dim], only with qk norms: q's weight for each head, then k's
     L.o                   [hidden, heads * head_dim]
     L.mlp_norm            [hidden]                L.mlp_out_norm        [hidden], only with sandwich norms
-    L.gate_up             [2 * intermediate, hidden]: gate, up
+    L.gate_up             [2 * intermediate, hidden]: gate, up; without a gate [intermediate, hidden]
     L.down                [hidden, intermediate]
+    L.qkv_bias, L.o_bias, L.gate_up_bias, L.down_bias  [rows of the product], those the model has
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import Tensor
 from ..core.errors import ModelError
 from ..core.layout import DType
 from ..core.model import Decoder
+from ..kernels.gated import UNGATED
 
 TORCH_DTYPE = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16}
 _FORMAT_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -44,20 +47,25 @@ def shapes_of(decoder: Decoder, vocab_size: int, dtype: DType) -> Shapes:
     shapes: Shapes = {"embed": ((vocab_size, hidden), model)}
     if not decoder.tied_head:
         shapes["head"] = ((vocab_size, hidden), model)
-    shapes["norm"] = ((hidden,), torch.float32)
+    if decoder.learned_positions:
+        shapes["positions"] = ((decoder.learned_positions, hidden), model)
+    norm = ((2, hidden) if decoder.layer_norm else (hidden,), torch.float32)
+    opened = decoder.intermediate * (1 if decoder.activation in UNGATED else 2)
+    shapes["norm"] = norm
     for layer in range(decoder.layers):
         tensors: Shapes = {
-            "attention_norm": ((hidden,), torch.float32),
+            "attention_norm": norm,
             "qkv": (((decoder.heads + 2 * decoder.kv_heads) * head_dim, hidden), model),
             "o": ((hidden, decoder.heads * head_dim), model),
-            "mlp_norm": ((hidden,), torch.float32),
-            "gate_up": ((2 * decoder.intermediate, hidden), model),
+            "mlp_norm": norm,
+            "gate_up": ((opened, hidden), model),
             "down": ((hidden, decoder.intermediate), model),
         }
         if decoder.qk_norm:
             tensors["qk_norm"] = ((decoder.heads + decoder.kv_heads, head_dim), torch.float32)
         if decoder.sandwich_norms:
-            tensors["attention_out_norm"] = tensors["mlp_out_norm"] = ((hidden,), torch.float32)
+            tensors["attention_out_norm"] = tensors["mlp_out_norm"] = norm
+        tensors.update({f"{part}_bias": (tensors[part][0][:1], model) for part in decoder.biases})
         shapes.update((f"{layer}.{name}", shape) for name, shape in tensors.items())
     return shapes
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .softcap import softcap_
+
 TILE = 128
 """Queries of a chunk computed at once: a tile reads no key that all its queries are forbidden to see."""
 
@@ -113,22 +115,22 @@ def _mask(seen: NDArray[np.bool_], dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(torch.from_numpy(~seen), -torch.inf)
 
 
-def attend(query: Tensor, cache: Tensor, spans: Sequence[Chunk | Singles], scale: float) -> Tensor:
+def attend(query: Tensor, cache: Tensor, spans: Sequence[Chunk | Singles], scale: float, softcap: float = 0.0) -> Tensor:
     """Attention of the step's queries over one layer's cache: [tokens, heads * head_dim], in `query`'s dtype.
 
     query: [tokens, heads, head_dim]; cache: [num_blocks, kv_heads, 2, block_size, head_dim]. The queries' own keys and values
-    are already stored. Softmax is over `scale * q·k`, in fp32.
+    are already stored. Softmax is over `scale * q·k`, soft-capped (0 is no cap), in fp32.
     """
     out = torch.empty(query.shape, dtype=query.dtype)
     for span in spans:
         if isinstance(span, Chunk):
-            _attend_chunk(query[span.tokens], cache, span, scale, out[span.tokens])
+            _attend_chunk(query[span.tokens], cache, span, scale, softcap, out[span.tokens])
         else:
-            out.index_copy_(0, span.tokens, _attend_singles(query.index_select(0, span.tokens), cache, span, scale))
+            out.index_copy_(0, span.tokens, _attend_singles(query.index_select(0, span.tokens), cache, span, scale, softcap))
     return out.view(len(query), -1)
 
 
-def _attend_chunk(query: Tensor, cache: Tensor, chunk: Chunk, scale: float, out: Tensor) -> None:
+def _attend_chunk(query: Tensor, cache: Tensor, chunk: Chunk, scale: float, softcap: float, out: Tensor) -> None:
     """Queries [length, heads, head_dim] to `out`, likewise.
 
     Two matrix products and a softmax: in bf16 that takes a third of the time of torch's fused attention on the CPU (256
@@ -142,16 +144,22 @@ def _attend_chunk(query: Tensor, cache: Tensor, chunk: Chunk, scale: float, out:
         count, seen = tile.mask.shape
         part = query[tile.queries].view(count, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * count, head_dim)
         scores = torch.bmm(part, keys[:, tile.keys].transpose(1, 2)).float().mul_(scale)
+        softcap_(scores, softcap)
         shares = scores.view(kv_heads, group, count, seen).add_(tile.mask).softmax(-1).to(query.dtype)
         mixed = torch.bmm(shares.view(kv_heads, group * count, seen), values[:, tile.keys])
         out[tile.queries] = mixed.view(kv_heads, group, count, head_dim).permute(2, 0, 1, 3).reshape(count, -1, head_dim)
 
 
-def _attend_singles(query: Tensor, cache: Tensor, span: Singles, scale: float) -> Tensor:
+def _attend_singles(query: Tensor, cache: Tensor, span: Singles, scale: float, softcap: float) -> Tensor:
     """Queries [rows, heads, head_dim], in and out. The heads that share keys become queries of one head: keys are read once."""
     _, kv_heads, _, block_size, head_dim = cache.shape
     batch, group = len(query) * kv_heads, query.shape[1] // kv_heads
     read = cache.view(-1, block_size * head_dim).index_select(0, span.blocks).view(batch, 1, 2, -1, head_dim)
     shared = query.view(batch, 1, group, head_dim)
-    mixed = F.scaled_dot_product_attention(shared, read[:, :, 0], read[:, :, 1], attn_mask=span.mask, scale=scale)
+    keys, values = read[:, :, 0], read[:, :, 1]
+    if softcap:  # which torch's fused attention cannot do
+        scores = softcap_((shared @ keys.transpose(2, 3)).float().mul_(scale), softcap)
+        mixed = scores.add_(span.mask).softmax(-1).to(query.dtype) @ values
+    else:
+        mixed = F.scaled_dot_product_attention(shared, keys, values, attn_mask=span.mask, scale=scale)
     return mixed.reshape(query.shape)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 
-def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position times frequency: fp32, [tokens, 1, head_dim / 2] each.
+def rotary_angles(positions: Tensor, frequencies: Tensor, stretch: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position times frequency, times `stretch`: fp32, [tokens, 1, head_dim / 2] each.
 
     positions: [tokens]; frequencies: fp32, [head_dim / 2], radians per token.
     """
     angles = (positions.float()[:, None] * frequencies)[:, None, :]
-    return angles.cos(), angles.sin()
+    return angles.cos().mul_(stretch), angles.sin().mul_(stretch)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

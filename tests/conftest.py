@@ -96,6 +96,12 @@ def _save(model: Any, directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
+@pytest.fixture(scope="session")
+def save_random() -> Callable[[Any, Path], None]:
+    """Save a transformers model with larger random weights, and a tokenizer."""
+    return _save
+
+
 @pytest.fixture(scope="session", name="write_gemma3")
 def _write_gemma3() -> Callable[..., None]:
     return write_gemma3

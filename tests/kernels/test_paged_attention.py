@@ -12,13 +12,14 @@ from diptych.kernels.paged_attention import Paging, attend, make_chunk, make_sin
 BLOCK, HEAD_DIM = 16, 8
 
 
-def slow_attend(query, keys, values, position, window, scale):
+def slow_attend(query, keys, values, position, window, scale, softcap=0.0):
     """One query [heads, head_dim] over keys and values [positions, kv_heads, head_dim] of its sequence."""
     group = query.shape[0] // keys.shape[1]
     out = []
     for head, q in enumerate(query):
         seen = [p for p in range(position + 1) if not window or p > position - window]
         scores = torch.stack([q @ keys[p, head // group] * scale for p in seen])
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         out.append(sum(share * values[p, head // group] for share, p in zip(scores.softmax(0), seen, strict=True)))
     return torch.stack(out)
 
@@ -35,8 +36,8 @@ class Sequence:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (3, 3)])
-@pytest.mark.parametrize("window", [0, 5, 24, 40])
-def test_chunks_and_singles_equal_the_slow_twin(heads, kv_heads, window):
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (24, 0.0), (40, 0.0), (24, 0.7)])
+def test_chunks_and_singles_equal_the_slow_twin(heads, kv_heads, window, softcap):
     torch.manual_seed(window)
     cache = torch.full((64, kv_heads, 2, BLOCK, HEAD_DIM), 9.0)
     free = random.Random(0).sample(range(64), 64)
@@ -50,11 +51,11 @@ def test_chunks_and_singles_equal_the_slow_twin(heads, kv_heads, window):
         make_chunk(1, start, length, long.table, paging),
         make_singles([0, length + 1, length + 2], ends, [each.table for each in short], paging, torch.float32),
     ]
-    out = attend(query, cache, spans, 0.3).view(query.shape)
+    out = attend(query, cache, spans, 0.3, softcap).view(query.shape)
     for token, sequence, position in [(0, short[0], ends[0]), (length + 1, short[1], ends[1]), (length + 2, short[2], ends[2])]:
-        torch.testing.assert_close(out[token], slow_attend(query[token], sequence.keys, sequence.values, position, window, 0.3))
+        torch.testing.assert_close(out[token], slow_attend(query[token], sequence.keys, sequence.values, position, window, 0.3, softcap))
     for i in range(0, length, 7):
-        expected = slow_attend(query[1 + i], long.keys, long.values, start + i, window, 0.3)
+        expected = slow_attend(query[1 + i], long.keys, long.values, start + i, window, 0.3, softcap)
         torch.testing.assert_close(out[1 + i], expected, atol=1e-5, rtol=1e-5)
 
 

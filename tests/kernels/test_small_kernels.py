@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 from diptych.kernels.gated import gated
+from diptych.kernels.layer_norm import layer_norm
 from diptych.kernels.linear import linear
 from diptych.kernels.rms_norm import rms_norm
 from diptych.kernels.rotary import rotary_angles, rotate
+from diptych.kernels.softcap import softcap_
 
 
 def test_rms_norm():
@@ -49,7 +51,28 @@ def test_gated(activation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear(rows, dtype):
     x, weight = torch.randn(rows, 64).to(dtype), torch.randn(48, 64).to(dtype)
+    bias = torch.randn(48).to(dtype)
     expected = x.double() @ weight.double().T
     tolerance = 1e-4 if dtype is torch.float32 else 0.15
     torch.testing.assert_close(linear(x, weight).double(), expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(linear(x, weight, bias).double(), expected + bias.double(), atol=tolerance, rtol=0)
     assert torch.backends.mkldnn.enabled
+
+
+def test_relu_has_no_gate():
+    x = torch.randn(4, 10)
+    assert torch.equal(gated(x, "relu"), x.clamp(min=0))
+
+
+def test_layer_norm():
+    x, weight, bias = torch.randn(3, 8), torch.randn(8), torch.randn(8)
+    centred = x - x.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+    torch.testing.assert_close(layer_norm(x, weight, bias, 1e-5), expected)
+    assert layer_norm(x.bfloat16(), weight, bias, 1e-5).dtype is torch.bfloat16
+
+
+def test_softcap():
+    x = torch.randn(20) * 10
+    torch.testing.assert_close(softcap_(x.clone(), 3.0), 3.0 * torch.tanh(x / 3.0))
+    assert torch.equal(softcap_(x.clone(), 0.0), x)
