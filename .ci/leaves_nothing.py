@@ -3,7 +3,8 @@
     python .ci/leaves_nothing.py COMMAND [ARGUMENT ...]
 
 This process is made the reaper of its descendants (prctl PR_SET_CHILD_SUBREAPER): a daemon whose parents have ended becomes its child, so
-none is missed and none of anybody else's is hit. Processes get `GRACE_S` to end by themselves; what is left is listed and killed.
+none is missed and none of anybody else's is hit. Processes get `GRACE_S` to end by themselves; what is left is listed and killed. A
+SIGTERM, SIGINT or SIGHUP ends the command and all of its descendants.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_S = 5.0
@@ -75,9 +78,17 @@ def kill_all() -> None:
         wait_for_ends(list(left), GRACE_S)
 
 
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Nobody waits for the command any more."""
+    kill_all()
+    sys.exit(128 + number)
+
+
 def main(command: list[str]) -> int:
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
     status = subprocess.run(command, check=False).returncode
     wait_for_ends(list(descendants()), GRACE_S)
     left = descendants()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from house_rules import ROOT
@@ -76,3 +78,14 @@ def test_the_gate_finds_a_process_left_behind() -> None:
 def test_the_gate_keeps_the_command_s_own_status() -> None:
     command = [sys.executable, ROOT / ".ci/leaves_nothing.py", sys.executable, "-c", "raise SystemExit(3)"]
     assert subprocess.run(command, timeout=60, check=False).returncode == 3
+
+
+def test_a_gate_that_is_ended_ends_what_it_started() -> None:
+    script = "import subprocess, sys; p = subprocess.Popen(['sleep', '300'], start_new_session=True); print(p.pid, flush=True); p.wait()"
+    command = [sys.executable, ROOT / ".ci/leaves_nothing.py", sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as gate:
+        assert gate.stdout is not None
+        sleeper = int(gate.stdout.readline())
+        gate.terminate()
+        assert gate.wait(30) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{sleeper}").exists()
