@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.noise import Noise
 from ..kernels.penalties import Seen, penalise
-from ..kernels.sampling import Noise, draw, log_probabilities
+from ..kernels.sampling import draw, log_probabilities
 from .batch import Draw, Drawn
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .sampling import Noise
+from .noise import Noise
 
 LOGIT_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 2.0**-5}
 """Per dtype of weights and KV: as a share of the step's largest absolute logit, the margin below which another chunk size, batch or

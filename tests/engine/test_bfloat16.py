@@ -10,7 +10,7 @@ from diptych.core.layout import DType
 from diptych.core.sampling import SamplingParams
 from diptych.engine.batch import Draw, Row
 from diptych.engine.prepared import prepare
-from diptych.kernels.sampling import Noise
+from diptych.kernels.noise import Noise
 from diptych.kernels.tolerance import LOGIT_TOLERANCE, may_differ
 from tokenizers import Tokenizer
 

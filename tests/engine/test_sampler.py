@@ -6,8 +6,8 @@ import torch
 from diptych.core.sampling import SamplingParams
 from diptych.engine.batch import Draw, Row
 from diptych.engine.sampler import sample
+from diptych.kernels.noise import Noise
 from diptych.kernels.penalties import Seen
-from diptych.kernels.sampling import Noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,15 +6,18 @@ import math
 
 import pytest
 import torch
-from diptych.kernels.sampling import Noise, draw, log_probabilities, survivors
+from diptych.kernels.noise import GROUP, Noise
+from diptych.kernels.sampling import draw, log_probabilities, survivors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
 def test_noise_of_some_tokens_is_the_noise_of_all():
     noise = Noise(seed=2**63 + 5, choice=1, index=77)
-    tokens = torch.randperm(1003)[:50]
-    assert torch.equal(noise.of(tokens), noise.of_all(1003)[tokens])
+    whole = noise.of_all(1003)
+    tokens = torch.cat((torch.randperm(1003)[:50], whole.topk(20).indices))
+    assert torch.equal(noise.of(tokens), whole[tokens])
+    assert torch.equal(noise.of_all(64 * 600 + 3)[:1003], whole)
 
 
 def test_noise_differs_by_seed_choice_and_index():
@@ -33,12 +36,56 @@ def test_noise_is_gumbel():
         assert (values < point).double().mean() == pytest.approx(math.exp(-math.exp(-point)), abs=0.002)
 
 
+def test_noise_of_a_group_is_independent():
+    """Of independent noise the largest is anywhere equally often, and neighbours do not follow each other, nor the largest."""
+    noise = torch.cat([Noise(8, 0, index).of_all(64 * GROUP).view(-1, GROUP) for index in range(64)]).double()
+    assert torch.bincount(noise.argmax(1), minlength=GROUP).double().std() < 12  # 64 of each: a standard deviation of 8
+    assert noise.max(1).values.mean() == pytest.approx(math.log(GROUP) + 0.5772, abs=0.08)
+    assert noise.max(1).values.std() == pytest.approx(math.pi / math.sqrt(6), abs=0.08)
+    correlations = torch.corrcoef(noise.T) - torch.eye(GROUP)
+    assert correlations.abs().max() < 5 / math.sqrt(len(noise))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**64 - 1),
+    st.sampled_from([1, 5, GROUP, GROUP + 1, 1000, 6000]),
+    st.sampled_from([0.0, 0.1, 1.0, 3.0, 10.0, 40.0]),
+    st.sampled_from([0.0, 0.3, 0.999]),
+)
+def test_a_draw_without_most_of_the_noise_is_the_draw_with_all_of_it(seed, vocabulary, spread, banned):
+    generator = torch.Generator().manual_seed(seed % 2**60)
+    logits = torch.randn(vocabulary, generator=generator) * spread
+    logits[torch.rand(vocabulary, generator=generator) < banned] = -torch.inf
+    for index in range(3):
+        noise = Noise(seed, 1, index)
+        drawn = draw(logits, noise, temperature=0.8, top_k=0, top_p=1.0)
+        assert drawn == int((logits / 0.8 + noise.of_all(vocabulary)).argmax())
+
+
+@pytest.mark.parametrize("limits", [(0, 0.97, 0.0), (0, 1.0, 1e-4), (0, 1.0, 0.1), (3000, 1.0, 0.0), (5000, 0.99, 1e-5)])
+def test_many_survivors_and_few_draw_alike(limits):
+    logits = torch.randn(6000, generator=torch.Generator().manual_seed(2)) * 2
+    top_k, top_p, min_p = limits
+    values, tokens = survivors(logits, top_k, top_p, min_p)
+    for index in range(20):
+        noise = Noise(1, 0, index)
+        expected = int(tokens[(values + noise.of_all(6000)[tokens]).argmax()])
+        assert draw(logits, noise, temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p) == expected
+
+
+def test_of_equal_sums_the_first_wins_and_a_broken_model_breaks_no_draw():
+    inf, nan = math.inf, math.nan
+    for logits, token in (([-inf] * 200, 0), ([0.0] * 130 + [inf] * 70, 130), ([0.0] * 99 + [nan] * 101, 99)):
+        assert draw(torch.tensor(logits), Noise(1, 0, 0), temperature=1.0, top_k=0, top_p=1.0) == token
+
+
 def test_frequencies_are_those_of_the_softmax():
     logits = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5])
     for temperature in (0.5, 1.0, 2.0):
-        drawn = [draw(logits, Noise(9, 0, i), temperature=temperature, top_k=0, top_p=1.0) for i in range(4000)]
+        drawn = [draw(logits, Noise(9, 0, i), temperature=temperature, top_k=0, top_p=1.0) for i in range(2500)]
         expected = (logits / temperature).softmax(0)
-        seen = torch.bincount(torch.tensor(drawn), minlength=5) / 4000
+        seen = torch.bincount(torch.tensor(drawn), minlength=5) / 2500
         torch.testing.assert_close(seen, expected, atol=0.03, rtol=0)
 
 
