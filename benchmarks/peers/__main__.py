@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", action="append", help="a part of a server's name; may be given several times")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that servers are ended on the way out
     where = surroundings()
     print(describe(where))
     model = hugging_face_directory()
@@ -74,6 +76,9 @@ def main() -> None:
         except (NotStarted, subprocess.CalledProcessError) as error:
             print(f"failed: {error}")
             results[peer.name] = {"failed": str(error)}
+        except KeyboardInterrupt:
+            results[peer.name] = {"skipped": "interrupted"}
+            break
     print(f"\n{table(results)}")
     print(f"kept in {keep('peers', where, vars(options), results)}")
 
