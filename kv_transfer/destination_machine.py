@@ -128,7 +128,7 @@ class DestinationMachine:
 
     def pair_broken(self, lane: int, reason: str, now: float) -> list[DestinationAction]:
         """The source is dead or silent, or there was no way to it: the lane goes with the pair, and the source makes both anew."""
-        return self._hang_up(lane, reason, now) if lane in self._lanes else []
+        return self._refuse_lane(lane, Refused("", RefusedReason.TRANSPORT, reason), now) if lane in self._lanes else []
 
     def copied(self, transfer_id: str, seq: int, error: str | None, now: float) -> list[DestinationAction]:
         """A copy has ended; without `error` the epoch word stood after it, so the piece counts."""

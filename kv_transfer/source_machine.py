@@ -303,13 +303,13 @@ class SourceMachine:
 
     def _advance(self, transfer: Transfer, now: float) -> list[SourceAction]:
         """Announce what is computed and, if the first tokens are known, commit."""
-        self._dirty.pop(transfer.transfer_id, None)
         return [*self._announce(transfer, now), *self._perhaps_commit(transfer, now)]
 
     def _perhaps_commit(self, transfer: Transfer, now: float) -> list[SourceAction]:
         """Commit, if the first tokens are known and every piece is announced."""
         if transfer.state is not State.GRANTED or transfer.first_tokens is None or not self._lanes[transfer.lane].announces_all(transfer):
             return []
+        self._dirty.pop(transfer.transfer_id, None)
         return [Send(transfer.lane, transfer.commit(acked_by=now + self._lease_s))]
 
     def _announce(self, transfer: Transfer, now: float) -> list[SourceAction]:

@@ -42,11 +42,12 @@ class Rank:
     unread: bytes = b""
 
     @classmethod
-    def start(cls, spec: RankSpec, directory: Path, *, environment: dict[str, str] | None = None) -> Rank:
+    def start(cls, spec: RankSpec, directory: Path, *, environment: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> Rank:
+        """`prefix`: what runs the command elsewhere (`hosts.Host.prefix`)."""
         log = directory / f"{spec.worker_id}.log"
         with log.open("ab") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", "diptych.cluster.rank", "--spec", spec.model_dump_json(), "--leash"],
+                [*prefix, sys.executable, "-m", "diptych.cluster.rank", "--spec", spec.model_dump_json(), "--leash"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=sink,

@@ -15,7 +15,8 @@ POLICIES = {
     "worker": "admit attempts chunks load",
     "prefill_worker": "leases prompt scheduler",
     "decode_worker": "admission leases scheduler sequence steady",
-    "kv_transfer": "actions closed_ids coverage destination_machine geometry receipt source_machine",
+    "kv_transfer": "actions announcing closed_ids coverage destination_machine destination_state faults geometry receipt source_machine "
+    "source_state staging",
     "router": "admission budget machine placement",
     "cluster": "cores restarts",
     "cluster.load": "agreement answer arrivals choice dialect goodput lengths prompts report slo sse summary workload",

@@ -2,6 +2,8 @@
 
 Memory is a table: (layer, block, row) → what was written there. A worker's blocks are overwritten as soon as they are released,
 so a copy that should not count brings rubbish. The copy has two halves with anything in between.
+
+Over gloo a pair is a queue of what was posted: the destination receives in the order of the announcements, and it must be just that.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ from diptych.core.request import Token
 from diptych.core.transfer import GroupGrant, Hello, RefusedReason, ShmEndpoint, Transport
 from diptych.kv_transfer.actions import (
     Attach,
+    Connect,
     Copy,
     Detach,
     Dial,
     Fence,
     HangUp,
+    Post,
+    Receive,
     Send,
+    Stage,
     TellCommitted,
     TellFailed,
     TellGranted,
@@ -28,6 +34,7 @@ from diptych.kv_transfer.actions import (
     TellOffered,
     TellReleased,
 )
+from diptych.kv_transfer.coverage import Span
 from diptych.kv_transfer.destination_machine import DestinationMachine
 from diptych.kv_transfer.source_machine import SourceMachine
 
@@ -75,6 +82,10 @@ class Memory:
                     self.rows[layer, block, row] = "rubbish"
 
 
+Parcel = tuple[Span, dict[tuple[int, int], Any], int]
+"""A piece in a staging slot: its span, (layer, position) → row, its checksum."""
+
+
 @dataclass
 class Wire:
     """One lane. Each end has its own number for it, and learns of its end for itself."""
@@ -83,6 +94,8 @@ class Wire:
     destination_lane: int | None = None
     to_source: deque[Any] = field(default_factory=deque)
     to_destination: deque[Any] = field(default_factory=deque)
+    pair: deque[tuple[int, Parcel]] = field(default_factory=deque)
+    """Posted by the source and not received: the staging slot, and what is in it."""
     source_open: bool = True
     destination_open: bool = True
     broken: bool = False
@@ -100,8 +113,11 @@ class Prompt:
 
 
 class SourceSide:
-    def __init__(self, incarnation: int) -> None:
-        self.machine = SourceMachine(hello("P", incarnation), LEASE_S, SLOTS)
+    def __init__(self, incarnation: int, transports: tuple[Transport, ...]) -> None:
+        self.machine = SourceMachine(hello("P", incarnation, transports=transports), LEASE_S, SLOTS)
+        self.connecting: list[int] = []
+        self.staging: deque[Stage] = deque()
+        self.slots: dict[tuple[int, int], Parcel] = {}
         self.memory = Memory()
         self.words = dict.fromkeys(range(SLOTS), 0)
         self.prompts: dict[str, Prompt] = {}
@@ -109,9 +125,11 @@ class SourceSide:
 
 
 class DestinationSide:
-    def __init__(self, incarnation: int) -> None:
-        self.machine = DestinationMachine(hello("D", incarnation), LEASE_S, OFFER_WAIT_S, SLOTS)
+    def __init__(self, incarnation: int, transports: tuple[Transport, ...]) -> None:
+        self.machine = DestinationMachine(hello("D", incarnation, transports=transports), LEASE_S, OFFER_WAIT_S, SLOTS)
         self.memory = Memory()
+        self.receives: dict[int, deque[Receive]] = {}
+        self.given_up: set[str] = set()
         self.jobs: deque[Copy | Fence | Detach] = deque()
         self.half_done: Copy | None = None
         self.attaching: list[int] = []
@@ -123,11 +141,12 @@ class DestinationSide:
 
 
 class World:
-    def __init__(self) -> None:
+    def __init__(self, transports: tuple[Transport, ...] = SHM) -> None:
         self.now = 0.0
+        self.transports = transports
         self.incarnations = 2
-        self.source = SourceSide(1)
-        self.destination = DestinationSide(2)
+        self.source = SourceSide(1, transports)
+        self.destination = DestinationSide(2, transports)
         self.wires: list[Wire] = []
         self.dialling: list[Wire] = []
         self.committed: list[str] = []
@@ -284,6 +303,54 @@ class World:
                 assert self.destination.memory.lent.get((copy.span.group, there)) == copy.transfer_id, "a copy into another's block"
                 self.destination.memory.rows[layer, there, position % BLOCK] = rows.get((layer, here, position % BLOCK))
 
+    # -- what a pair does ---------------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        lane = self.source.connecting.pop(0)
+        self.at_source(self.source.machine.connected(lane, self.now))
+
+    def stage_step(self) -> bool:
+        """The source fills a staging slot; with rubbish, if the blocks have been taken back."""
+        if not self.source.staging:
+            return False
+        stage = self.source.staging.popleft()
+        rows = {}
+        for layer in stage.span.layers:
+            for position in range(stage.span.start, stage.span.stop):
+                block = stage.blocks[position // BLOCK - stage.span.start // BLOCK]
+                rows[layer, position] = self.source.memory.rows.get((layer, block, position % BLOCK))
+        checksum = hash(str(rows)) & 0xFFFF
+        self.source.slots[stage.lane, stage.slot] = stage.span, rows, checksum
+        self.at_source(self.source.machine.staged(stage.lane, stage.slot, checksum, self.now))
+        return True
+
+    def receive_step(self, wire: Wire) -> bool:
+        """The pair's next piece arrives, if it is sent and its announcement has come."""
+        side, lane = self.destination, wire.destination_lane
+        if lane is None or not wire.destination_open or not wire.pair or not side.receives.get(lane):
+            return False
+        slot, (span, rows, checksum) = wire.pair.popleft()
+        receive = side.receives[lane].popleft()
+        assert (receive.span, receive.checksum) == (span, checksum), "the two ends are out of step"
+        if wire.source_open:
+            self.at_source(self.source.machine.sent(wire.source_lane, slot, self.now))
+        if receive.blocks is None or receive.transfer_id in side.given_up:
+            return True
+        for (layer, position), row in rows.items():
+            block = receive.blocks[position // BLOCK - span.start // BLOCK]
+            assert side.memory.lent.get((span.group, block)) == receive.transfer_id, "a piece into another's block"
+            side.memory.rows[layer, block, position % BLOCK] = row
+        self.at_destination(side.machine.copied(receive.transfer_id, receive.seq, None, self.now))
+        return True
+
+    def break_pair(self, wire: Wire, *, source_first: bool) -> None:
+        """Its connection ends; one end notices before the other."""
+        for at_source in (source_first, not source_first):
+            if at_source and wire.source_open:
+                self.at_source(self.source.machine.pair_broken(wire.source_lane, "a pair broke", self.now))
+            elif not at_source and wire.destination_open and wire.destination_lane is not None:
+                self.at_destination(self.destination.machine.pair_broken(wire.destination_lane, "a pair broke", self.now))
+
     def advance(self, seconds: float) -> None:
         self.now += seconds
         self.at_source(self.source.machine.expire(self.now))
@@ -294,12 +361,12 @@ class World:
         self._kill(self.wires, "source")
         self.dialling.clear()
         self.incarnations += 1
-        self.source = SourceSide(self.incarnations)
+        self.source = SourceSide(self.incarnations, self.transports)
 
     def restart_destination(self) -> None:
         self._kill(self.wires, "destination")
         self.incarnations += 1
-        self.destination = DestinationSide(self.incarnations)
+        self.destination = DestinationSide(self.incarnations, self.transports)
 
     def _kill(self, wires: list[Wire], end: str) -> None:
         for wire in wires:
@@ -327,6 +394,16 @@ class World:
                     for wire in [wire for wire in [*self.wires, *self.dialling] if wire.source_lane == lane and wire.source_open]:
                         wire.source_open = False
                         wire.broken = True
+                case Connect(lane):
+                    side.connecting.append(lane)
+                case Stage():
+                    side.staging.append(action)
+                case Post(lane, slot):
+                    wire = next(wire for wire in self.wires if wire.source_lane == lane and wire.source_open)
+                    wire.pair.append((slot, side.slots.pop((lane, slot))))
+                case Detach(lane):
+                    side.connecting = [other for other in side.connecting if other != lane]
+                    side.staging = deque(stage for stage in side.staging if stage.lane != lane)
                 case Fence(transfer_id, slot, word):
                     side.words[slot] = word
                     self.at_source(side.machine.fenced(transfer_id, self.now))
@@ -358,8 +435,16 @@ class World:
                 case Detach(lane):
                     if lane in side.attaching:
                         side.attaching.remove(lane)
+                    side.receives.pop(lane, None)
                     side.jobs.append(action)
-                case Copy() | Fence():
+                case Connect(lane):
+                    side.receives[lane] = deque()
+                case Receive(lane):
+                    side.receives[lane].append(action)
+                case Fence(transfer_id):
+                    side.given_up.add(transfer_id)
+                    side.jobs.append(action)
+                case Copy():
                     side.jobs.append(action)
                 case TellOffered(transfer_id, tokens):
                     side.told[transfer_id].append("offered")
@@ -419,7 +504,12 @@ class World:
             for wire in self.wires:
                 busy |= self.deliver(wire, to_source=True)
                 busy |= self.deliver(wire, to_source=False)
+                busy |= self.receive_step(wire)
+            while self.source.connecting:
+                self.connect()
+                busy = True
             busy |= self.copy_step()
+            busy |= self.stage_step()
 
     def settle(self) -> None:
         """Both workers give up what they have, waits run out, and nothing may be left anywhere."""

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 from diptych.core.layout import DType
-from diptych.core.transfer import Hello, RefusedReason
+from diptych.core.transfer import Hello, RefusedReason, Transport
+from diptych.kv_transfer.actions import Connect, Send
 from diptych.kv_transfer.faults import refusal
 from kv_world import GLOO, GROUPS, LAYOUT, World, hello
 
@@ -49,6 +50,29 @@ def test_the_refusal_reaches_every_waiting_offer() -> None:
     assert world.source.told == {"a/5": ["failed", "released"], "b/5": ["failed", "released"]}
     assert world.source.machine.lanes == world.destination.machine.lanes == 0
     assert world.destination.told["a/5"] == [], "its router ends it"
+
+
+def test_without_shared_memory_it_is_gloo_and_said_why() -> None:
+    world = World((Transport.SHM, Transport.GLOO))
+    world.expect("a/5")
+    world.offer("a/5", 5)
+    world.dial(world.dialling[0])
+    world.deliver(world.wires[0], to_source=False)
+    lane = world.destination.attaching[0]
+    said, connect = world.destination.machine.not_attached(lane, "no shared memory", 0.0)
+    assert isinstance(connect, Connect)
+    assert connect.instead == "no shared memory"
+    assert isinstance(said, Send)
+    assert isinstance(said.message, Hello)
+    assert said.message.transports == GLOO
+
+
+def test_a_source_is_told_one_transport() -> None:
+    world = World((Transport.SHM, Transport.GLOO))
+    world.offer("a/5", 5)
+    world.dial(world.dialling[0])
+    world.at_source(world.source.machine.received(1, hello("D", 2, transports=(Transport.SHM, Transport.GLOO)), 0.0))
+    assert world.source.told["a/5"] == ["failed", "released"]
 
 
 def test_no_shared_memory_is_said() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+from diptych.core.transfer import Transport
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from kv_world import GROUPS, LAYERS, World
+from kv_world import GLOO, GROUPS, LAYERS, SHM, World
 
 INDEX = st.integers(0, 7)
 
@@ -16,9 +17,11 @@ INDEX = st.integers(0, 7)
 class Hinge(RuleBasedStateMachine):
     """Rules choose among what there is by index; indices wrap."""
 
+    transports = SHM
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.world = World(self.transports)
         self.ids: list[str] = []
 
     def new_id(self, tokens: int) -> str:
@@ -106,6 +109,29 @@ class Hinge(RuleBasedStateMachine):
         for _ in range(count):
             self.world.copy_step()
 
+    @precondition(lambda self: self.world.source.connecting)
+    @rule()
+    def connect(self) -> None:
+        self.world.connect()
+
+    @precondition(lambda self: self.world.source.staging)
+    @rule(count=st.integers(1, 3))
+    def stage(self, count: int) -> None:
+        for _ in range(count):
+            self.world.stage_step()
+
+    @precondition(lambda self: any(wire.pair for wire in self.world.wires))
+    @rule(count=st.integers(1, 3))
+    def receive(self, count: int) -> None:
+        for _ in range(count):
+            self.world.receive_step(self.world.wires[-1])
+
+    @precondition(lambda self: self.world.wires and self.world.transports == GLOO)
+    @rule(source_first=st.booleans(), really=st.integers(0, 4))
+    def break_pair(self, source_first: bool, really: int) -> None:
+        if not really:
+            self.world.break_pair(self.world.wires[-1], source_first=source_first)
+
     @rule()
     def all_goes_on(self) -> None:
         self.world.run_dry()
@@ -138,8 +164,15 @@ class Hinge(RuleBasedStateMachine):
         return list(among)[index % len(among)]
 
 
+class TwoSided(Hinge):
+    transports = GLOO
+
+
 TestHinge = Hinge.TestCase
-TestHinge.settings = settings(max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+TestTwoSided = TwoSided.TestCase
+TestHinge.settings = TestTwoSided.settings = settings(
+    max_examples=120, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 def drive(world: World, draw: random.Random, steps: int) -> None:
@@ -169,8 +202,16 @@ def drive(world: World, draw: random.Random, steps: int) -> None:
             rules.deliver(draw.random() < 0.5, draw.randint(1, 4), 0)
         elif chance < 0.96:
             rules.copy(draw.randint(1, 5))
+            if world.source.connecting:
+                world.connect()
+            if draw.random() < 0.5:
+                rules.stage(draw.randint(1, 3))
+            if world.wires and draw.random() < 0.5:
+                rules.receive(draw.randint(1, 3))
         elif chance < 0.985:
             world.advance(draw.choice([0.1, 0.5, 2.0, 6.0]))
+        elif chance < 0.986 and world.wires and world.transports == GLOO:
+            world.break_pair(world.wires[-1], source_first=draw.random() < 0.5)
         elif chance < 0.987 and world.wires:
             rules.cut(draw.random() < 0.5)
         elif chance < 0.988:
@@ -178,11 +219,12 @@ def drive(world: World, draw: random.Random, steps: int) -> None:
         world.check()
 
 
-def test_busy_hours_commit_and_fail() -> None:
+@pytest.mark.parametrize("transports", [SHM, GLOO], ids=["shm", "gloo"])
+def test_busy_hours_commit_and_fail(transports: tuple[Transport, ...]) -> None:
     """What is explored is not only failure, nor only success."""
     committed = failed = cancelled_late = 0
     for seed in range(100):
-        world = World()
+        world = World(transports)
         drive(world, random.Random(seed), 400)
         world.settle()
         committed += len(world.committed)
@@ -196,7 +238,7 @@ def test_busy_hours_commit_and_fail() -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(1000, 1400))
 def test_a_busy_day(seed: int) -> None:
-    world = World()
+    world = World(GLOO if seed % 2 else SHM)
     drive(world, random.Random(seed), 3000)
     world.settle()
 

@@ -1,0 +1,112 @@
+"""Hosts that have only a network in common: each its own network, mount, IPC and UTS namespaces, joined by a switch.
+
+    here ── veth ──┐
+    host a ─ veth ─┤ switch (a bridge, in a namespace of its own)
+    host b ─ veth ─┘
+
+Each namespace is held by one process with a leash and has no name: when its processes have gone, however they went, the kernel takes
+it back with its end of every cable. Needs root and iproute2.
+
+As a script it makes hosts and runs one command in each, until all have ended:  python tests/e2e/hosts.py 'command of a' 'command of b'
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+TOOLS = ("ip", "unshare", "nsenter")
+NAMESPACES = ("--mount", "--ipc", "--uts", "--net")
+PRIVATE = 'hostname "$1" && mount -t tmpfs tmpfs /dev/shm && ip link set lo up && echo ready && exec cat'
+
+
+def missing() -> str | None:
+    """Why no hosts can be made here; None if they can."""
+    if os.geteuid() != 0:
+        return "only root can make hosts"
+    lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
+    return f"{' and '.join(lacking)} is not installed" if lacking else None
+
+
+@dataclass(frozen=True)
+class Host:
+    """`prefix` runs a command there: it replaces itself by the command, so a signal reaches that."""
+
+    name: str
+    address: str
+    holder: int
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        return ("nsenter", f"--target={self.holder}", *NAMESPACES, "--")
+
+    def unplug(self, switch: Host) -> None:
+        """Pull the cable: nothing arrives any more, and nobody is told."""
+        _run(*switch.prefix, "ip", "link", "set", self.name, "down")
+
+    def plug(self, switch: Host) -> None:
+        _run(*switch.prefix, "ip", "link", "set", self.name, "up")
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, timeout=20)
+
+
+@contextmanager
+def _host(name: str, address: str) -> Iterator[Host]:
+    holder = subprocess.Popen(["unshare", *NAMESPACES, "sh", "-c", PRIVATE, "sh", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == b"ready\n", f"the namespaces of {name} cannot be made"
+        yield Host(name, address, holder.pid)
+    finally:
+        holder.stdin.close()
+        holder.wait(timeout=20)
+        holder.stdout.close()
+
+
+@contextmanager
+def hosts(*names: str) -> Iterator[tuple[Host, ...]]:
+    """The switch, then a host for each name. This process reaches all of them."""
+    number = os.getpid() % 250
+    network = f"10.213.{number}"
+    with ExitStack() as stack:
+        switch = stack.enter_context(_host("switch", ""))
+        _run(*switch.prefix, "ip", "link", "add", "bridge", "type", "bridge")
+        _run(*switch.prefix, "ip", "link", "set", "bridge", "up")
+        made = [stack.enter_context(_host(name, f"{network}.{index}")) for index, name in enumerate(names, 1)]
+        for host in made:
+            _cable(switch, host.name, f"{host.address}/24", "eth0", host)
+        _cable(switch, "here", f"{network}.254/24", f"dip{os.getpid()}", None)
+        yield (switch, *made)
+
+
+def _cable(switch: Host, port: str, address: str, device: str, host: Host | None) -> None:
+    """From `port` of the switch to `device` of a host, or of this one."""
+    inside: tuple[str, ...] = host.prefix if host else ()
+    there = ("netns", str(host.holder)) if host else ()
+    _run("ip", "link", "add", device, *there, "type", "veth", "peer", "name", port, "netns", str(switch.holder))
+    _run(*switch.prefix, "ip", "link", "set", port, "master", "bridge", "up")
+    _run(*inside, "ip", "address", "add", address, "dev", device)
+    _run(*inside, "ip", "link", "set", device, "up")
+
+
+def main() -> int:
+    if why := missing():
+        print(why, file=sys.stderr)
+        return 1
+    with hosts(*(f"host-{index}" for index in range(len(sys.argv) - 1))) as (_, *made):
+        print(*(f"{host.name} {host.address}" for host in made), sep="\n", flush=True)
+        running = [subprocess.Popen([*host.prefix, *shlex.split(command)]) for host, command in zip(made, sys.argv[1:], strict=True)]
+        return max((process.wait() for process in running), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

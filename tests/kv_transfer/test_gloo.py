@@ -1,0 +1,231 @@
+"""What only gloo has: checksums, staging slots, pairs that come and go, the choice between it and shm."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diptych.core.errors import TransferFailed
+from diptych.core.transfer import Rendezvous, Transport
+from diptych.kv_transfer import packing
+from diptych.kv_transfer.coverage import Span
+from diptych.kv_transfer.pool import Pool
+from diptych.kv_transfer.staging import ROW, SLOTS_PER_PAIR, Staging
+from diptych.kv_transfer.transports import gloo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kv_rig import BLOCK, LAYERS, LAYOUT, TOKENS, DecodeEnd, PrefillEnd, eventually, expected_rows, layout_with, left_behind, rig, write
+
+BOTH = tuple(Transport)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    yield
+    if left_behind():
+        gc.collect()
+    assert left_behind() == []
+
+
+async def hand_over(prefill: PrefillEnd, decode: DecodeEnd, address: str, transfer_id: str, tokens: int, *, at_once: bool = False) -> None:
+    decode.destination.expect(transfer_id)
+    prefill.offer(transfer_id, address, tokens)
+    if at_once:
+        prefill.compute(transfer_id, LAYERS, 0, tokens)
+        prefill.source.commit(transfer_id, TOKENS)
+    else:
+        await prefill.compute_all(transfer_id)
+    await prefill.diary.wait("released", transfer_id)
+
+
+def test_a_corrupted_piece_is_refused_and_the_next_transfer_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit changes between the two ends."""
+    pieces = 0
+
+    def corrupt(pool: Pool, stage_span: Span, blocks: tuple[int, ...], slot: torch.Tensor) -> None:
+        nonlocal pieces
+        packing.pack(pool, stage_span, blocks, slot)
+        pieces += 1
+
+    def checksum(slot: torch.Tensor, length: int) -> int:
+        found = packing.checksum(slot, length)
+        if threading.current_thread().name == "diptych-gloo-post" and pieces == 2:
+            slot[length // 2] ^= 4
+        return found
+
+    monkeypatch.setattr(gloo, "pack", corrupt)
+    monkeypatch.setattr(gloo, "checksum", checksum)
+
+    async def run() -> None:
+        async with rig(Transport.GLOO) as (prefill, decode, address, exchange):
+            await hand_over(prefill, decode, address, "a", 150)
+            assert pieces >= 2
+            for end in (prefill, decode):
+                assert end.diary.of("a")[-2:] == ["failed", "released"]
+                assert isinstance(end.diary.errors["a"], TransferFailed)
+                assert "checksum of piece 1" in end.diary.errors["a"].message
+            await hand_over(prefill, decode, address, "b", 150)
+            assert decode.diary.of("b") == ["offered", "committed"]
+            assert len(exchange.lanes) == 1, "a wrong piece is no reason to make a new pair"
+
+    asyncio.run(run())
+
+
+def descriptors_and_threads() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.timeout(300)
+def test_thousands_of_small_transfers_leave_nothing_behind() -> None:
+    async def run() -> None:
+        async with rig(Transport.GLOO, source_blocks=64, destination_blocks=64) as (prefill, decode, address, _):
+            await hand_over(prefill, decode, address, "warm", 20)
+            before = descriptors_and_threads()
+            for first in range(0, 2000, 20):
+                await asyncio.gather(
+                    *(hand_over(prefill, decode, address, f"t{first + index}", 5 + index, at_once=True) for index in range(20))
+                )
+                decode.diary.lines.clear()
+                prefill.diary.lines.clear()
+            assert descriptors_and_threads() == before
+            assert len(decode.bytes) == 2001
+
+    asyncio.run(run())
+
+
+def test_pairs_come_and_go_without_a_trace() -> None:
+    async def run() -> None:
+        async with rig(Transport.GLOO) as (prefill, decode, address, exchange):
+            await hand_over(prefill, decode, address, "first", 20)
+            before = 0, 0
+            for number in range(12):
+                exchange.lanes[-1].cut()
+                await eventually(lambda: not prefill.source._lanes)
+                await hand_over(prefill, decode, address, f"t{number}", 20)
+                assert decode.diary.of(f"t{number}") == ["offered", "committed"]
+                await eventually(lambda: sum(t.name == "diptych-gloo-post" for t in threading.enumerate()) == 2)
+                if number == 4:
+                    gc.collect()
+                    before = descriptors_and_threads()
+            gc.collect()
+            assert descriptors_and_threads() == before
+
+    asyncio.run(run())
+
+
+def test_a_pair_listens_at_the_workers_address_alone() -> None:
+    def listening() -> set[str]:
+        lines = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+        mine = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")}
+        return {fields[1] for fields in lines if fields[3] == "0A" and f"socket:[{fields[9]}]" in mine}
+
+    async def run() -> None:
+        before = listening()
+        async with rig(Transport.GLOO) as (prefill, decode, address, _):
+            await hand_over(prefill, decode, address, "a", 20)
+            opened = listening() - before
+            assert len(opened) == 2, "one port at each end"
+            assert all(place.startswith("0100007F:") for place in opened)
+
+    asyncio.run(run())
+
+
+def test_an_address_that_is_not_ours_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gloo.Device, "get", lambda device: gloo.ProcessGroupGloo.create_device(hostname="192.0.2.1", lazy_init=False))
+
+    async def run() -> None:
+        async with rig(Transport.GLOO) as (prefill, decode, address, _):
+            await hand_over(prefill, decode, address, "a", 20)
+            assert "The gloo pair of 127.0.0.1 is lost" in prefill.diary.errors["a"].message
+
+    asyncio.run(run())
+
+
+def test_rendezvous_is_nothing_to_say_on_a_shared_memory_lane() -> None:
+    async def run() -> None:
+        async with rig(Transport.SHM) as (prefill, decode, address, exchange):
+            await hand_over(prefill, decode, address, "a", 20)
+            exchange.lanes[0].send(Rendezvous("key", b"value"))
+            await eventually(lambda: not prefill.source._lanes)
+
+    asyncio.run(run())
+
+
+@settings(max_examples=15, deadline=None)
+@given(start=st.integers(0, 60), length=st.integers(1, 60), group=st.sampled_from([0, 1]), data=st.data())
+def test_what_is_packed_is_unpacked(start: int, length: int, group: int, data: st.DataObject) -> None:
+    """Between different blocks, beginning and ending anywhere in them; nothing beside it changes."""
+    layers = LAYOUT.groups[group].layers
+    span = Span(group, layers, start, start + length)
+    first, count = start // BLOCK, -(-span.stop // BLOCK) - start // BLOCK
+    here, there = (tuple(data.draw(st.permutations(range(12)))[:count]) for _ in range(2))
+    source, destination = Pool.allocate(layout_with(12)), Pool.allocate(layout_with(12))
+    tables = tuple((-1,) * first + here for _ in LAYOUT.groups)
+    write(source, "a", layers, span.start, span.stop, tables)
+    slot = torch.zeros(1 << 20, dtype=torch.uint8)
+    packing.pack(source, span, here, slot)
+    packing.unpack(destination, span, there, slot)
+    for index, layer in enumerate(layers):
+        cache = destination.caches[group][index]
+        for position in range(span.start, span.stop):
+            held = cache[there[position // BLOCK - first], :, :, position % BLOCK]
+            assert torch.equal(held, expected_rows("a", layer, LAYOUT.groups[group], position, position + 1)[0].to(cache.dtype))
+            held.zero_()
+        assert not cache.any()
+    source.close()
+    destination.close()
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(1, 3 * ROW), data=st.data())
+def test_a_changed_or_moved_byte_changes_the_checksum(length: int, data: st.DataObject) -> None:
+    torch.manual_seed(length)
+    slot = torch.randint(0, 256, (3 * ROW,), dtype=torch.uint8)
+    before = packing.checksum(slot, length)
+    assert packing.checksum(slot, length) == before
+    at = data.draw(st.integers(0, length - 1))
+    other = data.draw(st.integers(0, length - 1))
+    changed = slot.clone()
+    changed[at] ^= 1 << data.draw(st.integers(0, 7))
+    assert packing.checksum(changed, length) != before
+    swapped = slot.clone()
+    swapped[at], swapped[other] = slot[other].clone(), slot[at].clone()
+    assert (packing.checksum(swapped, length) == before) == bool(slot[at] == slot[other])
+
+
+def test_staging_gives_turns_and_keeps_order() -> None:
+    staging = Staging()
+    span = Span(0, (0,), 0, 1)
+    staging.want("a")
+    assert staging.next() is None, "not before the pair stands"
+    staging.connected()
+    staging.want("b")
+    slots = []
+    for owner in ("a", "b", "a", "b"):
+        assert staging.next() == owner
+        slots.append(staging.take(owner, span))
+        staging.check()
+    assert len(slots) == SLOTS_PER_PAIR
+    assert staging.next() is None, "no credit is left"
+    assert staging.filled(slots[0]) == ("a", span)
+    with pytest.raises(ValueError, match="before slot"):
+        staging.filled(slots[2])
+
+
+def test_a_turn_that_is_given_up_is_no_ones() -> None:
+    staging = Staging()
+    staging.connected()
+    staging.want("a")
+    staging.want("b")
+    staging.drop("a")
+    assert staging.next() == "b"
+    slot = staging.take("b", Span(0, LAYERS[:1], 0, 1))
+    staging.filled(slot)
+    staging.empty(slot)
+    staging.check()
