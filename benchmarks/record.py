@@ -50,6 +50,7 @@ def surroundings() -> dict[str, Any]:
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "kernel": platform.release(),
             "load_before": round(os.getloadavg()[0], 2),
+            "niceness": os.nice(0),
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
