@@ -93,7 +93,9 @@ def test_thousands_of_small_transfers_leave_nothing_behind() -> None:
                 )
                 decode.diary.lines.clear()
                 prefill.diary.lines.clear()
-            assert descriptors_and_threads() == before
+            files, threads = descriptors_and_threads()
+            assert files <= before[0]
+            assert threads <= before[1], "an earlier test's may have ended meanwhile"
             assert len(decode.bytes) == 2001
 
     asyncio.run(run())
