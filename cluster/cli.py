@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -259,6 +260,8 @@ def check(file: Annotated[Path, typer.Argument(help="A config file.")]) -> None:
 
 
 def main() -> None:
+    # Else grpc writes a line to stderr whenever a peer ends its connections, which every clean Ctrl-C does. It reads this when loaded.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     app()
 
 
