@@ -1,7 +1,7 @@
 """What a router and a worker say on their one stream: commands up, one `StepEvents` down per engine step.
 
 Every command that opens an attempt is answered by exactly one terminal event for it: `HandedOver`, `Finished` or `Failed`.
-A `Stop` for an attempt also ends in a terminal event (`Failed` with `Cancelled`, unless another was already under way).
+A `Stop` for a whole attempt also ends in a terminal event (`Failed` with `Cancelled`, unless another was already under way).
 Closing the stream stops every attempt on it, without further events.
 """
 
@@ -15,9 +15,10 @@ from .request import FinishReason, Request, Token
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """Compute the prompt's KV, draw the first token, hand the KV to `destination` (a worker's address, host:port).
+    """Compute the KV of what the choices share, draw their first tokens, hand the KV to `destination` (a worker's address, host:port).
 
-    `destination` None: nobody decodes this (max_tokens 1); the attempt ends with `Finished`.
+    `destination` None: nobody decodes this (every live choice is `opening` and may write one token more); the attempt ends with
+    `Finished`.
     """
 
     attempt_id: str
@@ -27,7 +28,8 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Write the answer: after the transfer named `attempt_id`, or, with `local_prefill`, after computing the prompt here."""
+    """Write the answer, all live choices of it: after the transfer named `attempt_id`, or, with `local_prefill`, after computing the
+    prompt here."""
 
     attempt_id: str
     request: Request
@@ -36,25 +38,31 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Give the attempt up: at the next step nothing of it is computed, and its blocks return."""
+    """Give the attempt up: at the next step nothing of it is computed, and its blocks return.
+
+    With a `choice`, to D: only that choice is over (its text is complete), without a `ChoiceFinished`. The attempt goes on; when no
+    choice is left it ends with `Finished`.
+    """
 
     attempt_id: str
+    choice: int | None = None
 
 
 Command = Prefill | Decode | Stop
 
 
 @dataclass(frozen=True, slots=True)
-class FirstToken:
-    """From P, at once when drawn. `finish` is set if this token ends the request (then P cancels the transfer itself).
+class FirstTokens:
+    """From P, at once when drawn: one token for each choice that is `opening`, in order of choice; none if all resume.
 
-    Seconds, measured on P: `queued` from command to first chunk, `computed` from first chunk to this token.
-    `cached_tokens` of the prompt came from P's prefix cache.
+    `finishes[i]` is set if `tokens[i]` ends its choice (`STOP`: the token is an end token and no output); D says nothing of that choice
+    then. If no live choice is left, P cancels the transfer itself. Seconds, measured on P: `queued` from command to first chunk,
+    `computed` from first chunk to these tokens. `cached_tokens` of the prompt came from P's prefix cache.
     """
 
     attempt_id: str
-    token: Token
-    finish: FinishReason | None = None
+    tokens: tuple[Token, ...]
+    finishes: tuple[FinishReason | None, ...]
     queued: float = 0.0
     computed: float = 0.0
     cached_tokens: int = 0
@@ -72,19 +80,27 @@ class HandedOver:
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """From D (and from P never): tokens in order of index. A stop token is not among them."""
+    """From D (and from P never): tokens of its choices, each choice's in order of index. A stop token is not among them."""
 
     attempt_id: str
     tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """Terminal: the output is complete. `recomputed_tokens` were prefilled here after preemption, `local_prefill_tokens` by request;
-    `cached_tokens` of the prompt came from this worker's prefix cache."""
+class ChoiceFinished:
+    """From D, behind the choice's last token: this choice is complete. The attempt goes on."""
 
     attempt_id: str
+    choice: int
     finish: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Terminal: every choice is complete, and the end of each was told before. `recomputed_tokens` were computed here after a preemption
+    or a fork, `local_prefill_tokens` by request; `cached_tokens` of the prompt came from this worker's prefix cache."""
+
+    attempt_id: str
     cached_tokens: int = 0
     local_prefill_tokens: int = 0
     recomputed_tokens: int = 0
@@ -98,7 +114,7 @@ class Failed:
     error: DiptychError
 
 
-Event = FirstToken | HandedOver | NewTokens | Finished | Failed
+Event = FirstTokens | HandedOver | NewTokens | ChoiceFinished | Finished | Failed
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """`output_tokens` of all choices; the prompt counts once."""
+
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int = 0
@@ -33,8 +35,9 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds on the router's clock. `tpot` None for one-token answers; `handover_gap` (token 1 to 2) only for
-    disaggregated requests. `kv_bytes`, `transfer_seconds`, `transport` of the transfer, if there was one."""
+    """Seconds on the router's clock. `ttft` to the first token of any choice. `tpot`: the mean over the choices of more than one token;
+    None if there is none. `handover_gap` (from token 1 to 2 of the first choice to have two) only for disaggregated requests.
+    `kv_bytes`, `transfer_seconds`, `transport` of the transfer, if there was one."""
 
     ttft: float
     tpot: float | None = None
@@ -49,20 +52,24 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    reason: FinishReason
+    """All choices are complete."""
+
     usage: Usage
     timing: Timing
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One message of the answer: new text (whole characters) and the tokens behind it. The last chunk, and no other, has
-    `finish`; a failed request raises instead."""
+    """One message of the answer: new text (whole characters) of one choice and the tokens behind it. `reason`: that choice has ended;
+    exactly one chunk of each choice has it, its last. The last chunk of the call, and no other, has `finish`; a failed request
+    raises instead."""
 
     request_id: str
     text: str = ""
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
+    choice: int = 0
+    reason: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True)

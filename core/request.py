@@ -31,15 +31,16 @@ class Slo:
 class Request:
     """What a worker is asked to continue.
 
-    `generated` are output tokens the client already has (a retry resumes after them): a worker computes KV for
-    prompt + generated, and the next token it draws has output index `len(generated)`.
+    `generated[i]` are the output tokens of choice i that the client already has (a retry resumes after them): the next token of
+    that choice has output index `len(generated[i])`. Empty: nobody has anything yet. `finished`: choices that have ended already.
     """
 
     request_id: str
     model: str
     prompt: tuple[Part, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    generated: tuple[int, ...] = ()
+    generated: tuple[tuple[int, ...], ...] = ()
+    finished: frozenset[int] = frozenset()
     adapter: str = ""
     tenant: str = ""
     priority: int = 0
@@ -51,10 +52,30 @@ class Request:
             return self.prompt[0].ids
         return tuple(token for part in self.prompt for token in part.ids)
 
+    def generated_by(self, choice: int) -> tuple[int, ...]:
+        """The output tokens of `choice` that the client already has."""
+        return self.generated[choice] if self.generated else ()
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """The choices still to be written, ascending."""
+        return tuple(choice for choice in range(self.sampling.n) if choice not in self.finished)
+
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Prompt and generated tokens: what must be in the cache before the next token is drawn."""
-        return self.prompt_ids + self.generated if self.generated else self.prompt_ids
+        """What the choices share, and a prefill worker computes: the prompt, and with one choice also what it has generated."""
+        return self.prompt_ids + self.generated_by(0) if self.sampling.n == 1 else self.prompt_ids
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """The live choices whose next token is drawn behind `token_ids`. (The others have tokens of their own behind them, which
+        the decode worker computes.)"""
+        return self.live if self.sampling.n == 1 else tuple(choice for choice in self.live if not self.generated_by(choice))
+
+    @property
+    def left(self) -> int:
+        """The most tokens any live choice may still write."""
+        return max((self.sampling.max_tokens - len(self.generated_by(choice)) for choice in self.live), default=0)
 
 
 class FinishReason(StrEnum):

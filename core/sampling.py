@@ -9,6 +9,7 @@ from itertools import pairwise
 from .errors import InvalidRequest
 
 MAX_LOGPROBS = 20
+MAX_CHOICES = 16
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 
@@ -26,7 +27,8 @@ class SamplingParams:
     the same request draws the same tokens on every device and after every retry. The router draws a seed where the client
     gave none, so workers always see one. `logprobs` None means none, n means the chosen token's and the n likeliest ones',
     natural logarithm, of the model's own distribution, before all of this. A stop token ends the request and is
-    not part of the text; `ignore_eos` lets the model's own end tokens pass.
+    not part of the text; `ignore_eos` lets the model's own end tokens pass. `n` outputs (choices) are written, each by itself: all
+    of this counts and ends for each choice apart, and choice 0 is what `n` = 1 would write.
     """
 
     max_tokens: int = 16
@@ -43,6 +45,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
+    n: int = 1
 
     @property
     def greedy(self) -> bool:
@@ -79,6 +82,7 @@ class SamplingParams:
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         self._check_bias(vocab_size)
         _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _whole("n", self.n, 1, MAX_CHOICES)
 
     def _check_bias(self, vocab_size: int) -> None:
         if len(self.logit_bias) > MAX_LOGIT_BIAS:

@@ -5,6 +5,7 @@
       ◀────────────────────────────── Hello ──      versions, incarnations, layouts, the transport chosen; or Refused by name
       ◀────────── Rendezvous* ───────────────▶      two-sided transports: how the two ends find each other
       ── Offer ──────────────────────────────▶
+      ── NearlyDone ─────────────────────────▶      only if no Grant has come by then
       ◀────────────────── Grant or Refused ──       at once, or when memory frees
       ── Ready* ─────────────────────────────▶      pieces, layer by layer as they are computed (two-sided: as they are staged)
       ── Commit ─────────────────────────────▶
@@ -22,7 +23,7 @@ from enum import StrEnum
 from .layout import Layout
 from .request import Token
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Transport(StrEnum):
@@ -99,6 +100,13 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
+class NearlyDone:
+    """The source has begun to store the last positions of a prompt it offered: what is granted now will not lie idle for long."""
+
+    transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class GroupGrant:
     """Destination blocks of one cache group, for positions `first_position` (a multiple of the block size) up to the
     prompt's end, in order."""
@@ -148,7 +156,8 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """All pieces are announced (`pieces` in number), and these are the first tokens, one per choice."""
+    """All pieces are announced (`pieces` in number), and these are the first tokens, one per choice that is `opening`
+    (end tokens too: what ended at once is not to be written)."""
 
     transfer_id: str
     pieces: int
@@ -178,4 +187,4 @@ class KeepAlive:
     transfer_ids: tuple[str, ...]
 
 
-LaneMessage = Hello | Rendezvous | Offer | Grant | Refused | Ready | Commit | Ack | Cancel | KeepAlive
+LaneMessage = Hello | Rendezvous | Offer | NearlyDone | Grant | Refused | Ready | Commit | Ack | Cancel | KeepAlive

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64iptych/proto/inference.proto\x12\ndiptych.v1\"\xaf\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.diptych.v1.TokenIdsH\x00\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.diptych.v1.Sampling\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x08\n\x06prompt\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\x07\x42\x02\x10\x01\"\xd7\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x37\n\nlogit_bias\x18\r \x03(\x0b\x32#.diptych.v1.Sampling.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobsB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokens\"\x81\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\'\n\x06tokens\x18\x03 \x03(\x0b\x32\x17.diptych.v1.OutputToken\x12\"\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x12.diptych.v1.Finish\"\x7f\n\x0bOutputToken\x12\n\n\x02id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.diptych.v1.TopLogprob\x12\r\n\x05index\x18\x04 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\rB\n\n\x08_logprob\")\n\nTopLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"^\n\x06\x46inish\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Usage\x12\"\n\x06timing\x18\x03 \x01(\x0b\x32\x12.diptych.v1.Timing\"L\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xde\x01\n\x06Timing\x12\x0c\n\x04ttft\x18\x01 \x01(\x01\x12\x11\n\x04tpot\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0chandover_gap\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\x12\x18\n\x10transfer_seconds\x18\x05 \x01(\x01\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\t\x12\x10\n\x08\x61ttempts\x18\t \x01(\rB\x07\n\x05_tpotB\x0f\n\r_handover_gap\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.diptych.v1.Model\"W\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bmax_context\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x19\n\x11has_chat_template\x18\x04 \x01(\x08\x32\xa1\x01\n\tInference\x12G\n\x08Generate\x12\x1b.diptych.v1.GenerateRequest\x1a\x1c.diptych.v1.GenerateResponse0\x01\x12K\n\nListModels\x12\x1d.diptych.v1.ListModelsRequest\x1a\x1e.diptych.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64iptych/proto/inference.proto\x12\ndiptych.v1\"\xaf\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.diptych.v1.TokenIdsH\x00\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.diptych.v1.Sampling\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x08\n\x06prompt\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\x07\x42\x02\x10\x01\"\xed\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x37\n\nlogit_bias\x18\r \x03(\x0b\x32#.diptych.v1.Sampling.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\n\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobsB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x04\n\x02_n\"\xa1\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\'\n\x06tokens\x18\x03 \x03(\x0b\x32\x17.diptych.v1.OutputToken\x12\"\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x12.diptych.v1.Finish\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\r\x12\x0e\n\x06reason\x18\x06 \x01(\t\"\x7f\n\x0bOutputToken\x12\n\n\x02id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.diptych.v1.TopLogprob\x12\r\n\x05index\x18\x04 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\rB\n\n\x08_logprob\")\n\nTopLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"T\n\x06\x46inish\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Usage\x12\"\n\x06timing\x18\x03 \x01(\x0b\x32\x12.diptych.v1.TimingJ\x04\x08\x01\x10\x02\"L\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xde\x01\n\x06Timing\x12\x0c\n\x04ttft\x18\x01 \x01(\x01\x12\x11\n\x04tpot\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0chandover_gap\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\x12\x18\n\x10transfer_seconds\x18\x05 \x01(\x01\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\t\x12\x10\n\x08\x61ttempts\x18\t \x01(\rB\x07\n\x05_tpotB\x0f\n\r_handover_gap\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.diptych.v1.Model\"W\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bmax_context\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x19\n\x11has_chat_template\x18\x04 \x01(\x08\x32\xa1\x01\n\tInference\x12G\n\x08Generate\x12\x1b.diptych.v1.GenerateRequest\x1a\x1c.diptych.v1.GenerateResponse0\x01\x12K\n\nListModels\x12\x1d.diptych.v1.ListModelsRequest\x1a\x1e.diptych.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,27 +40,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=223
   _globals['_TOKENIDS']._serialized_end=250
   _globals['_SAMPLING']._serialized_start=253
-  _globals['_SAMPLING']._serialized_end=852
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=640
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=688
-  _globals['_GENERATERESPONSE']._serialized_start=855
-  _globals['_GENERATERESPONSE']._serialized_end=984
-  _globals['_OUTPUTTOKEN']._serialized_start=986
-  _globals['_OUTPUTTOKEN']._serialized_end=1113
-  _globals['_TOPLOGPROB']._serialized_start=1115
-  _globals['_TOPLOGPROB']._serialized_end=1156
-  _globals['_FINISH']._serialized_start=1158
-  _globals['_FINISH']._serialized_end=1252
-  _globals['_USAGE']._serialized_start=1254
-  _globals['_USAGE']._serialized_end=1330
-  _globals['_TIMING']._serialized_start=1333
-  _globals['_TIMING']._serialized_end=1555
-  _globals['_LISTMODELSREQUEST']._serialized_start=1557
-  _globals['_LISTMODELSREQUEST']._serialized_end=1576
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1578
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1633
-  _globals['_MODEL']._serialized_start=1635
-  _globals['_MODEL']._serialized_end=1722
-  _globals['_INFERENCE']._serialized_start=1725
-  _globals['_INFERENCE']._serialized_end=1886
+  _globals['_SAMPLING']._serialized_end=874
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=656
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=704
+  _globals['_GENERATERESPONSE']._serialized_start=877
+  _globals['_GENERATERESPONSE']._serialized_end=1038
+  _globals['_OUTPUTTOKEN']._serialized_start=1040
+  _globals['_OUTPUTTOKEN']._serialized_end=1167
+  _globals['_TOPLOGPROB']._serialized_start=1169
+  _globals['_TOPLOGPROB']._serialized_end=1210
+  _globals['_FINISH']._serialized_start=1212
+  _globals['_FINISH']._serialized_end=1296
+  _globals['_USAGE']._serialized_start=1298
+  _globals['_USAGE']._serialized_end=1374
+  _globals['_TIMING']._serialized_start=1377
+  _globals['_TIMING']._serialized_end=1599
+  _globals['_LISTMODELSREQUEST']._serialized_start=1601
+  _globals['_LISTMODELSREQUEST']._serialized_end=1620
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1622
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1677
+  _globals['_MODEL']._serialized_start=1679
+  _globals['_MODEL']._serialized_end=1766
+  _globals['_INFERENCE']._serialized_start=1769
+  _globals['_INFERENCE']._serialized_end=1930
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Sampling(_message.Message):
-    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos", "logprobs", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens")
+    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos", "logprobs", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "n")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class Sampling(_message.Message):
     FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
     LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    N_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     temperature: float
     top_p: float
@@ -43,7 +44,8 @@ class Sampling(_message.Message):
     frequency_penalty: float
     logit_bias: _containers.ScalarMap[int, float]
     min_tokens: int
-    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ...) -> None: ...
+    n: int
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., n: _Optional[int] = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("tokens",)
@@ -58,7 +60,7 @@ class Tokens(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "sampling", "generated", "adapter", "tenant", "priority", "slo_ttft", "slo_tpot")
+    __slots__ = ("request_id", "model", "prompt", "sampling", "generated", "adapter", "tenant", "priority", "slo_ttft", "slo_tpot", "finished")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -69,17 +71,19 @@ class Request(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     SLO_TTFT_FIELD_NUMBER: _ClassVar[int]
     SLO_TPOT_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt: _containers.RepeatedCompositeFieldContainer[Part]
     sampling: Sampling
-    generated: _containers.RepeatedScalarFieldContainer[int]
+    generated: _containers.RepeatedCompositeFieldContainer[Tokens]
     adapter: str
     tenant: str
     priority: int
     slo_ttft: float
     slo_tpot: float
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., generated: _Optional[_Iterable[int]] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., slo_ttft: _Optional[float] = ..., slo_tpot: _Optional[float] = ...) -> None: ...
+    finished: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., generated: _Optional[_Iterable[_Union[Tokens, _Mapping]]] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., slo_ttft: _Optional[float] = ..., slo_tpot: _Optional[float] = ..., finished: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Command(_message.Message):
     __slots__ = ("prefill", "decode", "stop")
@@ -112,10 +116,12 @@ class Decode(_message.Message):
     def __init__(self, attempt_id: _Optional[str] = ..., request: _Optional[_Union[Request, _Mapping]] = ..., local_prefill: _Optional[bool] = ...) -> None: ...
 
 class Stop(_message.Message):
-    __slots__ = ("attempt_id",)
+    __slots__ = ("attempt_id", "choice")
     ATTEMPT_ID_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     attempt_id: str
-    def __init__(self, attempt_id: _Optional[str] = ...) -> None: ...
+    choice: int
+    def __init__(self, attempt_id: _Optional[str] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("index", "id", "logprob", "top", "choice")
@@ -156,34 +162,36 @@ class StepEvents(_message.Message):
     def __init__(self, events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("attempt_id", "first_token", "handed_over", "new_tokens", "finished", "failed")
+    __slots__ = ("attempt_id", "first_tokens", "handed_over", "new_tokens", "finished", "failed", "choice_finished")
     ATTEMPT_ID_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FINISHED_FIELD_NUMBER: _ClassVar[int]
     attempt_id: str
-    first_token: FirstToken
+    first_tokens: FirstTokens
     handed_over: HandedOver
     new_tokens: NewTokens
     finished: Finished
     failed: Error
-    def __init__(self, attempt_id: _Optional[str] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., handed_over: _Optional[_Union[HandedOver, _Mapping]] = ..., new_tokens: _Optional[_Union[NewTokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    choice_finished: ChoiceFinished
+    def __init__(self, attempt_id: _Optional[str] = ..., first_tokens: _Optional[_Union[FirstTokens, _Mapping]] = ..., handed_over: _Optional[_Union[HandedOver, _Mapping]] = ..., new_tokens: _Optional[_Union[NewTokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Error, _Mapping]] = ..., choice_finished: _Optional[_Union[ChoiceFinished, _Mapping]] = ...) -> None: ...
 
-class FirstToken(_message.Message):
-    __slots__ = ("token", "finish", "queued", "computed", "cached_tokens")
-    TOKEN_FIELD_NUMBER: _ClassVar[int]
-    FINISH_FIELD_NUMBER: _ClassVar[int]
+class FirstTokens(_message.Message):
+    __slots__ = ("tokens", "finishes", "queued", "computed", "cached_tokens")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISHES_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    token: Token
-    finish: str
+    tokens: _containers.RepeatedCompositeFieldContainer[Token]
+    finishes: _containers.RepeatedScalarFieldContainer[str]
     queued: float
     computed: float
     cached_tokens: int
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., finish: _Optional[str] = ..., queued: _Optional[float] = ..., computed: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., finishes: _Optional[_Iterable[str]] = ..., queued: _Optional[float] = ..., computed: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class HandedOver(_message.Message):
     __slots__ = ("kv_bytes", "seconds", "transport")
@@ -201,17 +209,23 @@ class NewTokens(_message.Message):
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
     def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
 
-class Finished(_message.Message):
-    __slots__ = ("finish", "cached_tokens", "local_prefill_tokens", "recomputed_tokens")
+class ChoiceFinished(_message.Message):
+    __slots__ = ("choice", "finish")
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
+    choice: int
+    finish: str
+    def __init__(self, choice: _Optional[int] = ..., finish: _Optional[str] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ("cached_tokens", "local_prefill_tokens", "recomputed_tokens")
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    finish: str
     cached_tokens: int
     local_prefill_tokens: int
     recomputed_tokens: int
-    def __init__(self, finish: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., local_prefill_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, cached_tokens: _Optional[int] = ..., local_prefill_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ...) -> None: ...
 
 class CacheGroup(_message.Message):
     __slots__ = ("kind", "layers", "kv_heads", "head_dim", "dtype", "window")
@@ -336,7 +350,7 @@ class FleetStatus(_message.Message):
     def __init__(self, fleet: _Optional[_Union[Fleet, _Mapping]] = ..., reports: _Optional[_Iterable[_Union[WorkerReport, _Mapping]]] = ...) -> None: ...
 
 class LaneMessage(_message.Message):
-    __slots__ = ("hello", "offer", "grant", "refused", "ready", "commit", "ack", "cancel", "keep_alive", "rendezvous")
+    __slots__ = ("hello", "offer", "grant", "refused", "ready", "commit", "ack", "cancel", "keep_alive", "rendezvous", "nearly_done")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
@@ -347,6 +361,7 @@ class LaneMessage(_message.Message):
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     KEEP_ALIVE_FIELD_NUMBER: _ClassVar[int]
     RENDEZVOUS_FIELD_NUMBER: _ClassVar[int]
+    NEARLY_DONE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     offer: Offer
     grant: Grant
@@ -357,7 +372,8 @@ class LaneMessage(_message.Message):
     cancel: Cancel
     keep_alive: KeepAlive
     rendezvous: Rendezvous
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., keep_alive: _Optional[_Union[KeepAlive, _Mapping]] = ..., rendezvous: _Optional[_Union[Rendezvous, _Mapping]] = ...) -> None: ...
+    nearly_done: NearlyDone
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., keep_alive: _Optional[_Union[KeepAlive, _Mapping]] = ..., rendezvous: _Optional[_Union[Rendezvous, _Mapping]] = ..., nearly_done: _Optional[_Union[NearlyDone, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("worker_id", "incarnation", "layout", "shm_socket", "shm_nonce", "protocol_version", "transports")
@@ -400,6 +416,12 @@ class Offer(_message.Message):
     transfer_id: str
     prompt_tokens: int
     def __init__(self, transfer_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
+
+class NearlyDone(_message.Message):
+    __slots__ = ("transfer_id",)
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    def __init__(self, transfer_id: _Optional[str] = ...) -> None: ...
 
 class GroupGrant(_message.Message):
     __slots__ = ("first_position", "blocks")

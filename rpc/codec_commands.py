@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..core.commands import Command, Decode, Event, Failed, Finished, FirstToken, HandedOver, NewTokens, Prefill, StepEvents, Stop
+from ..core.commands import (
+    ChoiceFinished,
+    Command,
+    Decode,
+    Event,
+    Failed,
+    Finished,
+    FirstTokens,
+    HandedOver,
+    NewTokens,
+    Prefill,
+    StepEvents,
+    Stop,
+)
 from ..core.errors import InvalidRequest, from_wire, to_wire
 from ..core.request import FinishReason, Request, Slo, Token, Tokens
 from ..core.sampling import SamplingParams
@@ -20,8 +33,8 @@ def encode_command(command: Command) -> bytes:
             message.prefill.CopyFrom(pb.Prefill(attempt_id=attempt_id, request=_request(request), destination=destination))
         case Decode(attempt_id, request, local_prefill):
             message.decode.CopyFrom(pb.Decode(attempt_id=attempt_id, request=_request(request), local_prefill=local_prefill))
-        case Stop(attempt_id):
-            message.stop.attempt_id = attempt_id
+        case Stop(attempt_id, choice):
+            message.stop.CopyFrom(pb.Stop(attempt_id=attempt_id, choice=choice))
     return message.SerializeToString()
 
 
@@ -37,7 +50,7 @@ def decode_command(data: bytes) -> Command:
             present(message.decode, "request")
             return Decode(message.decode.attempt_id, read_request(message.decode.request), message.decode.local_prefill)
         case _:
-            return Stop(message.stop.attempt_id)
+            return Stop(message.stop.attempt_id, message.stop.choice if message.stop.HasField("choice") else None)
 
 
 def _request(request: Request) -> pb.Request:
@@ -46,7 +59,8 @@ def _request(request: Request) -> pb.Request:
         model=request.model,
         prompt=[pb.Part(tokens=pb.Tokens(ids=part.ids)) for part in request.prompt],
         sampling=_sampling(request.sampling),
-        generated=request.generated,
+        generated=[pb.Tokens(ids=ids) for ids in request.generated],
+        finished=sorted(request.finished),
         adapter=request.adapter,
         tenant=request.tenant,
         priority=request.priority,
@@ -62,7 +76,8 @@ def read_request(message: pb.Request) -> Request:
         model=message.model,
         prompt=tuple(_read_part(part) for part in message.prompt),
         sampling=_read_sampling(message.sampling),
-        generated=tuple(message.generated),
+        generated=tuple(tuple(tokens.ids) for tokens in message.generated),
+        finished=frozenset(message.finished),
         adapter=message.adapter,
         tenant=message.tenant,
         priority=message.priority,
@@ -94,6 +109,7 @@ def _sampling(sampling: SamplingParams) -> pb.Sampling:
         frequency_penalty=sampling.frequency_penalty,
         logit_bias=dict(sampling.logit_bias),
         min_tokens=sampling.min_tokens,
+        n=sampling.n,
     )
 
 
@@ -113,6 +129,7 @@ def _read_sampling(message: pb.Sampling) -> SamplingParams:
         frequency_penalty=finite(message.frequency_penalty, "frequency_penalty"),
         logit_bias=tuple((token, finite(bias, "logit_bias")) for token, bias in sorted(message.logit_bias.items())),
         min_tokens=message.min_tokens,
+        n=message.n,
     )
 
 
@@ -149,16 +166,22 @@ def _write_event(message: pb.Event, event: Event) -> None:
         case NewTokens(_, tokens):
             message.new_tokens.tokens.extend([write_token(token) for token in tokens])
             message.new_tokens.SetInParent()
-        case FirstToken(_, token, finish, queued, computed, cached):
-            message.first_token.CopyFrom(
-                pb.FirstToken(token=write_token(token), finish=finish or "", queued=queued, computed=computed, cached_tokens=cached)
+        case FirstTokens(_, tokens, finishes, queued, computed, cached):
+            message.first_tokens.CopyFrom(
+                pb.FirstTokens(
+                    tokens=[write_token(token) for token in tokens],
+                    finishes=[finish or "" for finish in finishes],
+                    queued=queued,
+                    computed=computed,
+                    cached_tokens=cached,
+                )
             )
         case HandedOver(_, kv_bytes, seconds, transport):
             message.handed_over.CopyFrom(pb.HandedOver(kv_bytes=kv_bytes, seconds=seconds, transport=transport))
-        case Finished(_, finish, cached, local, recomputed):
-            message.finished.CopyFrom(
-                pb.Finished(finish=finish, cached_tokens=cached, local_prefill_tokens=local, recomputed_tokens=recomputed)
-            )
+        case ChoiceFinished(_, choice, finish):
+            message.choice_finished.CopyFrom(pb.ChoiceFinished(choice=choice, finish=finish))
+        case Finished(_, cached, local, recomputed):
+            message.finished.CopyFrom(pb.Finished(cached_tokens=cached, local_prefill_tokens=local, recomputed_tokens=recomputed))
         case Failed(_, error):
             code, text, field = to_wire(error)
             message.failed.CopyFrom(pb.Error(code=code, message=text, field=field))
@@ -172,15 +195,18 @@ def _read_new_tokens(event: pb.Event) -> NewTokens:
     return NewTokens(event.attempt_id, read_tokens(event.new_tokens.tokens))
 
 
-def _read_first_token(event: pb.Event) -> FirstToken:
-    first = event.first_token
-    present(first, "token", "first_token.token")
-    return FirstToken(
+def _read_first_tokens(event: pb.Event) -> FirstTokens:
+    first = event.first_tokens
+    if len(first.finishes) != len(first.tokens):
+        raise InvalidRequest(
+            f"first_tokens has {len(first.tokens)} tokens and {len(first.finishes)} finishes.", field="first_tokens.finishes"
+        )
+    return FirstTokens(
         event.attempt_id,
-        read_token(first.token),
-        finish=word(FinishReason, first.finish, "first_token.finish") if first.finish else None,
-        queued=duration(first.queued, "first_token.queued"),
-        computed=duration(first.computed, "first_token.computed"),
+        read_tokens(first.tokens),
+        tuple(word(FinishReason, finish, "first_tokens.finishes") if finish else None for finish in first.finishes),
+        queued=duration(first.queued, "first_tokens.queued"),
+        computed=duration(first.computed, "first_tokens.computed"),
         cached_tokens=first.cached_tokens,
     )
 
@@ -190,10 +216,14 @@ def _read_handed_over(event: pb.Event) -> HandedOver:
     return HandedOver(event.attempt_id, done.kv_bytes, duration(done.seconds, "handed_over.seconds"), done.transport)
 
 
+def _read_choice_finished(event: pb.Event) -> ChoiceFinished:
+    done = event.choice_finished
+    return ChoiceFinished(event.attempt_id, done.choice, word(FinishReason, done.finish, "choice_finished.finish"))
+
+
 def _read_finished(event: pb.Event) -> Finished:
     done = event.finished
-    finish = word(FinishReason, done.finish, "finished.finish")
-    return Finished(event.attempt_id, finish, done.cached_tokens, done.local_prefill_tokens, done.recomputed_tokens)
+    return Finished(event.attempt_id, done.cached_tokens, done.local_prefill_tokens, done.recomputed_tokens)
 
 
 def _read_failed(event: pb.Event) -> Failed:
@@ -205,8 +235,9 @@ def _read_failed(event: pb.Event) -> Failed:
 
 _READ_EVENT: dict[str, Callable[[Any], Event]] = {
     "new_tokens": _read_new_tokens,
-    "first_token": _read_first_token,
+    "first_tokens": _read_first_tokens,
     "handed_over": _read_handed_over,
+    "choice_finished": _read_choice_finished,
     "finished": _read_finished,
     "failed": _read_failed,
 }

@@ -12,7 +12,7 @@ from .codec_fields import at_most, chosen, duration, finite, parse, present, wor
 MAX_REQUEST_ID = 128
 MAX_STOP_BYTES = 1024
 UINT32, UINT64 = 2**32 - 1, 2**64 - 1
-_WHOLE_FIELDS = ("max_tokens", "top_k", "seed", "logprobs", "min_tokens")
+_WHOLE_FIELDS = ("max_tokens", "top_k", "seed", "logprobs", "min_tokens", "n")
 _REAL_FIELDS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -66,6 +66,7 @@ def _sampling(sampling: SamplingParams) -> pb.Sampling:
         frequency_penalty=finite(sampling.frequency_penalty, "frequency_penalty"),
         logit_bias=dict(sampling.logit_bias),
         min_tokens=_whole(sampling.min_tokens, UINT32, "min_tokens"),
+        n=_whole(sampling.n, UINT32, "n"),
     )
 
 
@@ -101,7 +102,13 @@ def _read_sampling(message: pb.Sampling) -> SamplingParams:
 
 
 def encode_chunk(chunk: Chunk) -> bytes:
-    message = pb.GenerateResponse(request_id=chunk.request_id, text=chunk.text, tokens=[_token(token) for token in chunk.tokens])
+    message = pb.GenerateResponse(
+        request_id=chunk.request_id,
+        text=chunk.text,
+        tokens=[_token(token) for token in chunk.tokens],
+        choice=chunk.choice,
+        reason=chunk.reason or "",
+    )
     if chunk.finish is not None:
         message.finish.CopyFrom(_finish(chunk.finish))
     return message.SerializeToString()
@@ -115,7 +122,6 @@ def _token(token: Token) -> pb.OutputToken:
 def _finish(finish: Finish) -> pb.Finish:
     usage, timing = finish.usage, finish.timing
     return pb.Finish(
-        reason=finish.reason,
         usage=pb.Usage(prompt_tokens=usage.prompt_tokens, output_tokens=usage.output_tokens, cached_tokens=usage.cached_tokens),
         timing=pb.Timing(
             ttft=timing.ttft,
@@ -138,6 +144,8 @@ def decode_chunk(data: bytes) -> Chunk:
         text=message.text,
         tokens=tuple(_read_token(token) for token in message.tokens),
         finish=_read_finish(message.finish) if message.HasField("finish") else None,
+        choice=message.choice,
+        reason=word(FinishReason, message.reason, "reason") if message.reason else None,
     )
 
 
@@ -156,7 +164,6 @@ def _read_finish(message: pb.Finish) -> Finish:
     present(message, "timing", "finish.timing")
     usage, timing = message.usage, message.timing
     return Finish(
-        reason=word(FinishReason, message.reason, "finish.reason"),
         usage=Usage(usage.prompt_tokens, usage.output_tokens, usage.cached_tokens),
         timing=Timing(
             ttft=duration(timing.ttft, "timing.ttft"),

@@ -16,6 +16,7 @@ from ..core.transfer import (
     Hello,
     KeepAlive,
     LaneMessage,
+    NearlyDone,
     Offer,
     Ready,
     Refused,
@@ -39,6 +40,8 @@ def encode_lane_message(message: LaneMessage) -> bytes:
             wire.ready.CopyFrom(_ready(message))
         case Offer(transfer_id, prompt_tokens):
             wire.offer.CopyFrom(pb.Offer(transfer_id=transfer_id, prompt_tokens=prompt_tokens))
+        case NearlyDone(transfer_id):
+            wire.nearly_done.CopyFrom(pb.NearlyDone(transfer_id=transfer_id))
         case Grant(transfer_id, epoch, groups):
             grants = [pb.GroupGrant(first_position=group.first_position, blocks=group.blocks) for group in groups]
             wire.grant.CopyFrom(pb.Grant(transfer_id=transfer_id, epoch=_epoch(epoch), groups=grants))
@@ -142,6 +145,7 @@ _READ: dict[str, Callable[[Any], LaneMessage]] = {
     "hello": _read_hello,
     "rendezvous": lambda wire: Rendezvous(wire.key, wire.value),
     "offer": lambda wire: Offer(wire.transfer_id, wire.prompt_tokens),
+    "nearly_done": lambda wire: NearlyDone(wire.transfer_id),
     "grant": _read_grant,
     "refused": lambda wire: Refused(wire.transfer_id, word(RefusedReason, wire.reason, "refused.reason"), wire.message),
     "ready": _read_ready,

@@ -98,7 +98,8 @@ class Parrot:
             if self.error is not None:
                 raise self.error
             if not self.silent_end:
-                yield Chunk("r1", finish=Finish(FinishReason.STOP, Usage(len(words), said), Timing(ttft=0.25, transport="shm")))
+                finish = Finish(Usage(len(words), said), Timing(ttft=0.25, transport="shm"))
+                yield Chunk("r1", finish=finish, reason=FinishReason.STOP)
         finally:
             self.closed.put_nowait(said)
 

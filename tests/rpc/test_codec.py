@@ -35,7 +35,7 @@ def many(strategy: st.SearchStrategy[Any], least: int = 0) -> st.SearchStrategy[
 
 biases = st.dictionaries(u32, reals, max_size=4).map(lambda bias: tuple(sorted(bias.items())))
 sampling = st.builds(
-    SamplingParams, u32, reals, reals, u32, opt(u64), ids, st.booleans(), opt(u32), reals, reals, reals, reals, biases, u32
+    SamplingParams, u32, reals, reals, u32, opt(u64), ids, st.booleans(), opt(u32), reals, reals, reals, reals, biases, u32, u32
 )
 requests = st.builds(
     Request,
@@ -43,7 +43,8 @@ requests = st.builds(
     texts,
     many(st.builds(Tokens, ids)),
     sampling,
-    ids,
+    many(ids),
+    st.frozensets(u32, max_size=3),
     texts,
     texts,
     st.integers(-(2**31), 2**31 - 1),
@@ -57,13 +58,23 @@ errors = st.builds(
 command_values = st.one_of(
     st.builds(commands.Prefill, texts, requests, opt(texts)),
     st.builds(commands.Decode, texts, requests, st.booleans()),
-    st.builds(commands.Stop, texts),
+    st.builds(commands.Stop, texts, opt(u32)),
 )
 events = st.one_of(
-    st.builds(commands.FirstToken, texts, tokens, opt(finishes), seconds, seconds, u32),
+    st.builds(
+        lambda attempt_id, drawn, *rest: commands.FirstTokens(
+            attempt_id, tuple(token for token, _ in drawn), tuple(finish for _, finish in drawn), *rest
+        ),
+        texts,
+        many(st.tuples(tokens, opt(finishes))),
+        seconds,
+        seconds,
+        u32,
+    ),
     st.builds(commands.HandedOver, texts, u64, seconds, texts),
     st.builds(commands.NewTokens, texts, many(tokens)),
-    st.builds(commands.Finished, texts, finishes, u32, u32, u32),
+    st.builds(commands.ChoiceFinished, texts, u32, finishes),
+    st.builds(commands.Finished, texts, u32, u32, u32),
 )
 full = st.builds(CacheGroup, st.just(CacheKind.FULL), ids, u32, u32, st.sampled_from(DType))
 window = st.builds(CacheGroup, st.just(CacheKind.WINDOW), ids, u32, u32, st.sampled_from(DType), st.integers(1, 2**32 - 1))
@@ -100,6 +111,7 @@ lane_messages = st.one_of(
     st.builds(transfer.Hello, texts, u64, layouts, opt(shm), many(st.sampled_from(transfer.Transport)), u32),
     st.builds(transfer.Rendezvous, texts, st.binary(max_size=40)),
     st.builds(transfer.Offer, texts, u32),
+    st.builds(transfer.NearlyDone, texts),
     st.builds(transfer.Grant, texts, epochs, many(st.builds(transfer.GroupGrant, u32, ids))),
     st.builds(transfer.Refused, texts, st.sampled_from(transfer.RefusedReason), texts),
     ready,
@@ -113,11 +125,10 @@ calls = st.builds(
 )
 finish_values = st.builds(
     Finish,
-    finishes,
     st.builds(Usage, u32, u32, u32),
     st.builds(Timing, seconds, opt(seconds), opt(seconds), u64, seconds, texts, texts, texts, u32),
 )
-chunks = st.builds(Chunk, texts, texts, many(tokens), opt(finish_values))
+chunks = st.builds(Chunk, texts, texts, many(tokens), opt(finish_values), u32, opt(finishes))
 models = many(st.builds(Model, texts, u32, u32, st.booleans()))
 
 CODECS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], bytes], Callable[[bytes], Any]]] = {
@@ -195,8 +206,8 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("command", W.Command(decode=W.Decode(request=W.Request(sampling=W.Sampling(), prompt=[W.Part()]))), "part"),
     ("command", W.Command(decode=W.Decode(request=W.Request(sampling=W.Sampling(), slo_ttft=-1.0))), "slo_ttft"),
     ("step events", W.StepEvents(events=[W.Event(attempt_id="a")]), "event"),
-    ("step events", W.StepEvents(events=[W.Event(first_token=W.FirstToken())]), "first_token.token"),
-    ("step events", W.StepEvents(events=[W.Event(finished=W.Finished(finish="tired"))]), "finished.finish"),
+    ("step events", W.StepEvents(events=[W.Event(first_tokens=W.FirstTokens(tokens=[W.Token()]))]), "first_tokens.finishes"),
+    ("step events", W.StepEvents(events=[W.Event(choice_finished=W.ChoiceFinished(finish="tired"))]), "choice_finished.finish"),
     ("step events", W.StepEvents(events=[W.Event(handed_over=W.HandedOver(seconds=INF))]), "handed_over.seconds"),
     ("step events", W.StepEvents(events=[W.Event(failed=W.Error())]), "failed.code"),
     ("fleet", W.Fleet(members=[W.Member(phase="decode")]), "members.layout"),
@@ -233,8 +244,8 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("generate", P.GenerateRequest(text="x", sampling=P.Sampling(top_p=INF)), "top_p"),
     ("generate", P.GenerateRequest(text="x", sampling=P.Sampling(min_p=NAN)), "min_p"),
     ("generate", P.GenerateRequest(text="x", sampling=P.Sampling(logit_bias={3: INF})), "logit_bias"),
-    ("chunk", P.GenerateResponse(finish=P.Finish(reason="stop")), "finish.usage"),
-    ("chunk", P.GenerateResponse(finish=P.Finish(reason="", usage=P.Usage(), timing=P.Timing())), "finish.reason"),
+    ("chunk", P.GenerateResponse(finish=P.Finish()), "finish.usage"),
+    ("chunk", P.GenerateResponse(reason="tired"), "reason"),
 ]
 
 

@@ -35,7 +35,7 @@ with grpc.insecure_channel(sys.argv[1]) as channel:
         list(stub.Generate(pb.GenerateRequest(text="x", sampling=pb.Sampling(max_tokens=0))))
     except grpc.RpcError as error:
         refused = [error.code().name, error.details(), dict(error.trailing_metadata())["diptych-field"]]
-said = [[message.text, [token.id for token in message.tokens], message.finish.reason] for message in answer]
+said = [[message.text, [token.id for token in message.tokens], message.reason] for message in answer]
 print(json.dumps({"models": models, "said": said, "refused": refused}))
 """
 
