@@ -18,8 +18,9 @@ MAX_MISSES = 4
 class Admission:
     """`queue`: offered transfers and local prompts by attempt id, in order of arrival. `preempted`: oldest first.
 
-    `watermark`: share of each group's blocks (at least one) that new work leaves free for the growth of what runs. When nothing
-    holds memory it does not apply, or a request nearly as large as the pool would never start.
+    `watermark`: share of each group's blocks (at least one) that new work leaves free for the growth of what runs. It does not apply
+    to a transfer that is nearly done, whose blocks will not lie idle; nor when nothing holds memory, or a request nearly as large as
+    the pool would never start.
     """
 
     def __init__(self, pool: BlockPool, *, chunk_tokens: int, watermark: float) -> None:
@@ -99,7 +100,7 @@ class Admission:
         """Lend blocks for a transfer: what is cached is pinned, the rest is new."""
         pool, tokens, hashes = self._pool, len(sequence.tokens), sequence.table.hashes
         cached = pool.match(hashes, tokens, tokens)
-        if not self._fits(pool.cost(hashes, cached, tokens, tokens)):
+        if not self._fits(pool.cost(hashes, cached, tokens, tokens), below_watermark=sequence.nearly_done):
             return False
         sequence.table.adopt(cached, tokens)
         sequence.table.extend(tokens, tokens)
@@ -108,9 +109,11 @@ class Admission:
         self._untold[sequence.attempt_id] = sequence
         return True
 
-    def _fits(self, costs: tuple[int, ...]) -> bool:
+    def _fits(self, costs: tuple[int, ...], *, below_watermark: bool = False) -> bool:
         left = [available - cost for available, cost in zip(self._pool.available(), costs, strict=True)]
-        return all(blocks >= mark for blocks, mark in zip(left, self._watermark, strict=True)) or (self._pool.unused and min(left) >= 0)
+        if below_watermark or self._pool.unused:
+            return min(left) >= 0
+        return all(blocks >= mark for blocks, mark in zip(left, self._watermark, strict=True))
 
     def _grant_of(self, sequence: Sequence) -> tuple[GroupGrant, ...]:
         """Per group what is lacking here: from the cached prefix on; of a window group, what the next query sees of that."""

@@ -154,6 +154,9 @@ class DecodeRole:
         self.outbox.call(partial(self.transfers.refuse, transfer_id, reason, REFUSALS[reason]))
         self.transfer_failed(transfer_id, TransferFailed(REFUSALS[reason]))
 
+    def nearly_done(self, transfer_id: str) -> None:
+        self._scheduler.nearly_done(transfer_id, self._clock.now())
+
     def committed(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None:
         if stamping() and transfer_id in self._attempts:
             stamp(Stage.COMMITTED, transfer_id, self._clock.now())
@@ -191,6 +194,9 @@ class _Events:
 
     def offered(self, transfer_id: str, prompt_tokens: int) -> None:
         self._inbox.put(partial(self._role.offered, transfer_id, prompt_tokens))
+
+    def nearly_done(self, transfer_id: str) -> None:
+        self._inbox.put(partial(self._role.nearly_done, transfer_id))
 
     def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float) -> None:
         self._inbox.put(partial(self._role.committed, transfer_id, first_tokens))

@@ -5,7 +5,8 @@
                                                                   preempted ◀── memory ──────┘ └──▶ (recomputed)
 
 Memory goes first to the growth of running requests (a watermark is kept for it), then to preempted ones, then to the queue
-in order, where a smaller may pass a larger a bounded number of times.
+in order, where a smaller may pass a larger a bounded number of times. Below the watermark a transfer is granted only when its
+source has said that it is nearly done.
 """
 
 from __future__ import annotations
@@ -128,6 +129,12 @@ class DecodeScheduler:
             return RefusedReason.FAILED
         self._admission.queue[transfer_id] = self._expected.pop(transfer_id)
         return None
+
+    def nearly_done(self, transfer_id: str, now: float) -> None:
+        """Its source will soon have it whole: it may be granted below the watermark. Unknown ids are ignored."""
+        sequence = self._admission.queue.get(transfer_id)
+        if sequence is not None:
+            sequence.nearly_done = True
 
     def grants(self, now: float) -> list[tuple[str, tuple[GroupGrant, ...]]]:
         """Transfers to grant now, with their blocks; call after every message and every completed step."""

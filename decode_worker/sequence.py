@@ -15,7 +15,7 @@ class Sequence:
     `decided`: positions computed once the steps in flight complete; `done`: positions computed. `target`: positions below it are
     computed in chunks (a local prompt, or what a preemption threw away); `cached`: of the prompt, found in the prefix cache.
     `order`: counts sequences as they start to run; the highest is the youngest. `slot`: -1 while it has none.
-    `passes`: how many later ones have been given memory before it.
+    `passes`: how many later ones have been given memory before it. `nearly_done`: whether its source has said so.
     """
 
     attempt_id: str
@@ -34,6 +34,7 @@ class Sequence:
     order: int = -1
     slot: int = -1
     passes: int = 0
+    nearly_done: bool = False
     preempted: bool = False
     ended: bool = False
     local_prefill_tokens: int = 0

@@ -148,6 +148,11 @@ class TellOffered:
 
 
 @dataclass(frozen=True, slots=True)
+class TellNearlyDone:
+    transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class TellCommitted:
     transfer_id: str
     first_tokens: tuple[Token, ...]
@@ -170,5 +175,18 @@ SourceAction = (
     Dial | Send | HangUp | Connect | Introduce | Detach | Stage | Post | Fence | TellGranted | TellHandedOver | TellFailed | TellReleased
 )
 DestinationAction = (
-    Send | HangUp | Attach | Connect | Introduce | Detach | Copy | Receive | Fence | TellOffered | TellCommitted | TellFailed | TellReleased
+    Send
+    | HangUp
+    | Attach
+    | Connect
+    | Introduce
+    | Detach
+    | Copy
+    | Receive
+    | Fence
+    | TellOffered
+    | TellNearlyDone
+    | TellCommitted
+    | TellFailed
+    | TellReleased
 )

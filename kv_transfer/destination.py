@@ -23,6 +23,7 @@ from .actions import (
     Send,
     TellCommitted,
     TellFailed,
+    TellNearlyDone,
     TellOffered,
     TellReleased,
 )
@@ -170,6 +171,8 @@ class Destination:
                 self._copying(action.lane).fence(transfer_id)
             case TellOffered(transfer_id, prompt_tokens):
                 self._events.offered(transfer_id, prompt_tokens)
+            case TellNearlyDone(transfer_id):
+                self._events.nearly_done(transfer_id)
             case TellCommitted(transfer_id, first_tokens, kv_bytes, seconds):
                 self._events.committed(transfer_id, first_tokens, kv_bytes, seconds)
             case TellFailed(transfer_id, error):

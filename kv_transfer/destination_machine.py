@@ -16,7 +16,6 @@ from dataclasses import replace
 from ..core.errors import Cancelled, DiptychError, Internal, InvalidRequest, TransferFailed
 from ..core.layout import Layout
 from ..core.transfer import (
-    Ack,
     Cancel,
     Commit,
     Epoch,
@@ -25,6 +24,7 @@ from ..core.transfer import (
     Hello,
     KeepAlive,
     LaneMessage,
+    NearlyDone,
     Offer,
     Ready,
     Refused,
@@ -41,9 +41,8 @@ from .actions import (
     HangUp,
     Introduce,
     Send,
-    TellCommitted,
     TellFailed,
-    TellOffered,
+    TellNearlyDone,
     TellReleased,
 )
 from .closed_ids import ClosedIds
@@ -85,7 +84,7 @@ class DestinationMachine:
             return [TellFailed(transfer_id, error), TellReleased(transfer_id)]
         transfer = self._transfers[transfer_id] = Transfer(transfer_id)
         parked = self._parking.take(transfer_id)
-        return self._offered(transfer, parked.lane, parked.prompt_tokens) if parked else []
+        return transfer.offered(parked.lane, parked.prompt_tokens, nearly_done=parked.nearly_done) if parked else []
 
     def grant(self, transfer_id: str, groups: tuple[GroupGrant, ...], now: float) -> list[DestinationAction]:
         """Raises `Internal` if `groups` cannot hold the prompt, or on a second grant. Ignored if the transfer has ended."""
@@ -181,6 +180,8 @@ class DestinationMachine:
         match message:
             case Offer():
                 return self._offer(known, message, now)
+            case NearlyDone(transfer_id):
+                return self._nearly_done(known, transfer_id)
             case Ready():
                 return self._ready(known, message, now)
             case Commit():
@@ -294,7 +295,7 @@ class DestinationMachine:
         transfer_id = offer.transfer_id
         transfer = self._transfers.get(transfer_id)
         if transfer is not None and transfer.state is State.EXPECTED:
-            return self._offered(transfer, lane.number, offer.prompt_tokens)
+            return transfer.offered(lane.number, offer.prompt_tokens)
         if transfer is not None or transfer_id in self._parking or self._closed.has(transfer_id, now):
             return [Send(lane.number, Refused(transfer_id, RefusedReason.CLOSED, f"Transfer id {transfer_id} was used before."))]
         if self._parking.full:
@@ -302,11 +303,11 @@ class DestinationMachine:
         self._parking.add(transfer_id, lane.number, offer.prompt_tokens, now)
         return []
 
-    def _offered(self, transfer: Transfer, lane: int, prompt_tokens: int) -> list[DestinationAction]:
-        transfer.state = State.OFFERED
-        transfer.lane = lane
-        transfer.prompt_tokens = prompt_tokens
-        return [TellOffered(transfer.transfer_id, prompt_tokens)]
+    def _nearly_done(self, lane: Lane, transfer_id: str) -> list[DestinationAction]:
+        self._parking.nearly_done(lane.number, transfer_id)
+        transfer = self._transfers.get(transfer_id)
+        waits = transfer is not None and transfer.state is State.OFFERED and transfer.lane == lane.number
+        return [TellNearlyDone(transfer_id)] if waits else []
 
     def _turn_away(self, lane: int, transfer_id: str, message: str, now: float) -> list[DestinationAction]:
         self._closed.add(transfer_id, now)
@@ -346,14 +347,9 @@ class DestinationMachine:
     def _perhaps_commit(self, transfer: Transfer, receipt: Receipt, now: float) -> list[DestinationAction]:
         if not receipt.complete:
             return []
-        assert receipt.commit is not None
-        seconds = now - receipt.first_piece_at if receipt.first_piece_at is not None else 0.0
         del self._transfers[transfer.transfer_id]
         self._closed.add(transfer.transfer_id, now)
-        return [
-            TellCommitted(transfer.transfer_id, receipt.commit.first_tokens, receipt.kv_bytes, seconds),
-            Send(transfer.lane, Ack(transfer.transfer_id, receipt.kv_bytes, seconds)),
-        ]
+        return transfer.committed(receipt, now)
 
     def _cancelled_by_peer(self, lane: Lane, message: Cancel, now: float) -> list[DestinationAction]:
         if self._parking.take_from(lane.number, message.transfer_id):

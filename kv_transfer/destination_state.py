@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..core.transfer import Hello, Ready, Transport
-from .actions import Copy, DestinationAction, Receive
+from ..core.transfer import Ack, Hello, Ready, Transport
+from .actions import Copy, DestinationAction, Receive, Send, TellCommitted, TellNearlyDone, TellOffered
 from .coverage import Span
 from .receipt import Receipt
 
@@ -27,6 +27,19 @@ class Transfer:
     receipt: Receipt | None = None
     """From the grant on."""
     lease_until: float | None = None
+
+    def offered(self, lane: int, prompt_tokens: int, *, nearly_done: bool = False) -> list[DestinationAction]:
+        """The source on `lane` has offered it."""
+        self.state, self.lane, self.prompt_tokens = State.OFFERED, lane, prompt_tokens
+        told = [TellOffered(self.transfer_id, prompt_tokens)]
+        return [*told, TellNearlyDone(self.transfer_id)] if nearly_done else [*told]
+
+    def committed(self, receipt: Receipt, now: float) -> list[DestinationAction]:
+        """What is said when every piece is counted."""
+        assert receipt.commit is not None
+        kv_bytes, seconds = receipt.kv_bytes, now - receipt.first_piece_at if receipt.first_piece_at is not None else 0.0
+        told = TellCommitted(self.transfer_id, receipt.commit.first_tokens, kv_bytes, seconds)
+        return [told, Send(self.lane, Ack(self.transfer_id, kv_bytes, seconds))]
 
     def check(self, lanes: set[int]) -> None:
         """Raise `AssertionError` if an invariant does not hold."""

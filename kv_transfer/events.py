@@ -29,11 +29,15 @@ class SourceEvents(Protocol):
 
 
 class DestinationEvents(Protocol):
-    """For every transfer expected: perhaps `offered`; then exactly one of `committed` and `failed`; after `failed`, and only
-    then, exactly one `released`."""
+    """For every transfer expected: perhaps `offered`, then perhaps `nearly_done`; then exactly one of `committed` and `failed`;
+    after `failed`, and only then, exactly one `released`."""
 
     def offered(self, transfer_id: str, prompt_tokens: int) -> None:
         """The source has begun to compute: answer with `grant` or `refuse`, at once or when memory frees."""
+        ...
+
+    def nearly_done(self, transfer_id: str) -> None:
+        """An offered transfer that waits for its grant will not be waited for long once it has it."""
         ...
 
     def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float) -> None:

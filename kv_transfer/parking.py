@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MOST_PARKED = 4096
 """A router tells both workers in the same breath, so there are few."""
@@ -15,6 +15,7 @@ class Parked:
     lane: int
     prompt_tokens: int
     until: float
+    nearly_done: bool = False
 
 
 class Parking:
@@ -40,6 +41,12 @@ class Parking:
 
     def add(self, transfer_id: str, lane: int, prompt_tokens: int, now: float) -> None:
         self._parked[transfer_id] = Parked(lane, prompt_tokens, now + self._wait_s)
+
+    def nearly_done(self, lane: int, transfer_id: str) -> None:
+        """Remember it of an Offer that was parked by that lane."""
+        parked = self._parked.get(transfer_id)
+        if parked is not None and parked.lane == lane:
+            self._parked[transfer_id] = replace(parked, nearly_done=True)
 
     def take(self, transfer_id: str) -> Parked | None:
         return self._parked.pop(transfer_id, None)

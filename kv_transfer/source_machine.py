@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from ..core.errors import Cancelled, DiptychError, Internal, InvalidRequest, TransferFailed
 from ..core.layout import Layout
 from ..core.request import Token
-from ..core.transfer import Ack, Cancel, Grant, Hello, KeepAlive, LaneMessage, Offer, Refused, Rendezvous, Transport
+from ..core.transfer import Ack, Cancel, Grant, Hello, KeepAlive, LaneMessage, NearlyDone, Offer, Refused, Rendezvous, Transport
 from .actions import (
     Connect,
     Detach,
@@ -36,7 +36,7 @@ from .announcing import to_read, to_stage
 from .closed_ids import ClosedIds
 from .coverage import Coverage
 from .faults import grant_fault, refusal
-from .source_state import Lane, State, Transfer
+from .source_state import Lane, State, Transfer, granted_by_lane
 from .staging import Staging
 
 HANDSHAKE_S = 10.0
@@ -94,16 +94,20 @@ class SourceMachine:
         except ValueError as error:
             raise Internal(f"Transfer {transfer_id}: computed out of order: {error}.") from error
         transfer.tables = tables
-        if transfer.state is State.GRANTED:
+        nearly_done = stop == transfer.prompt_tokens and not transfer.nearly_done
+        transfer.nearly_done |= nearly_done
+        if transfer.state is State.GRANTED or (nearly_done and self._lanes[transfer.lane].opened_by is None):
             self._dirty[transfer_id] = None
         return bool(self._dirty)
 
     def announce(self, now: float) -> list[SourceAction]:
-        """Ready for all that was computed since it was last called."""
+        """Ready for all that was computed since it was last called; of what has no grant, that it is nearly done."""
         dirty, self._dirty = self._dirty, {}
         actions: list[SourceAction] = []
         for transfer in map(self._transfers.__getitem__, dirty):
-            if transfer.state is State.GRANTED:  # still: announcing one may fail another
+            if transfer.state is State.OFFERED:
+                actions.append(Send(transfer.lane, NearlyDone(transfer.transfer_id)))
+            elif transfer.state is State.GRANTED:  # still: announcing one may fail another
                 actions += self._announce(transfer, now)
         return actions
 
@@ -247,9 +251,8 @@ class SourceMachine:
             fencing = transfer.state is State.FENCING
             assert fencing != (transfer.lane in self._lanes and transfer.transfer_id in self._lanes[transfer.lane].transfers)
             transfer.check()
-        granted = any(transfer.state is State.GRANTED for transfer in self._transfers.values())
-        assert not granted or self._keep_alive_at is not None, "a grant is kept alive"
-        assert all(self._transfers[transfer_id].state is State.GRANTED for transfer_id in self._dirty)
+        assert not granted_by_lane(self._transfers) or self._keep_alive_at is not None, "a grant is kept alive"
+        assert all(self._transfers[transfer_id].state in (State.OFFERED, State.GRANTED) for transfer_id in self._dirty)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -276,7 +279,7 @@ class SourceMachine:
         lane.layout = message.layout
         lane.transport = message.transports[0]
         offers = (self._transfers[transfer_id] for transfer_id in self._transfers if transfer_id in lane.transfers)
-        actions: list[SourceAction] = [Send(lane.number, Offer(offer.transfer_id, offer.prompt_tokens)) for offer in offers]
+        actions: list[SourceAction] = [Send(lane.number, message) for offer in offers for message in offer.opening()]
         if lane.transport is Transport.GLOO:
             lane.staging = Staging()
             actions.append(Connect(lane.number, message))
@@ -357,12 +360,9 @@ class SourceMachine:
         return self._fail(transfer, TransferFailed(message), now, tell_peer=message)
 
     def _keep_alive(self, now: float) -> list[SourceAction]:
-        granted: dict[int, list[str]] = {}
-        for transfer in self._transfers.values():
-            if transfer.state is State.GRANTED:
-                granted.setdefault(transfer.lane, []).append(transfer.transfer_id)
+        granted = granted_by_lane(self._transfers)
         self._keep_alive_at = now + self._lease_s / KEEP_ALIVES_PER_LEASE if granted else None
-        return [Send(lane, KeepAlive(tuple(ids))) for lane, ids in granted.items()]
+        return [Send(lane, KeepAlive(ids)) for lane, ids in granted.items()]
 
     def _fence(self, transfer: Transfer, now: float) -> Fence:
         """Terminal: from here on the transfer only waits for its fence. The word is spent, whatever the end was, so that every

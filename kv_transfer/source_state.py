@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from ..core.layout import Layout
 from ..core.request import Token
-from ..core.transfer import Commit, Epoch, Ready, Transport
+from ..core.transfer import Commit, Epoch, LaneMessage, NearlyDone, Offer, Ready, Transport
 from .coverage import Coverage, Span, blocks_of
 from .staging import Staging
 
@@ -29,11 +29,18 @@ class Transfer:
     computed: Coverage
     state: State = State.OFFERED
     tables: tuple[tuple[int, ...], ...] = ()
+    nearly_done: bool = False
+    """Whether a layer is stored up to the prompt's end."""
     epoch: Epoch | None = None
     announced: Coverage | None = None
     pieces: int = 0
     first_tokens: tuple[Token, ...] | None = None
     acked_by: float | None = None
+
+    def opening(self) -> list[LaneMessage]:
+        """What is said of it on a lane that has just opened."""
+        offer = Offer(self.transfer_id, self.prompt_tokens)
+        return [offer, NearlyDone(self.transfer_id)] if self.nearly_done else [offer]
 
     def blocks(self, span: Span, block_size: int) -> tuple[int, ...]:
         """Those that hold `span`, as far as the source has them."""
@@ -63,6 +70,15 @@ class Transfer:
         """Raise `AssertionError` if an invariant does not hold."""
         assert (self.acked_by is not None) == (self.state is State.COMMITTED), "only a Commit waits for an Ack"
         assert self.state in (State.OFFERED, State.FENCING) or self.announced is not None
+
+
+def granted_by_lane(transfers: Mapping[str, Transfer]) -> dict[int, tuple[str, ...]]:
+    """The transfers granted and not yet committed."""
+    granted: dict[int, tuple[str, ...]] = {}
+    for transfer in transfers.values():
+        if transfer.state is State.GRANTED:
+            granted[transfer.lane] = (*granted.get(transfer.lane, ()), transfer.transfer_id)
+    return granted
 
 
 @dataclass(slots=True)

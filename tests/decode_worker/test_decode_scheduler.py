@@ -332,6 +332,36 @@ def test_new_work_leaves_the_watermark_free() -> None:
     worker.drain()
 
 
+def test_below_the_watermark_only_a_transfer_that_is_nearly_done_is_granted() -> None:
+    worker = Worker(windows=(0,), blocks=10, watermark=0.3, max_running=8)
+    for attempt_id in "abc":
+        worker.expect(attempt_id, prompt(64, ord(attempt_id)), max_tokens=2, ignore_eos=True)
+        worker.offer(attempt_id)
+    worker.expect("local", prompt(16, 1), local=True, max_tokens=2, ignore_eos=True)
+    assert worker.grant() == ["a"]
+    worker.scheduler.nearly_done("c", 0.0)
+    assert worker.grant() == ["c"], "in front of b, which is not, and of the local prompt, which would leave 1 of 10 blocks"
+    worker.scheduler.nearly_done("b", 0.0)
+    assert worker.grant() == [], "there are not enough blocks at all"
+    worker.scheduler.nearly_done("unknown", 0.0)
+    worker.drain()
+
+
+def test_growth_goes_before_what_was_granted_below_the_watermark() -> None:
+    worker = Worker(windows=(0,), blocks=10, watermark=0.3)
+    for attempt_id, length in (("old", 64), ("new", 80)):
+        worker.expect(attempt_id, prompt(length, len(attempt_id)), max_tokens=60, ignore_eos=True)
+        worker.offer(attempt_id)
+    assert worker.grant() == ["old"]
+    worker.commit("old")
+    worker.scheduler.nearly_done("new", 0.0)
+    assert worker.grant() == ["new"]
+    worker.commit("new")
+    worker.drain()
+    assert worker.finished["old"].recomputed_tokens == 0
+    assert worker.finished["new"].recomputed_tokens > 0, "what was kept for growth is taken back from the youngest"
+
+
 def test_a_large_prompt_is_passed_a_bounded_number_of_times() -> None:
     worker = Worker(windows=(0,), blocks=10, max_running=8)
     worker.expect("held", prompt(60, 1), max_tokens=90, ignore_eos=True)
@@ -510,6 +540,11 @@ class Decodes(RuleBasedStateMachine):
     @rule()
     def grant(self) -> None:
         self.worker.grant()
+
+    @precondition(lambda self: self.worker.offered)
+    @rule(data=st.data())
+    def nearly_done(self, data: st.DataObject) -> None:
+        self.worker.scheduler.nearly_done(data.draw(st.sampled_from(sorted(self.worker.offered))), self.worker.now)
 
     @precondition(lambda self: self.worker.granted)
     @rule(data=st.data())

@@ -239,6 +239,7 @@ class DecodeEnd:
         self.granted: dict[str, tuple[int, tuple[GroupGrant, ...]]] = {}
         self.cached_blocks: dict[str, int] = Counter()
         self.holding = False
+        self.nearly_done_said: list[str] = []
         self.bytes: dict[str, int] = {}
         self.destination = Destination(
             worker_id,
@@ -257,6 +258,9 @@ class DecodeEnd:
         self.diary.write("offered", transfer_id)
         self.waiting.append((transfer_id, prompt_tokens))
         self.grant_what_fits()
+
+    def nearly_done(self, transfer_id: str) -> None:
+        self.nearly_done_said.append(transfer_id)
 
     def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float) -> None:
         assert first_tokens == TOKENS

@@ -31,6 +31,7 @@ from diptych.kv_transfer.actions import (
     TellFailed,
     TellGranted,
     TellHandedOver,
+    TellNearlyDone,
     TellOffered,
     TellReleased,
 )
@@ -135,6 +136,7 @@ class DestinationSide:
         self.attaching: list[int] = []
         self.mapped: dict[int, SourceSide] = {}
         self.waiting: dict[str, int] = {}
+        self.nearly_done: set[str] = set()
         self.granted: dict[str, tuple[GroupGrant, ...]] = {}
         self.told: dict[str, list[str]] = {}
         self.expected: list[str] = []
@@ -449,6 +451,11 @@ class World:
                 case TellOffered(transfer_id, tokens):
                     side.told[transfer_id].append("offered")
                     side.waiting[transfer_id] = tokens
+                    side.nearly_done.discard(transfer_id)  # of an id that was forgotten and is used again
+                case TellNearlyDone(transfer_id):
+                    assert transfer_id in side.waiting, "only of what is offered and not granted"
+                    assert transfer_id not in side.nearly_done, "once"
+                    side.nearly_done.add(transfer_id)
                 case TellCommitted(transfer_id, first_tokens, kv_bytes, _):
                     side.told[transfer_id].append("committed")
                     assert first_tokens == FIRST_TOKENS
@@ -510,6 +517,12 @@ class World:
                 busy = True
             busy |= self.copy_step()
             busy |= self.stage_step()
+
+    def check_nearly_done(self) -> None:
+        """After everything was carried through: the destination knows which of the prompts that wait for a grant are nearly done."""
+        waiting = self.destination.waiting.keys() & self.source.prompts.keys()
+        nearly_done = {i for i in waiting if max(self.source.prompts[i].stored.values()) == self.tokens_of(i)}
+        assert self.destination.nearly_done & waiting == nearly_done
 
     def settle(self) -> None:
         """Both workers give up what they have, waits run out, and nothing may be left anywhere."""

@@ -115,8 +115,12 @@ def test_a_prompt_computed_before_its_grant(transport: Transport) -> None:
             decode.destination.expect("a")
             prefill.offer("a", address, 90)
             await decode.diary.wait("offered", "a")
-            await prefill.compute_all("a")
+            prefill.compute("a", LAYERS, 0, 80)
             await asyncio.sleep(0.05)
+            assert decode.nearly_done_said == prefill.diary.of("a") == []
+            prefill.compute("a", LAYERS, 80, 90)
+            await eventually(lambda: decode.nearly_done_said == ["a"])
+            prefill.source.commit("a", TOKENS)
             assert prefill.diary.of("a") == []
             decode.holding = False
             decode.grant_what_fits()

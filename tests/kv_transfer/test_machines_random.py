@@ -134,7 +134,9 @@ class Hinge(RuleBasedStateMachine):
 
     @rule()
     def all_goes_on(self) -> None:
+        self.world.announce()
         self.world.run_dry()
+        self.world.check_nearly_done()
 
     @precondition(lambda self: self.world.wires)
     @rule(lose=st.booleans())

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import pytest
 from diptych.core.errors import Cancelled, Internal, InvalidRequest, TransferFailed
-from diptych.core.transfer import Ack, Cancel, Commit, Epoch, Grant, GroupGrant, KeepAlive, Offer, Ready, Refused, RefusedReason
-from diptych.kv_transfer.actions import Fence, HangUp, Send, TellFailed, TellReleased
+from diptych.core.transfer import (
+    Ack,
+    Cancel,
+    Commit,
+    Epoch,
+    Grant,
+    GroupGrant,
+    KeepAlive,
+    NearlyDone,
+    Offer,
+    Ready,
+    Refused,
+    RefusedReason,
+)
+from diptych.kv_transfer.actions import Fence, HangUp, Send, TellFailed, TellOffered, TellReleased
 from diptych.kv_transfer.source_machine import HANDSHAKE_S as DIAL_S
 from kv_world import FIRST_TOKENS, LAYERS, LEASE_S, OFFER_WAIT_S, World, hello
 
@@ -162,6 +175,61 @@ def test_a_parked_offer_is_taken_up() -> None:
     world.expect(ID)
     assert world.destination.told[ID] == ["offered"]
     assert world.destination.machine.next_deadline() is None
+
+
+def test_a_prompt_that_is_nearly_done_says_so_once_while_it_waits_for_its_grant() -> None:
+    world = connected()
+    world.expect(ID)
+    begin(world)
+    world.compute(ID, LAYERS, 9)
+    world.announce()
+    assert not world.wires[0].to_destination, "a position is not even begun"
+    for layer in LAYERS:
+        world.compute(ID, (layer,), 1)
+        world.announce()
+    assert list(world.wires[0].to_destination) == [NearlyDone(ID)]
+    world.run_dry()
+    assert world.destination.nearly_done == {ID}
+    world.grant(ID)
+    world.commit(ID)
+    world.run_dry()
+    assert world.destination.told[ID] == ["offered", "committed"]
+
+
+def test_a_prompt_granted_before_it_is_nearly_done_does_not_say_so() -> None:
+    world = connected()
+    granted(world)
+    finish(world)
+    assert not any(isinstance(message, NearlyDone) for message in world.wires[0].to_destination)
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_a_prompt_that_is_nearly_done_before_its_lane_opens_or_its_decode_comes_is_known_to_be(parked: bool) -> None:
+    world = connected() if parked else World()
+    world.offer(ID, 10)
+    world.compute(ID, LAYERS, 10)
+    world.announce()
+    if not parked:
+        world.expect(ID)
+    world.run_dry()
+    if parked:
+        world.expect(ID)
+    assert world.destination.nearly_done == {ID}
+
+
+def test_nearly_done_from_another_lane_is_not_heard() -> None:
+    world = connected()
+    machine = world.destination.machine
+    world.expect(ID)
+    begin(world)
+    stranger = machine.lane_opened(0.0)
+    world.destination.mapped[stranger] = world.source
+    machine.received(stranger, hello("Q", 9), 0.0)
+    machine.attached(stranger, 0.0)
+    machine.received(stranger, Offer("b/10", 10), 0.0)
+    assert machine.received(stranger, NearlyDone(ID), 0.0) == []
+    machine.received(1, NearlyDone("b/10"), 0.0)
+    assert [type(action) for action in machine.expect("b/10", 0.0)] == [TellOffered]
 
 
 def test_parking_is_bounded() -> None:
