@@ -29,9 +29,9 @@ _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: Literal[False] = False
+    include_usage: bool = Field(False, description="Whether one event before the last has the usage.")
+    continuous_usage_stats: bool = Field(False, description="With `include_usage`: whether every event has the usage so far.")
+    include_obfuscation: Literal[False] = Field(False, description="Not served.")
 
 
 def _strings(value: object) -> object:
@@ -52,23 +52,25 @@ class _Body(BaseModel):
     `continuous_usage_stats` are not OpenAI's but vLLM's."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    model: str = ""
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: Annotated[list[str], BeforeValidator(_strings)] = []
-    stop_token_ids: list[int] = []
-    ignore_eos: bool = False
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = {}
-    min_tokens: int = 0
-    stream: bool = False
-    stream_options: StreamOptions | None = None
+    model: str = Field("", description="The served model's name; empty means it too.")
+    max_tokens: int | None = Field(
+        None, description="The most tokens of output. What does not fit the context behind the prompt ends sooner."
+    )
+    temperature: float = Field(1.0, description="Divides the logits; 0 is greedy.")
+    top_p: float = Field(1.0, description="Only the likeliest tokens that make up this probability together.")
+    top_k: int = Field(0, description="Only this many of the likeliest tokens; 0 is no limit.")
+    seed: int | None = Field(None, description="The same seed draws the same tokens; without one the router draws one.")
+    stop: Annotated[list[str], BeforeValidator(_strings)] = Field([], description="Texts that end the output and are not part of it.")
+    stop_token_ids: list[int] = Field([], description="Tokens that end the output.")
+    ignore_eos: bool = Field(False, description="Whether the model's own end tokens are tokens like others.")
+    min_p: float = Field(0.0, description="Only tokens at least this share as likely as the likeliest; 0 is no limit.")
+    repetition_penalty: float = Field(1.0, description="Divides positive logits, multiplies negative ones, of tokens in prompt and output.")
+    presence_penalty: float = Field(0.0, description="Taken off the logit of every token the output holds.")
+    frequency_penalty: float = Field(0.0, description="Taken off a token's logit for every time the output holds it.")
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = Field({}, description="Token ids, and what is added to their logits.")
+    min_tokens: int = Field(0, description="Before this many tokens only `max_tokens` ends the output.")
+    stream: bool = Field(False, description="Whether the answer comes as server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="What a stream tells beside the text.")
 
     @property
     def include_usage(self) -> bool:
@@ -117,8 +119,10 @@ class CompletionBody(_Body):
     """`/v1/completions`."""
 
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {**_COMMON_NEUTRAL, "best_of": (1,), "echo": (False,), "suffix": ("",)}
-    prompt: Annotated[str | tuple[int, ...], BeforeValidator(_one_prompt)]
-    logprobs: int | None = None
+    prompt: Annotated[str | tuple[int, ...], BeforeValidator(_one_prompt)] = Field(
+        description="Text, token ids, or a list of exactly one of these."
+    )
+    logprobs: int | None = Field(None, description="How many of the likeliest tokens to tell beside each one drawn.")
 
 
 class TextPart(BaseModel):
@@ -155,10 +159,12 @@ class ChatBody(_Body):
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
     }
-    messages: Annotated[list[Annotated[_Message, BeforeValidator(_without_nulls)]], Field(min_length=1)]
-    max_completion_tokens: int | None = None
-    logprobs: bool = False
-    top_logprobs: int | None = None
+    messages: Annotated[list[Annotated[_Message, BeforeValidator(_without_nulls)]], Field(min_length=1)] = Field(
+        description="The conversation so far, as the model's chat template takes it."
+    )
+    max_completion_tokens: int | None = Field(None, description="`max_tokens` under its new name; this one counts if both are there.")
+    logprobs: bool = Field(False, description="Whether to tell how likely each token was.")
+    top_logprobs: int | None = Field(None, description="With `logprobs`: how many of the likeliest tokens to tell beside each one drawn.")
 
     @property
     def limit(self) -> int | None:
