@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +11,39 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 16
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers from `low` to `high`, both among them unless `open_low`; no NaN."""
+
+    low: float
+    high: float
+    open_low: bool = False
+
+    def check(self, field: str, value: float) -> None:
+        """Raise `InvalidRequest` about `field` if `value` is outside."""
+        if value <= self.high and (value > self.low if self.open_low else value >= self.low):
+            return
+        bounds = f"above {self.low:g} and at most {self.high:g}" if self.open_low else f"between {self.low} and {self.high}"
+        raise InvalidRequest(f"{field} must be {bounds}, not {value}.", field=field)
+
+
+BIAS = Range(-100, 100)
+RANGES: dict[str, Range] = {
+    "max_tokens": Range(1, 2**31 - 1),
+    "temperature": Range(0, 100),
+    "top_p": Range(0, 1, open_low=True),
+    "top_k": Range(0, 2**31 - 1),
+    "seed": Range(0, 2**64 - 1),
+    "logprobs": Range(0, MAX_LOGPROBS),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(0, 100, open_low=True),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "n": Range(1, MAX_CHOICES),
+}
+"""What each of these fields may be (None is always allowed where it is the default)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,45 +94,27 @@ class SamplingParams:
 
     def validate(self, vocab_size: int) -> None:
         """Raise `InvalidRequest` naming the first field that is out of range."""
-        _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _real("temperature", self.temperature, 0.0, 100.0)
-        _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _whole("top_k", self.top_k, 0, 2**31 - 1)
-        if self.seed is not None:
-            _whole("seed", self.seed, 0, 2**64 - 1)
-        if self.logprobs is not None:
-            _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for field, allowed in RANGES.items():
+            if (value := getattr(self, field)) is not None:
+                allowed.check(field, value)
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequest(
                 f"stop_token_ids has {len(self.stop_token_ids)} entries; the limit is {MAX_STOP_TOKEN_IDS}.", field="stop_token_ids"
             )
         for token in self.stop_token_ids:
-            _whole("stop_token_ids", token, 0, vocab_size - 1)
-        _real("min_p", self.min_p, 0.0, 1.0)
-        _real("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+            _token_range(vocab_size).check("stop_token_ids", token)
         self._check_bias(vocab_size)
-        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _whole("n", self.n, 1, MAX_CHOICES)
+        Range(0, self.max_tokens).check("min_tokens", self.min_tokens)
 
     def _check_bias(self, vocab_size: int) -> None:
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise InvalidRequest(f"logit_bias has {len(self.logit_bias)} entries; the limit is {MAX_LOGIT_BIAS}.", field="logit_bias")
         for token, bias in self.logit_bias:
-            _whole("logit_bias", token, 0, vocab_size - 1)
-            _real("logit_bias", bias, -100.0, 100.0)
+            _token_range(vocab_size).check("logit_bias", token)
+            BIAS.check("logit_bias", bias)
         if any(earlier >= later for (earlier, _), (later, _) in pairwise(self.logit_bias)):
             raise InvalidRequest("logit_bias must name each token once, in ascending order.", field="logit_bias")
 
 
-def _whole(field: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise InvalidRequest(f"{field} must be between {low} and {high}, not {value}.", field=field)
-
-
-def _real(field: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    inside = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
-    if not inside:
-        bound = f"above {low:g}" if open_low else f"at least {low:g}"
-        raise InvalidRequest(f"{field} must be {bound} and at most {high:g}, not {value}.", field=field)
+def _token_range(vocab_size: int) -> Range:
+    return Range(0, vocab_size - 1)
