@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from .errors import ModelError
-from .layout import CacheGroup, CacheKind, DType, Layout
+from .errors import ConfigError, ModelError
+from .layout import CacheGroup, CacheKind, DType, Layout, even_stages, splits
 
 CARD, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = "card.json", "weights.safetensors", "tokenizer.json", "chat_template.jinja"
 
@@ -64,6 +64,10 @@ class Decoder(BaseModel):
     rope_full: Rope | None
     rope_window: Rope | None = None
 
+    def can_split(self, tp: int) -> bool:
+        """Whether `tp` ranks can share out the attention heads, the KV heads (or these to several ranks each) and the MLP evenly."""
+        return tp > 0 and self.heads % tp == 0 and self.intermediate % tp == 0 and splits(self.kv_heads, tp)
+
 
 class ModelCard(BaseModel):
     """`fingerprint`: SHA-256 (hex) over decoder, dtype and weights. `bos_token_id` is prepended by the tokenizer, not by us."""
@@ -96,11 +100,22 @@ class ModelCard(BaseModel):
             for window in sorted(set(decoder.windows))
         )
 
-    def layout(self, *, block_size: int, kv_tokens: int) -> Layout:
-        """A worker's layout whose every group holds `kv_tokens` tokens, rounded up to whole blocks."""
+    def layout(self, *, block_size: int, kv_tokens: int, tp: int = 1, stages: tuple[int, ...] = ()) -> Layout:
+        """A worker's layout whose every group holds `kv_tokens` tokens, rounded up to whole blocks. `ConfigError` (field `tp` or `pp`)
+        if the model cannot be spread like that; `stages` as in `Layout`."""
+        decoder = self.decoder
+        if not decoder.can_split(tp):
+            works = min((count for count in range(1, decoder.heads + 1) if decoder.can_split(count)), key=lambda count: abs(count - tp))
+            what = f"{decoder.heads} attention heads, {decoder.kv_heads} KV heads and an MLP of {decoder.intermediate}"
+            raise ConfigError(f"tp {tp} does not split {self.name}, which has {what}; the nearest that does is {works}.", field="tp")
+        if stages and (len(stages) > decoder.layers or min(stages) < 1 or sum(stages) != decoder.layers):
+            nearest = even_stages(decoder.layers, min(len(stages), decoder.layers))
+            raise ConfigError(
+                f"Stages of {stages} layers do not share out the {decoder.layers} layers of {self.name}; {nearest} would.", field="pp"
+            )
         groups = self.cache_groups()
         blocks = -(-kv_tokens // block_size)
-        return Layout(fingerprint=self.fingerprint, groups=groups, block_size=block_size, num_blocks=(blocks,) * len(groups))
+        return Layout(self.fingerprint, groups, block_size, (blocks,) * len(groups), tp, stages)
 
 
 def read_card(directory: Path) -> ModelCard:

@@ -244,20 +244,20 @@ class CacheGroup(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., window: _Optional[int] = ...) -> None: ...
 
 class Layout(_message.Message):
-    __slots__ = ("fingerprint", "groups", "block_size", "num_blocks", "tp", "pp")
+    __slots__ = ("fingerprint", "groups", "block_size", "num_blocks", "tp", "stages")
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TP_FIELD_NUMBER: _ClassVar[int]
-    PP_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     fingerprint: str
     groups: _containers.RepeatedCompositeFieldContainer[CacheGroup]
     block_size: int
     num_blocks: _containers.RepeatedScalarFieldContainer[int]
     tp: int
-    pp: int
-    def __init__(self, fingerprint: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[CacheGroup, _Mapping]]] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[_Iterable[int]] = ..., tp: _Optional[int] = ..., pp: _Optional[int] = ...) -> None: ...
+    stages: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, fingerprint: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[CacheGroup, _Mapping]]] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[_Iterable[int]] = ..., tp: _Optional[int] = ..., stages: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..core.errors import InvalidRequest
 from ..core.fleet import Fleet, Member, Phase, WorkerReport, WorkerState
 from ..core.layout import CacheGroup, CacheKind, DType, Layout
 from ..proto import worker_pb2 as pb
@@ -28,34 +27,24 @@ def write_layout(layout: Layout) -> pb.Layout:
         block_size=layout.block_size,
         num_blocks=layout.num_blocks,
         tp=layout.tp,
-        pp=layout.pp,
+        stages=layout.stages,
     )
 
 
 def read_layout(message: pb.Layout) -> Layout:
-    if len(message.num_blocks) != len(message.groups):
-        raise InvalidRequest(
-            f"layout.num_blocks has {len(message.num_blocks)} entries for {len(message.groups)} groups.", field="layout.num_blocks"
-        )
-    for field in ("block_size", "tp", "pp"):
-        if getattr(message, field) < 1:
-            raise InvalidRequest(f"layout.{field} must be at least 1, not {getattr(message, field)}.", field=f"layout.{field}")
     return Layout(
         fingerprint=message.fingerprint,
         groups=tuple(_read_group(group) for group in message.groups),
         block_size=message.block_size,
         num_blocks=tuple(message.num_blocks),
         tp=message.tp,
-        pp=message.pp,
+        stages=tuple(message.stages),
     )
 
 
 def _read_group(message: pb.CacheGroup) -> CacheGroup:
-    kind = word(CacheKind, message.kind, "layout.groups.kind")
-    if (kind is CacheKind.WINDOW) != (message.window > 0):
-        raise InvalidRequest(f"layout.groups.window is {message.window} for a {kind} group.", field="layout.groups.window")
     return CacheGroup(
-        kind=kind,
+        kind=word(CacheKind, message.kind, "layout.groups.kind"),
         layers=tuple(message.layers),
         kv_heads=message.kv_heads,
         head_dim=message.head_dim,

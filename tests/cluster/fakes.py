@@ -17,7 +17,7 @@ LAYOUT = {
     "block_size": 16,
     "num_blocks": [64],
     "tp": 1,
-    "pp": 1,
+    "stages": [],
 }
 
 

@@ -76,19 +76,28 @@ events = st.one_of(
     st.builds(commands.ChoiceFinished, texts, u32, finishes),
     st.builds(commands.Finished, texts, u32, u32, u32),
 )
-full = st.builds(CacheGroup, st.just(CacheKind.FULL), ids, u32, u32, st.sampled_from(DType))
-window = st.builds(CacheGroup, st.just(CacheKind.WINDOW), ids, u32, u32, st.sampled_from(DType), st.integers(1, 2**32 - 1))
-layouts = st.lists(full | window, max_size=3).flatmap(
-    lambda groups: st.builds(
-        Layout,
-        texts,
-        st.just(tuple(groups)),
-        st.integers(1, 64),
-        st.tuples(*[u32] * len(groups)),
-        st.integers(1, 8),
-        st.integers(1, 8),
+
+
+@st.composite
+def layouts_of_any_parallelism(draw: st.DrawFn) -> Layout:
+    tp, count = draw(st.integers(1, 8)), draw(st.integers(0, 3))
+    layers = draw(st.lists(st.integers(0, 50), unique=True, max_size=9))
+    groups = tuple(
+        CacheGroup(
+            CacheKind.WINDOW if window else CacheKind.FULL,
+            tuple(layers[number::count]),
+            draw(st.sampled_from([1, tp, 3 * tp])),
+            draw(st.integers(1, 2**32 - 1)),
+            draw(st.sampled_from(DType)),
+            window,
+        )
+        for number, window in enumerate(draw(st.tuples(*[st.just(0) | st.integers(1, 2**32 - 1)] * count)))
     )
-)
+    stages = draw(st.just(()) | st.tuples(st.integers(1, 99), st.integers(51, 99)))
+    return Layout(draw(texts), groups, draw(st.integers(1, 64)), draw(st.tuples(*[u32] * count)), tp, stages)
+
+
+layouts = layouts_of_any_parallelism()
 fleets = st.builds(Fleet, u64, many(st.builds(Member, texts, texts, st.sampled_from(Phase), u64, layouts, u32)))
 reports = st.builds(WorkerReport, texts, u64, st.sampled_from(WorkerState), u32, u32, u64, u32, u32, u32, many(st.tuples(texts, reals)))
 epochs = st.builds(transfer.Epoch, u64, u64)
@@ -196,7 +205,7 @@ def _read_or_refuse(decode: Callable[[bytes], Any], data: bytes) -> None:
 
 
 W, P = worker_pb2, inference_pb2
-LAYOUT = W.Layout(fingerprint="f", block_size=16, tp=1, pp=1)
+LAYOUT = W.Layout(fingerprint="f", block_size=16, tp=1)
 NAN, INF = float("nan"), float("inf")
 MALFORMED: list[tuple[str, Any, str]] = [
     ("command", W.Command(), "command"),
@@ -212,21 +221,27 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("step events", W.StepEvents(events=[W.Event(failed=W.Error())]), "failed.code"),
     ("fleet", W.Fleet(members=[W.Member(phase="decode")]), "members.layout"),
     ("fleet", W.Fleet(members=[W.Member(phase="both", layout=LAYOUT)]), "members.phase"),
-    ("fleet", W.Fleet(members=[W.Member(phase="decode", layout=W.Layout(tp=1, pp=1))]), "layout.block_size"),
+    ("fleet", W.Fleet(members=[W.Member(phase="decode", layout=W.Layout(tp=1))]), "layout.block_size"),
+    ("fleet", W.Fleet(members=[W.Member(phase="decode", layout=W.Layout(block_size=16))]), "layout.tp"),
+    ("fleet", W.Fleet(members=[W.Member(phase="decode", layout=W.Layout(block_size=16, tp=1, stages=[0, 1]))]), "layout.stages"),
     ("report", W.WorkerReport(state="fine"), "state"),
     ("report", W.WorkerReport(state="ready", counters=[W.Counter(name="n", value=NAN)]), "counters"),
     ("lane message", W.LaneMessage(), "message"),
     ("lane message", W.LaneMessage(hello=W.Hello()), "hello.layout"),
     ("lane message", W.LaneMessage(hello=W.Hello(layout=LAYOUT, shm_socket="s", shm_nonce=b"short")), "hello.shm_nonce"),
-    ("lane message", W.LaneMessage(hello=W.Hello(layout=W.Layout(block_size=16, tp=1, pp=1, num_blocks=[1]))), "layout.num_blocks"),
+    ("lane message", W.LaneMessage(hello=W.Hello(layout=W.Layout(block_size=16, tp=1, num_blocks=[1]))), "layout.num_blocks"),
     (
         "lane message",
-        W.LaneMessage(hello=W.Hello(layout=W.Layout(groups=[W.CacheGroup(kind="ring")], num_blocks=[1], block_size=16, tp=1, pp=1))),
+        W.LaneMessage(hello=W.Hello(layout=W.Layout(groups=[W.CacheGroup(kind="ring")], num_blocks=[1], block_size=16, tp=1))),
         "layout.groups.kind",
     ),
     (
         "lane message",
-        W.LaneMessage(hello=W.Hello(layout=W.Layout(groups=[W.CacheGroup(kind="window")], num_blocks=[1], block_size=16, tp=1, pp=1))),
+        W.LaneMessage(
+            hello=W.Hello(
+                layout=W.Layout(groups=[W.CacheGroup(kind="window", kv_heads=1, head_dim=1)], num_blocks=[1], block_size=16, tp=1)
+            )
+        ),
         "layout.groups.window",
     ),
     ("lane message", W.LaneMessage(grant=W.Grant(transfer_id="t")), "epoch"),
