@@ -43,7 +43,9 @@ class RankSpec(_Spec):
     transports: tuple[Transport, ...] = Field((Transport.SHM, Transport.GLOO), min_length=1, description="How KV may move, the best first.")
     drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running work finish, in seconds.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
-    check: bool = Field(False, description="Check the books (blocks, leases, transfers) at every idle moment, and die if they are wrong.")
+    check: bool = Field(
+        False, description="Check the books (blocks, leases, transfers) ten times a second and whenever idle; die if they are wrong."
+    )
 
 
 class RouteSpec(_Spec):

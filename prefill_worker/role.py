@@ -195,9 +195,10 @@ class PrefillRole:
     def idle(self) -> bool:
         return not self._attempts and not self._offered and self._scheduler.load(self._clock.now()).leases == 0
 
-    def check(self) -> None:
+    def check(self, *, idle: bool) -> None:
         self._scheduler.check()
-        self._reporter.check_idle(self._scheduler.load(self._clock.now()))
+        self.outbox.call(self.transfers.check)
+        self._reporter.checked(self._scheduler.load(self._clock.now()), idle=idle)
 
 
 class _Events:

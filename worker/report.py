@@ -6,6 +6,7 @@ from ..core.fleet import WorkerReport, WorkerState
 from .load import Load
 
 CHECKS = "diptych_worker_checks_total"
+IDLE_CHECKS = "diptych_worker_idle_checks_total"
 
 
 class Reporter:
@@ -32,9 +33,12 @@ class Reporter:
             counters=(*load.counters, *self._totals.items()),
         )
 
-    def check_idle(self, load: Load) -> None:
-        """Raise `AssertionError` if an idle worker still holds something."""
+    def checked(self, load: Load, *, idle: bool) -> None:
+        """Count a check of the books that found them right. Raise `AssertionError` if an idle worker still holds something."""
+        self.count(CHECKS)
+        if not idle:
+            return
         held = (load.waiting, load.running, load.prompt_tokens_waiting, load.leases, load.blocks_total - load.blocks_free)
         if any(held):
             raise AssertionError(f"idle, and yet (waiting, running, prompt tokens, leases, blocks held) are {held}")
-        self.count(CHECKS)
+        self.count(IDLE_CHECKS)

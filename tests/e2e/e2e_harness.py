@@ -296,7 +296,7 @@ async def wait_idle(client: WorkerClient, *, timeout_s: float = IDLE_S) -> Worke
         async with asyncio.timeout(timeout_s):
             async for report in client.watch():
                 held = (report.waiting, report.running, report.leases, report.blocks_total - report.blocks_free)
-                if not any(held) and dict(report.counters).get("diptych_worker_checks_total"):
+                if not any(held) and dict(report.counters).get("diptych_worker_idle_checks_total"):
                     return report
     except TimeoutError:
         raise AssertionError(f"not idle after {timeout_s} s: {report}") from None

@@ -15,6 +15,7 @@ from diptych.core.commands import Failed, StepEvents
 from diptych.core.errors import DiptychError, Internal
 from diptych.core.fleet import WorkerReport, WorkerState
 from diptych.engine.batch import Batch, Drawn, Row, StepOutput
+from diptych.worker import loop
 from diptych.worker.loop import BROKEN_AFTER, EngineLoop, Inbox, StepTimes
 from diptych.worker.outbox import Delivery, Outbox
 
@@ -45,7 +46,8 @@ class FakeRole:
     completed: list[int] = field(default_factory=list)
     abandoned: list[tuple[int, DiptychError]] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
-    checks: int = 0
+    checks: list[bool] = field(default_factory=list)
+    """Of each, whether it was idle."""
     outbox: Outbox = field(default_factory=Outbox)
     ear: Ear = field(default_factory=Ear)
     done: threading.Event = field(default_factory=threading.Event)
@@ -61,7 +63,7 @@ class FakeRole:
         if self.decided == self.wanted:
             return None
         self.decided += 1
-        row = Row(slot=0, start=0, token_ids=(1,), tables=((0,),), draw=None)
+        row = Row(slot=0, start=0, token_ids=(1,), tables=((0,),), draws=())
         return FakeDecision(Batch(self.decided - 1, (row,)))
 
     def on_layer(self, decision: FakeDecision) -> partial[None]:
@@ -88,8 +90,8 @@ class FakeRole:
     def idle(self) -> bool:
         return len(self.completed) + len(self.abandoned) == self.wanted
 
-    def check(self) -> None:
-        self.checks += 1
+    def check(self, *, idle: bool) -> None:
+        self.checks.append(idle)
 
 
 class FakeEngine:
@@ -178,6 +180,16 @@ def test_an_error_in_the_policy_ends_the_process(stage: Stage) -> None:
     assert isinstance(stage.deaths.get(timeout=WAIT_S), KeyError)
 
 
+def test_books_are_checked_while_there_is_work(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "CHECK_EVERY_S", 0.0)
+    stage.inbox.put(partial(stage.role.want, 3))
+    stage.engine.started.get(timeout=WAIT_S)
+    stage.engine.permits.release(3)
+    assert stage.role.done.wait(WAIT_S)
+    stage.loop.stop()
+    assert stage.role.checks.count(False) >= 3
+
+
 def test_idle_books_are_checked_and_reports_come_on_change_only(stage: Stage) -> None:
     stage.engine.permits.release(2)
     stage.inbox.put(partial(stage.role.want, 2))
@@ -185,7 +197,7 @@ def test_idle_books_are_checked_and_reports_come_on_change_only(stage: Stage) ->
     for _ in range(3):
         stage.inbox.put(lambda: None)
     stage.loop.stop()
-    assert stage.role.checks >= 2
+    assert stage.role.checks.count(True) >= 2
     reports = [delivery.report for delivery in stage.deliveries if delivery.report is not None]
     assert all(one != next_one for one, next_one in itertools.pairwise(reports))
     assert reports[-1].running == 0

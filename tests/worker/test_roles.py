@@ -116,7 +116,7 @@ class Desk:
         self.turn()
         assert not self.flying
         assert self.role.idle()
-        self.role.check()
+        self.role.check(idle=True)
 
 
 def asked(length: int = 40, start: int = 3, **sampling: Any) -> Request:
