@@ -4,48 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import openai
 import pytest
-from diptych.core.fleet import Fleet, LocalPrefill, Member, Phase
+from diptych.core.fleet import LocalPrefill, Phase
 from diptych.core.generate import Generate, Timing
-from diptych.core.metrics import NullRecorder
-from diptych.core.model import read_card
 from diptych.core.sampling import SamplingParams
-from diptych.router.placement import Policy
-from diptych.router.server import Router, RouterSettings, start_router
+from diptych.router.server import Router
 from e2e_harness import Family, Rank, rank_spec, ranks
+from router_harness import idle, router, until
 
 PROMPTS = ["the man in the inn " * n for n in (1, 4, 9, 17)]
 Answer = tuple[str, Timing]
-
-
-def member(rank: Rank) -> Member:
-    ready = rank.wait_for("ready")
-    spec = rank.spec
-    layout = read_card(spec.model_dir).layout(block_size=16, kv_tokens=spec.kv_tokens)
-    return Member(spec.worker_id, rank.address, spec.phase, int(str(ready["incarnation"])), layout, spec.kv_tokens)
-
-
-@asynccontextmanager
-async def router(workers: Sequence[Rank], policy: LocalPrefill = LocalPrefill.NEVER) -> AsyncIterator[Router]:
-    settings = RouterSettings(workers[0].spec.model_dir, policy=Policy(policy))
-    running = await start_router(settings, recorder=NullRecorder(), metrics_text=lambda: b"")
-    try:
-        running.fleet.publish(Fleet(1, tuple(member(rank) for rank in workers)))
-        await until(running, lambda: running.service.unavailable() is None and len(running.fleet.describe()[1]) == len(workers))
-        yield running
-    finally:
-        await running.stop(1.0)
-
-
-async def until(running: Router, condition) -> None:  # type: ignore[no-untyped-def]
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110  it watches what has no event
-            await asyncio.sleep(0.02)
 
 
 async def answer(running: Router, prompt: str, seed: int, *, max_tokens: int = 24) -> Answer:
@@ -55,17 +27,6 @@ async def answer(running: Router, prompt: str, seed: int, *, max_tokens: int = 2
     assert finish is not None
     assert finish.usage.output_tokens == max_tokens
     return "".join(chunk.text for chunk in chunks), finish.timing
-
-
-async def idle(running: Router) -> None:
-    """The router has ended every request, and no worker has anything of ours left: nothing runs, no lease is held, every block is free."""
-    await until(
-        running,
-        lambda: (
-            running.service.running == 0
-            and all(r.running == r.waiting == r.leases == 0 and r.blocks_free == r.blocks_total for r in running.fleet.describe()[1])
-        ),
-    )
 
 
 async def all_answers(workers: Sequence[Rank], policy: LocalPrefill) -> list[Answer]:
