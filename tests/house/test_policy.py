@@ -14,11 +14,11 @@ POLICIES = {
     "engine": "batch block_pool group_blocks",
     "worker": "admit attempts chunks load",
     "prefill_worker": "leases prompt scheduler",
-    "decode_worker": "admission leases scheduler sequence steady",
-    "kv_transfer": "actions announcing closed_ids coverage destination_machine destination_state faults geometry receipt source_machine "
+    "decode_worker": "admission choices leases scheduler sequence steady",
+    "kv_transfer": "actions announcing closed_ids coverage destination_machine destination_state faults geometry receipt slices source_machine "
     "source_state staging",
     "router": "admission budget machine placement",
-    "cluster": "cores restarts",
+    "cluster": "cores headcount nodes restarts",
     "cluster.load": "agreement answer arrivals choice dialect goodput lengths prompts report slo sse summary workload",
 }
 MODULES = [f"diptych.{room}.{name}" for room, names in POLICIES.items() for name in names.split()]

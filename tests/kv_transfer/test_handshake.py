@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from diptych.core.layout import DType
-from diptych.core.transfer import Hello, RefusedReason, Transport
+from diptych.core.transfer import PROTOCOL_VERSION, Hello, RefusedReason, Transport
 from diptych.kv_transfer.actions import Connect, Send
 from diptych.kv_transfer.faults import refusal
 from kv_world import GLOO, GROUPS, LAYOUT, World, hello
@@ -15,7 +15,7 @@ from kv_world import GLOO, GROUPS, LAYOUT, World, hello
 @pytest.mark.parametrize(
     ("theirs", "reason", "words"),
     [
-        (replace(hello("P", 1), protocol_version=1), RefusedReason.LAYOUT, "protocol_version differs: 2 here, 1 at P"),
+        (replace(hello("P", 1), protocol_version=1), RefusedReason.LAYOUT, f"protocol_version differs: {PROTOCOL_VERSION} here, 1 at P"),
         (hello("P", 1, replace(LAYOUT, block_size=32)), RefusedReason.LAYOUT, "block_size differs"),
         (hello("P", 1, replace(LAYOUT, fingerprint="other")), RefusedReason.LAYOUT, "fingerprint differs"),
         (hello("P", 1, replace(LAYOUT, tp=2)), RefusedReason.LAYOUT, "tp differs"),

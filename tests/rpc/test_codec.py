@@ -239,7 +239,9 @@ MALFORMED: list[tuple[str, Any, str]] = [
         "lane message",
         W.LaneMessage(
             hello=W.Hello(
-                layout=W.Layout(groups=[W.CacheGroup(kind="window", kv_heads=1, head_dim=1)], num_blocks=[1], block_size=16, tp=1)
+                layout=W.Layout(
+                    groups=[W.CacheGroup(kind="window", kv_heads=1, head_dim=1, dtype="float32")], num_blocks=[1], block_size=16, tp=1
+                )
             )
         ),
         "layout.groups.window",
