@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 
 from ..core.clock import Clock
 from ..core.errors import DiptychError, TransferFailed
@@ -32,6 +31,7 @@ from .destination_machine import DestinationMachine
 from .events import DestinationEvents
 from .geometry import SLOTS
 from .lanes import Lane
+from .performing import Performer
 from .pool import Pool
 from .transports.gloo import Device, Incoming, PairEvents
 from .transports.shm import PeerPool, ShmCopies, attach
@@ -71,10 +71,9 @@ class Destination:
         self._lanes: dict[int, Lane] = {}
         self._sources: dict[int, PeerPool] = {}
         self._attaching: dict[int, asyncio.Task[None]] = {}
-        self._actions: deque[DestinationAction] = deque()
-        self._acting = False
         self._idle = asyncio.Event()
         self._alarm = Alarm(clock, self._machine.next_deadline, self._expire)
+        self._do = Performer(self._act, self._alarm.set).do
 
     def expect(self, transfer_id: str) -> None:
         """A Decode has come; its Offer may already be parked. An id that was used before fails at once. Raises `InvalidRequest` if
@@ -145,19 +144,6 @@ class Destination:
 
     def _expire(self) -> None:
         self._do(self._machine.expire(self._clock.now()))
-
-    def _do(self, actions: list[DestinationAction]) -> None:
-        """Carry out actions in order; those that a callback causes come after those under way."""
-        self._actions.extend(actions)
-        if self._acting:
-            return
-        self._acting = True
-        try:
-            while self._actions:
-                self._act(self._actions.popleft())
-        finally:
-            self._acting = False
-            self._alarm.set()
 
     def _act(self, action: DestinationAction) -> None:
         match action:

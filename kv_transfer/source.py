@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 
 from ..core.clock import Clock
 from ..core.errors import DiptychError
@@ -32,6 +31,7 @@ from .alarm import Alarm
 from .events import SourceEvents
 from .geometry import SLOTS
 from .lanes import DialLane, Lane
+from .performing import Performer
 from .pool import Pool
 from .source_machine import SourceMachine
 from .transports.gloo import Device, Outgoing, PairEvents
@@ -71,10 +71,9 @@ class Source:
         self._loop.add_reader(pool.listener, pool.hand_out)
         self._lanes: dict[int, Lane] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._actions: deque[SourceAction] = deque()
-        self._acting = False
         self._announcing: asyncio.Handle | None = None
         self._alarm = Alarm(clock, self._machine.next_deadline, self._expire)
+        self._do = Performer(self._act, self._alarm.set).do
 
     def offer(self, transfer_id: str, destination_address: str, prompt_tokens: int) -> None:
         """Open a transfer of a prompt whose every block is owned. Raises `InvalidRequest` if the id is under way already."""
@@ -127,19 +126,6 @@ class Source:
 
     def _expire(self) -> None:
         self._do(self._machine.expire(self._clock.now()))
-
-    def _do(self, actions: list[SourceAction]) -> None:
-        """Carry out actions in order; those that a callback causes come after those under way."""
-        self._actions.extend(actions)
-        if self._acting:
-            return
-        self._acting = True
-        try:
-            while self._actions:
-                self._act(self._actions.popleft())
-        finally:
-            self._acting = False
-            self._alarm.set()
 
     def _act(self, action: SourceAction) -> None:
         match action:

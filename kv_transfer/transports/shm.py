@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import mmap
 import os
 import socket
@@ -22,6 +23,8 @@ from ..actions import Copy
 from ..geometry import NONCE_BYTES, SLOTS, WORD_BYTES, Geometry, runs
 from ..memory import address_of, copy_runs
 from ..pool import SEALS, Pool
+
+log = logging.getLogger(__name__)
 
 ATTACH_S = 4.0
 """Within the destination's handshake (5 s), so that the reason told is this one."""
@@ -119,19 +122,30 @@ class ShmCopies:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except Exception:  # a thread that ended here would leave every fence behind it without an answer
+                log.exception("a defect in the copy thread")
 
     def _copy(self, source: PeerPool, copy: Copy) -> None:
         if copy.transfer_id in self._given_up:
             return
+        try:
+            error = self._copied_wrong(source, copy)
+        except Exception as defect:  # whatever it is, this piece is not there
+            log.exception("piece %d of transfer %s could not be copied", copy.seq, copy.transfer_id)
+            error = f"Piece {copy.seq} could not be copied: {type(defect).__name__}: {defect}"
+        self._loop.call_soon_threadsafe(self._copied, copy.transfer_id, copy.seq, error)
+
+    def _copied_wrong(self, source: PeerPool, copy: Copy) -> str | None:
+        """Copy the piece; why it does not count, or None if it does."""
         span, layout = copy.span, self._pool.layout
         found = runs(layout.groups[span.group], layout.block_size, span.start, span.stop, copy.source_blocks, copy.destination_blocks)
         for layer in span.layers:
             there = self._pool.address + self._pool.geometry.offsets[layer]
             copy_runs(source.address + source.geometry.offsets[layer], there, found)
         stands = source.word(copy.slot) == copy.word
-        error = None if stands else f"The source took back the blocks of piece {copy.seq} while they were copied."
-        self._loop.call_soon_threadsafe(self._copied, copy.transfer_id, copy.seq, error)
+        return None if stands else f"The source took back the blocks of piece {copy.seq} while they were copied."
 
     def _fence(self, transfer_id: str) -> None:
         self._given_up.discard(transfer_id)
