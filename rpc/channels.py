@@ -24,17 +24,19 @@ EOF: object = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 
 Options = list[tuple[str, int]]
 
-KEEPALIVE_MS = 10_000
+KEEPALIVE_MS = 2_000
 """A connection without traffic for this long is probed; grpc's own threads answer, so a busy process lives."""
-PING_TIMEOUT_MS = 5_000
-"""A server that has not answered a probe by then is lost: a host that vanished, a process that was stopped. (grpc waits a minute.)"""
+PING_TIMEOUT_MS = 4_000
+"""A server that has not answered a probe by then is lost: a host that vanished, a process that was stopped. (grpc waits a minute.)
+Its threads need microseconds of a core, which a host with 30 busy threads a core still gives within a tenth of a second."""
+CLIENT_KEEPALIVE_MS = 10_000
 CLIENT_PING_TIMEOUT_MS = 20_000
 """A client's connection may be slow, and the answer waits behind megabytes of text."""
 
 
-def _keepalive(ping_timeout_ms: int) -> Options:
+def _keepalive(after_ms: int, ping_timeout_ms: int) -> Options:
     return [
-        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_time_ms", after_ms),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # Both: the first alone does not count while the peer's kernel still acknowledges.
@@ -45,7 +47,7 @@ def _keepalive(ping_timeout_ms: int) -> Options:
 
 def channel_options(max_message_bytes: int) -> Options:
     return [
-        *_keepalive(PING_TIMEOUT_MS),
+        *_keepalive(KEEPALIVE_MS, PING_TIMEOUT_MS),
         # Workers have local addresses; a proxy from the environment would break them, or see what it should not.
         ("grpc.enable_http_proxy", 0),
         # A connection of its own per channel: no sharing of its fate, or of its backoff, with other channels to that address.
@@ -61,11 +63,11 @@ def channel_options(max_message_bytes: int) -> Options:
 
 def server_options(max_message_bytes: int) -> Options:
     return [
-        *_keepalive(CLIENT_PING_TIMEOUT_MS),
+        *_keepalive(CLIENT_KEEPALIVE_MS, CLIENT_PING_TIMEOUT_MS),
         # Otherwise two servers share a port in silence and each gets half of the calls.
         ("grpc.so_reuseport", 0),
-        # Clients' probes (every 10 s, above) must not count as abuse.
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        # Our own clients' probes (every 2 s, above) must not count as abuse.
+        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
     ]

@@ -60,6 +60,8 @@ async def serve(
     `write_timeout_s` seconds is cut. Raises `ConfigError` with field "address" if the port is in use or the host unknown.
     """
     host = await _bindable(address)
+    wanted = split_address(address)[1]
+    _probe(host, wanted)  # before there is a server: one that was never started complains when it is collected
     active: Active = set()
     server = grpc.aio.server(options=server_options(max_message_bytes))
     if worker is not None:
@@ -72,7 +74,7 @@ async def serve(
         from .public import add_health_and_reflection  # here: workers run where its packages are not installed
 
         health = await add_health_and_reflection(server)
-    port = _bind(server, host, split_address(address)[1])
+    port = _bind(server, host, wanted)
     await server.start()
     return Server(server, join_address(host, port), port, active, health)
 
@@ -91,7 +93,6 @@ async def _bindable(address: str) -> str:
 
 
 def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    _probe(host, port)
     try:
         return server.add_insecure_port(join_address(host, port))
     except RuntimeError as error:

@@ -262,6 +262,11 @@ def test_a_server_that_is_stopped_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
             child.kill()
 
 
+def test_a_connection_with_nothing_to_say_is_not_cut_for_its_probes() -> None:
+    options = dict(channels.server_options(1))
+    assert options["grpc.http2.min_ping_interval_without_data_ms"] < channels.KEEPALIVE_MS
+
+
 def test_a_client_that_is_killed_ends_the_lane_at_the_server(serving: Any) -> None:
     class Listener:
         def __init__(self) -> None:
