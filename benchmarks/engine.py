@@ -76,11 +76,11 @@ class Bench:
 
     def prefill(self, slot: int, start: int, length: int) -> None:
         draw = Draw(SAMPLINGS["greedy"], 0)
-        self.engine.run(Batch(0, (Row(slot, start, self.prompt[start : start + length], self.tables[slot], draw),)))
+        self.engine.run(Batch(0, (Row(slot, start, self.prompt[start : start + length], self.tables[slot], (draw,)),)))
 
     def decode(self, rows: int, sampling: SamplingParams) -> None:
         """One token for `rows` sequences that hold 256 to 376 tokens."""
-        self.engine.run(Batch(0, tuple(Row(slot, 256 + 8 * slot, (), self.tables[slot], Draw(sampling, 1)) for slot in range(rows))))
+        self.engine.run(Batch(0, tuple(Row(slot, 256 + 8 * slot, (), self.tables[slot], (Draw(sampling, 1),)) for slot in range(rows))))
 
 
 def main() -> None:

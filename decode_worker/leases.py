@@ -34,6 +34,10 @@ class Leases:
             self.fenced(transfer_id)
         return sequence
 
+    def get(self, transfer_id: str) -> Sequence | None:
+        """The sequence of a transfer that may still commit."""
+        return self._granted.get(transfer_id)
+
     def lose(self, transfer_id: str) -> Sequence | None:
         """The sequence, if its transfer was granted and not yet lost."""
         sequence = self._granted.pop(transfer_id, None)

@@ -22,7 +22,8 @@ from ..worker.loop import Inbox, OnLayer, StepTimes
 from ..worker.outbox import Listener, Outbox
 from ..worker.report import Reporter
 from ..worker.timeline import stamp, stamping
-from .scheduler import Decision, DecodeOutcome, DecodeScheduler
+from .choices import DecodeOutcome
+from .scheduler import Decision, DecodeScheduler
 
 REFUSALS = {
     RefusedReason.CLOSED: "The attempt is closed here.",
@@ -76,7 +77,7 @@ class DecodeRole:
                 self._decode(listener, command)
             case Stop():
                 if self._attempts.belongs(command.attempt_id, listener):
-                    self._fail(command.attempt_id, Cancelled("The router stopped this attempt."))
+                    self._stop(command)
             case _:
                 error = InvalidRequest("This is a decode worker: it hands no KV over.")
                 self.outbox.say(listener, Failed(command.attempt_id, error))
@@ -101,6 +102,12 @@ class DecodeRole:
         self._attempts.open(decode.attempt_id, listener)
         if not decode.local_prefill:
             self.outbox.call(partial(self.transfers.expect, decode.attempt_id))
+
+    def _stop(self, stop: Stop) -> None:
+        if stop.choice is None:
+            self._fail(stop.attempt_id, Cancelled("The router stopped this attempt."))
+        else:
+            self._tell(self._scheduler.stop(stop.attempt_id, stop.choice, self._clock.now()))
 
     def _fail(self, attempt_id: str, error: DiptychError) -> None:
         self._attempts.end(Failed(attempt_id, error))
@@ -134,15 +141,17 @@ class DecodeRole:
     def _tell(self, outcome: DecodeOutcome) -> None:
         for tokens in outcome.new_tokens:
             self._attempts.tell(tokens)
+        for choice in outcome.choices:
+            self._attempts.tell(choice)
         for finished in outcome.finished:
             self._fresh.discard(finished.attempt_id)
             self._attempts.end(finished)
             stamp(Stage.FINISHED, finished.attempt_id, self._clock.now())
 
     def abandon(self, decision: Decision, error: DiptychError) -> None:
-        for attempt_id in decision.attempts:
+        for attempt_id in (*decision.attempts, *decision.forked):
             self._fail(attempt_id, error)
-        self._scheduler.complete(StepOutput(decision.batch.step, (None,) * len(decision.batch.rows)), self._clock.now())
+        self._scheduler.complete(StepOutput(decision.batch.step, ((),) * len(decision.batch.rows)), self._clock.now())
 
     # What the destination says.
 

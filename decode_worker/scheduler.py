@@ -4,6 +4,9 @@
             └─ local prefill: ───────────────▶ queued ──decide──────────────────────────▶ running ──▶ finished
                                                                   preempted ◀── memory ──────┘ └──▶ (recomputed)
 
+An attempt is one sequence until what its choices share is computed, and from then on one sequence for each choice: they share whole
+blocks, and the last, partial one is copied. A choice that finds no block or no slot for that waits as a preempted one does.
+
 Memory goes first to the growth of running requests (a watermark is kept for it), then to preempted ones, then to the queue
 in order, where a smaller may pass a larger a bounded number of times. Below the watermark a transfer is granted only when its
 source has said that it is nearly done.
@@ -14,38 +17,33 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
 
-from ..core.commands import Decode, Finished, NewTokens
+from ..core.commands import ChoiceFinished, Decode, Finished
 from ..core.errors import ContextExceeded, InvalidRequest
 from ..core.prefix import chain
 from ..core.request import FinishReason, Request, Token
 from ..core.transfer import GroupGrant, RefusedReason
-from ..engine.batch import Batch, Row, StepOutput
+from ..engine.batch import Batch, Draw, Row, StepOutput
 from ..engine.block_pool import BlockPool, BlockTable
 from ..engine.slots import Slots
 from ..worker.chunks import chunk_stop
 from ..worker.draws import next_draw
 from ..worker.load import Load
 from .admission import Admission
+from .choices import DecodeOutcome, Said, part
 from .sequence import Sequence, by_age
 from .steady import advance_blocks, steady_steps
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One step. `attempts[i]` names whose `batch.rows[i]` is."""
+    """One step. `attempts[i]` names whose `batch.rows[i]` is; `forked` whose blocks it copies."""
 
     batch: Batch
     attempts: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeOutcome:
-    """Events for the router: new tokens in row order, then terminal events. End tokens are not among the tokens."""
-
-    new_tokens: tuple[NewTokens, ...] = ()
-    finished: tuple[Finished, ...] = ()
+    forked: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -61,7 +59,7 @@ class Draft:
 class DecodeScheduler:
     """Continuous batching; prompts are computed in chunks of `chunk_tokens` positions a step (over all rows) beside the decodes.
 
-    `max_running`: slots of the engine; requests running or granted. `watermark`: share of each group's blocks kept free of
+    `max_running`: slots of the engine; choices running and transfers granted. `watermark`: share of each group's blocks kept free of
     new work for the growth of what runs. `step` counts from 0, as the engine does. Attempt id and transfer id are the same.
     """
 
@@ -79,17 +77,20 @@ class DecodeScheduler:
         self._pool = pool
         self._root_hash_of = root_hash_of
         self._chunk_tokens = chunk_tokens
+        self._max_context = max_context
         self._longest = min(max_context, pool.longest(chunk_tokens))
         self._eos_token_ids = frozenset(eos_token_ids)
         self._slots = Slots(max_running)
         self._admission = Admission(pool, chunk_tokens=chunk_tokens, watermark=watermark)
         self._leases = self._admission.leases
         self._expected: dict[str, Sequence] = {}
-        self._started: dict[str, Sequence] = {}
+        self._started: dict[str, list[Sequence]] = {}
         self._running: list[Sequence] = []
+        self._forked: list[str] = []
         self._in_flight: deque[tuple[Batch, tuple[tuple[Sequence, BlockTable], ...]]] = deque()
         self._step = self._orders = 0
-        self._cached_tokens = self._local_prefill_tokens = self._recomputed_tokens = 0
+        self._short = False
+        self._cached_tokens = self._local_prefill_tokens = self._recomputed_tokens = self._preemptions = 0
 
     def expect(self, decode: Decode, now: float) -> None:
         """An attempt: its transfer will be offered, or (`local_prefill`) it is queued at once. Raises `ContextExceeded` if it can
@@ -98,13 +99,14 @@ class DecodeScheduler:
         tokens, prompt_tokens = list(request.token_ids), len(request.prompt_ids)
         if not prompt_tokens:
             raise InvalidRequest("The prompt has no token.", field="prompt")
-        if len(request.generated) >= request.sampling.max_tokens:
+        if request.left < 1:
             raise InvalidRequest("All of max_tokens is generated already.", field="max_tokens")
         if any(attempt_id in ids for ids in (self._expected, self._admission.queue, self._leases, self._started)):
             raise InvalidRequest(f"Attempt {attempt_id} is under way.", field="attempt_id")
-        if len(tokens) >= self._longest:
+        longest = max(prompt_tokens + len(request.generated_by(choice)) for choice in request.live)
+        if longest >= self._longest:
             raise ContextExceeded(
-                f"The prompt has {len(tokens)} tokens; with one of output this decode worker holds {self._longest}.", field="prompt"
+                f"The prompt has {longest} tokens; with one of output this decode worker holds {self._longest}.", field="prompt"
             )
         root, sampling = self._root_hash_of(request), request.sampling
         sequence = Sequence(
@@ -116,6 +118,7 @@ class DecodeScheduler:
             limit=min(prompt_tokens + sampling.max_tokens, self._longest),
             stop_ids=sampling.ends(self._eos_token_ids),
             table=self._pool.open([root, *chain(root, tokens)]),
+            shared=sampling.n > 1,
         )
         (self._admission.queue if decode.local_prefill else self._expected)[attempt_id] = sequence
 
@@ -137,21 +140,83 @@ class DecodeScheduler:
             sequence.nearly_done = True
 
     def grants(self, now: float) -> list[tuple[str, tuple[GroupGrant, ...]]]:
-        """Transfers to grant now, with their blocks; call after every message and every completed step."""
-        self._admit()
+        """Transfers to grant now, with their blocks; call after every message and every completed step. While a running request waits
+        for blocks nobody is given any before the next `decide` has looked whether they have come."""
+        if not self._short:
+            self._admit()
         return self._admission.new_grants()
 
     def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], now: float) -> DecodeOutcome:
-        """The KV is here: decode from the next step. The outcome is empty unless the first token already ended the request. For an
-        attempt cancelled meanwhile the blocks return (no `fenced` follows a commit)."""
+        """The KV is here: decode from the next step. `first_tokens`: one for each choice that is `opening`. The outcome is empty unless
+        they end every choice, or one for a reason that the source does not know. For an attempt cancelled meanwhile the blocks return
+        (no `fenced` follows a commit)."""
         sequence = self._leases.commit(transfer_id)
         if sequence is None:
             return DecodeOutcome()
         sequence.decided = sequence.done = sequence.target = len(sequence.tokens)
         sequence.table.publish(sequence.tokens, sequence.done)
         self._run(sequence)
-        finish = self._take(sequence, first_tokens[0].id)
-        return DecodeOutcome(finished=(self._finish(sequence, finish),)) if finish else DecodeOutcome()
+        said = Said()
+        self._part(sequence, first_tokens, said, told=True)
+        return said.outcome()
+
+    def _part(self, trunk: Sequence, first_tokens: Seq[Token], said: Said, *, told: bool) -> None:
+        """What the choices share is done: each goes its own way behind it, with its first token or with what the client has of it.
+        `told`: the router knows these tokens, and what they end, from the source."""
+        trunk.shared, shared = False, len(trunk.tokens)
+        left = part(trunk, first_tokens, self._max_context, said, told=told)
+        if not left:
+            self._end(trunk, said)
+            return
+        trunk.choice, trunk.tokens = left[0]
+        self._resume(trunk, shared)
+        for choice, tokens in left[1:]:
+            self._branch(trunk, shared, choice, tokens)
+
+    def _branch(self, trunk: Sequence, shared: int, choice: int, tokens: list[int]) -> None:
+        """One more choice behind the first `shared` tokens of `trunk`; it waits if they, a seat or a block are not there."""
+        table = trunk.table.fork(shared) if trunk.done == shared and self._seats() > 0 else None
+        root = trunk.table.hashes[0]
+        sequence = replace(
+            trunk,
+            choice=choice,
+            tokens=tokens,
+            table=table or self._pool.open([root, *chain(root, tokens)]),
+            order=self._orders,
+            slot=-1,
+            preempted=False,
+        )
+        self._orders += 1
+        self._started[trunk.attempt_id].append(sequence)
+        if table is None:
+            sequence.decided = sequence.done = 0
+            sequence.preempted = True
+            self._admission.preempt(sequence)
+            return
+        sequence.decided = sequence.done = shared
+        if self._pool.copying:
+            self._forked.append(trunk.attempt_id)
+        self._resume(sequence, shared)
+        insort(self._running, sequence, key=by_age)
+
+    def _resume(self, sequence: Sequence, shared: int) -> None:
+        """Behind `shared` tokens, of which the KV is here, it has one more token to decode, or several to compute first."""
+        sequence.target = len(sequence.tokens) - 1
+        sequence.preempted = sequence.preempted or sequence.target > shared
+
+    def stop(self, attempt_id: str, choice: int, now: float) -> DecodeOutcome:
+        """This choice is over, without an event of its own. The outcome is empty unless it was the last. Unknown ones are ignored."""
+        said = Said()
+        waiting = self._expected.get(attempt_id) or self._admission.queue.get(attempt_id) or self._leases.get(attempt_id)
+        if waiting is not None:
+            waiting.shared = True
+            waiting.stopped.add(choice)
+        for sequence in tuple(self._started.get(attempt_id, ())):
+            if sequence.shared:
+                sequence.stopped.add(choice)
+            elif sequence.choice == choice:
+                self._end(sequence, said)
+        return said.outcome()
 
     def transfer_failed(self, transfer_id: str, now: float) -> bool:
         """The transfer will not commit: the attempt is over. Granted blocks stay held until `fenced`. True if the attempt was alive,
@@ -173,9 +238,9 @@ class DecodeScheduler:
     def cancel(self, attempt_id: str, now: float) -> bool:
         """Compute nothing more of it. True if its transfer is still under way (the loop cancels it at the destination; granted
         blocks stay held until `fenced`, or `committed` if that was faster); False otherwise (unknown ids included)."""
-        sequence = self._started.get(attempt_id)
-        if sequence is not None:
-            self._end(sequence)
+        if attempt_id in self._started:
+            for sequence in tuple(self._started[attempt_id]):
+                self._end(sequence, Said())
             return False
         queued = self._admission.queue.get(attempt_id)
         local = queued is not None and queued.local_prefill
@@ -189,20 +254,22 @@ class DecodeScheduler:
         while index < len(self._running):  # a preemption takes the last away
             self._add_row(draft, self._running[index], may_preempt=True)
             index += 1
+        self._short = draft.short
         for sequence in self._admit() if not draft.short else ():
             self._add_row(draft, sequence, may_preempt=False)
         if not draft.chosen:
             return None
-        batch = Batch(self._step, tuple(row for _, row in draft.chosen))
-        self._in_flight.append((batch, tuple((sequence, sequence.table) for sequence, _ in draft.chosen)))
         self._pool.submitted(self._step)
+        batch = Batch(self._step, tuple(row for _, row in draft.chosen), self._pool.issue_copies())
+        self._in_flight.append((batch, tuple((sequence, sequence.table) for sequence, _ in draft.chosen)))
         self._step += 1
-        return Decision(batch, tuple(sequence.attempt_id for sequence, _ in draft.chosen))
+        forked, self._forked = tuple(self._forked), []
+        return Decision(batch, tuple(sequence.attempt_id for sequence, _ in draft.chosen), forked)
 
     def _add_row(self, draft: Draft, sequence: Sequence, *, may_preempt: bool) -> None:
         """The sequence's next row, if it has one and there are a slot, budget and blocks for it."""
         start, length = sequence.decided, sequence.length
-        if length >= sequence.limit:
+        if length >= sequence.limit or (sequence.shared and sequence.pending):
             return
         chunked = not sequence.decoding
         stop = chunk_stop(start, length, draft.budget, self._pool.block_size) if chunked else length
@@ -212,13 +279,21 @@ class DecodeScheduler:
             draft.budget -= stop - start
             self._count_computed(sequence, stop - start)
         token_ids = () if sequence.pending else tuple(sequence.tokens[start:stop])
-        draw = None
+        draws: tuple[Draw, ...] = ()
         if stop == length:
-            index = length - sequence.prompt_tokens
-            draw = next_draw(sequence.request.sampling, index, sequence.tokens, sequence.stop_ids, pending=sequence.pending > 0)
+            draws = self._draws(sequence)
             sequence.pending += 1
         sequence.decided = stop
-        draft.chosen.append((sequence, Row(sequence.slot, start, token_ids, sequence.table.tables, draw)))
+        draft.chosen.append((sequence, Row(sequence.slot, start, token_ids, sequence.table.tables, draws)))
+
+    def _draws(self, sequence: Sequence) -> tuple[Draw, ...]:
+        """Its next token, or the first tokens of the choices it stands for."""
+        sampling, index, pending = sequence.request.sampling, sequence.length - sequence.prompt_tokens, sequence.pending > 0
+        choices: Seq[int] = (sequence.choice,)
+        if sequence.shared:
+            choices = [choice for choice in sequence.request.opening if choice not in sequence.stopped]
+        ends = sequence.stop_ids
+        return tuple(next_draw(sampling, index, sequence.tokens, ends, choice=choice, pending=pending) for choice in choices)
 
     def _has_slot(self, sequence: Sequence) -> bool:
         if sequence.slot < 0:
@@ -254,6 +329,7 @@ class DecodeScheduler:
         sequence.table = self._pool.open(sequence.table.hashes)
         sequence.decided = sequence.done = 0
         sequence.preempted = True
+        self._preemptions += 1
         self._admission.preempt(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
@@ -264,10 +340,10 @@ class DecodeScheduler:
 
     def _count_computed(self, sequence: Sequence, positions: int) -> None:
         if sequence.preempted:
-            sequence.recomputed_tokens += positions
+            sequence.tally.recomputed_tokens += positions
             self._recomputed_tokens += positions
         else:
-            sequence.local_prefill_tokens += positions
+            sequence.tally.local_prefill_tokens += positions
             self._local_prefill_tokens += positions
 
     def _admit(self) -> list[Sequence]:
@@ -286,8 +362,8 @@ class DecodeScheduler:
             sequence.order = self._orders
             self._orders += 1
             self._cached_tokens += sequence.cached
+            self._started[sequence.attempt_id] = [sequence]
         insort(self._running, sequence, key=by_age)
-        self._started[sequence.attempt_id] = sequence
 
     def complete(self, output: StepOutput, now: float) -> DecodeOutcome:
         """The oldest step in flight has completed."""
@@ -295,59 +371,57 @@ class DecodeScheduler:
         assert output.step == batch.step, f"step {output.step} completed, {batch.step} was next"
         self._pool.completed(batch.step)
         self._slots.completed(batch.step)
-        new_tokens: list[NewTokens] = []
-        finished: list[Finished] = []
+        said = Said()
         for (sequence, table), row, drawn in zip(members, batch.rows, output.drawn, strict=True):
             if sequence.ended:
                 continue
             if table is sequence.table:  # else preempted since
                 sequence.done = row.start + row.length
                 table.publish(sequence.tokens, sequence.done)
-            if row.draw is None:
-                continue
-            assert drawn is not None, "the row asked for a token"
-            sequence.pending -= 1
-            finish = self._take(sequence, drawn.token_id)
-            if finish is not FinishReason.STOP:
-                token = Token(row.draw.index, drawn.token_id, drawn.logprob, drawn.top)
-                new_tokens.append(NewTokens(sequence.attempt_id, (token,)))
-            if finish is not None:
-                finished.append(self._finish(sequence, finish))
-        return DecodeOutcome(tuple(new_tokens), tuple(finished))
+            tokens = tuple(
+                Token(draw.index, each.token_id, each.logprob, each.top, draw.choice) for draw, each in zip(row.draws, drawn, strict=True)
+            )
+            if sequence.shared:
+                if row.start + row.length == len(sequence.tokens):
+                    sequence.pending -= 1
+                    self._part(sequence, tokens, said, told=False)
+            elif tokens:
+                sequence.pending -= 1
+                self._take(sequence, tokens[0], said)
+        return said.outcome()
 
-    def _take(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        """The sequence's next token; the reason if it ends the output."""
-        if token_id in sequence.stop_ids:
-            return FinishReason.STOP
-        sequence.tokens.append(token_id)
-        return FinishReason.LENGTH if len(sequence.tokens) >= sequence.limit else None
+    def _take(self, sequence: Sequence, token: Token, said: Said) -> None:
+        """The sequence's next token, which may end it."""
+        finish = sequence.finish_of(token.id, len(sequence.tokens))
+        if finish is not FinishReason.STOP:
+            sequence.tokens.append(token.id)
+            said.token(sequence.attempt_id, token)
+        if finish is not None:
+            said.choices.append(ChoiceFinished(sequence.attempt_id, sequence.choice, finish))
+            self._end(sequence, said)
 
-    def _finish(self, sequence: Sequence, finish: FinishReason) -> Finished:
-        self._end(sequence)
-        return Finished(
-            sequence.attempt_id,
-            finish,
-            cached_tokens=min(sequence.cached, sequence.prompt_tokens),
-            local_prefill_tokens=sequence.local_prefill_tokens,
-            recomputed_tokens=sequence.recomputed_tokens,
-        )
-
-    def _end(self, sequence: Sequence) -> None:
-        del self._started[sequence.attempt_id]
+    def _end(self, sequence: Sequence, said: Said) -> None:
+        """Nothing more is computed of it, and if it was the attempt's last, the attempt has ended."""
+        siblings = self._started[sequence.attempt_id]
+        siblings.remove(sequence)
         (self._running if sequence in self._running else self._admission.preempted).remove(sequence)
         sequence.ended = True
         self._vacate(sequence)
+        if not siblings:
+            del self._started[sequence.attempt_id]
+            cached, tally = min(sequence.cached, sequence.prompt_tokens), sequence.tally
+            said.finished.append(Finished(sequence.attempt_id, cached, tally.local_prefill_tokens, tally.recomputed_tokens))
 
     def steady(self) -> int:
-        """For how many steps from now the decision stays the same rows, each one position on, and no request ends, if no message
-        comes and no end token is drawn. 0 with a step in flight."""
-        if self._in_flight or (self._admission.waiting and self._seats()):
+        """For how many steps from now the decision stays the same rows, each one position on, and no choice ends, if no message
+        comes and no end token is drawn. 0 with a step in flight, or when the next has blocks to copy."""
+        if self._in_flight or self._pool.copying or (self._admission.waiting and self._seats()):
             return 0
         return steady_steps(self._pool, self._running)
 
     def advance(self, steps: int, token_id: int, now: float) -> tuple[str, ...]:
-        """As `steps` (at most `steady()`) times `decide` and `complete`, where every row draws `token_id`: each attempt returned,
-        in row order, has `steps` tokens more."""
+        """As `steps` (at most `steady()`) times `decide` and `complete`, where every row draws `token_id`: one choice of each
+        attempt returned, in row order, has `steps` tokens more."""
         if not 0 <= steps <= self.steady():
             raise ValueError(f"{steps} steps; {self.steady()} are steady")
         for sequence in self._running:
@@ -364,7 +438,7 @@ class DecodeScheduler:
         to_compute += sum(max(0, s.target - s.done) for s in self._running)
         return Load(
             waiting=len(self._expected) + len(self._admission.queue) + self._leases.granted,
-            running=len(self._started),
+            running=sum(len(choices) for choices in self._started.values()),
             prompt_tokens_waiting=to_compute,
             blocks_free=free,
             blocks_total=total,
@@ -374,6 +448,7 @@ class DecodeScheduler:
                 ("diptych_worker_cached_tokens_total", self._cached_tokens),
                 ("diptych_worker_local_prefill_tokens_total", self._local_prefill_tokens),
                 ("diptych_worker_recomputed_tokens_total", self._recomputed_tokens),
+                ("diptych_worker_preemptions_total", self._preemptions),
             ),
         )
 
@@ -384,10 +459,13 @@ class DecodeScheduler:
         self._slots.check({sequence.slot for sequence in self._running if sequence.slot >= 0})
         assert len(self._running) + self._leases.granted <= self._slots.count, "more may run than there are slots"
         started = [*self._running, *self._admission.preempted]
-        assert {sequence.attempt_id: sequence for sequence in started} == self._started, "a started attempt is lost"
-        assert len(started) == len(self._started), "an attempt is running and preempted"
+        assert len(started) == len({(sequence.attempt_id, sequence.choice) for sequence in started}), "a choice is there twice"
+        listed = [sequence for choices in self._started.values() for sequence in choices]
+        assert set(started) == set(listed), "a started attempt is lost"
+        assert len(started) == len(listed), "a choice is running and preempted"
         orders = [sequence.order for sequence in self._running]
         assert orders == sorted(orders), "running requests are not in order of age"
         for sequence in started:
             assert sequence.done <= sequence.decided < sequence.length <= sequence.limit, f"{sequence.attempt_id} lost its place"
             assert not sequence.ended, f"{sequence.attempt_id} has ended"
+            assert sequence.table.alone_from(sequence.done), f"{sequence.attempt_id} writes where another reads"

@@ -1,21 +1,33 @@
-"""One attempt on a decode worker, as its scheduler sees it."""
+"""One choice of an attempt on a decode worker, as its scheduler sees it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ..core.request import Request
+from ..core.request import FinishReason, Request
 from ..engine.block_pool import BlockTable
+
+
+@dataclass(slots=True, eq=False)
+class Tally:
+    """Positions computed for all choices of an attempt: of its prompt, by request; again, or of what the client has already."""
+
+    local_prefill_tokens: int = 0
+    recomputed_tokens: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """`tokens`: prompt and output as far as known; `pending` more are drawn by steps in flight. `limit`: tokens at which it ends.
 
+    `shared`: it still stands for all choices of its attempt, and `tokens` is what these share; whoever is in `stopped` is not to be
+    written. When that is computed the choices part, and each is a sequence of its own (`choice` counts for it from then on).
+
     `decided`: positions computed once the steps in flight complete; `done`: positions computed. `target`: positions below it are
-    computed in chunks (a local prompt, or what a preemption threw away); `cached`: of the prompt, found in the prefix cache.
-    `order`: counts sequences as they start to run; the highest is the youngest. `slot`: -1 while it has none.
-    `passes`: how many later ones have been given memory before it. `nearly_done`: whether its source has said so.
+    computed in chunks (a local prompt, what a preemption threw away, or what the client has of a choice); `cached`: of the prompt,
+    found in the prefix cache. `order`: counts sequences as they start to run; the highest is the youngest. `slot`: -1 while it has
+    none. `passes`: how many later ones have been given memory before it. `nearly_done`: whether its source has said so. `preempted`:
+    it waits for memory, or what it computes in chunks counts as recomputed.
     """
 
     attempt_id: str
@@ -26,6 +38,10 @@ class Sequence:
     limit: int
     stop_ids: frozenset[int]
     table: BlockTable
+    shared: bool
+    choice: int = 0
+    stopped: set[int] = field(default_factory=set)
+    tally: Tally = field(default_factory=Tally)
     pending: int = 0
     decided: int = 0
     done: int = 0
@@ -37,8 +53,6 @@ class Sequence:
     nearly_done: bool = False
     preempted: bool = False
     ended: bool = False
-    local_prefill_tokens: int = 0
-    recomputed_tokens: int = 0
 
     @property
     def length(self) -> int:
@@ -49,6 +63,12 @@ class Sequence:
     def decoding(self) -> bool:
         """Whether nothing is left to compute in chunks: each step computes its last token and draws the next."""
         return self.decided >= self.target
+
+    def finish_of(self, token_id: int, before: int) -> FinishReason | None:
+        """The reason if this token, behind `before` others, ends the output."""
+        if token_id in self.stop_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if before + 1 >= self.limit else None
 
 
 def by_age(sequence: Sequence) -> int:

@@ -27,18 +27,18 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Compute positions [start, start + length) of one sequence.
+    """Compute positions [start, start + length) of one sequence, and draw from the last of them, once for each of `draws`.
 
-    `token_ids` empty means one position, whose token is the last one drawn in `slot` (perhaps by a step still in
-    flight). `tables[g][i]` is the block of cache group g that holds positions [i * block_size, (i + 1) * block_size);
-    `NO_BLOCK` where the window has passed. KV of the computed positions is stored there; earlier positions are read.
+    `token_ids` empty means one position, whose token is the last one drawn in `slot` (perhaps by a step still in flight), by the
+    first of its row's draws. `tables[g][i]` is the block of cache group g that holds positions [i * block_size, (i + 1) *
+    block_size); `NO_BLOCK` where the window has passed. KV of the computed positions is stored there; earlier positions are read.
     """
 
     slot: int
     start: int
     token_ids: tuple[int, ...]
     tables: tuple[tuple[int, ...], ...]
-    draw: Draw | None
+    draws: tuple[Draw, ...] = ()
 
     @property
     def length(self) -> int:
@@ -46,16 +46,28 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Block `destination` of cache group `group` becomes, in all the group's layers, what block `source` is."""
+
+    group: int
+    source: int
+    destination: int
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of one step; `step` counts an engine's batches from 0. Slots of a batch are distinct."""
+    """Rows of one step; `step` counts an engine's batches from 0. Slots of a batch are distinct.
+
+    `copies` are made before the rows are computed, all at once: no destination is the source of another."""
 
     step: int
     rows: tuple[Row, ...]
+    copies: tuple[BlockCopy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A token drawn; `logprob` and `top` only if the row asked for them."""
+    """A token drawn; `logprob` and `top` only if they were asked for."""
 
     token_id: int
     logprob: float | None = None
@@ -64,7 +76,7 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """`drawn[i]` answers `rows[i]`; None where it drew nothing."""
+    """`drawn[i]` answers the draws of `rows[i]`, one for each."""
 
     step: int
-    drawn: tuple[Drawn | None, ...]
+    drawn: tuple[tuple[Drawn, ...], ...]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..core.layout import CacheGroup, CacheKind
 from ..core.prefix import HASH_TOKENS, extend
-from .batch import NO_BLOCK
+from .batch import NO_BLOCK, BlockCopy
 from .group_blocks import GroupBlocks
 
 
@@ -54,6 +54,15 @@ class BlockPool:
         self._completed = step
         for part in self.parts:
             part.completed(step)
+
+    @property
+    def copying(self) -> bool:
+        """Whether blocks are still to be copied: the next step does it."""
+        return any(part.copying for part in self.parts)
+
+    def issue_copies(self) -> tuple[BlockCopy, ...]:
+        """The copies that the step submitted last has to make before its rows."""
+        return tuple(BlockCopy(g, *pair) for g, part in enumerate(self.parts) for pair in part.issue_copies(self._submitted))
 
     @property
     def fence(self) -> int | None:
@@ -172,6 +181,24 @@ class BlockTable:
         self.tables, self._published = tuple(tables), whole
         self._refresh()
 
+    def fork(self, tokens: int) -> BlockTable | None:
+        """A table that goes on behind the first `tokens` tokens by itself: it shares their whole blocks, and what a last, partial one
+        holds is copied by the next step. None, and nothing has changed, if there is no block for the copy."""
+        whole, rest = divmod(tokens, self.pool.block_size)
+        if rest and not all(self.pool.available()):
+            return None
+        other = self.pool.open(self.hashes[: whole + 1])
+        rows = []
+        for part, row in zip(self.pool.parts, self.tables, strict=True):
+            shared = row[:whole]
+            for block in shared:
+                if block != NO_BLOCK:
+                    part.refer(block)
+            rows.append((*shared, part.take_copy(row[whole])) if rest else shared)
+        other.tables, other._passed, other._published = tuple(rows), [min(passed, whole) for passed in self._passed], whole
+        other._refresh()
+        return other
+
     def lacks(self, tokens: int, position: int, *, full_only: bool = False) -> tuple[int, ...]:
         """New blocks per group to hold positions up to `tokens`, where no query before `position` will come."""
         target, counts = self.pool.blocks(tokens), []
@@ -222,6 +249,12 @@ class BlockTable:
                 if row[index] != NO_BLOCK:
                     part.publish(row[index], self.hashes[index + 1])
             self._published = index + 1
+
+    def alone_from(self, position: int) -> bool:
+        """Whether no other table holds a block that positions from `position` on are stored in."""
+        first = position // self.pool.block_size
+        rows = zip(self.pool.parts, self.tables, strict=True)
+        return all(part.users(block) == 1 for part, row in rows for block in row[first:] if block != NO_BLOCK)
 
     def held(self) -> tuple[int, ...]:
         """Blocks per group that this table references."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core.sampling import SamplingParams
+from ..kernels.block_copy import copy_blocks
 from ..kernels.penalties import Seen
-from .batch import Batch, Draw, Drawn, Row, StepOutput
+from .batch import Batch, BlockCopy, Draw, Drawn, Row, StepOutput
 from .decoder import LoadedDecoder
 from .inputs import make_inputs
 from .prepared import PreparedModel
@@ -25,6 +26,7 @@ class Engine:
         A row's slot is below `max_slots`.
         """
         self._groups = model.card.cache_groups()
+        self._caches = caches
         self._block_size = block_size
         self._dtype = model.tensors["embed"].dtype
         self._decoder = LoadedDecoder(model.card, model.tensors, caches)
@@ -33,40 +35,55 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepOutput:
-        """Compute `batch`, store its KV, draw what its rows ask for; returns when all is done.
+        """Copy the blocks `batch` names, compute its rows, store their KV, draw what they ask for; returns when all is done.
 
         `on_layer(layer)` is called right after a layer's KV is stored. A row without token ids reads the token last drawn in
         its slot, so a batch may be decided before the one before it is done.
         """
+        if batch.copies:
+            self._copy(batch.copies)
         inputs = make_inputs(batch.rows, self._last_drawn, self._groups, block_size=self._block_size, dtype=self._dtype)
         logits = self._decoder.logits(inputs, on_layer)
-        drawing = [row for row in batch.rows if row.draw]
-        drawn: dict[int, Drawn] = {}
+        drawing = [row for row in batch.rows if row.draws]
+        drawn: dict[int, tuple[Drawn, ...]] = {}
         if logits is not None:
-            draws = [row.draw for row in drawing if row.draw]
-            seen = [self._seen_before(row.slot, draw) for row, draw in zip(drawing, draws, strict=True)]
-            drawn = {row.slot: each for row, each in zip(drawing, sample(logits, draws, seen), strict=True)}
+            seen = [self._seen_before(row) for row in drawing]
+            answers = sample(logits, [row.draws for row in drawing], seen)
+            drawn = {row.slot: each for row, each in zip(drawing, answers, strict=True)}
         for slot, each in drawn.items():
-            self._last_drawn[slot] = each.token_id
-        return StepOutput(batch.step, tuple(drawn[row.slot] if row.draw else None for row in batch.rows))
+            self._last_drawn[slot] = each[0].token_id
+        return StepOutput(batch.step, tuple(drawn.get(row.slot, ()) for row in batch.rows))
 
-    def _seen_before(self, slot: int, draw: Draw) -> Seen | None:
-        """What the penalties of `draw` count. Called before anything is drawn in this step: the slot still holds the token before."""
-        seen = None
+    def _copy(self, copies: Sequence[BlockCopy]) -> None:
+        for g, caches in enumerate(self._caches):
+            pairs = [(each.source, each.destination) for each in copies if each.group == g]
+            if pairs:
+                sources, destinations = torch.tensor(pairs).unbind(1)
+                for cache in caches:
+                    copy_blocks(cache, sources, destinations)
+
+    def _seen_before(self, row: Row) -> list[Seen | None]:
+        """What the penalties of the row's draws count. Called before anything is drawn in this step: the slot still holds the token
+        before. The slot goes on with what the first draw counts."""
+        seen = [self._seen_by(row.slot, draw) for draw in row.draws]
+        self._seen[row.slot] = seen[0]
+        return seen
+
+    def _seen_by(self, slot: int, draw: Draw) -> Seen | None:
         if draw.history:
-            seen = Seen(draw.history, draw.index)
-        elif draw.sampling.penalised:
-            seen = self._seen[slot]
-            assert seen is not None, "a history comes with the first draw in a slot"
-            seen.add(self._last_drawn[slot])
-        self._seen[slot] = seen
+            return Seen(draw.history, draw.index)
+        if not draw.sampling.penalised:
+            return None
+        seen = self._seen[slot]
+        assert seen is not None, "a history comes with the first draw in a slot"
+        seen.add(self._last_drawn[slot])
         return seen
 
     def warm_up(self) -> None:
         """Touch every weight and every kind of step once. Overwrites block 0 of every group: call it before serving."""
         tables = ((0,),) * len(self._groups)
         draw = Draw(SamplingParams(temperature=1.0, top_k=1, seed=0), index=0)
-        prompt = Row(slot=0, start=0, token_ids=(0,) * (self._block_size - 1), tables=tables, draw=draw)
+        prompt = Row(slot=0, start=0, token_ids=(0,) * (self._block_size - 1), tables=tables, draws=(draw,))
         self.run(Batch(step=-2, rows=(prompt,)))
-        self.run(Batch(step=-1, rows=(Row(slot=0, start=self._block_size - 1, token_ids=(), tables=tables, draw=draw),)))
+        self.run(Batch(step=-1, rows=(Row(slot=0, start=self._block_size - 1, token_ids=(), tables=tables, draws=(draw,)),)))
         self._last_drawn[0] = 0

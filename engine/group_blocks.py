@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 
 class GroupBlocks:
@@ -12,6 +12,8 @@ class GroupBlocks:
     cached      no reference, but found by its prefix hash; the least recently used is evicted first
     referenced  in the tables of `references[block]` sequences, hashed or not
     fenced      given back while a step in flight might touch it; free or cached once that step has completed
+
+    A referenced block may wait to be copied from another, which the wait references too.
     """
 
     def __init__(self, count: int) -> None:
@@ -22,6 +24,7 @@ class GroupBlocks:
         self._fenced: OrderedDict[int, int] = OrderedDict()
         self._hash_of: dict[int, bytes] = {}
         self._by_hash: dict[bytes, int] = {}
+        self._copies: dict[int, int] = {}
 
     @property
     def available(self) -> int:
@@ -51,8 +54,32 @@ class GroupBlocks:
         self.references[block] = 1
         return block
 
+    def take_copy(self, source: int) -> int:
+        """A block with one reference that is to be copied from the referenced block `source`."""
+        block = self.take()
+        self.references[source] += 1
+        self._copies[block] = source
+        return block
+
+    def issue_copies(self, step: int) -> list[tuple[int, int]]:
+        """`(source, destination)` of the copies that wait; they are made by `step`, which is in flight now."""
+        copies = [(source, block) for block, source in self._copies.items()]
+        self._copies = {}
+        for source, _ in copies:
+            self.give_back(source, step)
+        return copies
+
+    def users(self, block: int) -> int:
+        """How many tables hold `block`."""
+        return self.references[block] - sum(source == block for source in self._copies.values())
+
+    @property
+    def copying(self) -> bool:
+        """Whether copies wait for a step."""
+        return bool(self._copies)
+
     def refer(self, block: int) -> None:
-        """One more reference to a hashed block. A fenced one may be read at once: steps in flight only read it too."""
+        """One more reference to a hashed or referenced block. A fenced one may be read at once: steps in flight only read it too."""
         if self.references[block] == 0:
             self._cached.pop(block, None)
             self._fenced.pop(block, None)
@@ -63,6 +90,8 @@ class GroupBlocks:
         self.references[block] -= 1
         if self.references[block] > 0:
             return
+        if (source := self._copies.pop(block, None)) is not None:  # nobody needs the copy any more
+            self.give_back(source, fence)
         if fence is None:
             self._settle(block)
         else:
@@ -89,13 +118,16 @@ class GroupBlocks:
         else:
             self._free.append(block)
 
-    def check(self, held: dict[int, int]) -> None:
+    def check(self, held: Counter[int]) -> None:
         """Raise `AssertionError` unless every block is in one state; `held[block]`: how many tables hold it."""
         referenced = {block for block, count in enumerate(self.references) if count}
         states = (self._free, self._cached, self._fenced, referenced)
         assert sum(len(state) for state in states) == self.count, "a block is lost or in two states"
         assert set().union(*states) == set(range(self.count)), "a block is lost"
-        assert {block: self.references[block] for block in referenced} == held, "reference counts differ from the tables"
+        assert {block: self.references[block] for block in referenced} == held + Counter(self._copies.values()), (
+            "reference counts are wrong"
+        )
+        assert all(self.references[block] == 1 and block not in self._hash_of for block in self._copies), "a block to be copied to is used"
         assert {h: b for b, h in self._hash_of.items()} == self._by_hash, "hash table and block hashes differ"
         assert not any(block in self._hash_of for block in self._free), "a free block is hashed"
         assert all(block in self._hash_of for block in self._cached), "a cached block has no hash"

@@ -25,7 +25,7 @@ class GroupInputs:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """One step. token_ids, positions: int64 [tokens]. drawn: int64 [draws], the tokens whose logits are wanted.
+    """One step. token_ids, positions: int64 [tokens]. drawn: int64 [drawing rows], the tokens whose logits are wanted.
 
     last_spans: what the drawn tokens attend to in the last layer, where no other token's output is read; they are numbered from 0.
     """
@@ -48,7 +48,7 @@ def make_inputs(
         places.append(len(token_ids))
     positions = np.concatenate([np.arange(row.start, row.start + row.length) for row in rows])
     inputs = tuple(_group_inputs(rows, places, index, group, block_size, dtype) for index, group in enumerate(groups))
-    drawn = [end - 1 for row, end in zip(rows, places[1:], strict=True) if row.draw]
+    drawn = [end - 1 for row, end in zip(rows, places[1:], strict=True) if row.draws]
     last = max(range(len(groups)), key=lambda index: groups[index].layers[-1])
     return Inputs(
         token_ids=torch.tensor(token_ids),
@@ -61,7 +61,7 @@ def make_inputs(
 
 def _ends(rows: Sequence[Row], index: int, group: CacheGroup, block_size: int, dtype: torch.dtype) -> tuple[Singles, ...]:
     """The last token of each row that draws."""
-    ends = [replace(row, start=row.start + row.length - 1, token_ids=()) for row in rows if row.draw]
+    ends = [replace(row, start=row.start + row.length - 1, token_ids=()) for row in rows if row.draws]
     return tuple(_singles(ends, range(len(ends)), index, _paging(group, block_size), dtype))
 
 

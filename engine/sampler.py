@@ -13,11 +13,15 @@ from ..kernels.sampling import draw, log_probabilities
 from .batch import Draw, Drawn
 
 
-def sample(logits: Tensor, draws: Sequence[Draw], seen: Sequence[Seen | None]) -> list[Drawn]:
-    """One drawn token for each row of logits [draws, vocab] (any dtype; all arithmetic on them is fp32). `seen[i]`: what the
-    penalties of `draws[i]` count, if it has any."""
-    likeliest = logits.max(dim=-1).indices.tolist() if any(each.sampling.greedy for each in draws) else [0] * len(draws)
-    return [_sample(*each) for each in zip(logits, draws, seen, likeliest, strict=True)]
+def sample(logits: Tensor, draws: Sequence[Sequence[Draw]], seen: Sequence[Sequence[Seen | None]]) -> list[tuple[Drawn, ...]]:
+    """The tokens drawn from each row of logits [rows, vocab] (any dtype; all arithmetic on them is fp32), one for each of `draws[row]`.
+    `seen[row][i]`: what the penalties of `draws[row][i]` count, if it has any."""
+    greedy = any(draw_.sampling.greedy for each in draws for draw_ in each)
+    likeliest = logits.max(dim=-1).indices.tolist() if greedy else [0] * len(draws)
+    rows = zip(logits, draws, seen, likeliest, strict=True)
+    return [
+        tuple(_sample(row, draw_, counted, best) for draw_, counted in zip(each, counts, strict=True)) for row, each, counts, best in rows
+    ]
 
 
 def _sample(logits: Tensor, draw_: Draw, seen: Seen | None, likeliest: int) -> Drawn:

@@ -31,6 +31,11 @@ class Prompt:
         return len(self.token_ids)
 
     @property
+    def first_index(self) -> int:
+        """Of the output tokens that are drawn behind it."""
+        return self.tokens - len(self.request.prompt_ids)
+
+    @property
     def computing(self) -> bool:
         """Whether it has a slot: what steps in flight say of it counts."""
         return self.slot >= 0

@@ -70,7 +70,8 @@ class PrefillRole:
             case Prefill():
                 self._prefill(listener, command)
             case Stop():
-                if self._attempts.belongs(command.attempt_id, listener):
+                # A single choice has a text only once its first token is told, and then nothing of it is computed here.
+                if command.choice is None and self._attempts.belongs(command.attempt_id, listener):
                     self._fail(command.attempt_id, Cancelled("The router stopped this attempt."))
             case _:
                 error = InvalidRequest("This is a prefill worker: it writes no answers.")
@@ -136,7 +137,7 @@ class PrefillRole:
         return self._stamped(announce, decision) if stamping() else announce
 
     def _stamped(self, announce: OnLayer, decision: Decision) -> OnLayer:
-        drawing = [a for a, row in zip(decision.attempts, decision.batch.rows, strict=True) if row.draw is not None]
+        drawing = [a for a, row in zip(decision.attempts, decision.batch.rows, strict=True) if row.draws]
 
         def stored(layer: int) -> None:
             announce(layer)
@@ -148,25 +149,26 @@ class PrefillRole:
 
     def complete(self, decision: Decision, output: StepOutput, times: StepTimes) -> None:
         outcome = self._scheduler.complete(output, self._clock.now())
+        complete = {finished.attempt_id for finished in outcome.finished}
         for first in outcome.first_tokens:
             stamp(Stage.FIRST_TOKEN, first.attempt_id, times.ended)
             self._attempts.tell(first)
-            if first.finish is None:
-                self.outbox.call(partial(self._commit, first.attempt_id, first.token))
+            if first.attempt_id not in complete:
+                self.outbox.call(partial(self._commit, first.attempt_id, first.tokens))
         for finished in outcome.finished:
             self._attempts.end(finished)
             if finished.attempt_id in self._offered:
-                self.outbox.call(partial(self.transfers.cancel, finished.attempt_id, "the first token ended the request"))
+                self.outbox.call(partial(self.transfers.cancel, finished.attempt_id, "the first token ended every choice"))
 
-    def _commit(self, transfer_id: str, token: Token) -> None:
+    def _commit(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None:
         """On the asyncio thread."""
-        self.transfers.commit(transfer_id, (token,))
+        self.transfers.commit(transfer_id, first_tokens)
         stamp(Stage.COMMIT_SENT, transfer_id, self._clock.now())
 
     def abandon(self, decision: Decision, error: DiptychError) -> None:
         for attempt_id in decision.attempts:
             self._fail(attempt_id, error)
-        self._scheduler.complete(StepOutput(decision.batch.step, (None,) * len(decision.batch.rows)), self._clock.now())
+        self._scheduler.complete(StepOutput(decision.batch.step, ((),) * len(decision.batch.rows)), self._clock.now())
 
     # What the source says.
 

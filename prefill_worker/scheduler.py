@@ -15,16 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from ..core.commands import Finished, FirstToken, Prefill
+from ..core.commands import Finished, FirstTokens, Prefill
 from ..core.errors import ContextExceeded, InvalidRequest
 from ..core.layout import CacheKind
 from ..core.prefix import chain
 from ..core.request import FinishReason, Request, Token
-from ..engine.batch import Batch, Drawn, Row, StepOutput
+from ..engine.batch import Batch, Draw, Drawn, Row, StepOutput
 from ..engine.block_pool import BlockPool
 from ..engine.slots import Slots
 from ..worker.chunks import chunk_stop
-from ..worker.draws import next_draw
+from ..worker.draws import first_finish, next_draw
 from ..worker.load import Load
 from .leases import Lease, Leases
 from .prompt import Prompt
@@ -61,13 +61,12 @@ class Decision:
 class PrefillOutcome:
     """What a completed step means.
 
-    `first_tokens`: prompts that are now whole, each with its first token. Where `finish` is None, the loop commits the transfer
-    with it. A `finish` of STOP means that the token is an end token and no output.
-    `finished`: terminal events, for prompts without a destination and for those whose first token ended the request; of the
-    latter the loop cancels the transfer, and `release` follows as for any other.
+    `first_tokens`: prompts that are now whole, each with the first tokens of its choices.
+    `finished`: terminal events, for prompts without a destination and for those of which no choice is left; of the latter the loop
+    cancels the transfer, and `release` follows as for any other. The transfers of all others it commits with those tokens.
     """
 
-    first_tokens: tuple[FirstToken, ...] = ()
+    first_tokens: tuple[FirstTokens, ...] = ()
     finished: tuple[Finished, ...] = ()
 
 
@@ -113,14 +112,16 @@ class PrefillScheduler:
         self._computed_tokens = self._cached_tokens = 0
 
     def add(self, prefill: Prefill, now: float) -> None:
-        """Queue a prompt. Raises `ContextExceeded` if it can never fit, `InvalidRequest` if it is
-        empty, has nothing left to write, or its id is in use."""
+        """Queue a prompt. Raises `ContextExceeded` if it can never fit, `InvalidRequest` if it is empty, has nothing left to write (or,
+        without a destination, more than can be written here), or its id is in use."""
         request, attempt_id = prefill.request, prefill.attempt_id
         token_ids = request.token_ids
         if not token_ids:
             raise InvalidRequest("The prompt has no token.", field="prompt")
-        if len(request.generated) >= request.sampling.max_tokens:
+        if request.left < 1:
             raise InvalidRequest("All of max_tokens is generated already.", field="max_tokens")
+        if prefill.destination is None and request.opening != request.live:
+            raise InvalidRequest("Some choices go on behind tokens of their own: that takes a decode worker.", field="destination")
         if attempt_id in self._waiting or attempt_id in self._running or attempt_id in self._leased:
             raise InvalidRequest(f"Attempt {attempt_id} is under way.", field="attempt_id")
         if len(token_ids) >= self._max_context:
@@ -183,12 +184,14 @@ class PrefillScheduler:
         if not prompt.table.extend(stop, start):
             return None
         prompt.decided = stop
-        draw = None
-        if stop == prompt.tokens:
-            sampling = prompt.request.sampling
-            ends = sampling.ends(self._eos_token_ids)
-            draw = next_draw(sampling, len(prompt.request.generated), prompt.token_ids, ends, pending=False)
-        return Row(prompt.slot, start, prompt.token_ids[start:stop], prompt.table.tables, draw)
+        draws = self._draws(prompt) if stop == prompt.tokens else ()
+        return Row(prompt.slot, start, prompt.token_ids[start:stop], prompt.table.tables, draws)
+
+    def _draws(self, prompt: Prompt) -> tuple[Draw, ...]:
+        """The first token of every choice that begins behind the prompt."""
+        sampling, index = prompt.request.sampling, prompt.first_index
+        ends = sampling.ends(self._eos_token_ids)
+        return tuple(next_draw(sampling, index, prompt.token_ids, ends, choice=choice) for choice in prompt.request.opening)
 
     def _start(self, budget: int, now: float) -> list[tuple[Prompt, Row]]:
         """Start waiting prompts with what is left of the budget, first come, first served among those that fit."""
@@ -264,7 +267,7 @@ class PrefillScheduler:
         assert output.step == batch.step, f"step {output.step} completed, {batch.step} was next"
         self._pool.completed(batch.step)
         self._slots.completed(batch.step)
-        first_tokens: list[FirstToken] = []
+        first_tokens: list[FirstTokens] = []
         finished: list[Finished] = []
         for prompt, row, drawn in zip(prompts, batch.rows, output.drawn, strict=True):
             self._computed_tokens += row.length
@@ -272,30 +275,29 @@ class PrefillScheduler:
                 continue
             prompt.done = row.start + row.length
             prompt.table.publish(prompt.token_ids, prompt.done)
-            if row.draw is not None:
-                first = self._first_token(prompt, drawn, now)
+            if prompt.done == prompt.tokens:
+                first = self._first_tokens(prompt, drawn, now)
                 first_tokens.append(first)
-                if first.finish is not None:
-                    finished.append(Finished(prompt.attempt_id, first.finish, cached_tokens=prompt.cached))
+                if None not in first.finishes and prompt.request.opening == prompt.request.live:
+                    finished.append(Finished(prompt.attempt_id, cached_tokens=prompt.cached))
                 self._leave(prompt)
         return PrefillOutcome(tuple(first_tokens), tuple(finished))
 
-    def _first_token(self, prompt: Prompt, drawn: Drawn | None, now: float) -> FirstToken:
-        assert drawn is not None, "the row asked for a token"
-        sampling, index = prompt.request.sampling, len(prompt.request.generated)
-        finish: FinishReason | None = None
-        if drawn.token_id in sampling.ends(self._eos_token_ids):
-            finish = FinishReason.STOP
-        elif index + 1 >= sampling.max_tokens or prompt.tokens + 1 >= self._max_context or prompt.destination is None:
-            finish = FinishReason.LENGTH
-        return FirstToken(
+    def _first_tokens(self, prompt: Prompt, drawn: tuple[Drawn, ...], now: float) -> FirstTokens:
+        choices = zip(prompt.request.opening, drawn, strict=True)
+        return FirstTokens(
             prompt.attempt_id,
-            Token(index, drawn.token_id, drawn.logprob, drawn.top),
-            finish,
+            tuple(Token(prompt.first_index, each.token_id, each.logprob, each.top, choice) for choice, each in choices),
+            tuple(self._finish(prompt, each.token_id) for each in drawn),
             queued=prompt.started - prompt.arrived,
             computed=now - prompt.started,
             cached_tokens=prompt.cached,
         )
+
+    def _finish(self, prompt: Prompt, token_id: int) -> FinishReason | None:
+        sampling = prompt.request.sampling
+        finish = first_finish(sampling, token_id, prompt.first_index, prompt.tokens, sampling.ends(self._eos_token_ids), self._max_context)
+        return FinishReason.LENGTH if finish is None and prompt.destination is None else finish
 
     def _leave(self, prompt: Prompt) -> None:
         """It computes nothing more: its slot returns, and its blocks unless a transfer may still read them."""

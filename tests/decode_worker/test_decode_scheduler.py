@@ -7,10 +7,11 @@ from collections import deque
 import pytest
 from diptych.core.commands import Decode, Finished
 from diptych.core.errors import ContextExceeded, InvalidRequest
-from diptych.core.request import FinishReason, Token
+from diptych.core.request import FinishReason, Request, Token
 from diptych.core.transfer import GroupGrant, RefusedReason
 from diptych.decode_worker.admission import MAX_PASSES
-from diptych.decode_worker.scheduler import Decision, DecodeOutcome, DecodeScheduler
+from diptych.decode_worker.choices import DecodeOutcome
+from diptych.decode_worker.scheduler import Decision, DecodeScheduler
 from diptych.engine.batch import NO_BLOCK, Drawn, StepOutput
 from diptych.engine.block_pool import BlockPool
 from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, draw, groups, request, root_of
@@ -56,14 +57,18 @@ class Worker:
         self.granted: dict[str, tuple[GroupGrant, ...]] = {}
         self.lost: dict[str, tuple[GroupGrant, ...]] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.ends: dict[str, FinishReason] = {}
+        self.stopped: set[str] = set()
         self.finished: dict[str, Finished] = {}
+        self.context = context
         self.now = 0.0
 
     def expect(self, attempt_id: str, token_ids: list[int], *, local: bool = False, **sampling: object) -> None:
         decode = Decode(attempt_id, request(token_ids, **sampling), local)
         self.scheduler.expect(decode, self.now)
         self.decodes[attempt_id] = decode
-        self.tokens[attempt_id] = list(decode.request.generated)
+        for choice in decode.request.live:
+            self.tokens[name_of(attempt_id, choice)] = list(decode.request.generated_by(choice))
         if not local:
             self.expected.add(attempt_id)
 
@@ -100,11 +105,23 @@ class Worker:
         self.fill(attempt_id, self.granted[attempt_id])
         del self.granted[attempt_id]
         asked = self.decodes[attempt_id].request
+        self._take(self.scheduler.committed(attempt_id, tuple(self._first(attempt_id, choice) for choice in asked.opening), self.now))
+
+    def _first(self, attempt_id: str, choice: int) -> Token:
+        """As a source draws it, and tells the router if it is the end."""
+        asked = self.decodes[attempt_id].request
         values, end = digests(asked.token_ids), len(asked.token_ids) - 1
-        first = draw(self.groups, [values[group.first_needed(end) :] for group in self.groups], asked.sampling, len(asked.generated))
-        if first not in EOS or asked.sampling.ignore_eos:
-            self.tokens[attempt_id].append(first)
-        self._take(self.scheduler.committed(attempt_id, (Token(len(asked.generated), first),), self.now))
+        seen = [values[group.first_needed(end) :] for group in self.groups]
+        token = Token(
+            len(asked.generated_by(choice)), draw(self.groups, seen, asked.sampling, len(asked.generated_by(choice)), choice), choice=choice
+        )
+        if token.id in asked.sampling.ends(frozenset(EOS)):
+            self._end(attempt_id, choice, FinishReason.STOP)
+            return token
+        self.tokens[name_of(attempt_id, choice)].append(token.id)
+        if token.index + 1 >= asked.sampling.max_tokens or end + 2 >= self.context:
+            self._end(attempt_id, choice, FinishReason.LENGTH)
+        return token
 
     def lose(self, attempt_id: str) -> None:
         """The transfer fails before its commit."""
@@ -139,9 +156,9 @@ class Worker:
     def decide(self) -> Decision | None:
         decision = self.scheduler.decide(self.now)
         if decision is not None:
-            users = {row.slot: name for step in self.decided for name, row in zip(step.attempts, step.batch.rows, strict=True)}
-            for name, row in zip(decision.attempts, decision.batch.rows, strict=True):
-                assert users.get(row.slot, name) == name, "a slot in flight belongs to another"
+            users = {slot: name for step in self.decided for slot, name in slots_of(step)}
+            for slot, name in slots_of(decision):
+                assert users.get(slot, name) == name, "a slot in flight belongs to another"
             self.decided.append(decision)
         return decision
 
@@ -164,13 +181,34 @@ class Worker:
             assert new.attempt_id in self.decodes, "nothing after the end"
             assert new.attempt_id not in self.finished, "nothing after the end"
             for token in new.tokens:
-                assert token.index == len(self.tokens[new.attempt_id])
-                self.tokens[new.attempt_id].append(token.id)
+                name = name_of(new.attempt_id, token.choice)
+                assert name not in self.ends.keys() | self.stopped, "nothing after the end"
+                assert token.index == len(self.tokens[name])
+                self.tokens[name].append(token.id)
+        for ended in outcome.choices:
+            self._end(ended.attempt_id, ended.choice, ended.finish)
         for finished in outcome.finished:
             assert finished.attempt_id not in self.finished, "one end"
             self.finished[finished.attempt_id] = finished
-            expected = answer(self.decodes[finished.attempt_id].request, self.groups, self.longest)
-            assert (self.tokens[finished.attempt_id], finished.finish) == expected
+            names = {name_of(finished.attempt_id, choice) for choice in self.decodes[finished.attempt_id].request.live}
+            assert names <= self.ends.keys() | self.stopped, "it ended before its choices"
+
+    def _end(self, attempt_id: str, choice: int, finish: FinishReason) -> None:
+        name = name_of(attempt_id, choice)
+        if name in self.stopped:
+            return  # by the source, which heard of no stop
+        assert name not in self.ends, "one end"
+        self.ends[name] = finish
+        expected = answer(self.decodes[attempt_id].request, self.groups, self.longest, choice)
+        assert (self.tokens[name], finish) == expected
+
+    def stop(self, attempt_id: str, choice: int) -> None:
+        self.stopped.add(name_of(attempt_id, choice))
+        self._take(self.scheduler.stop(attempt_id, choice, self.now))
+
+    def finished_request(self, attempt_id: str) -> Request:
+        assert attempt_id in self.finished
+        return self.decodes[attempt_id].request
 
     def drain(self) -> None:
         """Let everything go through. Whoever is left starves."""
@@ -200,6 +238,14 @@ class Worker:
         assert self.pool.unused
 
 
+def slots_of(decision: Decision) -> list[tuple[int, str]]:
+    return [(row.slot, name) for name, row in zip(decision.attempts, decision.batch.rows, strict=True)]
+
+
+def name_of(attempt_id: str, choice: int) -> str:
+    return f"{attempt_id}/{choice}" if choice else attempt_id
+
+
 def prompt(length: int, family: int = 1) -> list[int]:
     """Prompts of one family share what they have in common."""
     return [1 + (family * 7 + i * i) % 38 for i in range(length)]
@@ -217,7 +263,7 @@ def test_a_transfer_decodes_from_the_step_after_its_commit() -> None:
     assert decision is not None
     assert [(row.start, len(row.token_ids)) for row in decision.batch.rows] == [(40, 1)]
     worker.drain()
-    assert worker.finished["a"].finish is FinishReason.LENGTH
+    assert worker.ends["a"] is FinishReason.LENGTH
     assert len(worker.tokens["a"]) == 5
 
 
@@ -242,7 +288,7 @@ def test_a_step_may_be_decided_while_two_are_in_flight() -> None:
     worker.expect("a", prompt(10), local=True, max_tokens=4, ignore_eos=True)
     rows = [decision.batch.rows[0] for decision in iter(worker.decide, None)]
     assert [(row.start, len(row.token_ids)) for row in rows] == [(0, 10), (10, 0), (11, 0), (12, 0)]
-    assert [row.draw.index for row in rows if row.draw] == [0, 1, 2, 3]
+    assert [draw.index for row in rows for draw in row.draws] == [0, 1, 2, 3]
     worker.drain()
 
 
@@ -397,7 +443,7 @@ def test_what_can_never_fit_and_what_is_no_prompt_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="no token"):
         worker.expect("a", [])
     with pytest.raises(InvalidRequest, match="max_tokens"):
-        worker.expect("a", prompt(3), generated=[1, 2], max_tokens=2)
+        worker.expect("a", prompt(3), generated=[[1, 2]], max_tokens=2)
     worker.expect("a", prompt(10))
     with pytest.raises(InvalidRequest, match="under way"):
         worker.expect("a", prompt(10))
@@ -441,20 +487,159 @@ def test_a_grant_nobody_was_told_of_ends_with_its_attempt() -> None:
     worker.drain()
 
 
+def outputs(asked: Request, worker: Worker) -> list[list[int]]:
+    """What each choice says if it is written alone."""
+    return [answer(asked, worker.groups, worker.longest, choice)[0] for choice in range(asked.sampling.n)]
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("length", [15, 16, 17, 33])
+def test_choices_share_whole_blocks_and_copy_the_last(length: int, local: bool) -> None:
+    worker = Worker(windows=(0, 24))
+    worker.expect("a", prompt(length), local=local, n=3, max_tokens=20, ignore_eos=True)
+    if local:
+        worker.step()
+        worker.step() if length == 33 else None
+    else:
+        worker.offer("a")
+        worker.grant()
+        worker.commit("a")
+    decision = worker.decide()
+    assert decision is not None
+    assert [(row.start, len(row.token_ids)) for row in decision.batch.rows] == [(length, 1)] * 3, "each brings its own first token"
+    whole, partial = divmod(length, BLOCK)
+    assert len(decision.batch.copies) == (2 * 2 if partial else 0)
+    assert decision.forked == (("a", "a") if partial else ())
+    for tables in zip(*(row.tables for row in decision.batch.rows), strict=True):
+        assert len({table[:whole] for table in tables}) == 1
+        assert len({table[whole] for table in tables}) == 3
+    worker.drain()
+    assert [worker.tokens[name] for name in ("a", "a/1", "a/2")] == outputs(worker.finished_request("a"), worker)
+    assert worker.finished["a"].recomputed_tokens == 0
+
+
+def test_choice_0_says_what_one_choice_says() -> None:
+    worker = Worker()
+    worker.expect("one", prompt(20), local=True, max_tokens=30)
+    worker.drain()
+    worker.expect("many", prompt(20), local=True, max_tokens=30, n=4)
+    worker.drain()
+    assert worker.tokens["many"] == worker.tokens["one"]
+    assert len({tuple(worker.tokens[name_of("many", choice)]) for choice in range(4)}) == 4
+
+
+def test_choices_without_a_slot_wait_and_are_written_later() -> None:
+    worker = Worker(max_running=2)
+    worker.expect("a", prompt(20), local=True, n=5, max_tokens=12, ignore_eos=True)
+    worker.step()
+    assert worker.scheduler.load(0.0).running == 5
+    decision = worker.step()
+    assert decision is not None
+    assert len(decision.batch.rows) == 2
+    worker.drain()
+    assert worker.finished["a"].recomputed_tokens == 3 * 5, "20 tokens and the first of the output, of which one block is cached"
+
+
+def test_choices_without_a_block_wait_and_are_written_later() -> None:
+    worker = Worker(windows=(0,), blocks=3, max_running=8)
+    worker.expect("a", prompt(20), local=True, n=4, max_tokens=9, ignore_eos=True)
+    worker.step()
+    decision = worker.step()
+    assert decision is not None
+    assert len(decision.batch.rows) == 2, "one block for the prompt's beginning, and two for two choices' ends"
+    worker.drain()
+
+
+def test_one_choice_is_preempted_and_the_others_go_on() -> None:
+    worker = Worker(windows=(0,), blocks=8, max_running=8)
+    worker.expect("a", prompt(33), local=True, n=3, max_tokens=50, ignore_eos=True)
+    worker.drain()
+    assert 0 < worker.finished["a"].recomputed_tokens < 2 * 83
+
+
+def test_a_choice_is_stopped_and_the_others_go_on() -> None:
+    worker = Worker()
+    worker.expect("a", prompt(20), local=True, n=3, max_tokens=12, ignore_eos=True)
+    for _ in range(4):
+        worker.step()
+    worker.stop("a", 0)
+    worker.stop("a", 7)
+    decision = worker.decide()
+    assert decision is not None
+    assert [draw.choice for row in decision.batch.rows for draw in row.draws] == [1, 2]
+    worker.drain()
+    assert worker.ends.keys() == {"a/1", "a/2"}
+
+
+@pytest.mark.parametrize("when", ["expected", "granted", "running"])
+def test_when_every_choice_is_stopped_the_attempt_has_finished(when: str) -> None:
+    worker = Worker()
+    worker.expect("a", prompt(20), n=2, max_tokens=12, ignore_eos=True)
+    if when == "expected":
+        worker.stop("a", 0)
+        worker.stop("a", 1)
+    worker.offer("a")
+    worker.grant()
+    if when == "granted":
+        worker.stop("a", 1)
+        worker.stop("a", 0)
+    worker.commit("a")
+    if when == "running":
+        worker.step()
+        worker.stop("a", 0)
+        assert "a" not in worker.finished
+        worker.stop("a", 1)
+    assert "a" in worker.finished
+    worker.drain()
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_retry_computes_what_the_client_has_of_each_choice_and_no_ended_one(local: bool) -> None:
+    worker = Worker(blocks=20)
+    worker.expect("a", prompt(20), local=local, n=4, generated=[[5] * 18, [], [6], [7]], finished=[3], max_tokens=30, ignore_eos=True)
+    worker.drain()
+    assert worker.ends.keys() == {"a", "a/1", "a/2"}
+    assert worker.tokens["a"][:18] == [5] * 18
+    assert worker.finished["a"].recomputed_tokens == 18
+    assert worker.finished["a"].local_prefill_tokens == (20 if local else 0)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_retry_of_which_no_choice_opens_draws_nothing_behind_the_prompt(local: bool) -> None:
+    worker = Worker()
+    worker.expect("a", prompt(20), local=local, n=2, generated=[[5, 6], [7]], max_tokens=9, ignore_eos=True)
+    if local:
+        decision = worker.step()
+        assert decision is not None
+        assert [row.draws for row in decision.batch.rows] == [()]
+    worker.drain()
+
+
+def test_choices_that_end_at_once_are_told_once() -> None:
+    worker = Worker()
+    for attempt_id, local in (("far", False), ("here", True)):
+        worker.expect(attempt_id, prompt(20), local=local, n=3, max_tokens=1, ignore_eos=True)
+        worker.drain()
+        assert [len(worker.tokens[name_of(attempt_id, choice)]) for choice in range(3)] == [1, 1, 1]
+
+
 @settings(max_examples=100, deadline=None)
-@example(lengths=[(40, 3)], windows=(24,), before=2, share=1.0)  # a chunk has passed the position where a block leaves the window
-@example(lengths=[(1, 2), (49, 2), (49, 2)], windows=(0,), before=4, share=1.0)  # the last token of a prompt is not yet decoding
+@example(lengths=[(40, 3)], windows=(24,), before=2, share=1.0, n=1)  # a chunk has passed the position where a block leaves the window
+@example(lengths=[(1, 2), (49, 2), (49, 2)], windows=(0,), before=4, share=1.0, n=1)  # the last token of a prompt is not yet decoding
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(2, 90)), min_size=1, max_size=4),
     windows=st.sampled_from([(0,), (24,), (0, 24), (0, 5), (0, 16, 33)]),
     before=st.integers(0, 12),
     share=st.floats(0, 1),
+    n=st.integers(1, 3),
 )
-def test_advance_is_that_many_single_steps(lengths: list[tuple[int, int]], windows: tuple[int, ...], before: int, share: float) -> None:
+def test_advance_is_that_many_single_steps(
+    lengths: list[tuple[int, int]], windows: tuple[int, ...], before: int, share: float, n: int
+) -> None:
     twins = [Worker(windows=windows, blocks=16), Worker(windows=windows, blocks=16)]
     for worker in twins:
         for i, (length, max_tokens) in enumerate(lengths):
-            worker.expect(f"a{i}", prompt(length, i), local=True, max_tokens=max_tokens, ignore_eos=True)
+            worker.expect(f"a{i}", prompt(length, i), local=True, max_tokens=max_tokens, ignore_eos=True, n=n if i == 0 else 1)
         for _ in range(before):
             worker.step()
     fast, slow = (worker.scheduler for worker in twins)
@@ -464,9 +649,9 @@ def test_advance_is_that_many_single_steps(lengths: list[tuple[int, int]], windo
         decision = slow.decide(0.0)
         assert decision is not None
         assert decision.attempts == advanced
-        outcome = slow.complete(StepOutput(decision.batch.step, (Drawn(7),) * len(advanced)), 0.0)
+        outcome = slow.complete(StepOutput(decision.batch.step, ((Drawn(7),),) * len(advanced)), 0.0)
         assert outcome.finished == ()
-        assert [new.attempt_id for new in outcome.new_tokens] == list(advanced)
+        assert sorted(new.attempt_id for new in outcome.new_tokens for _ in new.tokens) == sorted(advanced)
     fast.check()
     assert state(fast) == state(slow)
 
@@ -503,7 +688,7 @@ def state(scheduler: object) -> str:
         if type(value).__module__.startswith("diptych.") and not callable(value):
             names = vars(value) if hasattr(value, "__dict__") else {n: getattr(value, n) for n in value.__slots__}  # type: ignore[attr-defined]
             return [(name, plain(item)) for name, item in names.items() if name != "pool"]
-        return value if isinstance(value, int | float | str | bytes | None) else repr(value) if isinstance(value, frozenset) else None
+        return value if isinstance(value, int | float | str | bytes | None) else repr(value) if isinstance(value, frozenset | set) else None
 
     return repr(plain(vars(scheduler)))
 
@@ -521,16 +706,30 @@ class Decodes(RuleBasedStateMachine):
         length=st.integers(1, CONTEXT - 1),
         local=st.booleans(),
         max_tokens=st.integers(1, 120),
-        generated=st.integers(0, 3),
+        generated=st.lists(st.integers(0, 20), min_size=1, max_size=4),
+        resumed=st.booleans(),
+        finished=st.sets(st.integers(0, 3)),
     )
-    def expect(self, family: int, length: int, local: bool, max_tokens: int, generated: int) -> None:
+    def expect(
+        self, family: int, length: int, local: bool, max_tokens: int, generated: list[int], resumed: bool, finished: set[int]
+    ) -> None:
+        n = len(generated)
+        had = [min(count, max_tokens - 1, length - 1) for count in generated] if resumed else [0]
         ids = prompt(length, family)
-        generated = min(generated, max_tokens - 1, length - 1)
-        cut = length - generated
-        sampling = {"max_tokens": max_tokens, "ignore_eos": family == 2, "generated": [int(i) for i in ids[cut:]]}
+        cut = length - max(had)
+        sampling = {"max_tokens": max_tokens, "ignore_eos": family == 2, "n": n}
+        if resumed:  # of choices that ended something else may be known
+            finished = finished & set(range(n)) if finished & set(range(n)) != set(range(n)) else set()
+            sampling |= {"generated": [ids[cut : cut + count] for count in had], "finished": sorted(finished)}
         sampling |= {"min_tokens": max_tokens // 3, "repetition_penalty": 1.0 + self.count % 2}
         self.worker.expect(f"a{self.count}", ids[:cut], local=local, **sampling)
         self.count += 1
+
+    @precondition(lambda self: self.worker.decodes.keys() - self.worker.finished.keys())
+    @rule(data=st.data(), choice=st.integers(0, 3))
+    def stop(self, data: st.DataObject, choice: int) -> None:
+        alive = self.worker.decodes.keys() - self.worker.finished.keys()
+        self.worker.stop(data.draw(st.sampled_from(sorted(alive))), choice)
 
     @precondition(lambda self: self.worker.expected)
     @rule(data=st.data())

@@ -10,7 +10,8 @@ import pytest
 from diptych.core.commands import Decode, Prefill
 from diptych.core.request import Request, Token
 from diptych.core.transfer import GroupGrant
-from diptych.decode_worker.scheduler import DecodeOutcome, DecodeScheduler
+from diptych.decode_worker.choices import DecodeOutcome
+from diptych.decode_worker.scheduler import DecodeScheduler
 from diptych.engine.batch import Batch, StepOutput
 from diptych.engine.block_pool import BlockPool
 from diptych.prefill_worker.scheduler import PrefillScheduler
@@ -29,8 +30,9 @@ class Transfer:
     offer_seen: bool = False
     granted: tuple[GroupGrant, ...] | None = None
     stretches: deque[tuple[int, int, Tables]] = field(default_factory=deque)
-    first: Token | None = None
-    output: list[int] = field(default_factory=list)
+    firsts: tuple[Token, ...] | None = None
+    output: dict[int, list[int]] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
     source_ended: bool = False
     committed: bool = False
     dead: bool = False
@@ -56,11 +58,17 @@ class Pair:
 
     def open(self) -> None:
         name = f"t{len(self.transfers)}"
-        family, length = self.random.randint(1, 2), self.random.randint(1, CONTEXT - 1)
+        family, length = self.random.randint(1, 2), self.random.choice([15, 16, 17, 33, self.random.randint(1, CONTEXT - 1)])
         max_tokens = self.random.randint(2, 60)
-        sampling = {"max_tokens": max_tokens, "min_tokens": self.random.randint(0, max_tokens), "presence_penalty": float(length % 2)}
+        n = self.random.choice([1, 1, 2, 4])
+        sampling = {
+            "n": n,
+            "max_tokens": max_tokens,
+            "min_tokens": self.random.randint(0, max_tokens),
+            "presence_penalty": float(length % 2),
+        }
         asked = request([1 + (family * 7 + i * i) % 38 for i in range(length)], **sampling)
-        self.transfers[name] = Transfer(asked)
+        self.transfers[name] = Transfer(asked, output={choice: list(asked.generated_by(choice)) for choice in range(n)})
         self.p.add(Prefill(name, asked, "d"), 0.0)
         self.d.expect(Decode(name, asked), 0.0)
 
@@ -99,10 +107,13 @@ class Pair:
             self.in_flight[0].popleft()
             for first in self.p.complete(self.outputs[0].popleft(), 0.0).first_tokens:
                 transfer = self.transfers[first.attempt_id]
-                transfer.first = first.token
-                if first.token.id not in EOS:
-                    transfer.output.append(first.token.id)
-                if first.finish is not None:
+                transfer.firsts = first.tokens
+                for token, finish in zip(first.tokens, first.finishes, strict=True):
+                    if token.id not in EOS:
+                        transfer.output[token.choice].append(token.id)
+                    if finish is not None:
+                        transfer.ended.add(token.choice)
+                if len(transfer.ended) == transfer.request.sampling.n:
                     self._end(first.attempt_id)
                     self.kill(first.attempt_id)
 
@@ -113,7 +124,11 @@ class Pair:
 
     def _take(self, outcome: DecodeOutcome) -> None:
         for new in outcome.new_tokens:
-            self.transfers[new.attempt_id].output += [token.id for token in new.tokens]
+            for token in new.tokens:
+                self.transfers[new.attempt_id].output[token.choice].append(token.id)
+        for ended in outcome.choices:
+            assert ended.choice not in self.transfers[ended.attempt_id].ended, "one end"
+            self.transfers[ended.attempt_id].ended.add(ended.choice)
         for finished in outcome.finished:
             self._end(finished.attempt_id)
 
@@ -122,7 +137,9 @@ class Pair:
         assert not transfer.done, "one end"
         assert not transfer.dead, "nothing after the end"
         transfer.done = True
-        assert transfer.output == answer(transfer.request, self.groups, CONTEXT)[0]
+        assert len(transfer.ended) == transfer.request.sampling.n, "every choice has ended before"
+        for choice, output in transfer.output.items():
+            assert output == answer(transfer.request, self.groups, CONTEXT, choice)[0]
 
     def lane(self, name: str) -> None:
         transfer = self.transfers[name]
@@ -150,9 +167,9 @@ class Pair:
         transfer = self.transfers[name]
         if transfer.dead:
             self.fence(name)
-        elif transfer.first is not None and transfer.granted is not None and not transfer.stretches and not transfer.committed:
+        elif transfer.firsts is not None and transfer.granted is not None and not transfer.stretches and not transfer.committed:
             transfer.committed = transfer.source_ended = True
-            self._take(self.d.committed(name, (transfer.first,), 0.0))
+            self._take(self.d.committed(name, transfer.firsts, 0.0))
             self.p.release(name, 0.0)
 
     def kill(self, name: str) -> None:

@@ -38,8 +38,12 @@ class Bench:
         """Fresh blocks for a sequence of `tokens`, in every group."""
         return tuple(tuple(free.pop() for _ in range(-(-tokens // BLOCK))) for free in self.free)
 
-    def step(self, *rows: Row, on_layer=None) -> tuple[Drawn | None, ...]:
-        output = self.engine.run(Batch(self.steps, rows), on_layer)
+    def step(self, *rows: Row, on_layer=None, copies=()) -> tuple[Drawn | None, ...]:
+        """The first token drawn from each row."""
+        return tuple(drawn[0] if drawn else None for drawn in self.run(*rows, on_layer=on_layer, copies=copies))
+
+    def run(self, *rows: Row, on_layer=None, copies=()) -> tuple[tuple[Drawn, ...], ...]:
+        output = self.engine.run(Batch(self.steps, rows, copies), on_layer)
         assert output.step == self.steps
         self.steps += 1
         return output.drawn
@@ -49,15 +53,15 @@ class Bench:
         drawn: Drawn | None = None
         for at in range(start, len(tokens), chunk):
             stop = min(at + chunk, len(tokens))
-            draw = Draw(sampling, 0) if stop == len(tokens) else None
-            (drawn,) = self.step(Row(slot, at, tuple(tokens[at:stop]), self.passed(tables, at), draw))
+            draws = (Draw(sampling, 0),) if stop == len(tokens) else ()
+            (drawn,) = self.step(Row(slot, at, tuple(tokens[at:stop]), self.passed(tables, at), draws))
         assert drawn is not None
         return drawn
 
     def decode(self, length: int, count: int, tables, *, slot: int = 0, sampling=GREEDY) -> Iterator[Drawn]:
         """`count` tokens after the `length` tokens computed; the first token is taken from the slot."""
         for i in range(count):
-            row = Row(slot, length + i, (), self.passed(tables, length + i), Draw(sampling, i + 1))
+            row = Row(slot, length + i, (), self.passed(tables, length + i), (Draw(sampling, i + 1),))
             yield self.step(row)[0]
 
     def generate(self, tokens: Sequence[int], count: int, *, chunk: int = 10_000, sampling=GREEDY) -> list[Drawn]:

@@ -76,8 +76,8 @@ def test_in_other_company(narrow, bench, prompt):
     out = [[together.prefill(ids, table, slot=slot).token_id] for slot, (ids, table) in enumerate(zip(prompts, tables, strict=True))]
     other, own = prompt(110, seed=9), together.table(110)
     for index in range(1, 12):
-        rows = [Row(slot, len(ids) + index - 1, (), tables[slot], Draw(GREEDY, index)) for slot, ids in enumerate(prompts)]
-        chunk = Row(5, 10 * (index - 1), tuple(other[10 * (index - 1) : 10 * index]), own, None)
+        rows = [Row(slot, len(ids) + index - 1, (), tables[slot], (Draw(GREEDY, index),)) for slot, ids in enumerate(prompts)]
+        chunk = Row(5, 10 * (index - 1), tuple(other[10 * (index - 1) : 10 * index]), own, ())
         for slot, drawn in enumerate(together.step(*rows, chunk)[:3]):
             out[slot].append(drawn.token_id)
     assert sum(map(reference.agreed, prompts, alone, out)) > 12

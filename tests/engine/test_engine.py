@@ -15,7 +15,7 @@ def test_a_row_without_tokens_reads_the_last_drawn_of_its_slot(bench, prompt, ti
     fed = bench(tiny_gemma3_dir)
     tables = fed.table(30)
     first = fed.prefill(ids, tables).token_id
-    given = fed.step(Row(3, 20, (first,), tables, Draw(GREEDY, 1)))[0]
+    given = fed.step(Row(3, 20, (first,), tables, (Draw(GREEDY, 1),)))[0]
     taken = next(fed.decode(20, 1, tables))
     assert given == taken
 
@@ -29,7 +29,7 @@ def test_seeded_draws_do_not_depend_on_the_batch(bench, prompt, tiny_gemma3_dir)
     out = [both.prefill(ids, tables, slot=1, sampling=sampling).token_id]
     both.prefill(prompt(40, seed=3), others, slot=2)
     for index in range(1, 12):
-        rows = (Row(2, 39 + index, (), others, Draw(GREEDY, index)), Row(1, 29 + index, (), tables, Draw(sampling, index)))
+        rows = (Row(2, 39 + index, (), others, (Draw(GREEDY, index),)), Row(1, 29 + index, (), tables, (Draw(sampling, index),)))
         out.append(both.step(*rows)[1].token_id)
     assert out == alone
     assert len(set(alone)) > 3
@@ -39,28 +39,28 @@ def test_choices_draw_differently(bench, prompt, tiny_llama_dir):
     sampling = SamplingParams(temperature=2.0, seed=1)
     bench_ = bench(tiny_llama_dir)
     tables = bench_.table(20)
-    rows = (Row(0, 0, tuple(prompt(20)), tables, Draw(sampling, 0, choice=0)),)
+    rows = (Row(0, 0, tuple(prompt(20)), tables, (Draw(sampling, 0, choice=0),)),)
     first = bench_.step(*rows)[0]
-    others = {bench_.step(Row(0, 0, tuple(prompt(20)), tables, Draw(sampling, 0, choice=c)))[0].token_id for c in range(1, 8)}
+    others = {bench_.step(Row(0, 0, tuple(prompt(20)), tables, (Draw(sampling, 0, choice=c),)))[0].token_id for c in range(1, 8)}
     assert len(others | {first.token_id}) > 4
 
 
 def test_logprobs(bench, prompt, tiny_llama_dir):
     bench_ = bench(tiny_llama_dir)
     tables = bench_.table(20)
-    row = Row(0, 0, tuple(prompt(20)), tables, Draw(SamplingParams(temperature=0.0, logprobs=3), 0))
+    row = Row(0, 0, tuple(prompt(20)), tables, (Draw(SamplingParams(temperature=0.0, logprobs=3), 0),))
     (drawn,) = bench_.step(row)
     assert drawn.top[0] == (drawn.token_id, drawn.logprob)
     assert [value for _, value in drawn.top] == sorted((value for _, value in drawn.top), reverse=True)
     assert len(drawn.top) == 3
-    (none,) = bench_.step(Row(0, 0, tuple(prompt(20)), tables, Draw(SamplingParams(temperature=0.0, logprobs=0), 0)))
+    (none,) = bench_.step(Row(0, 0, tuple(prompt(20)), tables, (Draw(SamplingParams(temperature=0.0, logprobs=0), 0),)))
     assert none.top == ()
     assert none.logprob == drawn.logprob
 
 
 def test_a_step_that_draws_nothing(bench, prompt, tiny_llama_dir):
     bench_ = bench(tiny_llama_dir)
-    assert bench_.step(Row(0, 0, tuple(prompt(20)), bench_.table(20), None)) == (None,)
+    assert bench_.step(Row(0, 0, tuple(prompt(20)), bench_.table(20), ())) == (None,)
 
 
 def test_only_its_own_blocks_are_written(bench, prompt, tiny_gemma3_dir):

@@ -77,7 +77,7 @@ def test_same_as_transformers(save, bench, prompt, tmp_path, variant):
     prepare(str(tmp_path / "source"), tmp_path / "out", dtype=DType.FLOAT32)
     ids = prompt(75)
     bench_ = bench(tmp_path / "out")
-    row = Row(0, 0, tuple(ids), bench_.table(75), Draw(SamplingParams(temperature=0.0), 0))
+    row = Row(0, 0, tuple(ids), bench_.table(75), (Draw(SamplingParams(temperature=0.0), 0),))
     with torch.inference_mode():
         inputs = make_inputs((row,), [0], bench_.layout.groups, block_size=16, dtype=torch.float32)
         ours = bench_.engine._decoder.logits(inputs, None)[0]

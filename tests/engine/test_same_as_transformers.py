@@ -37,7 +37,7 @@ def test_logits(family, bench, prompt, length):
     source, prepared = family
     ids = prompt(length)
     bench_ = bench(prepared)
-    row = Row(0, 0, tuple(ids), bench_.table(length), Draw(GREEDY, 0))
+    row = Row(0, 0, tuple(ids), bench_.table(length), (Draw(GREEDY, 0),))
     with torch.inference_mode():
         inputs = make_inputs((row,), [0], bench_.layout.groups, block_size=16, dtype=torch.float32)
         ours = bench_.engine._decoder.logits(inputs, None)[0]
@@ -67,16 +67,16 @@ def test_rows_of_every_kind_in_one_batch(family, bench, prompt):
     for slot in range(3):
         assert bench_.prefill(prompts[slot], tables[slot], slot=slot).token_id == expected[slot][0]
     half = 45
-    mixed = [Row(slot, len(prompts[slot]), (), tables[slot], Draw(GREEDY, 1)) for slot in range(3)]
-    mixed.insert(1, Row(3, 0, tuple(prompts[3]), tables[3], Draw(GREEDY, 0)))
-    mixed.insert(0, Row(4, 0, tuple(prompts[4][:half]), tables[4], None))
+    mixed = [Row(slot, len(prompts[slot]), (), tables[slot], (Draw(GREEDY, 1),)) for slot in range(3)]
+    mixed.insert(1, Row(3, 0, tuple(prompts[3]), tables[3], (Draw(GREEDY, 0),)))
+    mixed.insert(0, Row(4, 0, tuple(prompts[4][:half]), tables[4], ()))
     drawn = bench_.step(*mixed)
     assert [each and each.token_id for each in drawn] == [None, expected[0][1], expected[3][0], expected[1][1], expected[2][1]]
-    last = Row(4, half, tuple(prompts[4][half:]), tables[4], Draw(GREEDY, 0))
+    last = Row(4, half, tuple(prompts[4][half:]), tables[4], (Draw(GREEDY, 0),))
     assert bench_.step(last)[0].token_id == expected[4][0]
     for index in range(2, 6):
         rows = [
-            Row(slot, len(prompts[slot]) + index - 1, (), bench_.passed(tables[slot], len(prompts[slot])), Draw(GREEDY, index))
+            Row(slot, len(prompts[slot]) + index - 1, (), bench_.passed(tables[slot], len(prompts[slot])), (Draw(GREEDY, index),))
             for slot in range(3)
         ]
         assert [each.token_id for each in bench_.step(*rows)] == [expected[slot][index] for slot in range(3)]
@@ -106,7 +106,7 @@ def test_on_layer_comes_after_each_layers_kv_is_stored(family, bench, prompt):
         later = [c for g, each in enumerate(bench_.layout.groups) for i, c in enumerate(bench_.caches[g]) if each.layers[i] > layer]
         seen.append((layer, bool(bench_.caches[group][place][tables[group][1]].any()), any(bool(c.any()) for c in later)))
 
-    bench_.step(Row(0, 0, tuple(prompt(20)), tables, None), on_layer=stored)
+    bench_.step(Row(0, 0, tuple(prompt(20)), tables, ()), on_layer=stored)
     assert seen == [(layer, True, False) for layer in range(bench_.model.card.decoder.layers)]
 
 

@@ -62,7 +62,7 @@ def test_a_draw_is_that_of_the_slow_twin(seed, sampling, prompt, output, banned)
     history = [1, *prompt, *output]
     draw = Draw(sampling, len(output), history=tuple(history), banned=frozenset(banned))
     before = logits.clone()
-    (drawn,) = sample(logits[None], [draw], [Seen(history, len(output)) if sampling.penalised else None])
+    ((drawn,),) = sample(logits[None], [(draw,)], [(Seen(history, len(output)) if sampling.penalised else None,)])
     assert drawn.token_id == slow(logits, draw, history)
     assert torch.equal(logits, before), "log-probabilities are of the logits as they were"
 
@@ -73,8 +73,8 @@ def test_penalties_follow_the_slot_while_steps_are_in_flight(bench, prompt, tiny
     ids = prompt(20)
     taken, given_ = bench(tiny_llama_dir), bench(tiny_llama_dir)
     tables, others = taken.table(60), given_.table(60)
-    first = taken.step(Row(1, 0, tuple(ids), tables, Draw(sampling, 0, history=tuple(ids))))[0].token_id
-    one = [first, *(taken.step(Row(1, 19 + i, (), tables, Draw(sampling, i)))[0].token_id for i in range(1, 30))]
+    first = taken.step(Row(1, 0, tuple(ids), tables, (Draw(sampling, 0, history=tuple(ids)),)))[0].token_id
+    one = [first, *(taken.step(Row(1, 19 + i, (), tables, (Draw(sampling, i),)))[0].token_id for i in range(1, 30))]
     other = list(ids)
     for index in range(30):
         row = Row(
@@ -82,7 +82,7 @@ def test_penalties_follow_the_slot_while_steps_are_in_flight(bench, prompt, tiny
             0 if not index else 19 + index,
             tuple(ids) if not index else (other[-1],),
             others,
-            Draw(sampling, index, history=tuple(other)),
+            (Draw(sampling, index, history=tuple(other)),),
         )
         other.append(given_.step(row)[0].token_id)
     assert one == other[20:]
@@ -92,6 +92,6 @@ def test_penalties_follow_the_slot_while_steps_are_in_flight(bench, prompt, tiny
 
 def test_banned_tokens_are_not_drawn_but_their_logprobs_are_told():
     logits = torch.tensor([[1.0, 9.0, 2.0]])
-    (drawn,) = sample(logits, [Draw(SamplingParams(temperature=0.0, logprobs=1), 0, banned=frozenset({1}))], [None])
+    ((drawn,),) = sample(logits, [(Draw(SamplingParams(temperature=0.0, logprobs=1), 0, banned=frozenset({1})),)], [(None,)])
     assert drawn.token_id == 2
     assert drawn.top[0][0] == 1

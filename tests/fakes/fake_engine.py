@@ -30,10 +30,13 @@ def groups(*windows: int) -> tuple[CacheGroup, ...]:
     return tuple(CacheGroup(kind, (i,), 1, 8, DType.FLOAT32, window) for i, (kind, window) in enumerate(zip(kinds, windows, strict=True)))
 
 
-def request(token_ids: Sequence[int], *, generated: Sequence[int] = (), tenant: str = "", **sampling: object) -> Request:
-    """Token 0 ends the output; `sampling` as `SamplingParams` has it."""
+def request(
+    token_ids: Sequence[int], *, generated: Sequence[Sequence[int]] = (), finished: Sequence[int] = (), tenant: str = "", **sampling: object
+) -> Request:
+    """Token 0 ends the output; `generated` by choice; `sampling` as `SamplingParams` has it."""
     params = SamplingParams(seed=0, **sampling)  # type: ignore[arg-type]
-    return Request("r", "m", (Tokens(tuple(token_ids)),), params, generated=tuple(generated), tenant=tenant)
+    had = tuple(tuple(ids) for ids in generated)
+    return Request("r", "m", (Tokens(tuple(token_ids)),), params, generated=had, finished=frozenset(finished), tenant=tenant)
 
 
 def root_of(request: Request) -> bytes:
@@ -49,9 +52,9 @@ def digests(token_ids: Sequence[int]) -> list[int]:
     return result
 
 
-def draw(cache_groups: Sequence[CacheGroup], seen: Sequence[Sequence[int]], sampling: SamplingParams, index: int) -> int:
+def draw(cache_groups: Sequence[CacheGroup], seen: Sequence[Sequence[int]], sampling: SamplingParams, index: int, choice: int) -> int:
     """The token drawn from `seen`: per group the digests of the positions that the query sees, itself included."""
-    token = hash((tuple(hash(tuple(part)) for part in seen), sampling.seed, index)) % VOCAB
+    token = hash((tuple(hash(tuple(part)) for part in seen), sampling.seed, index, choice)) % VOCAB
     while token in banned(sampling, index):
         token = (token + 1) % VOCAB
     return token
@@ -61,12 +64,13 @@ def banned(sampling: SamplingParams, index: int) -> frozenset[int]:
     return sampling.ends(frozenset(EOS)) if index < sampling.min_tokens else frozenset()
 
 
-def answer(asked: Request, cache_groups: Sequence[CacheGroup], longest: int) -> tuple[list[int], FinishReason]:
-    """Output tokens (those already generated included) and why they end: one token after the other, no cache."""
-    tokens, output, sampling = list(asked.token_ids), list(asked.generated), asked.sampling
+def answer(asked: Request, cache_groups: Sequence[CacheGroup], longest: int, choice: int = 0) -> tuple[list[int], FinishReason]:
+    """Output tokens of a choice (those already generated included) and why they end: one token after the other, no cache."""
+    output, sampling = list(asked.generated_by(choice)), asked.sampling
+    tokens = [*asked.prompt_ids, *output]
     while True:
         values, last = digests(tokens), len(tokens) - 1
-        token = draw(cache_groups, [values[group.first_needed(last) :] for group in cache_groups], sampling, len(output))
+        token = draw(cache_groups, [values[group.first_needed(last) :] for group in cache_groups], sampling, len(output), choice)
         if token in sampling.stop_token_ids or (token in EOS and not sampling.ignore_eos):
             return output, FinishReason.STOP
         tokens.append(token)
@@ -91,10 +95,19 @@ class FakeEngine:
         slots = [row.slot for row in batch.rows]
         assert len(set(slots)) == len(slots), "slots are distinct"
         assert all(0 <= slot < self.max_slots for slot in slots)
+        self._copy(batch)
         parents = [self._check_earlier(row) for row in batch.rows]  # before any write: rows of a step do not see each other
         for row, parent in zip(batch.rows, parents, strict=True):
             self._store(row, parent)
         return StepOutput(batch.step, tuple(self._draw(row) for row in batch.rows))
+
+    def _copy(self, batch: Batch) -> None:
+        targets = [(each.group, each.destination) for each in batch.copies]
+        assert len(set(targets)) == len(targets), "destinations are distinct"
+        assert not {(each.group, each.source) for each in batch.copies} & set(targets), "no destination is a source"
+        for g, source, target in [(each.group, each.source, each.destination) for each in batch.copies]:
+            for offset in range(BLOCK):
+                self.cells[g, target, offset] = self.cells.get((g, source, offset), (-1, 0))
 
     def place(self, g: int, table: Sequence[int], position: int) -> Place:
         block = table[position // BLOCK]
@@ -127,17 +140,20 @@ class FakeEngine:
             for g in range(len(self.groups)):
                 self.cells[self.place(g, row.tables[g], position)] = (position, parent)
 
-    def _draw(self, row: Row) -> Drawn | None:
-        if row.draw is None:
-            return None
+    def _draw(self, row: Row) -> tuple[Drawn, ...]:
+        if not row.draws:
+            return ()
         last = row.start + row.length - 1
         seen = self.seen(row.tables, last, last + 1)
-        token = draw(self.groups, seen, row.draw.sampling, row.draw.index)
-        assert row.draw.banned == banned(row.draw.sampling, row.draw.index)
-        if row.draw.sampling.penalised:
-            history = row.draw.history or (*self._histories[row.slot], self._last_drawn[row.slot])
-            assert len(history) == last + 1
-            assert digests(history)[-1] == seen[0][-1], "the history is not what was computed"
-            self._histories[row.slot] = history
-        self._last_drawn[row.slot] = token
-        return Drawn(token)
+        assert len({each.choice for each in row.draws}) == len(row.draws), "a choice is drawn once"
+        drawn = tuple(Drawn(draw(self.groups, seen, each.sampling, each.index, each.choice)) for each in row.draws)
+        for each in row.draws:
+            assert each.banned == banned(each.sampling, each.index)
+            if each.sampling.penalised:
+                history = each.history or (*self._histories[row.slot], self._last_drawn[row.slot])
+                assert len(history) == last + 1
+                assert digests(history)[-1] == seen[0][-1], "the history is not what was computed"
+                if each is row.draws[0]:
+                    self._histories[row.slot] = history
+        self._last_drawn[row.slot] = drawn[0].token_id
+        return drawn

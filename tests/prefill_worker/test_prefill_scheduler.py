@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
-from diptych.core.commands import FirstToken, Prefill
+from diptych.core.commands import FirstTokens, Prefill
 from diptych.core.errors import ContextExceeded, InvalidRequest
 from diptych.core.request import FinishReason
 from diptych.engine.block_pool import BlockPool
@@ -38,7 +38,7 @@ class Worker:
         self.prefills: dict[str, Prefill] = {}
         self.started: list[str] = []
         self.offered: set[str] = set()
-        self.first_tokens: dict[str, FirstToken] = {}
+        self.first_tokens: dict[str, FirstTokens] = {}
         self.finished: list[str] = []
         self.tables: dict[str, tuple[tuple[int, ...], ...]] = {}
         self.now = 0.0
@@ -79,20 +79,22 @@ class Worker:
             self.first_tokens[first.attempt_id] = first
             self._check_first(first)
         for finished in outcome.finished:
-            assert self.first_tokens[finished.attempt_id].finish is finished.finish
+            assert None not in self.first_tokens[finished.attempt_id].finishes
             self.finished.append(finished.attempt_id)
 
-    def _check_first(self, first: FirstToken) -> None:
+    def _check_first(self, first: FirstTokens) -> None:
         prefill = self.prefills[first.attempt_id]
-        output, finish = answer(prefill.request, self.groups, self.context)
-        index = len(prefill.request.generated)
-        ended = len(output) == index + (finish is FinishReason.LENGTH)
-        assert first.token.index == index
-        assert first.finish is (finish if ended else FinishReason.LENGTH if prefill.destination is None else None)
-        if len(output) > index:
-            assert first.token.id == output[index]
-        else:
-            assert first.token.id in EOS
+        assert tuple(token.choice for token in first.tokens) == prefill.request.opening
+        for token, told in zip(first.tokens, first.finishes, strict=True):
+            output, finish = answer(prefill.request, self.groups, self.context, token.choice)
+            index = len(prefill.request.generated_by(token.choice))
+            ended = len(output) == index + (finish is FinishReason.LENGTH)
+            assert token.index == index
+            assert told is (finish if ended else FinishReason.LENGTH if prefill.destination is None else None)
+            if len(output) > index:
+                assert token.id == output[index]
+            else:
+                assert token.id in EOS
 
     def step(self) -> bool:
         """Decide, run and complete one step."""
@@ -191,7 +193,9 @@ def test_what_can_never_fit_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="no token"):
         worker.add("a", [])
     with pytest.raises(InvalidRequest, match="max_tokens"):
-        worker.add("a", prompt(3), generated=[1, 2], max_tokens=2)
+        worker.add("a", prompt(3), generated=[[1, 2]], max_tokens=2)
+    with pytest.raises(InvalidRequest, match="tokens of their own"):
+        worker.add("a", prompt(3), None, generated=[[1], []], max_tokens=2, n=2)
     worker.add("a", prompt(80))
     with pytest.raises(InvalidRequest, match="under way"):
         worker.add("a", prompt(3))
@@ -298,9 +302,28 @@ def test_cancel_acts_in_every_state() -> None:
 
 def test_a_retry_goes_on_after_the_tokens_sent() -> None:
     worker = Worker()
-    worker.add("a", prompt(20), generated=[5, 6, 7], max_tokens=9)
+    worker.add("a", prompt(20), generated=[[5, 6, 7]], max_tokens=9)
     worker.drain()
-    assert worker.first_tokens["a"].token.index == 3
+    assert [token.index for token in worker.first_tokens["a"].tokens] == [3]
+
+
+def test_a_retry_of_several_choices_computes_the_prompt_and_opens_those_that_have_nothing() -> None:
+    worker = Worker()
+    worker.add("a", prompt(20), generated=[[5, 6], [], [], []], finished=[2], max_tokens=9, n=4)
+    worker.add("b", prompt(20), generated=[[5, 6], [7]], max_tokens=9, n=2)
+    worker.drain()
+    assert [(token.index, token.choice) for token in worker.first_tokens["a"].tokens] == [(0, 1), (0, 3)]
+    assert worker.first_tokens["b"].tokens == ()
+    assert worker.finished == []
+
+
+def test_choices_draw_from_one_row_each_its_own() -> None:
+    worker = Worker()
+    worker.add("many", prompt(20), n=8, max_tokens=9)
+    worker.add("one", prompt(20), max_tokens=9)
+    worker.drain()
+    assert worker.first_tokens["many"].tokens[0] == worker.first_tokens["one"].tokens[0]
+    assert len({token.id for token in worker.first_tokens["many"].tokens}) > 4
 
 
 class Prefills(RuleBasedStateMachine):
@@ -320,10 +343,11 @@ class Prefills(RuleBasedStateMachine):
         destination=st.sampled_from(["x", "y", None]),
         max_tokens=st.integers(1, 3),
         tenant=st.sampled_from(["", "", "t"]),
+        n=st.sampled_from([1, 1, 2, 5]),
     )
-    def add(self, family: int, length: int, destination: str | None, max_tokens: int, tenant: str) -> str:
+    def add(self, family: int, length: int, destination: str | None, max_tokens: int, tenant: str, n: int) -> str:
         attempt_id = f"a{len(self.worker.prefills)}"
-        self.worker.add(attempt_id, prompt(length, family), destination, max_tokens=max_tokens, tenant=tenant)
+        self.worker.add(attempt_id, prompt(length, family), destination, max_tokens=max_tokens, tenant=tenant, n=n)
         return attempt_id
 
     @precondition(lambda self: len(self.worker.decided) < 2)
@@ -383,7 +407,7 @@ class Prefills(RuleBasedStateMachine):
             worker.release(attempt_id)
         worker.drain()
         assert worker.prefills.keys() - self.cancelled <= worker.first_tokens.keys(), "a prompt starved"
-        alone = {attempt_id for attempt_id, first in worker.first_tokens.items() if first.finish is not None}
+        alone = {attempt_id for attempt_id, first in worker.first_tokens.items() if None not in first.finishes}
         assert sorted(worker.finished) == sorted(alone)
 
 

@@ -7,7 +7,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from diptych.core.clock import ManualClock
-from diptych.core.commands import Decode, Failed, Finished, FirstToken, HandedOver, NewTokens, Prefill, StepEvents, Stop
+from diptych.core.commands import ChoiceFinished, Decode, Failed, Finished, FirstTokens, HandedOver, NewTokens, Prefill, StepEvents, Stop
 from diptych.core.errors import Cancelled, Internal, TransferFailed, Unavailable
 from diptych.core.fleet import WorkerState
 from diptych.core.layout import CacheGroup, CacheKind, DType
@@ -103,7 +103,7 @@ class Desk:
         for layer in range(LAYERS) if hook else ():
             hook(layer)
         batch: Batch = decision.batch
-        output = StepOutput(batch.step, tuple(Drawn(token) if row.draw else None for row in batch.rows))
+        output = StepOutput(batch.step, tuple((Drawn(token),) * len(row.draws) for row in batch.rows))
         self.role.complete(decision, output, StepTimes(0.0, 0.0))
         return self.hear() + self.turn()
 
@@ -141,8 +141,8 @@ def test_a_prompt_is_offered_computed_told_and_committed_in_this_order() -> None
         ((layer,), start, stop) for start, stop in ((0, 32), (32, 40)) for layer in range(LAYERS)
     ]
     (first,) = said
-    assert isinstance(first, FirstToken)
-    assert first.token == Token(0, 7)
+    assert isinstance(first, FirstTokens)
+    assert first.tokens == (Token(0, 7),)
     assert desk.notes.calls[-1] == ("commit", "a", (Token(0, 7),))
     desk.notes.events.handed_over("a", 4096, 0.5, "shm")
     desk.notes.events.released("a")
@@ -173,7 +173,7 @@ def test_a_first_token_that_ends_the_request_cancels_the_transfer() -> None:
     desk = prefilling()
     desk.ran()
     first, finished = desk.ran(EOS)
-    assert first.finish is FinishReason.STOP
+    assert first.finishes == (FinishReason.STOP,)
     assert isinstance(finished, Finished)
     assert not desk.notes.named("commit")
     assert desk.notes.named("cancel")
@@ -181,14 +181,14 @@ def test_a_first_token_that_ends_the_request_cancels_the_transfer() -> None:
     desk.notes.events.failed("a", Cancelled("by ourselves"))
     desk.notes.events.released("a")
     desk.clean()
-    assert [type(event) for event in desk.said] == [FirstToken, Finished]
+    assert [type(event) for event in desk.said] == [FirstTokens, Finished]
 
 
 def test_a_prompt_nobody_decodes_is_never_offered() -> None:
     desk = prefilling(asked(max_tokens=1), destination=None)
     desk.run_dry()
     assert desk.notes.calls == []
-    assert [type(event) for event in desk.said] == [FirstToken, Finished]
+    assert [type(event) for event in desk.said] == [FirstTokens, Finished]
     desk.clean()
 
 
@@ -199,7 +199,7 @@ def test_a_stop_that_crosses_the_ack_says_one_thing_only() -> None:
     desk.role.command(desk.ear, Stop("a"))  # the loop takes it before the Ack
     desk.notes.events.released("a")
     desk.clean()
-    assert [type(event) for event in desk.said] == [FirstToken, Failed]
+    assert [type(event) for event in desk.said] == [FirstTokens, Failed]
 
 
 def test_a_stop_with_two_steps_in_flight_computes_no_third() -> None:
@@ -259,6 +259,20 @@ def test_a_draining_worker_takes_nothing_new_and_ends_what_it_has() -> None:
     desk.clean()
 
 
+def test_the_first_tokens_of_all_choices_are_told_and_committed_together() -> None:
+    desk = prefilling(asked(n=3))
+    desk.ran()
+    (first,) = desk.ran()
+    tokens = tuple(Token(0, 7, choice=choice) for choice in range(3))
+    assert (first.tokens, first.finishes) == (tokens, (None,) * 3)
+    assert desk.notes.calls[-1] == ("commit", "a", tokens)
+    desk.role.command(desk.ear, Stop("a", 1))
+    assert desk.turn() == [], "what becomes of one choice is D's"
+    desk.notes.events.handed_over("a", 4096, 0.5, "shm")
+    desk.notes.events.released("a")
+    desk.clean()
+
+
 def decoding(**sampling: Any) -> Desk:
     """An attempt granted and not yet committed."""
     desk = Desk(prefill=False)
@@ -279,7 +293,7 @@ def test_an_attempt_is_expected_granted_and_decoded_after_its_commit() -> None:
     assert len(desk.flying) == 2, "the second step is decided while the first is in flight"
     desk.run_dry()
     assert [token.index for event in desk.said if isinstance(event, NewTokens) for token in event.tokens] == [1, 2, 3]
-    assert isinstance(desk.said[-1], Finished)
+    assert desk.said[-2:] == [ChoiceFinished("a", 0, FinishReason.LENGTH), Finished("a")]
     desk.clean()
 
 
@@ -303,6 +317,57 @@ def test_a_stop_before_the_commit_keeps_the_blocks_until_the_fence() -> None:
     desk.notes.events.released("a")
     desk.clean()
     assert len(desk.said) == 1
+
+
+def test_choices_end_one_by_one_and_the_attempt_behind_the_last() -> None:
+    desk = decoding(n=3)
+    desk.notes.events.committed("a", (Token(0, 9), Token(0, EOS, choice=1), Token(0, 9, choice=2)), 4096, 0.1)
+    desk.turn()
+    desk.ran()
+    desk.role.command(desk.ear, Stop("a", 0))
+    assert desk.turn() == []
+    desk.run_dry()
+    ends = [event for event in desk.said if not isinstance(event, NewTokens)]
+    assert ends == [ChoiceFinished("a", 2, FinishReason.LENGTH), Finished("a")], "the source told of choice 1, the router of choice 0"
+    tokens = [(token.choice, token.index) for event in desk.said if isinstance(event, NewTokens) for token in event.tokens]
+    assert tokens == [(0, 1), (2, 1), (2, 2), (2, 3)]
+    desk.clean()
+
+
+def test_a_stop_of_the_last_choice_ends_the_attempt() -> None:
+    desk = decoding(n=2)
+    desk.role.command(desk.ear, Stop("a", 1))
+    desk.notes.events.committed("a", (Token(0, 9), Token(0, 9, choice=1)), 4096, 0.1)
+    desk.turn()
+    desk.role.command(desk.ear, Stop("a", 0))
+    assert desk.turn() == [Finished("a")]
+    desk.run_dry()
+    desk.clean()
+
+
+def test_a_router_that_stops_an_attempt_ends_all_its_choices() -> None:
+    desk = decoding(n=4)
+    desk.notes.events.committed("a", tuple(Token(0, 9, choice=choice) for choice in range(4)), 4096, 0.1)
+    desk.turn()
+    desk.role.drain()
+    assert desk.role.report().running == 4
+    desk.role.command(desk.ear, Stop("a"))
+    (failed,) = desk.turn()
+    assert isinstance(failed.error, Cancelled)
+    desk.run_dry()
+    desk.clean()
+
+
+def test_a_failed_step_fails_the_attempts_whose_blocks_it_should_have_copied() -> None:
+    desk = decoding(n=5)
+    desk.notes.events.committed("a", tuple(Token(0, 9, choice=choice) for choice in range(5)), 4096, 0.1)
+    desk.turn()
+    assert desk.flying[0].forked == ("a",) * 3, "four have a slot"
+    desk.role.abandon(desk.flying.pop(0), Internal("slipped"))
+    (failed,) = desk.hear()
+    assert isinstance(failed.error, Internal)
+    desk.run_dry()
+    desk.clean()
 
 
 def test_a_failed_transfer_fails_the_attempt_once() -> None:
