@@ -37,11 +37,7 @@ class Faces:
 
 def server_of(name: str) -> Faces:
     """The faces of the running cluster `name` on this host; `Unavailable` if there is none, with what to do."""
-    found = state.read(name)
-    if found is None or not found.alive:
-        others = [other.name for other in state.all_states() if other.alive]
-        also = f" Running here: {', '.join(others)}; choose with --name." if others else ""
-        raise Unavailable(f"No cluster named {name!r} runs on this host. Start one with `diptych up`.{also}")
+    found = state.running(name)
     if found.http is None or found.grpc is None:
         raise Unavailable(f"Cluster {name!r} is still starting; `diptych status` shows how far it is.")
     return Faces(found.http, found.grpc)

@@ -166,6 +166,30 @@ def status(
 
 
 @app.command()
+def scale(
+    prefill: Annotated[int | None, typer.Option(metavar="N", help="Prefill workers. Default: as many as there are.")] = None,
+    decode: Annotated[int | None, typer.Option(metavar="N", help="Decode workers. Default: as many as there are.")] = None,
+    name: Name = "default",
+) -> None:
+    """Have a running cluster take in workers, or let some go, while it serves.
+
+    New workers get requests once they are ready. One that leaves takes nothing new and finishes what it has; what it has not finished
+    after a minute goes on elsewhere.
+
+    [bold]diptych scale --prefill 2 --decode 3[/]
+    """
+    from ..core.fleet import Phase
+    from .control import ask
+    from .state import running
+
+    wanted = {phase: number for phase, number in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)) if number is not None}
+    if not wanted:
+        raise ConfigError("Say how many workers there shall be: --prefill N, --decode N, or both.", field="decode.workers")
+    for what in ask(running(name).id, wanted):
+        typer.echo(what)
+
+
+@app.command()
 def down(name: Name = "default", every: Annotated[bool, typer.Option("--all", help="Every cluster on this host.")] = False) -> None:
     """End a cluster: what runs may finish, then nothing is left of it. Also cleans up after one that was killed."""
     from .status import end

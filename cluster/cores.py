@@ -32,3 +32,15 @@ def share_cores(cores: Sequence[int], wanted: Sequence[int | None]) -> list[Shar
         return [Share(number, None) for number in threads]
     starts = [sum(threads[:i]) for i in range(len(threads))]
     return [Share(number, tuple(cores[start : start + number])) for start, number in zip(starts, threads, strict=True)]
+
+
+def share_for_newcomer(cores: Sequence[int], others: Sequence[Share], wanted: int | None) -> Share:
+    """The share of one worker more, beside `others` that keep theirs. Without `wanted`: the cores nobody has, or one thread.
+
+    It gets cores of its own if so many are left, and nobody roams over all of them.
+    """
+    taken = {cpu for share in others for cpu in share.cpus or ()}
+    free = [cpu for cpu in cores if cpu not in taken]
+    threads = wanted or max(1, len(free))
+    roaming = any(share.cpus is None for share in others)
+    return Share(threads, None if roaming or len(free) < threads else tuple(free[:threads]))

@@ -22,12 +22,14 @@ LINE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A process to start. `argv` is the whole command; `log` receives its stderr; `cpus` is what Ray reserves for it."""
+    """A process to start. `argv` is the whole command; `log` receives its stderr. What it needs of a node of a Ray cluster: `threads`
+    CPUs (None: what there is), `memory` bytes."""
 
     name: str
     argv: tuple[str, ...]
     log: Path
-    cpus: float = 0.0
+    threads: int | None = None
+    memory: int = 0
 
 
 class Running(Protocol):

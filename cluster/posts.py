@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.config import ClusterConfig
+from ..core.config import ClusterConfig, DecodeSection, PrefillSection
 from ..core.fleet import Phase
-from .cores import share_cores
+from ..core.model import ModelCard
+from .cores import Share, share_cores, share_for_newcomer
 from .launch import Launch
-from .spec import RankSpec, RouteSpec
+from .memory import WORKER_BYTES, pool_bytes
+from .spec import BLOCK_SIZE, RankSpec, RouteSpec
 
 ROUTER = "router"
 
@@ -29,32 +31,53 @@ class Programs:
 
 
 def rank_specs(config: ClusterConfig, model_dir: Path, cores: Sequence[int]) -> list[RankSpec]:
-    """One spec per worker, prefill first. On a joined Ray cluster cores are not chosen: we do not know its hosts."""
-    prefill, decode = config.prefill, config.decode
-    wanted = [prefill.threads] * prefill.workers + [decode.threads] * decode.workers
-    shares = share_cores(cores, wanted)
-    joined = config.ray.enabled and config.ray.address is not None
-    specs = []
-    for index, share in enumerate(shares):
-        is_prefill = index < prefill.workers
-        section = prefill if is_prefill else decode
-        specs.append(
-            RankSpec(
-                worker_id=f"prefill-{index}" if is_prefill else f"decode-{index - prefill.workers}",
-                phase=Phase.PREFILL if is_prefill else Phase.DECODE,
-                model_dir=model_dir,
-                threads=share.threads,
-                cpus=None if joined else share.cpus,
-                kv_tokens=section.kv_tokens,
-                chunk_tokens=section.chunk_tokens,
-                max_running=decode.max_running,
-                lease_s=config.transfer.lease_s,
-                offer_wait_s=config.transfer.offer_wait_s,
-                transports=config.transfer.transports,
-                log_level=config.log.level,
-            )
-        )
-    return specs
+    """One spec per worker of the start, prefill first."""
+    names = [(phase, number) for phase in Phase for number in range(section_of(config, phase).workers)]
+    shares = share_cores(cores, [section_of(config, phase).threads for phase, _ in names])
+    return [_rank_spec(config, model_dir, phase, number, share) for (phase, number), share in zip(names, shares, strict=True)]
+
+
+def newcomer_specs(
+    config: ClusterConfig, model_dir: Path, cores: Sequence[int], present: Sequence[RankSpec], names: Iterable[tuple[Phase, int]]
+) -> list[RankSpec]:
+    """Specs of workers that come to `present`, which keep their cores."""
+    specs = list(present)
+    for phase, number in names:
+        others = [Share(spec.threads, spec.cpus) for spec in specs]
+        share = share_for_newcomer(cores, others, section_of(config, phase).threads)
+        specs.append(_rank_spec(config, model_dir, phase, number, share))
+    return specs[len(present) :]
+
+
+def section_of(config: ClusterConfig, phase: Phase) -> PrefillSection | DecodeSection:
+    return config.prefill if phase is Phase.PREFILL else config.decode
+
+
+def worker_name(phase: Phase, number: int) -> str:
+    return f"{phase.value}-{number}"
+
+
+def worker_number(name: str) -> int:
+    return int(name.rpartition("-")[2])
+
+
+def _rank_spec(config: ClusterConfig, model_dir: Path, phase: Phase, number: int, share: Share) -> RankSpec:
+    """On a joined Ray cluster threads and cores are chosen on the worker's node, and these are put aside."""
+    section = section_of(config, phase)
+    return RankSpec(
+        worker_id=worker_name(phase, number),
+        phase=phase,
+        model_dir=model_dir,
+        threads=share.threads,
+        cpus=None if config.ray.joined else share.cpus,
+        kv_tokens=section.kv_tokens,
+        chunk_tokens=section.chunk_tokens,
+        max_running=config.decode.max_running,
+        lease_s=config.transfer.lease_s,
+        offer_wait_s=config.transfer.offer_wait_s,
+        transports=config.transfer.transports,
+        log_level=config.log.level,
+    )
 
 
 def route_spec(config: ClusterConfig, model_dir: Path) -> RouteSpec:
@@ -73,12 +96,21 @@ def route_spec(config: ClusterConfig, model_dir: Path) -> RouteSpec:
     )
 
 
-def launch_rank(spec: RankSpec, programs: Programs, logs: Path, *, cpus: float) -> Launch:
+def launch_rank(spec: RankSpec, programs: Programs, logs: Path) -> Launch:
+    """A rank on this host."""
+    argv = (*programs.rank, "--spec", spec.model_dump_json(), "--leash")
+    return Launch(name=spec.worker_id, argv=argv, log=logs / f"{spec.worker_id}.log")
+
+
+def launch_rank_on_a_node(spec: RankSpec, config: ClusterConfig, card: ModelCard, source: str, logs: Path) -> Launch:
+    """A rank on some node of a joined Ray cluster, where the model of `source` is prepared if it is not there."""
+    model = ("--source", source, "--dtype", card.dtype, "--fingerprint", card.fingerprint)
     return Launch(
         name=spec.worker_id,
-        argv=(*programs.rank, "--spec", spec.model_dump_json(), "--leash"),
+        argv=(*_module("on_node"), "--spec", spec.model_dump_json(), *model, "--leash"),
         log=logs / f"{spec.worker_id}.log",
-        cpus=cpus,
+        threads=section_of(config, spec.phase).threads,
+        memory=pool_bytes(card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens)) + WORKER_BYTES,
     )
 
 

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
 from ..core.model import ModelCard
-from .memory import available_bytes, pool_bytes
+from .memory import WORKER_BYTES, available_bytes, pool_bytes
 from .spec import BLOCK_SIZE, RankSpec
 
-WORKER_BYTES = 300 << 20
-"""Private memory of a worker before its pool: 230 MB for a process that imported torch and grpc, the rest buffers."""
 ROUTER_BYTES = 200 << 20
 RAY_ANSWER_S = 5.0
 RAY_BYTES = 900 << 20
@@ -68,9 +66,11 @@ def check_ray(config: ClusterConfig) -> None:
 
 
 def check_memory(config: ClusterConfig, card: ModelCard, specs: Sequence[RankSpec]) -> None:
-    """`ConfigError` if the cluster's workers, all on this host, would not fit its memory."""
+    """`ConfigError` if workers on this host would not fit its memory. A Ray cluster that is joined finds them nodes with enough."""
+    if config.ray.joined:
+        return
     pools = [(pool_bytes(card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens)), spec) for spec in specs]
-    ray = RAY_BYTES if config.ray.enabled and config.ray.address is None else 0
+    ray = RAY_BYTES if config.ray.enabled else 0
     wanted = card.weights_bytes + sum(size + WORKER_BYTES for size, _ in pools) + ROUTER_BYTES + ray
     available = available_bytes()
     if wanted <= available:
@@ -90,7 +90,7 @@ def warnings(config: ClusterConfig, card: ModelCard, specs: Sequence[RankSpec], 
     """What will work, but not well."""
     said: list[str] = []
     threads = sum(spec.threads for spec in specs)
-    if threads > cores:
+    if threads > cores and not config.ray.joined:
         said.append(f"{len(specs)} workers with {threads} threads share {cores} cores: they will slow each other down.")
     if len(config.model.chat_template or "") == 0 and not card.has_chat_template:
         said.append(f"{card.name} has no chat template: /v1/chat/completions and `diptych chat` need --chat-template FILE.")

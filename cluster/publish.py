@@ -1,4 +1,4 @@
-"""The supervisor's line to the router."""
+"""The supervisor's lines to the router and to the workers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from ..core.fleet import Fleet
 from ..rpc.router import RouterClient
+from ..rpc.worker import WorkerClient
 
 
 class RouterConnection:
@@ -24,3 +25,10 @@ class RouterConnection:
 
     async def close(self) -> None:
         await self._client.close()
+
+
+async def drain_worker(address: str, within_s: float) -> int:
+    """Have the worker at `address` take nothing new and finish; the number of attempts it could not. Raises `DiptychError` if it
+    cannot be reached."""
+    async with WorkerClient(address) as client:
+        return await client.drain(within_s)

@@ -15,12 +15,14 @@ from typing import Any
 from ..core.errors import ConfigError, DiptychError, Unavailable
 from . import processes
 from .launch import Launch, PlainLauncher, PlainProcess, parse_line
+from .nodes import Placing
+from .post import Observer
 from .spec import LogLevel, RaySpec
-from .supervisor import Observer
 
 DRIVER = "ray"
 CLOSE_S = 10.0
-PLACED_S = 60.0
+PLACED_S = 100.0
+"""Longer than the driver looks for a node (60 s, one worker after the other at the start), as it says why it found none."""
 
 
 def ray_environment(environment: Mapping[str, str], *, local: bool) -> dict[str, str]:
@@ -41,6 +43,7 @@ class RayProcess:
     known: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     status: int | None = None
+    refused: DiptychError | None = None
 
     async def lines(self) -> AsyncIterator[dict[str, Any]]:
         while (event := await self.events.get()) is not None:
@@ -64,13 +67,21 @@ class RayProcess:
 
 
 class RayLauncher:
-    """Starts the driver at once; `start` waits until it is connected. Each launch goes to the bundle of its place in `launches`."""
+    """Starts the driver at once; `start` waits until it is connected and the process has a node."""
 
     def __init__(
-        self, plain: PlainLauncher, launches: Sequence[Launch], *, address: str | None, cores: int, log: Path, log_level: LogLevel,
+        self,
+        plain: PlainLauncher,
+        *,
+        address: str | None,
+        cores: int,
+        wanted: Sequence[tuple[int | None, int]],
+        placing: Placing,
+        log: Path,
+        log_level: LogLevel,
         observer: Observer,
-    ) -> None:  # fmt: skip
-        self._bundles = {launch.name: index for index, launch in enumerate(launches)}
+    ) -> None:
+        """`cores`: for a local Ray. `wanted`: threads and memory of each worker of the start, for one that is joined."""
         self._observer = observer
         self._log = log
         self._count = 0
@@ -80,7 +91,8 @@ class RayLauncher:
             address=address,
             directory=plain.directory / "ray",
             cores=cores,
-            bundles=tuple(launch.cpus for launch in launches),
+            wanted=tuple(wanted),
+            placing=placing,
             environment={processes.MARK: plain.cluster_id, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
             log_level=log_level,
         )
@@ -95,13 +107,20 @@ class RayLauncher:
         process = RayProcess(self._count, self)
         self._count += 1
         self._processes[process.number] = process
-        self.order("start", process.number, bundle=self._bundles[launch.name], argv=launch.argv, log=str(launch.log))
+        self.order(
+            "start", process.number, name=launch.name, argv=launch.argv, log=str(launch.log), threads=launch.threads, memory=launch.memory
+        )
         try:
             async with asyncio.timeout(PLACED_S):
                 await process.known.wait()
         except TimeoutError:
             process.kill()
             raise Unavailable(f"Ray has not started {launch.name} within {PLACED_S:g} s. Its driver's log: {self._log}") from None
+        except asyncio.CancelledError:  # it is no longer wanted
+            process.kill()
+            raise
+        if process.refused:
+            raise process.refused
         return process
 
     def order(self, what: str, number: int, **more: Any) -> None:
@@ -156,6 +175,10 @@ class RayLauncher:
                 process.known.set()
             case "line" if (line := parse_line(event["line"])) is not None:
                 self._processes[event["id"]].events.put_nowait(line)
+            case "refused":
+                process = self._processes.pop(event["id"])
+                process.refused = ConfigError(event["message"], field=event["field"])
+                process.end(None)
             case "ended":
                 self._processes.pop(event["id"]).end(event["status"])
         return None

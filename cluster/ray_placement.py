@@ -1,4 +1,4 @@
-"""What the driver process does with Ray: reserve a placement group, keep one actor per process in it."""
+"""What the driver process does with Ray: find each process a node, reserve what it needs there, and keep it in an actor."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, DiptychError
 from .child import progress, say
 from .ray_keeper import Keeper
+from .ray_room import Place, Room
 from .spec import RaySpec
 
 OBJECT_STORE_BYTES = 80 << 20
 """Ray's least (75 MiB) and a little; nothing is ever put there."""
-PLACEMENT_S = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -32,11 +32,12 @@ class Driver:
     def __init__(self, spec: RaySpec) -> None:
         self._spec = spec
         self._actors: dict[int, Any] = {}
-        self._group: Any = None
+        self._cancelled: set[int] = set()
+        self._room: Room | None = None
         self._relays: set[asyncio.Task[None]] = set()
 
     def connect(self) -> None:
-        """Start or join Ray, and reserve what the workers need. Raises `ConfigError` if Ray cannot give it."""
+        """Start or join Ray. Raises `ConfigError` if there is none."""
         try:
             if self._spec.address is None:
                 ray.init(
@@ -54,14 +55,8 @@ class Driver:
             where = f"The Ray cluster at {self._spec.address} cannot be joined" if self._spec.address else "Ray does not start"
             raise ConfigError(f"{where}: {' '.join(str(error).split())}", field="ray.address") from error
         progress("connected")
-        # On one node: the only transport there is so far is shared memory.
-        self._group = placement_group([{"CPU": cpus} for cpus in self._spec.bundles], strategy="STRICT_PACK")
-        if not self._group.wait(PLACEMENT_S):
-            raise ConfigError(
-                f"No node of the Ray cluster has {sum(self._spec.bundles):g} CPUs free for the {len(self._spec.bundles)} workers. "
-                "Start fewer, give them fewer threads, or free some.",
-                field="ray.address",
-            )
+        if self._spec.address is not None:
+            self._room = Room(self._spec.wanted, self._spec.placing)
 
     @property
     def address(self) -> str:
@@ -86,24 +81,43 @@ class Driver:
                 actor.signal.remote(int(signal.SIGTERM))
             case "kill" if actor := self._actors.get(order["id"]):
                 ray.kill(actor)
+            case "kill":  # no node has been found for it yet
+                self._cancelled.add(order["id"])
 
     async def _start(self, order: dict[str, Any]) -> None:
         number = order["id"]
-        where = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=order["bundle"])
+        place: Place | None = None
+        try:
+            if self._room is not None:
+                place = await self._room.reserve(order["name"], order["threads"], order["memory"])
+        except DiptychError as error:
+            say("refused", id=number, message=error.message, field=error.field)
+            return
+        try:
+            if number in self._cancelled:
+                say("ended", id=number, status=None)
+            else:
+                await self._hold(order, place)
+        finally:
+            self._cancelled.discard(number)
+            if place is not None:
+                place.give_back()
+
+    async def _hold(self, order: dict[str, Any], place: Place | None) -> None:
+        """One process, from its start to its end."""
+        number, status = order["id"], None
         keeper: Any = ray.remote(Keeper)
-        keeper = keeper.options(num_cpus=self._spec.bundles[order["bundle"]], scheduling_strategy=where, max_concurrency=3, max_restarts=0)
-        actor: Any = keeper.remote(order["argv"], order["log"], self._spec.environment, self._spec.address is None)
+        if place is None:
+            keeper = keeper.options(num_cpus=0, max_concurrency=4, max_restarts=0)
+        else:
+            keeper = keeper.options(num_cpus=place.threads, scheduling_strategy=place.strategy, max_concurrency=4, max_restarts=0)
+        log, options = (order["log"], None) if place is None else (None, place.options)
+        actor: Any = keeper.remote(order["argv"], log, self._spec.environment, options)
         self._actors[number] = actor
-        status: int | None = None
         try:
             pid, age = await actor.pid.remote()
             say("pid", id=number, pid=pid, age=round(age, 3))
-            async for reference in actor.lines.options(num_returns="streaming").remote():
-                line = await reference
-                if isinstance(line, int):
-                    status = line
-                elif line:
-                    say("line", id=number, line=line)
+            status, _ = await asyncio.gather(self._relay(number, actor), _keep_log(actor, Path(order["log"])))
         except ray.exceptions.RayError as error:
             _log.warning("the actor of process %d ended: %s", number, error)
             await self._end_with_ray()
@@ -111,6 +125,17 @@ class Driver:
             del self._actors[number]
             ray.kill(actor)
             say("ended", id=number, status=status)
+
+    async def _relay(self, number: int, actor: Any) -> int | None:
+        """Say what the process says; its exit status."""
+        status: int | None = None
+        async for reference in actor.lines.options(num_returns="streaming").remote():
+            line = await reference
+            if isinstance(line, int):
+                status = line
+            elif line:
+                say("line", id=number, line=line)
+        return status
 
     async def _end_with_ray(self) -> None:
         """End this process if no node of the Ray cluster lives any more: nothing could be placed, and asking would wait for ever."""
@@ -122,3 +147,11 @@ class Driver:
     def close(self) -> None:
         """End the actors and, if it was started here, Ray."""
         ray.shutdown()
+
+
+async def _keep_log(actor: Any, path: Path) -> None:
+    """Append what a process on another node logs to its file here."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(ray.exceptions.RayError), path.open("ab", buffering=0) as log:  # whoever relays its stdout says that the actor died
+        async for reference in actor.log_lines.options(num_returns="streaming").remote():
+            log.write(await reference)

@@ -11,6 +11,7 @@ from ..core.config import LimitsSection
 from ..core.errors import ConfigError
 from ..core.fleet import LocalPrefill, Phase
 from ..core.transfer import Transport
+from .nodes import Placing
 
 BLOCK_SIZE = 16
 """Tokens per block of every cache group."""
@@ -70,7 +71,10 @@ class RaySpec(_Spec):
     address: str | None = Field(None, description="A Ray cluster to join; by default a local one is started.")
     directory: Path = Field(description="For the session files and sockets of a local one.")
     cores: int = Field(ge=1, description="CPUs a local one has to give.")
-    bundles: tuple[float, ...] = Field(min_length=1, description="CPUs of each worker.")
+    wanted: tuple[tuple[int | None, int], ...] = Field(
+        min_length=1, description="Threads (None: what there is) and bytes of memory of each worker of the start, on a joined one."
+    )
+    placing: Placing = Field(Placing.PACK, description="Which node of a joined one a worker goes to.")
     environment: dict[str, str] = Field(default_factory=dict, description="Put over the environment of actors and their processes.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
 

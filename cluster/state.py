@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, Unavailable
 from . import processes
 
 FILE = "cluster.json"
@@ -76,6 +76,16 @@ def read(name: str) -> ClusterState | None:
     except ValueError:
         path.replace(path.with_suffix(".unreadable"))
         return None
+
+
+def running(name: str) -> ClusterState:
+    """The state of the cluster `name` that runs on this host; `Unavailable` if there is none, with what to do."""
+    found = read(name)
+    if found is None or not found.alive:
+        others = [other.name for other in all_states() if other.alive]
+        also = f" Running here: {', '.join(others)}; choose with --name." if others else ""
+        raise Unavailable(f"No cluster named {name!r} runs on this host. Start one with `diptych up`.{also}")
+    return found
 
 
 def all_states() -> Iterator[ClusterState]:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import time
+import urllib.request
 from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
 
 from ..core.errors import ConfigError, DiptychError, Unavailable
-from ..core.fleet import Fleet, WorkerReport
+from ..core.fleet import Fleet, Phase, WorkerReport
 from ..rpc.router import RouterClient
 from . import processes, state
 
 DRAIN_S = 40.0
 """How long `down` waits for a supervisor: router and workers may each take their drain time of 10 s, and as long again to end."""
 KILL_S = 15.0
+
+METRICS_S = 5.0
+_MOVED = re.compile(r'^diptych_kv_transfer_bytes_total\{transport="(\w+)"\} (\S+)$', re.M)
 
 _out = Console(highlight=False, soft_wrap=True)
 
@@ -61,13 +66,28 @@ def _print(found: state.ClusterState) -> None:
     _out.print(f"[bold]{found.name}[/] {stage} {found.model}, pid {found.pid}, logs in {found.logs}")
     if found.http:
         _out.print(f"  HTTP http://{found.http}/v1   gRPC {found.grpc}")
-    reports = {report.worker_id: report for report in _describe(found)[1]}
+    fleet, answered = _describe(found)
+    reports = {report.worker_id: report for report in answered}
     rows = [("process", "pid", "address", "state", "running", "waiting", "KV used", "leases")]
     for process in sorted(found.processes, key=lambda process: process.name):
         rows.append((process.name, str(process.pid or "-"), process.address or "-", *_columns(reports.get(process.name), process)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:  # not a rich table: that would cut columns where there is no terminal
         _out.print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), markup=False)
+    if fleet.members:
+        _out.print(f"  fleet {fleet.version}: " + ", ".join(f"{len(fleet.of(phase))} {phase} workers" for phase in Phase))
+    if found.http and (moved := _moved(found.http)):
+        _out.print("  KV moved: " + ", ".join(f"{count / 1e6:,.1f} MB over {transport}" for transport, count in moved))
+
+
+def _moved(http: str) -> list[tuple[str, float]]:
+    """Bytes of KV handed over by transport, from the router's metrics; nothing while it does not answer."""
+    try:
+        with urllib.request.urlopen(f"http://{http}/metrics", timeout=METRICS_S) as answer:
+            text = answer.read().decode()
+    except OSError:
+        return []
+    return [(transport, float(count)) for transport, count in _MOVED.findall(text)]
 
 
 def _columns(report: WorkerReport | None, process: state.Started) -> tuple[str, str, str, str, str]:

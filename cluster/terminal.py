@@ -97,6 +97,9 @@ class Terminal:
         then = f"Starting it again in {restart_in:.1f} s." if restart_in is not None else "It died too often and is not started again."
         self._err.print(f"{reason}\n{then}", style="yellow", markup=False)
 
+    def left(self, name: str) -> None:
+        self.say(f"{self.timeline.elapsed():6.1f} s  {name} has left")
+
     def show_timeline(self) -> None:
         table = Table("when", "who", "what", "after", box=None, pad_edge=False, header_style="bold")
         for row in self.timeline.rows():

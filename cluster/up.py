@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,19 @@ from ..core.sampling import SamplingParams
 from ..rpc.inference import InferenceClient
 from . import preflight, processes, state
 from .child import seconds_alive
+from .control import listen
+from .crew import Crew
 from .launch import Launch, Launcher, PlainLauncher, child_environment
 from .logs import log_to
-from .models import find_model, prepare_model
-from .posts import Programs, launch_rank, launch_router, rank_specs, route_spec
-from .publish import RouterConnection
+from .models import find_model, prepare_model, source_of
+from .nodes import Placing
+from .post import Observer, Post, Publisher
+from .posts import Programs, launch_router, rank_specs, route_spec
+from .publish import RouterConnection, drain_worker
 from .ray_launcher import RayLauncher
 from .restarts import RestartBudget
 from .spec import RankSpec
-from .supervisor import Observer, Post, Publisher, Supervisor
+from .supervisor import Supervisor
 from .terminal import Terminal
 from .timeline import TimeLine
 
@@ -57,13 +62,14 @@ WhenUp = Callable[[Served], Awaitable[bool]]
 
 @dataclass(slots=True)
 class Up:
-    """One run of the command. `programs` and `connect` are the seams for tests."""
+    """One run of the command. `programs`, `connect` and `drain` are the seams for tests."""
 
     config: ClusterConfig
     verbose: bool = False
     when_up: WhenUp | None = None
     programs: Programs = field(default_factory=Programs)
     connect: Callable[[dict[str, Any]], Publisher] = RouterConnection
+    drain: Callable[[str, float], Awaitable[int]] = drain_worker
     budget: Callable[[], RestartBudget] = RestartBudget
     cluster_id: str = field(default_factory=lambda: secrets.token_hex(8))
     cores: Sequence[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0)))
@@ -97,30 +103,37 @@ class Up:
         name = self.config.model.name or card.name
         with self._claimed(name) as record:
             plain = PlainLauncher(self.cluster_id, record.state.scratch)
-            router = launch_router(route_spec(self.config, model_dir), self.programs, record.state.logs)
-            share = min(1.0, len(self.cores) / sum(spec.threads for spec in specs))
-            ranks = [launch_rank(spec, self.programs, record.state.logs, cpus=spec.threads * share) for spec in specs]
             observer = _Both(terminal, record)
-            workers = self._worker_launcher(plain, ranks, observer)
-            posts = [Post(router, plain, None, self.budget())]
-            posts += [Post(rank, workers, spec.phase, self.budget()) for rank, spec in zip(ranks, specs, strict=True)]
-            supervisor = Supervisor(posts, connect=self.connect, observer=observer)
+            router = launch_router(route_spec(self.config, model_dir), self.programs, record.state.logs)
+            crew = Crew(self.config, card, model_dir, source_of(self.config), self.cores, self.programs, record.state.logs, self.budget)
+            workers = self._worker_launcher(plain, [crew.launch(spec) for spec in specs], observer)
+            posts = [Post(router, plain, None, self.budget()), *crew.posts(specs, workers)]
+            supervisor = Supervisor(posts, connect=self.connect, drain=self.drain, observer=observer)
             greeting = asyncio.create_task(self._greet(supervisor, record, card, terminal, stop))
+            ear = await listen(self.cluster_id, partial(crew.scale, supervisor, workers))
             try:
                 terminal.say(f"Serving {name} ({card.dtype}): {_count(specs)}. Cluster {self.config.name!r}, logs in {record.state.logs}")
                 await supervisor.run(stop, kill)
             finally:
+                ear.close()
                 greeting.cancel()
                 with suppress(asyncio.CancelledError):
                     await greeting
                 await workers.close()
 
-    def _worker_launcher(self, plain: PlainLauncher, ranks: Sequence[Launch], observer: Observer) -> Launcher:
+    def _worker_launcher(self, plain: PlainLauncher, launches: Sequence[Launch], observer: Observer) -> Launcher:
         if not self.config.ray.enabled:
             return plain
-        log = ranks[0].log.with_name("ray.log")
-        address, level = self.config.ray.address, self.config.log.level
-        return RayLauncher(plain, ranks, address=address, cores=len(self.cores), log=log, log_level=level, observer=observer)
+        return RayLauncher(
+            plain,
+            address=self.config.ray.address,
+            cores=len(self.cores),
+            wanted=[(launch.threads, launch.memory) for launch in launches],
+            placing=Placing(self.config.ray.placement),
+            log=launches[0].log.with_name("ray.log"),
+            log_level=self.config.log.level,
+            observer=observer,
+        )
 
     async def _greet(self, supervisor: Supervisor, record: _Record, card: ModelCard, terminal: Terminal, stop: asyncio.Event) -> None:
         """Once the cluster serves: say where, do what was asked for then, and perhaps end it."""
@@ -204,6 +217,9 @@ class _Record:
     def lost(self, name: str, reason: str, restart_in: float | None) -> None:
         self._process(name, None)
 
+    def left(self, name: str) -> None:
+        self.update(processes=tuple(process for process in self.state.processes if process.name != name))
+
 
 @dataclass(frozen=True, slots=True)
 class _Both:
@@ -227,6 +243,10 @@ class _Both:
     def lost(self, name: str, reason: str, restart_in: float | None) -> None:
         self.first.lost(name, reason, restart_in)
         self.second.lost(name, reason, restart_in)
+
+    def left(self, name: str) -> None:
+        self.first.left(name)
+        self.second.left(name)
 
 
 def _start_reaper(of: state.ClusterState) -> subprocess.Popen[bytes]:

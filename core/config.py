@@ -27,16 +27,22 @@ class ModelSection(_Section):
     chat_template: str | None = Field(None, description="A Jinja file to use as the chat template in place of the model's own.")
 
 
+_THREADS = (
+    "CPU threads per worker. By default the host's cores shared among its workers; on a joined Ray cluster the most with which all "
+    "workers find a node, so leave room there by a number if workers shall join later."
+)
+
+
 class PrefillSection(_Section):
     workers: int = Field(1, ge=0, description="Number of prefill workers.")
-    threads: int | None = Field(None, ge=1, description="CPU threads per worker; by default the host's cores shared among its workers.")
+    threads: int | None = Field(None, ge=1, description=_THREADS)
     kv_tokens: int = Field(8192, ge=256, description="Tokens the KV pool of one worker holds.")
     chunk_tokens: int = Field(512, ge=16, description="Prompt tokens computed per step, over all requests of the batch.")
 
 
 class DecodeSection(_Section):
     workers: int = Field(1, ge=1, description="Number of decode workers.")
-    threads: int | None = Field(None, ge=1, description="CPU threads per worker; by default the host's cores shared among its workers.")
+    threads: int | None = Field(None, ge=1, description=_THREADS)
     kv_tokens: int = Field(16384, ge=256, description="Tokens the KV pool of one worker holds.")
     max_running: int = Field(32, ge=1, le=1024, description="Requests decoded in one batch.")
     chunk_tokens: int = Field(
@@ -79,6 +85,16 @@ class RouterSection(_Section):
 class RaySection(_Section):
     enabled: bool = Field(True, description="Place workers with Ray; false starts plain processes on this host.")
     address: str | None = Field(None, description="A running Ray cluster to join; by default a local one is started.")
+    placement: Literal["pack", "spread"] = Field(
+        "pack",
+        description="On a joined cluster of several nodes: pack fills a node before it takes another (within a node KV moves through "
+        "shared memory), spread takes the node with the fewest workers.",
+    )
+
+    @property
+    def joined(self) -> bool:
+        """Whether the workers go to nodes of a Ray cluster that is not our own."""
+        return self.enabled and self.address is not None
 
 
 class LogSection(_Section):

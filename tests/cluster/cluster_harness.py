@@ -113,9 +113,9 @@ class Cluster:
 
 
 @contextmanager
-def running(argv: list[str], environment: dict[str, str], cwd: Path = Path("/")) -> Iterator[Cluster]:
-    """Run it; whatever the test does, nothing runs afterwards."""
-    cluster = Cluster([sys.executable, *argv], environment, cwd)
+def running(argv: list[str], environment: dict[str, str], cwd: Path = Path("/"), prefix: tuple[str, ...] = ()) -> Iterator[Cluster]:
+    """Run it, elsewhere by a `prefix` (`hosts.Host.prefix`); whatever the test does, nothing runs afterwards."""
+    cluster = Cluster([*prefix, sys.executable, *argv], environment, cwd)
     states: list[dict[str, object]] = []
     try:
         yield cluster

@@ -27,12 +27,8 @@ class FilePublisher:
 
     async def publish(self, fleet: Fleet) -> int:
         self.told = {member.worker_id for member in fleet.members}
-        self._write(json.dumps([fleet.version, {member.worker_id: member.incarnation for member in fleet.members}]))
+        note("fleet", json.dumps([fleet.version, {member.worker_id: member.incarnation for member in fleet.members}]))
         return fleet.version
-
-    def _write(self, line: str) -> None:
-        with Path(os.environ["FAKES"], "fleet").open("a") as file:
-            file.write(line + "\n")
 
     async def live(self) -> set[str]:
         """A worker is seen when it is asked for the second time, as by a router that takes a moment to connect."""
@@ -43,6 +39,16 @@ class FilePublisher:
         return None
 
 
+async def drain(address: str, within_s: float) -> int:
+    note("drained", address)
+    return 0
+
+
+def note(name: str, line: str) -> None:
+    with Path(os.environ["FAKES"], name).open("a") as file:
+        file.write(line + "\n")
+
+
 def small_budget() -> RestartBudget:
     return RestartBudget(most=3, first_s=0.1)
 
@@ -50,7 +56,7 @@ def small_budget() -> RestartBudget:
 def main() -> int:
     program = (sys.executable, str(HERE / "fakes.py"))
     programs = Programs(rank=(*program, "rank"), route=(*program, "route"))
-    up = Up(load_config(json.loads(sys.argv[1])), programs=programs, connect=FilePublisher, budget=small_budget)
+    up = Up(load_config(json.loads(sys.argv[1])), programs=programs, connect=FilePublisher, drain=drain, budget=small_budget)
     try:
         up.run()
     except DiptychError as error:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from diptych.cluster.cores import Share, share_cores
+from diptych.cluster.cores import Share, share_cores, share_for_newcomer
+from diptych.cluster.headcount import Change, change
 from diptych.cluster.memory import available_bytes
-from diptych.cluster.posts import rank_specs, route_spec
+from diptych.cluster.nodes import Node, Placing, choose, equal_part, fit, free_run
+from diptych.cluster.on_node import own_cores
+from diptych.cluster.posts import newcomer_specs, rank_specs, route_spec
 from diptych.cluster.restarts import RestartBudget
 from diptych.cluster.timeline import TimeLine
 from diptych.core.config import load_config
@@ -41,6 +44,84 @@ def test_shares_never_overlap_and_keep_what_was_asked(cores: int, wanted: list[i
         assert len(taken) == len(set(taken)) == sum(share.threads for share in shares)
     else:
         assert {share.cpus for share in shares} == {None}
+
+
+@pytest.mark.parametrize(
+    ("others", "wanted", "share"),
+    [
+        ([Share(1, (0,)), Share(1, (1,))], None, Share(2, (2, 3))),
+        ([Share(1, (0,)), Share(1, (2,))], 1, Share(1, (1,))),
+        ([Share(1, (0,)), Share(1, (1,))], 3, Share(3, None)),
+        ([Share(2, (0, 1)), Share(2, (2, 3))], None, Share(1, None)),
+        ([Share(1, None)], None, Share(4, None)),
+    ],
+)
+def test_a_newcomer_gets_cores_that_nobody_has(others: list[Share], wanted: int | None, share: Share) -> None:
+    assert share_for_newcomer([0, 1, 2, 3], others, wanted) == share
+
+
+def test_newcomers_leave_each_other_their_cores(tmp_path: Path) -> None:
+    config = load_config({"prefill": {"threads": 1}, "decode": {"threads": 1}})
+    present = rank_specs(config, tmp_path, range(4))
+    specs = newcomer_specs(config, tmp_path, range(4), present, [(Phase.PREFILL, 1), (Phase.DECODE, 4), (Phase.DECODE, 5)])
+    assert [(spec.worker_id, spec.cpus) for spec in specs] == [("prefill-1", (2,)), ("decode-4", (3,)), ("decode-5", None)]
+
+
+@pytest.mark.parametrize(
+    ("present", "wanted", "expected"),
+    [
+        ([0], 3, Change((1, 2), ())),
+        ([0, 1, 2], 1, Change((), (2, 1))),
+        ([0, 2], 3, Change((1,), ())),
+        ([1, 4], 0, Change((), (4, 1))),
+        ([], 1, Change((0,), ())),
+        ([0, 1], 2, Change((), ())),
+    ],
+)
+def test_the_highest_leave_and_the_lowest_free_join(present: list[int], wanted: int, expected: Change) -> None:
+    assert change(present, wanted) == expected
+
+
+def nodes(*cpus: float) -> list[Node]:
+    return [Node(f"n{index}", f"10.0.0.{index}", free, 100) for index, free in enumerate(cpus)]
+
+
+def test_packing_fills_a_node_and_spreading_takes_the_emptiest() -> None:
+    places = {placing: fit(nodes(4, 4), [(1, 0)] * 4, placing) or [] for placing in Placing}
+    assert [node.node_id for node in places[Placing.PACK]] == ["n0"] * 4
+    assert [node.node_id for node in places[Placing.SPREAD]] == ["n0", "n1", "n0", "n1"]
+
+
+def test_a_worker_goes_where_its_threads_and_memory_are_free() -> None:
+    small = Node("small", "10.0.0.9", 8, 10)
+    assert choose([small, *nodes(2, 3)], 3, 50, Placing.PACK) == nodes(2, 3)[1]
+    assert choose([small, *nodes(2, 2)], 3, 50, Placing.PACK) is None
+    assert fit(nodes(1, 1), [(1, 60), (1, 60)], Placing.PACK) is not None
+    assert fit(nodes(2), [(1, 60), (1, 60)], Placing.PACK) is None
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "threads"), [([4], [None, None], 2), ([4, 4], [None, None], 4), ([4, 2], [None, None, 2], 2), ([1], [None] * 3, 1)]
+)
+def test_workers_that_name_no_threads_share_what_the_nodes_have(free: list[float], wanted: list[int | None], threads: int) -> None:
+    assert equal_part(nodes(*free), [(asked, 0) for asked in wanted], Placing.PACK) == threads
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=4), st.lists(st.integers(1, 4), max_size=6), st.sampled_from(Placing))
+def test_no_node_is_given_more_than_it_has(free: list[int], wanted: list[int], placing: Placing) -> None:
+    chosen = fit(nodes(*free), [(threads, 1) for threads in wanted], placing)
+    for node in nodes(*free) if chosen else []:
+        assert sum(threads for threads, place in zip(wanted, chosen or [], strict=True) if place.node_id == node.node_id) <= node.cpus
+
+
+def test_cores_of_a_node_are_given_once() -> None:
+    assert free_run(4, [], 2) == range(2)
+    assert free_run(4, [range(2, 4)], 2) == range(2)
+    assert free_run(4, [range(2), range(3, 4)], 1) == range(2, 3)
+    assert free_run(4, [range(1, 3)], 2) is None
+    assert own_cores([4, 5, 6], "1:2") == (5, 6)
+    assert own_cores([4, 5, 6], "2:2") is None
+    assert own_cores([4, 5, 6], None) is None
 
 
 def test_restarts_wait_longer_each_time_and_are_given_up() -> None:

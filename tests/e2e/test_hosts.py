@@ -31,13 +31,6 @@ def rank_on(host: Host, model: Path, phase: Phase, directory: Path, listen: str 
         rank.kill()
 
 
-def received(host: Host) -> int:
-    """Bytes that have come to the host over its cable."""
-    namespace = Path(f"/proc/{host.holder}/net/dev").read_text()
-    line = next(line for line in namespace.splitlines() if "eth0:" in line)
-    return int(line.partition(":")[2].split()[0])
-
-
 async def same(workers: Workers, length: int, seed: int) -> Answer:
     asked = request(prompt(length, seed), max_tokens=8)
     apart, together = await workers.disaggregated(asked), await workers.local(asked)
@@ -56,10 +49,10 @@ def test_kv_crosses_between_hosts(tiny_gemma3_dir: Path, tmp_path: Path) -> None
 
         async def twice(p: Rank, d: Rank) -> None:
             async with attached(p, d) as workers:
-                before = received(two)
+                before = two.received
                 answer = await same(workers, 333, 1)
                 assert answer.handed_over is not None
-                assert received(two) - before > answer.handed_over.kv_bytes
+                assert two.received - before > answer.handed_over.kv_bytes
                 await same(workers, 100, 2)
                 await workers.idle()
 

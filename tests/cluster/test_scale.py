@@ -1,0 +1,110 @@
+"""Workers join and leave under load: no request is lost, and the newcomers get their part of the work."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from cluster_harness import Cluster, nothing_left, running
+from diptych.core.errors import DiptychError
+from diptych.core.generate import Generate
+from diptych.core.sampling import SamplingParams
+from diptych.rpc.inference import InferenceClient
+
+UP_S = 90.0
+AT_ONCE = 4
+TOKENS = 24
+
+
+@dataclass
+class Load:
+    """`AT_ONCE` clients that ask without a pause. `answers`: what each prompt was first answered with."""
+
+    address: str
+    answers: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    served: asyncio.Queue[None] = field(default_factory=asyncio.Queue)
+    workers: set[str] = field(default_factory=set)
+
+    async def client(self, number: int) -> None:
+        async with InferenceClient(self.address) as client:
+            while True:
+                await self._ask(client, number)
+
+    async def _ask(self, client: InferenceClient, number: int) -> None:
+        prompt = (2, *(3 + (7 * position + 11 * number) % 500 for position in range(60 + 40 * number)))
+        call = Generate(prompt, sampling=SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True))
+        tokens: list[int] = []
+        try:
+            async for chunk in client.generate(call):
+                tokens += [token.id for token in chunk.tokens]
+                if chunk.finish:
+                    self.workers |= {chunk.finish.timing.prefill_worker, chunk.finish.timing.decode_worker}
+        except DiptychError as error:
+            self.errors.append(f"{error.code}: {error.message}")
+            return
+        if tuple(tokens) != self.answers.setdefault(number, tuple(tokens)) or len(tokens) != TOKENS:
+            self.errors.append(f"another answer: {tokens}")
+        self.served.put_nowait(None)
+
+    async def more(self, count: int) -> set[str]:
+        """Until `count` more requests are served; the workers that served them."""
+        self.workers, self.served = set(), asyncio.Queue()
+        async with asyncio.timeout(60):
+            for _ in range(count):
+                await self.served.get()
+        return self.workers
+
+
+@asynccontextmanager
+async def load(address: str) -> AsyncIterator[Load]:
+    load = Load(address)
+    clients = [asyncio.create_task(load.client(number)) for number in range(AT_ONCE)]
+    try:
+        yield load
+    finally:
+        for client in clients:
+            client.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+
+
+def diptych(*arguments: str) -> str:
+    command = [sys.executable, "-m", "diptych.cluster.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+async def grow_and_shrink(cluster: Cluster) -> Load:
+    async with load(str(cluster.state()["grpc"])) as under:
+        assert await under.more(10) == {"prefill-0", "decode-0"}
+        grown = await asyncio.to_thread(diptych, "scale", "--prefill", "3", "--decode", "3")
+        assert grown.count("has joined") == 4
+        assert await under.more(60) == {f"{phase}-{number}" for phase in ("prefill", "decode") for number in range(3)}
+        assert "3 prefill workers, 3 decode workers" in await asyncio.to_thread(diptych, "status")
+        shrunk = await asyncio.to_thread(diptych, "scale", "--prefill", "1", "--decode", "1")
+        assert shrunk.count("has left") == 4
+        await under.more(AT_ONCE)  # those begun before
+        assert await under.more(20) == {"prefill-0", "decode-0"}
+    return under
+
+
+@pytest.mark.timeout(240)
+def test_no_request_is_lost_while_workers_join_and_leave(tiny_gemma3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    small = ("--no-ray", "--http-port", "0", "--grpc-port", "0")
+    argv = ["-m", "diptych.cluster.cli", "up", "--model", str(tiny_gemma3_dir), *small]
+    with running(argv, {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "PYTHONSAFEPATH": "1"}) as cluster:
+        cluster.expect("Ctrl-C ends it.", UP_S)
+        state = cluster.state()
+        under = asyncio.run(grow_and_shrink(cluster))
+        assert under.errors == []
+        assert cluster.end() == 0
+    assert nothing_left(state)
+    assert "Starting it again" not in cluster.output
