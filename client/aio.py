@@ -31,7 +31,7 @@ class AsyncClient:
             return gather([chunk async for chunk in chunks])
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
-        """The answer in chunks as it is written; the last one has `finish`.
+        """The answer in chunks as it is written, each of one `choice`; the last one has `finish`.
 
         Closing the generator cancels the request at the server. A loop that may be left early should see to that:
 

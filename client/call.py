@@ -23,11 +23,13 @@ class Options(TypedDict, total=False):
     same answer. `min_p`: only tokens at least that share as likely as the likeliest. `repetition_penalty`, `presence_penalty`,
     `frequency_penalty`: say less again what was said. `logit_bias`: added to the logits of these token ids. `min_tokens`: end no sooner.
     `stop`: a text, or up to 16, that ends the answer and is not part of it. `stop_token_ids`: the same for tokens.
-    `ignore_eos`: go on past the model's own end. `logprobs`: n adds to each token its logarithmic probability, and the n likeliest
-    ones with theirs. `request_id`: a name of yours for the logs. `timeout_s`: give up after so many seconds.
+    `n`: write so many answers (choices), each by itself. `ignore_eos`: go on past the model's own end. `logprobs`: adds to each token
+    its logarithmic probability, and so many likeliest ones with theirs. `request_id`: a name of yours for the logs. `timeout_s`: give
+    up after so many seconds.
     """
 
     model: str
+    n: int
     max_tokens: int
     temperature: float
     top_p: float
@@ -48,15 +50,35 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A whole answer. `finish`: why it ended. `usage` counts tokens; `timing` is in seconds on the server's clock."""
+class Choice:
+    """One way the answer went. `finish`: why it ended."""
 
     text: str
     tokens: tuple[Token, ...]
     finish: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer, its choices by their number. `usage` counts the tokens of all; `timing` is in seconds on the server's clock.
+    `text`, `tokens` and `finish` are those of the first choice, which is the only one unless `n` asked for more."""
+
+    choices: tuple[Choice, ...]
     usage: Usage
     timing: Timing
     request_id: str
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        return self.choices[0].tokens
+
+    @property
+    def finish(self) -> FinishReason:
+        return self.choices[0].finish
 
 
 def make_call(prompt: Prompt, options: Options) -> tuple[Generate, float | None]:
@@ -87,11 +109,19 @@ def gather(chunks: Iterable[Chunk]) -> Answer:
     parts = list(chunks)
     last: Finish | None = parts[-1].finish if parts else None
     assert last is not None, "a stream of chunks ends with a finish, or raises"
+    numbers = sorted({part.choice for part in parts if part.reason})
     return Answer(
-        text="".join(part.text for part in parts),
-        tokens=tuple(token for part in parts for token in part.tokens),
-        finish=last.reason,
+        choices=tuple(_choice([part for part in parts if part.choice == number]) for number in numbers),
         usage=last.usage,
         timing=last.timing,
         request_id=parts[-1].request_id,
+    )
+
+
+def _choice(parts: Sequence[Chunk]) -> Choice:
+    """One choice from its chunks, of which the one that ends it says why."""
+    return Choice(
+        text="".join(part.text for part in parts),
+        tokens=tuple(token for part in parts for token in part.tokens),
+        finish=next(part.reason for part in parts if part.reason),
     )

@@ -30,7 +30,7 @@ class Client:
         return gather(self.stream(prompt, **options))
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generator[Chunk, None, None]:
-        """The answer in chunks as it is written; the last one has `finish`.
+        """The answer in chunks as it is written, each of one `choice`; the last one has `finish`.
 
         Leaving the loop early and dropping (or closing) the generator cancels the request at the server:
 

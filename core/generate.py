@@ -61,8 +61,8 @@ class Finish:
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """One message of the answer: new text (whole characters) of one choice and the tokens behind it. `reason`: that choice has ended;
-    exactly one chunk of each choice has it, its last. The last chunk of the call, and no other, has `finish`; a failed request
-    raises instead."""
+    exactly one chunk of each choice has it, the last to bring anything of it. The last chunk of the call, and no other, has `finish`,
+    and perhaps nothing else; a failed request raises instead."""
 
     request_id: str
     text: str = ""

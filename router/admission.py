@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..core.errors import ContextExceeded, InvalidRequest, NotFound
 from ..core.generate import MAX_STOP_STRINGS, Generate
 from ..core.model import ModelCard
+from ..core.sampling import Range
 
 MAX_STOP_CHARACTERS = 256
 MAX_REQUEST_ID = 128
@@ -16,6 +17,7 @@ def check_call(call: Generate, card: ModelCard, model_name: str) -> None:
     """All that can be known without the prompt's tokens."""
     check_model(call.model, model_name)
     call.sampling.validate(card.vocab_size)
+    Range(1, card.max_context).check("max_tokens", call.sampling.max_tokens)
     _check_stop(call.stop)
     if len(call.request_id) > MAX_REQUEST_ID or not (call.request_id.isascii() and call.request_id.isprintable()):
         raise InvalidRequest(f"request_id must be at most {MAX_REQUEST_ID} printable ASCII characters.", field="request_id")
@@ -31,17 +33,6 @@ def check_model(name: str, served: str) -> None:
         raise NotFound(f"There is no model {name[:200]!a} here; this cluster serves {served!r}.", field="model")
 
 
-def check_context(prompt_tokens: int, max_tokens: int, card: ModelCard) -> None:
-    """Prompt and output must fit the model's context together."""
-    check_prompt(prompt_tokens, card)
-    if prompt_tokens + max_tokens > card.max_context:
-        raise ContextExceeded(
-            f"max_tokens {max_tokens} and the prompt's {prompt_tokens} tokens make {prompt_tokens + max_tokens}; "
-            f"the model's context is {card.max_context}.",
-            field="max_tokens",
-        )
-
-
 def check_prompt(prompt_tokens: int, card: ModelCard) -> None:
     """The prompt must leave room for one token of output, and must not be empty."""
     if not prompt_tokens:
@@ -54,7 +45,7 @@ def check_prompt(prompt_tokens: int, card: ModelCard) -> None:
 
 def room(prompt_tokens: int, card: ModelCard, capacity: int | None) -> int:
     """Output tokens that still fit behind the prompt, in the model's context and in the largest pool (None: not known yet). At
-    least 1: what does not fit at all is refused with its numbers by `check_context` and by placement."""
+    least 1: what does not fit at all is refused with its numbers by `check_prompt` and by placement."""
     return max(1, min(card.max_context, capacity or card.max_context) - prompt_tokens)
 
 

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from ..core.errors import DiptychError, NotFound
 from ..core.generate import Chunk, Finish, Timing, Usage
-from ..core.request import Token
-from .text import Text
+from ..core.request import FinishReason, Token
+from .text import Detokeniser, Text
 
 Json = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Whole:
+    """One choice as it came together. `reason` is there when it is complete."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    reason: FinishReason | None = None
+
+    def take(self, chunk: Chunk) -> None:
+        self.texts.append(chunk.text)
+        self.tokens.extend(chunk.tokens)
+        self.reason = chunk.reason or self.reason
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
 
 
 class Answer(Protocol):
@@ -23,7 +41,7 @@ class Answer(Protocol):
 
     def usage(self, usage: Usage) -> Json: ...
 
-    def whole(self, text: str, tokens: Sequence[Token], finish: Finish) -> Json: ...
+    def whole(self, choices: Sequence[Whole], finish: Finish) -> Json: ...
 
 
 @dataclass(slots=True)
@@ -47,10 +65,10 @@ class _Envelope:
         self._fixed: Json = {"id": answer_id, "object": kind, "created": created, "model": model}
         self._usage = usage
 
-    def choice(self, choice: Json, tokens: int = 0) -> Json:
+    def choice(self, index: int, choice: Json, tokens: int = 0) -> Json:
         """`tokens`: how many it carries."""
         usage = self._usage.behind(tokens) if self._usage else {}
-        return {**self._fixed, "choices": [{"index": 0, **choice}], **usage}
+        return {**self._fixed, "choices": [{"index": index, **choice}], **usage}
 
     def tells(self, tokens: int) -> bool:
         """Whether `tokens` are worth an event though no text is complete with them: who counts tokens wants to see when they come."""
@@ -61,44 +79,43 @@ class _Envelope:
 
 
 class CompletionAnswer:
-    def __init__(self, text: Text, *, answer_id: str, model: str, created: int, logprobs: bool, usage: StreamUsage | None) -> None:
+    def __init__(
+        self, text: Text, *, answer_id: str, model: str, created: int, choices: int, logprobs: bool, usage: StreamUsage | None
+    ) -> None:
         self._envelope = _Envelope("text_completion", f"cmpl-{answer_id}", model, created, usage)
         self._text = text
         self._logprobs = logprobs
-        self._offset = 0
-        self._offsets = text.decoder()
+        self._offsets = [_Offsets(text.decoder()) for _ in range(choices)]
 
     def opening(self) -> list[Json]:
         return []
 
     def pieces(self, chunk: Chunk) -> list[Json]:
-        logprobs = self._logprobs_of(chunk.tokens)
+        logprobs = self._logprobs_of(chunk.choice, chunk.tokens)
         tokens = len(chunk.tokens)
-        if not chunk.text and not chunk.finish and not (logprobs and tokens) and not self._envelope.tells(tokens):
+        if not chunk.text and not chunk.reason and not (logprobs and tokens) and not self._envelope.tells(tokens):
             return []
-        reason = chunk.finish.reason.value if chunk.finish else None
-        return [self._envelope.choice({"text": chunk.text, "logprobs": logprobs, "finish_reason": reason}, tokens)]
+        choice = {"text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.reason}
+        return [self._envelope.choice(chunk.choice, choice, tokens)]
 
     def usage(self, usage: Usage) -> Json:
         return self._envelope.last(usage, [])
 
-    def whole(self, text: str, tokens: Sequence[Token], finish: Finish) -> Json:
-        choice = {"index": 0, "text": text, "logprobs": self._logprobs_of(tokens), "finish_reason": finish.reason.value}
-        return self._envelope.last(finish.usage, [choice])
+    def whole(self, choices: Sequence[Whole], finish: Finish) -> Json:
+        return self._envelope.last(finish.usage, [self._whole(index, choice) for index, choice in enumerate(choices)])
 
-    def _logprobs_of(self, tokens: Sequence[Token]) -> Json | None:
-        """`text_offset`: where in the answer each token's text begins, in characters."""
+    def _whole(self, index: int, choice: Whole) -> Json:
+        logprobs = self._logprobs_of(index, choice.tokens)
+        return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.reason}
+
+    def _logprobs_of(self, choice: int, tokens: Sequence[Token]) -> Json | None:
         if not self._logprobs:
             return None
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(self._offsets.push(token.id))
         return {
             "tokens": [_shown(self._text.token_bytes(token.id)) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [self._offsets[choice].next(token) for token in tokens],
         }
 
     def _top(self, token: Token) -> Json:
@@ -107,38 +124,56 @@ class CompletionAnswer:
         return {_shown(self._text.token_bytes(token_id)): logprob for token_id, logprob in pairs}
 
 
+class _Offsets:
+    """Where in a choice's text each of its tokens begins, in characters."""
+
+    def __init__(self, decoder: Detokeniser) -> None:
+        self._decoder = decoder
+        self._length = 0
+
+    def next(self, token: Token) -> int:
+        offset = self._length
+        self._length += len(self._decoder.push(token.id))
+        return offset
+
+
 class ChatAnswer:
-    def __init__(self, text: Text, *, answer_id: str, model: str, created: int, logprobs: bool, usage: StreamUsage | None) -> None:
+    def __init__(
+        self, text: Text, *, answer_id: str, model: str, created: int, choices: int, logprobs: bool, usage: StreamUsage | None
+    ) -> None:
         name = f"chatcmpl-{answer_id}"
         self._stream = _Envelope("chat.completion.chunk", name, model, created, usage)
         self._one = _Envelope("chat.completion", name, model, created, None)
         self._text = text
+        self._choices = choices
         self._logprobs = logprobs
 
     def opening(self) -> list[Json]:
-        return [self._delta({"role": "assistant", "content": ""}, None)]
+        return [self._delta(choice, {"role": "assistant", "content": ""}, None) for choice in range(self._choices)]
 
     def pieces(self, chunk: Chunk) -> list[Json]:
         pieces = []
         logprobs = self._logprobs_of(chunk.tokens) if chunk.tokens else None
         tokens = len(chunk.tokens)
         if chunk.text or logprobs or self._stream.tells(tokens):
-            pieces.append(self._delta({"content": chunk.text}, None, logprobs, tokens))
+            pieces.append(self._delta(chunk.choice, {"content": chunk.text}, None, logprobs, tokens))
             tokens = 0
-        if chunk.finish:
-            pieces.append(self._delta({}, chunk.finish.reason.value, tokens=tokens))
+        if chunk.reason:
+            pieces.append(self._delta(chunk.choice, {}, chunk.reason, tokens=tokens))
         return pieces
 
     def usage(self, usage: Usage) -> Json:
         return self._stream.last(usage, [])
 
-    def whole(self, text: str, tokens: Sequence[Token], finish: Finish) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": self._logprobs_of(tokens), "finish_reason": finish.reason.value}
-        return self._one.last(finish.usage, [choice])
+    def whole(self, choices: Sequence[Whole], finish: Finish) -> Json:
+        return self._one.last(finish.usage, [self._whole(index, choice) for index, choice in enumerate(choices)])
 
-    def _delta(self, delta: Json, reason: str | None, logprobs: Json | None = None, tokens: int = 0) -> Json:
-        return self._stream.choice({"delta": delta, "logprobs": logprobs, "finish_reason": reason}, tokens)
+    def _whole(self, index: int, choice: Whole) -> Json:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": self._logprobs_of(choice.tokens), "finish_reason": choice.reason}
+
+    def _delta(self, choice: int, delta: Json, reason: FinishReason | None, logprobs: Json | None = None, tokens: int = 0) -> Json:
+        return self._stream.choice(choice, {"delta": delta, "logprobs": logprobs, "finish_reason": reason}, tokens)
 
     def _logprobs_of(self, tokens: Sequence[Token]) -> Json | None:
         if not self._logprobs:

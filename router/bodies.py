@@ -7,31 +7,38 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..core.errors import InvalidRequest
 from ..core.generate import Generate
-from ..core.sampling import SamplingParams
+from ..core.sampling import Range, SamplingParams
 from .admission import check_unicode
 
 _COMMON_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "n": (1,),
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
 """Fields of OpenAI's schema that we do not serve, with the values that ask for nothing (null always does)."""
 
-_ANY = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 """Fields that ask for nothing whatever they hold."""
 
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
+
+
+def _only_false(value: bool) -> bool:
+    if value:
+        raise ValueError("is not supported; leave it out or set it to false")
+    return value
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool = Field(False, description="Whether one event before the last has the usage.")
     continuous_usage_stats: bool = Field(False, description="With `include_usage`: whether every event has the usage so far.")
-    include_obfuscation: Literal[False] = Field(False, description="Not served.")
+    include_obfuscation: Annotated[bool, AfterValidator(_only_false), Field(json_schema_extra={"const": False})] = Field(
+        False, description="Not served."
+    )
 
 
 def _strings(value: object) -> object:
@@ -56,6 +63,7 @@ class _Body(BaseModel):
     max_tokens: int | None = Field(
         None, description="The most tokens of output. What does not fit the context behind the prompt ends sooner."
     )
+    n: int = Field(1, description="How many choices to write, each by itself.")
     temperature: float = Field(1.0, description="Divides the logits; 0 is greedy.")
     top_p: float = Field(1.0, description="Only the likeliest tokens that make up this probability together.")
     top_k: int = Field(0, description="Only this many of the likeliest tokens; 0 is no limit.")
@@ -80,6 +88,12 @@ class _Body(BaseModel):
     def running_usage(self) -> bool:
         return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
+    def check_limits(self, longest: int) -> None:
+        """Each limit on the output for itself: what a context of `longest` tokens could never hold is refused by its name."""
+        for field, low in (("max_tokens", 1), ("max_completion_tokens", 1), ("min_tokens", 0)):
+            if (value := getattr(self, field, None)) is not None:
+                Range(low, longest).check(field, value)
+
     def generate(self, prompt: str | tuple[int, ...], request_id: str, *, max_tokens: int, logprobs: int | None) -> Generate:
         sampling = SamplingParams(
             max_tokens=max_tokens,
@@ -95,7 +109,8 @@ class _Body(BaseModel):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple(sorted(self.logit_bias.items())),
-            min_tokens=self.min_tokens,
+            min_tokens=min(self.min_tokens, max_tokens),
+            n=self.n,
         )
         return Generate(prompt, self.model, sampling, tuple(self.stop), request_id)
 
@@ -140,7 +155,7 @@ def _without_nulls(value: object) -> object:
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
-class _Message(BaseModel):
+class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], BeforeValidator(_parts)]
@@ -159,7 +174,7 @@ class ChatBody(_Body):
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
     }
-    messages: Annotated[list[Annotated[_Message, BeforeValidator(_without_nulls)]], Field(min_length=1)] = Field(
+    messages: Annotated[list[Annotated[Message, BeforeValidator(_without_nulls)]], Field(min_length=1)] = Field(
         description="The conversation so far, as the model's chat template takes it."
     )
     max_completion_tokens: int | None = Field(None, description="`max_tokens` under its new name; this one counts if both are there.")
@@ -198,7 +213,7 @@ def parse_body(kind: type[_B], raw: bytes) -> _B:
 
 def _json_object(raw: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(raw.decode("utf-8"))
+        values = json.loads(raw.decode("utf-8"), parse_float=_number)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not valid UTF-8: byte {error.start}.", field="body") from None
     except (ValueError, RecursionError) as error:
@@ -206,6 +221,12 @@ def _json_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InvalidRequest("The body must be a JSON object.", field="body")
     return values
+
+
+def _number(text: str) -> float:
+    """JSON knows one kind of number: 1.0 is an integer."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def _check_unicode(values: dict[str, Any], raw: bytes) -> None:
@@ -216,7 +237,7 @@ def _check_unicode(values: dict[str, Any], raw: bytes) -> None:
 
 
 def _drop_neutral(values: dict[str, Any], neutral: Mapping[str, tuple[object, ...]]) -> None:
-    for name in [name for name in values if values[name] is None or name in _ANY]:
+    for name in [name for name in values if values[name] is None or name in IGNORED]:
         del values[name]
     for name in [name for name in values if name in neutral]:
         given = values.pop(name)

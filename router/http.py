@@ -11,7 +11,6 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,10 +23,10 @@ from starlette.types import Receive, Scope, Send
 
 from ..core.errors import DiptychError, Internal, InvalidRequest, NotFound, TooLarge
 from ..core.generate import Chunk, Finish, Generate, Model
-from ..core.request import Token
 from .admission import check_call, check_model
-from .answers import Answer, ChatAnswer, CompletionAnswer, StreamUsage, error_json, timing_json
+from .answers import Answer, ChatAnswer, CompletionAnswer, StreamUsage, Whole, error_json, timing_json
 from .bodies import ChatBody, CompletionBody, parse_body
+from .openapi import document
 from .run import Run
 from .service import Service, new_request_id
 
@@ -56,7 +55,7 @@ class _Call:
         request_id = new_request_id()
         reply = _Reply(scope, receive, send, request_id)
         try:
-            raw = await _read_body(receive, Headers(scope=scope), self._service.limits.body_bytes)
+            raw = await self._body(scope, receive)
             await _while_connected(receive, self._answer(raw, reply, request_id, accepted))
         except _Gone:
             return
@@ -68,6 +67,13 @@ class _Call:
             # The edge: the client is owed an answer whatever went wrong.
             log.error("request %s: a defect in the router", request_id, exc_info=error)
             await reply.error(Internal("An internal error ended the request; the router's log has it."))
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        try:
+            return await _read_body(receive, Headers(scope=scope), self._service.limits.body_bytes)
+        except TooLarge as error:
+            self._service.refused(error)
+            raise
 
     async def _answer(self, raw: bytes, reply: _Reply, request_id: str, accepted: float) -> None:
         service = self._service
@@ -83,17 +89,19 @@ class _Call:
             assert isinstance(call.prompt, tuple)
             usage = StreamUsage(len(call.prompt), body.running_usage) if body.stream and body.include_usage else None
             answer: Answer = kind(
-                service.text, answer_id=request_id, model=service.name, created=int(time.time()), logprobs=logprobs, usage=usage
+                service.text, answer_id=request_id, model=service.name, created=int(time.time()), choices=body.n, logprobs=logprobs,
+                usage=usage,
             )  # fmt: skip
             with service.run(seat, call, call.prompt, accepted) as run:
-                await (_send_stream(run, answer, reply, body.include_usage) if body.stream else _send_whole(run, answer, reply))
+                await (_send_stream(run, answer, reply, body.include_usage) if body.stream else _send_whole(run, answer, reply, body.n))
 
     async def _completion_call(self, body: CompletionBody, request_id: str) -> Generate:
         wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        body.check_limits(self._service.text.card.max_context)
         call = body.generate(body.prompt, request_id, max_tokens=wanted, logprobs=body.logprobs)
         check_call(call, self._service.text.card, self._service.name)
         ids = await self._service.text.encode(call.prompt) if isinstance(call.prompt, str) else call.prompt
-        return self._limited(call, ids, None if body.max_tokens is not None else wanted)
+        return self._service.fitted(call, ids)
 
     async def _chat_call(self, body: ChatBody, request_id: str) -> Generate:
         template = self._service.text.template
@@ -103,18 +111,11 @@ class _Call:
                 f"{self._service.name} has no chat template; use /v1/completions, or start with --chat-template FILE.", field="messages"
             )
         longest = self._service.text.card.max_context
+        body.check_limits(longest)
         call = body.generate(" ", request_id, max_tokens=longest if body.limit is None else body.limit, logprobs=body.logprob_count)
         check_call(call, self._service.text.card, self._service.name)
         ids = await self._service.text.encode_chat(body.plain_messages())
-        return self._limited(call, ids, longest if body.limit is None else None)
-
-    def _limited(self, call: Generate, ids: tuple[int, ...], default: int | None) -> Generate:
-        """The call on its token ids; a `default` limit gives way to what fits, the client's own does not."""
-        room = self._service.room(len(ids))
-        sampling = call.sampling
-        if default is not None:
-            sampling = replace(sampling, max_tokens=max(min(default, room), sampling.min_tokens))
-        return replace(call, prompt=ids, sampling=sampling)
+        return self._service.fitted(call, ids)
 
 
 class _Reply:
@@ -151,14 +152,12 @@ class _Reply:
             await self.whole(error_json(error), error.http_status, {"retry-after": "1"} if error.retryable else None)
 
 
-async def _send_whole(run: Run, answer: Answer, reply: _Reply) -> None:
-    texts: list[str] = []
-    tokens: list[Token] = []
+async def _send_whole(run: Run, answer: Answer, reply: _Reply, choices: int) -> None:
+    wholes = [Whole() for _ in range(choices)]
     async for chunk in run:
-        texts.append(chunk.text)
-        tokens.extend(chunk.tokens)
+        wholes[chunk.choice].take(chunk)
         if chunk.finish:
-            await reply.whole(reply.timed(answer.whole("".join(texts), tokens, chunk.finish), chunk.finish))
+            await reply.whole(reply.timed(answer.whole(wholes, chunk.finish), chunk.finish))
 
 
 async def _send_stream(run: Run, answer: Answer, reply: _Reply, include_usage: bool) -> None:
@@ -240,6 +239,11 @@ def make_app(service: Service, metrics_text: Callable[[], bytes]) -> Starlette:
     async def metrics(request: Request) -> Response:
         return Response(metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    described = json.dumps(document(service.text.card, service.name, chat=service.text.template is not None)).encode()
+
+    async def openapi(request: Request) -> Response:
+        return Response(described, media_type="application/json")
+
     routes = [
         Route("/v1/completions", _Call(service, chat=False), methods=["POST"]),
         Route("/v1/chat/completions", _Call(service, chat=True), methods=["POST"]),
@@ -247,6 +251,7 @@ def make_app(service: Service, metrics_text: Callable[[], bytes]) -> Starlette:
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
         Route("/metrics", metrics),
+        Route("/openapi.json", openapi),
     ]
     return Starlette(routes=routes, exception_handlers={DiptychError: _on_error, HTTPException: _on_http_error})
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..core.commands import Command, Decode, Event, Failed, Finished, HandedOver, Prefill, StepEvents, Stop
+from ..core.commands import ChoiceFinished, Command, Decode, Event, Failed, Finished, HandedOver, Prefill, StepEvents, Stop
 from ..core.errors import DiptychError
 from ..core.fleet import Member, WorkerReport
 from ..core.metrics import METRICS, Recorder
@@ -17,8 +17,12 @@ from .placement import Candidate
 
 log = logging.getLogger(__name__)
 
-SILENCE_S = 3.0
-"""A worker reports at least once a second; without a report for this long it counts as lost."""
+SILENCE_S = 20.0
+"""A worker reports at least once a second; without a report for this long its process hangs, and it counts as lost. A process that is
+dead, stopped or cut off is found by the connection's own probes (`rpc/channels.py`, 6 s), which grpc answers without Python: a worker
+that is only slow, on a host with too much to do, is not taken for lost."""
+LISTENS = 10
+"""Silence is counted in this many parts, each a turn of our own loop: a router that was itself held up has not listened meanwhile."""
 _BACKOFF_S = (0.05, 2.0)
 """First and longest pause before connecting again; it doubles in between."""
 _TERMINAL = (HandedOver, Finished, Failed)
@@ -37,6 +41,8 @@ class Listener(Protocol):
 class _Open:
     listener: Listener
     prompt_tokens: int
+    choices: set[int]
+    """Those not yet ended."""
 
 
 class Link:
@@ -54,26 +60,39 @@ class Link:
         self._open: dict[str, _Open] = {}
         self._counted: dict[str, float] = {}
         self._silence: asyncio.TimerHandle | None = None
+        self._listened = 0
         self._show_up()
         self._tasks = (asyncio.create_task(self._keep(self._attach)), asyncio.create_task(self._keep(self._watch)))
 
     def candidate(self) -> Candidate:
         connected = self._stream is not None and not self._stream.ended
         prompt_tokens = sum(opened.prompt_tokens for opened in self._open.values())
-        return Candidate(self.member, self.report if connected else None, len(self._open), prompt_tokens)
+        choices = sum(len(opened.choices) for opened in self._open.values())
+        return Candidate(self.member, self.report if connected else None, choices, prompt_tokens)
 
     def send(self, command: Command, listener: Listener) -> None:
         """Never blocks. The answers, or the loss of the stream, come to `listener` later, never from inside this call."""
         if isinstance(command, Stop):
-            if self._open.pop(command.attempt_id, None) and self._stream:
-                self._stream.send(command)
+            self._stop(command)
             return
         computes_prompt = isinstance(command, Prefill) or (isinstance(command, Decode) and command.local_prefill)
-        self._open[command.attempt_id] = _Open(listener, len(command.request.token_ids) if computes_prompt else 0)
+        request = command.request
+        self._open[command.attempt_id] = _Open(listener, len(request.token_ids) if computes_prompt else 0, set(request.live))
         if self._stream is None or self._stream.ended:
             asyncio.get_running_loop().call_soon(self._lose, "it is not connected")
             return
         self._stream.send(command)
+
+    def _stop(self, command: Stop) -> None:
+        opened = self._open.get(command.attempt_id)
+        if opened is None:
+            return
+        if command.choice is None:
+            del self._open[command.attempt_id]
+        else:
+            opened.choices.discard(command.choice)
+        if self._stream:
+            self._stream.send(command)
 
     async def close(self) -> None:
         """The worker left the fleet: what it still does for us is lost."""
@@ -101,6 +120,7 @@ class Link:
 
     async def _attach(self) -> bool:
         stream = self._stream = self._client.attach()
+        self._changed()
         heard = False
         try:
             async for step in stream:
@@ -133,23 +153,32 @@ class Link:
             if isinstance(event, _TERMINAL):
                 del self._open[event.attempt_id]
             else:
-                # Any other event brings a token: the prompt has been read.
+                # Any other event is about what comes behind the prompt: it has been read.
                 opened.prompt_tokens = 0
+            if isinstance(event, ChoiceFinished):
+                opened.choices.discard(event.choice)
             opened.listener.event(self.member.worker_id, event)
 
     def _take(self, report: WorkerReport) -> None:
-        if self._silence:
-            self._silence.cancel()
-        self._silence = asyncio.get_running_loop().call_later(self._silence_s, self._silent)
+        if self._silence is None:
+            self._listen()
+        self._listened = 0
         before, self.report = self.report, report
         self._show(report)
         if before is None or before.state is not report.state:
             log.info("worker %s is %s", self.member.worker_id, report.state.value)
             self._changed()
 
-    def _silent(self) -> None:
+    def _listen(self) -> None:
+        self._silence = asyncio.get_running_loop().call_later(self._silence_s / LISTENS, self._listened_on)
+
+    def _listened_on(self) -> None:
+        self._listened += 1
+        if self._listened <= LISTENS:
+            self._listen()
+            return
         if self._stream:
-            # The worker may be alive behind a broken network: a closed stream tells it to stop what is ours.
+            # The worker may yet come to itself: a closed stream tells it to stop what is ours.
             self._stream.close()
         self._lose(f"it said nothing for {self._silence_s:g} s")
 
@@ -157,6 +186,7 @@ class Link:
         """Everything open is lost, and nothing is placed here until the worker has reported again."""
         if self._silence:
             self._silence.cancel()
+            self._silence = None
         if self.report is not None or self._open:
             level = logging.WARNING if self._open else logging.INFO
             log.log(level, "worker %s is lost: %s (%d attempts open)", self.member.worker_id, why, len(self._open))

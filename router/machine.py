@@ -1,24 +1,26 @@
 """The life of one request in the router, as a pure machine: events in, actions out.
 
-    start ─▶ Place ─▶ placed ─▶ Send(Decode), Send(Prefill) ─▶ events ─▶ Emit … ─▶ Succeed or Fail, once
-                ▲                                            │
+    start ─▶ Place ─▶ placed ─▶ Send(Decode), Send(Prefill) ─▶ events ─▶ Emit …, End ─▶ Succeed or Fail, once
+                ▲                                            │             per choice
                 └────────── an attempt failed: Place ◀───────┘      at most `retries` times, the last with local prefill
 
-What holds whatever comes in, in whatever order: one terminal action; output token i is emitted once, after i-1, whichever stream
-brings it; every side of every attempt that was opened is closed, by its own terminal event, by the loss of its stream or by a Stop.
+One attempt carries all choices that have not ended. What holds whatever comes in, in whatever order: one terminal action; token i of
+a choice is emitted once, after i-1, whichever stream brings it; a choice ends once, behind its last token, and all have ended before
+Succeed; every side of every attempt that was opened is closed, by its own terminal event, by the loss of its stream or by a Stop.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from ..core.commands import Command, Decode, Event, Failed, Finished, FirstToken, HandedOver, NewTokens, Prefill, Stop
+from ..core.commands import ChoiceFinished, Command, Decode, Event, Failed, Finished, FirstTokens, HandedOver, NewTokens, Prefill, Stop
 from ..core.errors import Cancelled, DeadlineExceeded, DiptychError, Internal, InvalidRequest, NotFound, TransferFailed, Unavailable
 from ..core.request import FinishReason, Request, Token
+from .outputs import Output
 from .placement import Demand, Placement
 
 MAX_HELD_TOKENS = 1024
-"""Tokens of D kept while P's first token is still on its way. D is ahead by a stream's delay, a few steps; this many is a defect."""
+"""Tokens of D kept of a choice while P's first one is on its way. D is ahead by a stream's delay, a few steps; this many is a defect."""
 
 _FINAL = (InvalidRequest, NotFound, DeadlineExceeded)
 """Failures that another attempt would only repeat."""
@@ -40,14 +42,22 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """The next output tokens, in order."""
+    """The next tokens of one choice, in order."""
 
     tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Succeed:
+class End:
+    """Nothing follows of this choice."""
+
+    choice: int
     reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Succeed:
+    """Every choice has ended, and all is known of how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +65,7 @@ class Fail:
     error: DiptychError
 
 
-Action = Place | Send | Emit | Succeed | Fail
+Action = Place | Send | Emit | End | Succeed | Fail
 
 
 @dataclass(slots=True)
@@ -69,11 +79,10 @@ class _Side:
 @dataclass(slots=True)
 class _Attempt:
     id: str
-    first_index: int
+    choices: tuple[int, ...]
+    """Those it writes."""
     prefill: _Side | None
     decode: _Side | None
-    held: dict[int, Token] = field(default_factory=dict)
-    finish: FinishReason | None = None
     decoding: bool = False
     """D has drawn a token or an end, so it has the KV: what becomes of P no longer matters."""
     doubt: DiptychError | None = None
@@ -96,7 +105,7 @@ class RequestMachine:
         """Of the latest attempt that moved KV."""
         self.cached_tokens = 0
         self._most_attempts = 1 + retries
-        self._emitted: list[int] = list(request.generated)
+        self._outputs = [Output() for _ in range(request.sampling.n)]
         self._attempt: _Attempt | None = None
         self._avoid: frozenset[str] = frozenset()
         self._started = False
@@ -120,10 +129,12 @@ class RequestMachine:
         self.attempts += 1
         self.placement = placement
         self.handed_over = None
-        request = replace(self.request, generated=tuple(self._emitted))
         prefill = _Side(placement.prefill.worker_id) if placement.prefill else None
         decode = _Side(placement.decode.worker_id) if placement.decode else None
-        self._attempt = _Attempt(attempt_id, len(self._emitted), prefill, decode)
+        request = self._remaining()
+        for choice, output in enumerate(self._outputs):
+            output.begin(awaits_first=prefill is not None and choice in request.opening)
+        self._attempt = _Attempt(attempt_id, request.live, prefill, decode)
         actions: list[Action] = []
         if decode:
             actions.append(Send(decode.worker_id, Decode(attempt_id, request, local_prefill=prefill is None)))
@@ -145,18 +156,21 @@ class RequestMachine:
         if side is None:
             return []
         match event:
-            case FirstToken():
-                return self._first_token(attempt, side, event)
+            case FirstTokens():
+                return self._first_tokens(attempt, side, event)
             case NewTokens():
                 attempt.decoding = True
-                return self._take(attempt, event.tokens) + self._settle(attempt)
+                return self._take(event.tokens) + self._settle(attempt)
+            case ChoiceFinished():
+                attempt.decoding = True
+                self._outputs[event.choice].finish = event.finish
+                return self._settle(attempt)
             case HandedOver():
                 side.open = False
                 self.handed_over = event
                 return self._next_attempt(attempt.doubt) if attempt.doubt else self._settle(attempt)
             case Finished():
                 side.open = False
-                attempt.finish = event.finish
                 attempt.decoding = attempt.decoding or side is attempt.decode
                 self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
                 return self._settle(attempt)
@@ -173,61 +187,96 @@ class RequestMachine:
             return []
         return self._failed(attempt, side, Unavailable(f"The connection to worker {worker_id} was lost."))
 
-    def stop(self) -> list[Action]:
-        """The text is complete (a stop string): nothing more is wanted."""
-        return self._end(Succeed(FinishReason.STOP))
+    def stop(self, choice: int) -> list[Action]:
+        """The text of this choice is complete (a stop string): nothing more of it is wanted."""
+        output, attempt = self._outputs[choice], self._attempt
+        if self._ended or not output.live:
+            return []
+        output.close(FinishReason.STOP)
+        end = End(choice, FinishReason.STOP)
+        if self._complete:
+            return [end, *self._end(Succeed())]
+        if attempt and attempt.decode and attempt.decode.open:
+            return [end, Send(attempt.decode.worker_id, Stop(attempt.id, choice))]
+        return [end]
 
     def give_up(self, error: DiptychError) -> list[Action]:
         """The client is gone, the time is up, the router ends."""
         return self._fail(error)
 
+    @property
+    def _complete(self) -> bool:
+        return not any(output.live for output in self._outputs)
+
+    def _remaining(self) -> Request:
+        """What is left of the request for an attempt to write."""
+        began = any(output.emitted for output in self._outputs)
+        generated = tuple(tuple(output.emitted) for output in self._outputs) if began else ()
+        finished = frozenset(choice for choice, output in enumerate(self._outputs) if not output.live)
+        return replace(self.request, generated=generated, finished=finished)
+
     def _place(self, cause: DiptychError | None) -> Place:
         last = self.attempts + 1 == self._most_attempts and self._most_attempts > 1
+        request = self._remaining()
+        shared = len(request.token_ids)
         demand = Demand(
-            context_tokens=len(self.request.prompt_ids) + len(self._emitted),
-            output_tokens=self.request.sampling.max_tokens - len(self._emitted),
+            context_tokens=shared,
+            output_tokens=len(request.prompt_ids) + request.sampling.max_tokens - shared,
+            choices=len(request.live),
             avoid=self._avoid,
             local=last,
         )
         return Place(demand, cause)
 
-    def _first_token(self, attempt: _Attempt, side: _Side, event: FirstToken) -> list[Action]:
+    def _first_tokens(self, attempt: _Attempt, side: _Side, event: FirstTokens) -> list[Action]:
         self.cached_tokens = event.cached_tokens
-        if event.finish is None:
-            return self._take(attempt, (event.token,)) + self._settle(attempt)
-        # P cancels the transfer itself; whatever D says of that is settled.
-        side.open = False
+        finishes = {token.choice: finish for token, finish in zip(event.tokens, event.finishes, strict=True)}
+        for choice, finish in finishes.items():
+            self._outputs[choice].awaits_first = False
+            self._outputs[choice].finish = finish or self._outputs[choice].finish
         # An end token is not part of the output; the last token that fits is.
-        taken = self._take(attempt, (event.token,)) if event.finish is FinishReason.LENGTH else []
-        return taken + self._end(Succeed(event.finish))
+        actions = self._take(tuple(token for token in event.tokens if finishes[token.choice] is not FinishReason.STOP))
+        if all(finishes.get(choice) for choice in attempt.choices):
+            # P cancels the transfer itself; whatever D says of that is settled.
+            side.open = False
+            actions += self._end_choices()
+            if self._complete:
+                return actions + self._end(Succeed())
+        return actions + self._settle(attempt)
 
-    def _take(self, attempt: _Attempt, tokens: tuple[Token, ...]) -> list[Action]:
-        """Emit what continues the output without a gap; hold what is ahead; drop what was emitted before."""
+    def _take(self, tokens: tuple[Token, ...]) -> list[Action]:
+        """Emit what continues an output without a gap; hold what is ahead; drop what was emitted before."""
         for token in tokens:
-            if token.index >= len(self._emitted):
-                attempt.held[token.index] = token
-        ready: list[Token] = []
-        while following := attempt.held.pop(len(self._emitted), None):
-            ready.append(following)
-            self._emitted.append(following.id)
-        return [Emit(tuple(ready))] if ready else []
+            self._outputs[token.choice].take(token)
+        choices = dict.fromkeys(token.choice for token in tokens)
+        return [Emit(ready) for choice in choices if (ready := self._outputs[choice].ready())]
+
+    def _end_choices(self) -> list[Action]:
+        """The choices of which all has come."""
+        ended: list[Action] = []
+        for choice, output in enumerate(self._outputs):
+            if output.live and output.finish and output.whole:
+                output.close(output.finish)
+                ended.append(End(choice, output.finish))
+        return ended
 
     def _settle(self, attempt: _Attempt) -> list[Action]:
         """End if the output is complete. P's last word is waited for: it says what the transfer was, and comes within a lease."""
-        if len(attempt.held) > MAX_HELD_TOKENS:
-            return self._next_attempt(Internal(f"{len(attempt.held)} tokens came before the first one."))
-        if attempt.finish is None:
-            return [] if any(side.open for side in attempt.sides()) else self._next_attempt(Internal("The attempt ended without an end."))
-        if attempt.prefill and attempt.prefill.open:
-            return []
-        first_missing = attempt.prefill and attempt.decode and len(self._emitted) == attempt.first_index
-        if attempt.held or first_missing:
-            return self._next_attempt(TransferFailed("The first token of the attempt never came."))
-        return self._end(Succeed(attempt.finish))
+        ended = self._end_choices()
+        most = max(len(output.held) for output in self._outputs)
+        if most > MAX_HELD_TOKENS:
+            return ended + self._next_attempt(Internal(f"{most} tokens of a choice came before its first one."))
+        if any(side.open for side in attempt.sides()):
+            return ended
+        if self._complete:
+            return ended + self._end(Succeed())
+        if any(output.live and not output.whole for output in self._outputs):
+            return ended + self._next_attempt(TransferFailed("A first token of the attempt never came."))
+        return ended + self._next_attempt(Internal("The attempt ended without an end."))
 
     def _failed(self, attempt: _Attempt, side: _Side, error: DiptychError) -> list[Action]:
         side.open = False
-        whole = not attempt.held and len(self._emitted) > attempt.first_index
+        whole = all(output.whole for output in self._outputs if output.live)
         if side is attempt.prefill and attempt.decoding and whole and not attempt.doubt:
             return self._settle(attempt)
         if side is attempt.decode and isinstance(error, Cancelled) and attempt.prefill and attempt.prefill.open:
@@ -238,13 +287,23 @@ class RequestMachine:
         return self._next_attempt(error)
 
     def _next_attempt(self, error: DiptychError) -> list[Action]:
-        if len(self._emitted) >= self.request.sampling.max_tokens:
-            return self._end(Succeed(FinishReason.LENGTH))
+        ended = self._end_full()
+        if self._complete:
+            return ended + self._end(Succeed())
         if isinstance(error, _FINAL):
-            return self._fail(error)
+            return ended + self._fail(error)
         if self.attempts >= self._most_attempts:
-            return self._fail(_last_word(error, self.attempts))
-        return [*self._close(), self._place(error)]
+            return ended + self._fail(_last_word(error, self.attempts))
+        return [*ended, *self._close(), self._place(error)]
+
+    def _end_full(self) -> list[Action]:
+        """The choices that have all their tokens, and lack only the word that says so."""
+        ended: list[Action] = []
+        for choice, output in enumerate(self._outputs):
+            if output.live and len(output.emitted) >= self.request.sampling.max_tokens:
+                output.close(FinishReason.LENGTH)
+                ended.append(End(choice, FinishReason.LENGTH))
+        return ended
 
     def _fail(self, error: DiptychError) -> list[Action]:
         return self._end(Fail(error))

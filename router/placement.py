@@ -27,12 +27,12 @@ class Path(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One member as the router sees it now. `attempts` and `prompt_tokens` are what this router itself has open there
+    """One member as the router sees it now. `choices` and `prompt_tokens` are what this router itself has open there
     (the prompts not yet answered by a token); `report` is the last one while it is fresh, and None means not alive."""
 
     member: Member
     report: WorkerReport | None
-    attempts: int = 0
+    choices: int = 0
     prompt_tokens: int = 0
 
     @property
@@ -61,13 +61,16 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is to be placed: `context_tokens` to compute (prompt and tokens already generated), `output_tokens` still to come.
+    """What is to be placed: `context_tokens` to compute before anything is drawn (the prompt, with one choice also what it has
+    generated), and behind them up to `output_tokens` of each of `choices`.
 
-    `avoid`: workers on which this request has just failed. `local`: the last attempt, which should depend on one worker only.
+    A worker that can hold one choice can write them all, one after the other if it must. `avoid`: workers on which this request has
+    just failed. `local`: the last attempt, which should depend on one worker only.
     """
 
     context_tokens: int
     output_tokens: int
+    choices: int = 1
     avoid: frozenset[str] = frozenset()
     local: bool = False
 
@@ -154,10 +157,10 @@ def prefill_score(candidate: Candidate) -> float:
 
 
 def decode_score(candidate: Candidate) -> float:
-    """1 when idle and empty: the mean of how few attempts it has and how much of its KV pool is free."""
+    """1 when idle and empty: the mean of how few choices it writes and how much of its KV pool is free."""
     report = candidate.report
     reported, free = (report.waiting + report.running, report.blocks_free / max(1, report.blocks_total)) if report else (0, 1.0)
-    return 0.5 / (1.0 + max(candidate.attempts, reported)) + 0.5 * min(1.0, free)
+    return 0.5 / (1.0 + max(candidate.choices, reported)) + 0.5 * min(1.0, free)
 
 
 def _wants_local(demand: Demand, policy: Policy) -> bool:
@@ -171,8 +174,10 @@ def _prefills(snapshot: Snapshot, demand: Demand) -> list[Candidate]:
 
 
 def _decodes(snapshot: Snapshot, demand: Demand) -> list[Candidate]:
-    wanted = demand.context_tokens + demand.output_tokens
-    return [c for c in snapshot.of(Phase.DECODE) if c.usable and c.member.capacity_tokens >= wanted]
+    """Those that can hold all choices at once, or if there are none those that can hold one."""
+    one, more = demand.context_tokens + demand.output_tokens, (demand.choices - 1) * demand.output_tokens
+    able = [c for c in snapshot.of(Phase.DECODE) if c.usable and c.member.capacity_tokens >= one]
+    return [c for c in able if c.member.capacity_tokens >= one + more] or able
 
 
 def _pick_pair(decodes: Sequence[Candidate], prefills: Sequence[Candidate], demand: Demand, turn: int) -> Placement | None:

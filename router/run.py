@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Protocol, Self
 
 from ..core.clock import Clock
 from ..core.commands import Command, Event
-from ..core.errors import Cancelled, DeadlineExceeded, DiptychError, Internal, Overloaded
+from ..core.errors import Cancelled, DeadlineExceeded, DiptychError, Internal, Overloaded, Unavailable
 from ..core.generate import Chunk, Finish, Timing, Usage
 from ..core.metrics import Recorder
 from ..core.request import FinishReason, Request, Token, new_attempt_id
 from .budget import RetryBudget
 from .link import Listener
-from .machine import Action, Emit, Fail, Place, RequestMachine, Send, Succeed
+from .machine import Action, Emit, End, Fail, Place, RequestMachine, Send, Succeed
 from .placement import Path, Policy, Snapshot, place
-from .text import Detokeniser, StopStrings
+from .text import Detokeniser
+from .times import Times
+from .writing import Writing
 
 log = logging.getLogger("diptych.router.requests")
 
@@ -44,11 +48,13 @@ class Run:
         workers: Workers,
         policy: Policy,
         budget: RetryBudget,
-        decoder: Detokeniser,
+        decoder: Callable[[], Detokeniser],
         recorder: Recorder,
         clock: Clock,
+        hold_s: float,
     ) -> None:
-        """`accepted`: when the request came, on `clock`."""
+        """`accepted`: when the request came, on `clock`. `decoder` makes a fresh detokeniser. `hold_s`: how long an attempt that nobody
+        can take now waits for somebody to come."""
         self.request_id = request.request_id
         self._machine = RequestMachine(request, retries=retries)
         self._workers = workers
@@ -56,20 +62,25 @@ class Run:
         self._budget = budget
         self._recorder = recorder
         self._clock = clock
-        self._decoder = decoder
-        self._stop = StopStrings(stop)
-        self._times = _Times(accepted, recorder)
-        self._text: list[str] = []
-        self._tokens: list[Token] = []
+        sampling = request.sampling
+        self._writings = [Writing(choice, decoder(), stop, min_tokens=sampling.min_tokens) for choice in range(sampling.n)]
+        self._times = Times(accepted, sampling.n, recorder)
+        self._todo: deque[Action] = deque()
+        self._performing = False
+        self._news: dict[int, None] = {}
+        """Choices that have something nobody has taken, those that have waited longest first."""
+        self._reasons: set[FinishReason] = set()
         self._end: Finish | DiptychError | None = None
-        self._stopped = False
-        """A stop string is complete: text behind it is not sent."""
         self._delivered = False
         self._wake = asyncio.Event()
         self._deadline: asyncio.TimerHandle | None = None
+        self._hold_s = hold_s
+        self._held: Place | None = None
+        """What nobody can take now."""
+        self._hold_over: asyncio.TimerHandle | None = None
 
     def start(self, seconds: float) -> None:
-        """Place and send; after `seconds` the request is ended with an error. What nobody can take fails here."""
+        """Place and send; after `seconds` the request is ended with an error. What nobody could ever take fails here."""
         self._deadline = asyncio.get_running_loop().call_later(seconds, self._expire, seconds)
         self._perform(self._machine.start())
         if isinstance(self._end, DiptychError):
@@ -79,20 +90,25 @@ class Run:
         return self
 
     async def __anext__(self) -> Chunk:
-        """What has come since the last chunk: a client that reads slowly gets fewer and larger ones."""
+        """What has come of one choice since its last chunk: a client that reads slowly gets fewer and larger ones."""
         if self._delivered:
             raise StopAsyncIteration
-        while not self._tokens and not self._text and self._end is None:
+        while not self._news and self._end is None:
             self._wake.clear()
             await self._wake.wait()
-        if isinstance(self._end, DiptychError) and not self._tokens and not self._text:
+        choice = next(iter(self._news), None)
+        if choice is None and isinstance(self._end, DiptychError):
             self._delivered = True
             raise self._end
-        finish = self._end if isinstance(self._end, Finish) else None
-        self._delivered = finish is not None
-        chunk = Chunk(self.request_id, "".join(self._text), tuple(self._tokens), finish)
-        self._text, self._tokens = [], []
-        return chunk
+        chunk = Chunk(self.request_id) if choice is None else self._take(choice)
+        if self._news or not isinstance(self._end, Finish):
+            return chunk
+        self._delivered = True
+        return replace(chunk, finish=self._end)
+
+    def _take(self, choice: int) -> Chunk:
+        del self._news[choice]
+        return self._writings[choice].take(self.request_id)
 
     def close(self) -> None:
         """Nobody reads any more: whatever still works for this request is stopped."""
@@ -116,36 +132,68 @@ class Run:
         except Exception as error:  # noqa: BLE001  as above
             self._defect(error)
 
+    def fleet_changed(self) -> None:
+        """A worker came, went or changed its state."""
+        try:
+            self._perform(self._try(self._held) if self._held else [])
+        except Exception as error:  # noqa: BLE001  as above
+            self._defect(error)
+
     def _defect(self, error: Exception) -> None:
         log.error("request %s: a defect in the router", self.request_id, exc_info=error)
-        self.give_up(Internal("An internal error ended the request; the router's log has it."))
+        # What workers are to be told they still are; nothing else is tried again.
+        self._todo = deque(action for action in self._todo if isinstance(action, Send))
+        told = Internal("An internal error ended the request; the router's log has it.")
+        self.give_up(told)
+        if self._end is None:
+            self._ended(told)
 
     def _expire(self, seconds: float) -> None:
         self.give_up(DeadlineExceeded(f"The request had not ended after {seconds:g} s, the router's limit."))
 
     def _perform(self, actions: Iterable[Action]) -> None:
-        for action in actions:
-            match action:
-                case Send(worker_id, command):
-                    self._workers.send(worker_id, command, self)
-                case Emit(tokens):
-                    if self._emit(tokens):
-                        self._perform(self._machine.stop())
-                case Place():
-                    self._perform([] if self._machine.ended else self._place(action))
-                case Succeed(reason):
-                    self._ended(reason)
-                case Fail(error):
-                    self._ended(error)
+        """In order; what follows from an action comes behind what is asked for already."""
+        self._todo.extend(actions)
+        if self._performing:
+            return
+        self._performing = True
+        try:
+            while self._todo:
+                self._act(self._todo.popleft())
+        finally:
+            self._performing = False
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Send(worker_id, command):
+                self._workers.send(worker_id, command, self)
+            case Emit(tokens):
+                self._emit(self._writings[tokens[0].choice], tokens)
+            case End(choice, reason):
+                self._reasons.add(self._writings[choice].end(reason))
+                self._tell(choice)
+            case Place():
+                self._perform([] if self._machine.ended else self._place(action))
+            case Succeed():
+                # One that was cut at its limit is what a request with several choices is counted by.
+                self._ended(max(self._reasons, key=lambda reason: reason is FinishReason.LENGTH))
+            case Fail(error):
+                self._ended(error)
 
     def _place(self, wanted: Place) -> list[Action]:
         now = self._clock.now()
         if wanted.cause and not self._budget.take(now):
             return self._machine.unplaceable(Overloaded(f"{wanted.cause.message} Too many requests are being retried to try again."))
+        return self._try(wanted)
+
+    def _try(self, wanted: Place) -> list[Action]:
         try:
             placement = place(self._workers.snapshot(), wanted.demand, self._policy)
+        except Unavailable as error:
+            return self._hold(wanted, error)
         except DiptychError as error:
             return self._machine.unplaceable(error)
+        self._let_go()
         if wanted.cause:
             self._recorder.inc("diptych_retries_total", code=wanted.cause.code)
             log.info("request %s: attempt %d after: %s", self.request_id, self._machine.attempts + 1, wanted.cause.message)
@@ -153,43 +201,55 @@ class Run:
         self._recorder.inc("diptych_attempts_total", path=placement.path.value)
         return self._machine.placed(placement, new_attempt_id())
 
-    def _emit(self, tokens: tuple[Token, ...]) -> bool:
-        """Take new tokens and their text; whether a stop string is complete (tokens behind it are dropped)."""
+    def _hold(self, wanted: Place, error: Unavailable) -> list[Action]:
+        """Wait for the fleet to change; not longer than `hold_s` in all."""
+        if not self._hold_s:
+            return self._machine.unplaceable(error)
+        if self._held is None:
+            log.info("request %s waits: %s", self.request_id, error.message)
+            self._held = wanted
+            self._hold_over = asyncio.get_running_loop().call_later(self._hold_s, self._waited_in_vain, error)
+        return []
+
+    def _waited_in_vain(self, error: Unavailable) -> None:
+        self._perform(self._machine.unplaceable(Unavailable(f"{error.message} It was waited for {self._hold_s:g} s.")))
+
+    def _let_go(self) -> None:
+        self._held = None
+        if self._hold_over:
+            self._hold_over.cancel()
+
+    def _emit(self, writing: Writing, tokens: tuple[Token, ...]) -> None:
+        """Take a choice's new tokens; those behind a stop string are dropped, and it is not written on."""
+        if writing.stopped:
+            return
         placement = self._machine.placement
         handed_over = placement is not None and placement.path is Path.DISAGGREGATED and self._machine.attempts == 1
         now = self._clock.now()
-        self._wake.set()
         for token in tokens:
-            self._times.token(now, handed_over)
-            self._tokens.append(token)
-            text, stopped = self._decoder.push(token.id), False
-            if token.index >= self._machine.request.sampling.min_tokens:
-                text, stopped = self._stop.push(text)
-            if text:
-                self._text.append(text)
-            if stopped:
-                self._stopped = True
-                return True
-        return False
+            self._times.token(writing.choice, now, handed_over)
+            writing.push(token)
+            if writing.stopped:
+                self._perform(self._machine.stop(writing.choice))
+                break
+        self._tell(writing.choice)
+
+    def _tell(self, choice: int) -> None:
+        """This choice has something for the client."""
+        self._news.setdefault(choice)
+        self._wake.set()
 
     def _ended(self, outcome: FinishReason | DiptychError) -> None:
         if self._deadline:
             self._deadline.cancel()
+        self._let_go()
         if isinstance(outcome, FinishReason):
-            outcome = FinishReason.STOP if self._stopped else outcome
-            if not self._stopped and (rest := self._rest()):
-                self._text.append(rest)
             usage = Usage(len(self._machine.request.prompt_ids), self._times.tokens, self._machine.cached_tokens)
-            self._end = Finish(outcome, usage, self._timing())
+            self._end = Finish(usage, self._timing())
         else:
             self._end = outcome
         self._wake.set()
         self._record(outcome)
-
-    def _rest(self) -> str:
-        """What was held back, now that nothing follows."""
-        text, stopped = self._stop.push(self._decoder.flush())
-        return text if stopped else text + self._stop.flush()
 
     def _timing(self) -> Timing:
         placement, moved = self._machine.placement, self._machine.handed_over
@@ -217,6 +277,7 @@ class Run:
             "outcome": name,
             "prompt_tokens": len(self._machine.request.prompt_ids),
             "cached_tokens": self._machine.cached_tokens,
+            "choices": len(self._writings),
             "output_tokens": self._times.tokens,
             "seconds": round(self._clock.now() - self._times.accepted, 4),
             "ttft": _rounded(self._times.ttft),
@@ -237,39 +298,6 @@ class Run:
         if moved := self._machine.handed_over:
             self._recorder.inc("diptych_kv_transfer_bytes_total", moved.kv_bytes, transport=moved.transport)
             self._recorder.observe("diptych_kv_transfer_seconds", moved.seconds, transport=moved.transport)
-
-
-class _Times:
-    """When tokens went out, and what follows from it. Seconds on the router's clock."""
-
-    def __init__(self, accepted: float, recorder: Recorder) -> None:
-        self.accepted = accepted
-        self.tokens = 0
-        self.ttft: float | None = None
-        self.handover_gap: float | None = None
-        self._last = accepted
-        self._recorder = recorder
-
-    @property
-    def tpot(self) -> float | None:
-        if self.ttft is None or self.tokens < 2:
-            return None
-        return (self._last - self.accepted - self.ttft) / (self.tokens - 1)
-
-    def token(self, now: float, handed_over: bool) -> None:
-        """One more token. The gap between tokens 1 and 2 of a disaggregated request is the hand-over's, reported apart."""
-        gap = now - self._last
-        self.tokens += 1
-        self._last = now
-        self._recorder.inc("diptych_output_tokens_total")
-        if self.tokens == 1:
-            self.ttft = gap
-            self._recorder.observe("diptych_ttft_seconds", gap)
-        elif self.tokens == 2 and handed_over:
-            self.handover_gap = gap
-            self._recorder.observe("diptych_handover_gap_seconds", gap)
-        elif self.tokens > 2:
-            self._recorder.observe("diptych_itl_seconds", gap)
 
 
 def _rounded(seconds: float | None) -> float | None:

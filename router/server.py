@@ -25,7 +25,7 @@ from .fleet import FleetView
 from .http import make_app
 from .link import SILENCE_S
 from .placement import Policy
-from .service import Service
+from .service import HOLD_S, Service
 from .text import Text
 
 KEEP_ALIVE_S = 65
@@ -51,6 +51,7 @@ class RouterSettings:
     policy: Policy = field(default_factory=Policy)
     limits: LimitsSection = field(default_factory=LimitsSection)
     silence_s: float = SILENCE_S
+    hold_s: float = HOLD_S
 
 
 class Router:
@@ -75,12 +76,12 @@ class Router:
         self._control = control
         self._web = web
         self._web_task = asyncio.create_task(web.serve([listening]))
-        self._health_task = asyncio.create_task(self._show_health())
+        self._fleet_task = asyncio.create_task(self._follow_fleet())
 
     async def stop(self, grace_s: float) -> None:
         """Refuse what is new, let what runs end for up to `grace_s` seconds, end the rest with an error, and free the ports."""
-        self._health_task.cancel()
-        await asyncio.gather(self._health_task, return_exceptions=True)
+        self._fleet_task.cancel()
+        await asyncio.gather(self._fleet_task, return_exceptions=True)
         await self._rpc.set_serving(False)
         await self.service.stop(grace_s)
         self._web.should_exit = True
@@ -88,11 +89,12 @@ class Router:
         await self.fleet.close()
         self.service.text.close()
 
-    async def _show_health(self) -> None:
-        """gRPC's health says what `/health` says: whether a request could be served."""
+    async def _follow_fleet(self) -> None:
+        """Who waits for a worker is told, and gRPC's health says what `/health` says: whether a request could be served."""
         while True:
             await self.fleet.changed.wait()
             self.fleet.changed.clear()
+            self.service.fleet_changed()
             await self._rpc.set_serving(self.service.unavailable() is None)
 
 
@@ -115,7 +117,7 @@ async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_
     fleet = FleetView(recorder, silence_s=settings.silence_s)
     service = Service(
         text, fleet, name=settings.model_name or card.name, policy=settings.policy, limits=settings.limits, recorder=recorder,
-        clock=MonotonicClock(),
+        clock=MonotonicClock(), hold_s=settings.hold_s,
     )  # fmt: skip
     limits = settings.limits
     try:

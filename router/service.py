@@ -10,21 +10,26 @@ from dataclasses import dataclass, replace
 
 from ..core.clock import Clock
 from ..core.config import LimitsSection
-from ..core.errors import DiptychError, Overloaded, Unavailable
+from ..core.errors import DiptychError, InvalidRequest, Overloaded, Unavailable
 from ..core.generate import Chunk, Generate, Model
 from ..core.metrics import Recorder
 from ..core.request import Request, Tokens
-from .admission import check_call, check_context, check_prompt, room
+from .admission import check_call, check_prompt, room
 from .budget import RetryBudget
 from .placement import Policy, capacity, unavailable
 from .run import Run, Workers
 from .text import Text
 
+HOLD_S = 15.0
+"""How long a request waits for a worker to come back when nobody can take it. The supervisor starts a dead one again after 0.5 s (1 s the
+second time), and a process is ready 2 to 5 s later: it imports torch and maps its weights."""
+
 
 @dataclass(slots=True)
 class Seat:
-    """A request's place among the running ones. With a run it is the run that records how it ended."""
+    """A request's place among the running ones, as wide as it has choices. With a run it is the run that records how it ended."""
 
+    choices: int = 1
     has_run: bool = False
 
 
@@ -32,7 +37,16 @@ class Service:
     """Implements `rpc.inference.InferenceFace`; the HTTP face calls the same steps one by one."""
 
     def __init__(
-        self, text: Text, workers: Workers, *, name: str, policy: Policy, limits: LimitsSection, recorder: Recorder, clock: Clock
+        self,
+        text: Text,
+        workers: Workers,
+        *,
+        name: str,
+        policy: Policy,
+        limits: LimitsSection,
+        recorder: Recorder,
+        clock: Clock,
+        hold_s: float = HOLD_S,
     ) -> None:
         """`name`: the model's, for clients."""
         self.text = text
@@ -43,8 +57,13 @@ class Service:
         self._policy = policy
         self._recorder = recorder
         self._budget = RetryBudget(clock.now())
-        self._runs: set[Run] = set()
+        self._hold_s = hold_s
+        self._served = False
+        self._capacity: int | None = None
+        self._runs: dict[Run, None] = {}
+        """In the order they came."""
         self._seated = 0
+        self._choices = 0
         self._stopping = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -64,7 +83,7 @@ class Service:
         with self.seat() as seat:
             check_call(call, self.text.card, self.name)
             ids = await self.text.encode(call.prompt) if isinstance(call.prompt, str) else call.prompt
-            with self.run(seat, call, ids, accepted) as run:
+            with self.run(seat, self.fitted(call, ids), ids, accepted) as run:
                 async for chunk in run:
                     yield chunk
 
@@ -73,58 +92,89 @@ class Service:
         """Count a request as running; raises `Overloaded` when `limits.running` are, `Unavailable` when the router is stopping."""
         seat = Seat()
         try:
-            with self._counted():
+            with self._counted(seat):
                 yield seat
         except DiptychError as error:
             if not seat.has_run:
-                self._recorder.inc("diptych_requests_total", outcome=error.code)
+                self.refused(error)
             raise
 
+    def refused(self, error: DiptychError) -> None:
+        """Count a request that ended before it had a run."""
+        self._recorder.inc("diptych_requests_total", outcome=error.code)
+
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _counted(self, seat: Seat) -> Iterator[None]:
         if self._stopping:
             raise Unavailable("The router is shutting down.")
-        if self._seated >= self.limits.running:
-            raise Overloaded(f"{self._seated} requests are running, the limit of this router; try again later.")
+        self._check_room(seat.choices)
         self._seated += 1
+        self._choices += seat.choices
         self._empty.clear()
         self._recorder.set("diptych_requests_running", self._seated)
         try:
             yield
         finally:
             self._seated -= 1
+            self._choices -= seat.choices
             self._recorder.set("diptych_requests_running", self._seated)
             if not self._seated:
                 self._empty.set()
+
+    def _check_room(self, more: int) -> None:
+        if self._choices + more > self.limits.running:
+            raise Overloaded(f"{self._choices} requests are running (each choice counts), and {self.limits.running} may; try again later.")
+
+    def _widen(self, seat: Seat, choices: int) -> None:
+        """Make room for all choices of a request, which is counted once already."""
+        if choices > self.limits.running:
+            raise InvalidRequest(f"n is {choices}, and this router runs {self.limits.running} at once.", field="n")
+        self._check_room(choices - seat.choices)
+        self._choices += choices - seat.choices
+        seat.choices = choices
 
     @contextmanager
     def run(self, seat: Seat, call: Generate, ids: tuple[int, ...], accepted: float) -> Iterator[Run]:
         """Place a checked call whose prompt is `ids`; closed at the end, which stops what is still under way.
 
-        Raises `ContextExceeded` for what cannot fit, `Unavailable` when nobody could take it.
+        Raises `ContextExceeded` for what cannot fit, `Overloaded` when there is no room for its choices, `Unavailable` when nobody
+        could take it.
         """
-        check_context(len(ids), call.sampling.max_tokens, self.text.card)
+        self._widen(seat, call.sampling.n)
         seed = secrets.randbits(64) if call.sampling.seed is None else call.sampling.seed
         request = Request(call.request_id or new_request_id(), self.name, (Tokens(ids),), replace(call.sampling, seed=seed))
         run = Run(
             request, call.stop, accepted=accepted, retries=self.limits.retries, workers=self._workers, policy=self._policy,
-            budget=self._budget, decoder=self.text.decoder(), recorder=self._recorder, clock=self.clock,
+            budget=self._budget, decoder=self.text.decoder, recorder=self._recorder, clock=self.clock,
+            hold_s=self._hold_s if self._served else 0.0,
         )  # fmt: skip
         seat.has_run = True
         self._budget.accepted()
         self._recorder.inc("diptych_prompt_tokens_total", len(ids))
-        self._runs.add(run)
+        self._runs[run] = None
         try:
             run.start(self.limits.request_s)
             yield run
         finally:
-            self._runs.discard(run)
+            del self._runs[run]
             run.close()
 
-    def room(self, prompt_tokens: int) -> int:
-        """Output tokens that fit behind a prompt, for calls that name no limit. Raises if the prompt itself does not fit."""
-        check_prompt(prompt_tokens, self.text.card)
-        return room(prompt_tokens, self.text.card, capacity(self._workers.snapshot()))
+    def fitted(self, call: Generate, ids: tuple[int, ...]) -> Generate:
+        """The call on its token ids, its output no longer than what fits behind them. Raises if the prompt itself does not fit."""
+        check_prompt(len(ids), self.text.card)
+        fits = room(len(ids), self.text.card, capacity(self._workers.snapshot()) or self._capacity)
+        sampling = call.sampling
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, fits), min_tokens=min(sampling.min_tokens, fits))
+        return replace(call, prompt=ids, sampling=sampling)
+
+    def fleet_changed(self) -> None:
+        """To be called when a worker has come, gone or changed its state: who waits for one is placed, the oldest request first."""
+        snapshot = self._workers.snapshot()
+        self._served = self._served or unavailable(snapshot, self._policy) is None
+        # While the only decode worker is started again the fleet has none, and yet a request is not to ask for more than it will hold.
+        self._capacity = capacity(snapshot) or self._capacity
+        for run in list(self._runs):
+            run.fleet_changed()
 
     def unavailable(self) -> str | None:
         """Why no request could be served now, or None if one could."""

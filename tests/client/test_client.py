@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from diptych.client.aio import AsyncClient
-from diptych.client.call import Answer
+from diptych.client.call import Answer, Choice
 from diptych.client.sync import Client
 from diptych.core.errors import Cancelled, DeadlineExceeded, InvalidRequest, Unavailable
 from diptych.core.generate import Chunk, Finish, Generate, Model, Timing, Usage
@@ -38,11 +38,15 @@ class Parrot:
         words = call.prompt.split() if isinstance(call.prompt, str) else [str(token) for token in call.prompt]
         try:
             call.sampling.validate(1000)
+            choices = range(call.sampling.n)
             for index, word in enumerate(words):
                 if word == "wait":
                     await asyncio.get_running_loop().create_future()
-                yield Chunk("r1", text=f" {word}", tokens=(Token(index, index),))
-            yield Chunk("r1", text="!", finish=Finish(FinishReason.LENGTH, Usage(1, len(words)), Timing(ttft=0.5)))
+                for choice in choices:
+                    yield Chunk("r1", text=f" {word}", tokens=(Token(index, index, choice=choice),), choice=choice)
+            for choice in reversed(choices):
+                finish = None if choice else Finish(Usage(1, len(words) * len(choices)), Timing(ttft=0.5))
+                yield Chunk("r1", text="!" * (choice + 1), choice=choice, reason=FinishReason.LENGTH, finish=finish)
         finally:
             self.ended.release()
 
@@ -83,9 +87,7 @@ def served() -> Iterator[Served]:
 
 
 WHOLE = Answer(
-    text=" a b!",
-    tokens=(Token(0, 0), Token(1, 1)),
-    finish=FinishReason.LENGTH,
+    choices=(Choice(" a b!", (Token(0, 0), Token(1, 1)), FinishReason.LENGTH),),
     usage=Usage(1, 2),
     timing=Timing(ttft=0.5),
     request_id="r1",
@@ -95,6 +97,7 @@ WHOLE = Answer(
 def test_a_whole_answer(served: Served) -> None:
     with Client(served.address) as client:
         assert client.generate("a b") == WHOLE
+        assert (WHOLE.text, WHOLE.tokens, WHOLE.finish) == (" a b!", (Token(0, 0), Token(1, 1)), FinishReason.LENGTH)
         assert client.generate([5, 6]).text == " 5 6!"
         assert client.models() == (Model("parrot", 10, 1000, True),)
 
@@ -104,6 +107,14 @@ def test_a_whole_answer(served: Served) -> None:
             assert await client.models() == (Model("parrot", 10, 1000, True),)
 
     asyncio.run(scenario())
+
+
+def test_several_choices(served: Served) -> None:
+    with Client(served.address) as client:
+        answer = client.generate("a b", n=3)
+        assert [choice.text for choice in answer.choices] == [" a b!", " a b!!", " a b!!!"]
+        assert [token.choice for choice in answer.choices for token in choice.tokens] == [0, 0, 1, 1, 2, 2]
+        assert answer.usage.output_tokens == 6
 
 
 def test_every_option_reaches_the_server(served: Served) -> None:
@@ -126,11 +137,12 @@ def test_every_option_reaches_the_server(served: Served) -> None:
             frequency_penalty=-0.5,
             logit_bias={9: 1.0, 4: -2.0},
             min_tokens=1,
+            n=2,
             request_id="mine",
             timeout_s=5.0,
         )
         client.generate("a")
-    sampling = SamplingParams(3, 0.5, 0.9, 7, 11, (8,), True, 2, 0.1, 1.1, 0.5, -0.5, ((4, -2.0), (9, 1.0)), 1)
+    sampling = SamplingParams(3, 0.5, 0.9, 7, 11, (8,), True, 2, 0.1, 1.1, 0.5, -0.5, ((4, -2.0), (9, 1.0)), 1, 2)
     assert served.face.calls == [Generate((1, 2), "m", sampling, ("end",), "mine"), Generate("a")]
 
 

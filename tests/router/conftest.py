@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import pytest
-from diptych.core.commands import Failed, Finished, FirstToken, HandedOver, NewTokens, Prefill, StepEvents, Stop
+from diptych.core.commands import ChoiceFinished, Failed, Finished, FirstTokens, HandedOver, NewTokens, Prefill, StepEvents, Stop
 from diptych.core.errors import Cancelled, DiptychError
 from diptych.core.fleet import Fleet, Member, Phase, WorkerReport, WorkerState
 from diptych.core.layout import DType
@@ -56,7 +56,7 @@ def prepared(tmp_path_factory):
 
 
 class FakeWorker:
-    """A worker over real gRPC, without a model: it "generates" `script`, one token per step.
+    """A worker over real gRPC, without a model: it "generates" `script`, one token of each choice per step, choice i from character i on.
 
     `hold` keeps P from its first token and D from its next one while cleared; `fail` is what its next attempts end with;
     `silent` stops its reports; `books` are the attempts open here.
@@ -72,6 +72,7 @@ class FakeWorker:
         self.state = WorkerState.READY
         self.end_after = None
         self.seen, self.stopped = [], []
+        self.halted = set()
         self.books = {}
         self.committed = {}
         self.step_s = 0.0
@@ -101,6 +102,9 @@ class FakeWorker:
         mine = set()
         try:
             async for command in stream:
+                if isinstance(command, Stop) and command.choice is not None:
+                    self.halted.add((command.attempt_id, command.choice))
+                    continue
                 if isinstance(command, Stop):
                     self.stopped.append(command.attempt_id)
                     if task := self.books.get(command.attempt_id):
@@ -139,37 +143,46 @@ class FakeWorker:
     def commit(self, attempt):
         return self.committed.setdefault(attempt, asyncio.get_running_loop().create_future())
 
-    def token(self, index, request):
-        token_id = self.script[index % len(self.script)]
+    def token(self, index, request, choice):
+        token_id = self.script[(index + choice) % len(self.script)]
         count = request.sampling.logprobs
         top = tuple((token_id + i, -0.5 - i) for i in range(count or 0))
-        return Token(index, token_id, None if count is None else -0.5, top)
+        return Token(index, token_id, None if count is None else -0.5, top, choice)
 
     async def prefill(self, command, stream):
         attempt, request = command.attempt_id, command.request
         await self.hold.wait()
-        index = len(request.generated)
+        at = {choice: len(request.generated_by(choice)) for choice in request.live}
         alone = command.destination is None
-        self.send(stream, FirstToken(attempt, self.token(index, request), FinishReason.LENGTH if alone else None, 0.0, 0.0, 3))
+        tokens = tuple(self.token(at[choice], request, choice) for choice in request.opening)
+        finishes = tuple(FinishReason.LENGTH if alone else None for _ in tokens)
+        self.send(stream, FirstTokens(attempt, tokens, finishes, 0.0, 0.0, 3))
         if alone:
-            return self.send(stream, Finished(attempt, FinishReason.LENGTH))
-        self.peers[command.destination].commit(attempt).set_result(index)
+            return self.send(stream, Finished(attempt))
+        self.peers[command.destination].commit(attempt).set_result({c: i + (c in request.opening) for c, i in at.items()})
         self.send(stream, HandedOver(attempt, 1000, 0.002, "shm"))
 
     async def decode(self, command, stream):
         attempt, request = command.attempt_id, command.request
-        first = len(request.generated)
+        at = {choice: len(request.generated_by(choice)) for choice in request.live}
         if not command.local_prefill:
-            first = 1 + await self.commit(attempt)
-        for index in range(first, request.sampling.max_tokens):
+            at = await self.commit(attempt)
+        while at:
             await self.hold.wait()
-            if self.fail and self.fail_after == index:
-                return self.send(stream, Failed(attempt, self.fail))
-            if self.end_after == index:
-                return self.send(stream, Finished(attempt, FinishReason.STOP))
             await asyncio.sleep(self.step_s)
-            self.send(stream, NewTokens(attempt, (self.token(index, request),)))
-        self.send(stream, Finished(attempt, FinishReason.LENGTH))
+            for choice, index in list(at.items()):
+                if self.fail and self.fail_after == index:
+                    return self.send(stream, Failed(attempt, self.fail))
+                if (attempt, choice) in self.halted:
+                    del at[choice]
+                elif index in (self.end_after, request.sampling.max_tokens):
+                    reason = FinishReason.STOP if index == self.end_after else FinishReason.LENGTH
+                    self.send(stream, ChoiceFinished(attempt, choice, reason))
+                    del at[choice]
+                else:
+                    self.send(stream, NewTokens(attempt, (self.token(index, request, choice),)))
+                    at[choice] += 1
+        self.send(stream, Finished(attempt))
 
     async def drain(self, timeout_s):
         return len(self.books)
@@ -213,11 +226,15 @@ class Site:
         self.workers[name] = self.peers[worker.address] = worker
         return worker
 
-    async def publish(self):
+    async def publish_only(self):
         self.version += 1
         fleet = Fleet(self.version, tuple(worker.member() for worker in self.workers.values()))
         async with RouterClient(self.router.control) as client:
             assert await client.publish(fleet) == self.version
+
+    async def publish(self):
+        """And wait until the router could serve a request."""
+        await self.publish_only()
         await self.until(lambda: len(self.router.fleet.describe()[1]) == len(self.workers))
         await self.until(lambda: self.router.service.unavailable() is None)
 

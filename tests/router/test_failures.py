@@ -29,7 +29,7 @@ def generate(service, prompt=PROMPT, **sampling):
 
 
 async def answer(service, prompt=PROMPT, **sampling):
-    """The text, and the last chunk's finish."""
+    """The text of the one choice, and the last chunk's finish."""
     chunks = [chunk async for chunk in generate(service, prompt, **sampling)]
     assert [token.index for chunk in chunks for token in chunk.tokens] == list(range(chunks[-1].finish.usage.output_tokens))
     return "".join(chunk.text for chunk in chunks), chunks[-1].finish
@@ -127,7 +127,7 @@ def test_a_silent_worker_is_lost_and_comes_back(site):
 
 def test_a_restarted_worker_is_another_incarnation(site):
     async def check():
-        async with site() as s:
+        async with site(hold_s=0.2) as s:
             old = s.workers["d0"]
             await old.kill()
             await s.until(lambda: s.router.service.unavailable())

@@ -91,6 +91,19 @@ def test_the_router_s_times_come_only_if_asked_for(site):
     asyncio.run(check())
 
 
+def test_limits_on_the_output_give_way_to_what_fits(site):
+    async def check():
+        async with site() as s, client(s) as c:
+            for asked in ({"max_tokens": 256}, {"max_tokens": 195, "extra_body": {"min_tokens": 256}}):
+                answer = await c.completions.create(model="tiny", prompt=[1] * 10, **asked)
+                assert answer.usage.completion_tokens == 190  # the pools hold 200
+                assert answer.choices[0].finish_reason == "length"
+            answer = await c.completions.create(model="tiny", prompt="x", max_tokens=3, extra_body={"min_tokens": 9})
+            assert answer.usage.completion_tokens == 3
+
+    asyncio.run(check())
+
+
 def test_chat(site):
     async def check():
         async with site() as s, client(s) as c:

@@ -1,13 +1,13 @@
 """The request machine: scenarios by hand, then random interleavings under which its promises must hold."""
 
 import pytest
-from diptych.core.commands import Decode, Failed, Finished, FirstToken, HandedOver, NewTokens, Prefill, Stop
+from diptych.core.commands import ChoiceFinished, Decode, Failed, Finished, FirstTokens, HandedOver, NewTokens, Prefill, Stop
 from diptych.core.errors import Cancelled, Internal, InvalidRequest, TransferFailed, Unavailable
 from diptych.core.fleet import Member, Phase
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.core.request import FinishReason, Request, Token, Tokens
 from diptych.core.sampling import SamplingParams
-from diptych.router.machine import Emit, Fail, Place, RequestMachine, Send, Succeed
+from diptych.router.machine import Emit, End, Fail, Place, RequestMachine, Send, Succeed
 from diptych.router.placement import Placement
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,20 +18,39 @@ P1, P2 = (Member(w, f"{w}:1", Phase.PREFILL, 1, LAYOUT, 1024) for w in ("p1", "p
 D1, D2 = (Member(w, f"{w}:1", Phase.DECODE, 1, LAYOUT, 1024) for w in ("d1", "d2"))
 
 
-def machine(max_tokens=8, retries=2):
-    request = Request("r", "m", (Tokens((1, 2, 3)),), SamplingParams(max_tokens=max_tokens, seed=1))
+STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
+
+
+def machine(max_tokens=8, retries=2, n=1):
+    request = Request("r", "m", (Tokens((1, 2, 3)),), SamplingParams(max_tokens=max_tokens, seed=1, n=n))
     return RequestMachine(request, retries=retries)
 
 
-def opened(max_tokens=8):
-    m = machine(max_tokens)
+def opened(max_tokens=8, n=1):
+    m = machine(max_tokens, n=n)
     m.start()
     m.placed(Placement(P1, D1), "a")
     return m
 
 
-def token(index):
-    return Token(index, 100 + index)
+def token(index, choice=0):
+    return Token(index, 100 * (1 + choice) + index, choice=choice)
+
+
+def first(attempt, *tokens, ends=(), cached=0):
+    """P's word; `ends`: choice → why it ends with this token."""
+    ends = dict(ends)
+    return FirstTokens(attempt, tokens, tuple(ends.get(t.choice) for t in tokens), cached_tokens=cached)
+
+
+def told(m, worker, *events):
+    """All that the machine wants after these events."""
+    return [action for event in events for action in m.event(worker, event)]
+
+
+def finished(attempt, reason, choice=0):
+    """What D says at the end of its last choice."""
+    return ChoiceFinished(attempt, choice, reason), Finished(attempt)
 
 
 def test_disaggregated_request_from_start_to_end():
@@ -43,56 +62,63 @@ def test_disaggregated_request_from_start_to_end():
     to_d, to_p = m.placed(Placement(P1, D1), "a")
     assert to_d == Send("d1", Decode("a", m.request))
     assert to_p == Send("p1", Prefill("a", m.request, "d1:1"))
-    assert m.event("p1", FirstToken("a", token(0), cached_tokens=2)) == [Emit((token(0),))]
+    assert m.event("p1", first("a", token(0), cached=2)) == [Emit((token(0),))]
     handed = HandedOver("a", 100, 0.01, "shm")
     assert m.event("p1", handed) == []
     assert m.event("d1", NewTokens("a", (token(1), token(2)))) == [Emit((token(1), token(2)))]
-    assert m.event("d1", Finished("a", FinishReason.STOP)) == [Succeed(FinishReason.STOP)]
+    assert told(m, "d1", *finished("a", STOP)) == [End(0, STOP), Succeed()]
     assert (m.handed_over, m.cached_tokens, m.attempts) == (handed, 2, 1)
-    assert m.lost("d1") == m.stop() == m.give_up(Cancelled("x")) == []
+    assert m.lost("d1") == m.stop(0) == m.give_up(Cancelled("x")) == []
 
 
 def test_second_token_waits_for_the_first():
     m = opened()
     assert m.event("d1", NewTokens("a", (token(1),))) == []
-    assert m.event("p1", FirstToken("a", token(0))) == [Emit((token(0), token(1)))]
+    assert m.event("p1", first("a", token(0))) == [Emit((token(0), token(1)))]
 
 
 def test_the_end_waits_for_the_word_of_p():
     m = opened()
-    m.event("p1", FirstToken("a", token(0)))
-    assert m.event("d1", Finished("a", FinishReason.STOP)) == []
-    assert m.event("p1", HandedOver("a", 1, 0.1, "shm")) == [Succeed(FinishReason.STOP)]
+    m.event("p1", first("a", token(0)))
+    assert told(m, "d1", *finished("a", STOP)) == [End(0, STOP)]
+    assert m.event("p1", HandedOver("a", 1, 0.1, "shm")) == [Succeed()]
+
+
+def test_the_end_of_a_choice_waits_for_its_first_token():
+    m = opened()
+    assert told(m, "d1", *finished("a", STOP)) == []
+    assert m.event("p1", first("a", token(0))) == [Emit((token(0),)), End(0, STOP)]
+    assert m.event("p1", HandedOver("a", 1, 0.1, "shm")) == [Succeed()]
 
 
 @pytest.mark.parametrize("end", [Failed("a", TransferFailed("no ack")), None])
 def test_p_may_die_once_d_decodes(end):
     m = opened()
-    m.event("p1", FirstToken("a", token(0)))
+    m.event("p1", first("a", token(0)))
     m.event("d1", NewTokens("a", (token(1),)))
     assert (m.event("p1", end) if end else m.lost("p1")) == []
-    assert m.event("d1", Finished("a", FinishReason.LENGTH)) == [Succeed(FinishReason.LENGTH)]
+    assert told(m, "d1", *finished("a", LENGTH)) == [End(0, LENGTH), Succeed()]
 
 
 def test_one_token_is_for_p_alone():
     m = machine(max_tokens=1)
     m.start()
     assert m.placed(Placement(P1, None), "a") == [Send("p1", Prefill("a", m.request, None))]
-    actions = m.event("p1", FirstToken("a", token(0), FinishReason.LENGTH))
-    assert actions == [Emit((token(0),)), Succeed(FinishReason.LENGTH)]
-    assert m.event("p1", Finished("a", FinishReason.LENGTH)) == []
+    actions = m.event("p1", first("a", token(0), ends={0: LENGTH}))
+    assert actions == [Emit((token(0),)), End(0, LENGTH), Succeed()]
+    assert m.event("p1", Finished("a")) == []
 
 
 def test_an_end_token_as_the_first_is_not_output_and_d_is_stopped():
     m = opened()
-    actions = m.event("p1", FirstToken("a", token(0), FinishReason.STOP))
-    assert actions == [Send("d1", Stop("a")), Succeed(FinishReason.STOP)]
+    actions = m.event("p1", first("a", token(0), ends={0: STOP}))
+    assert actions == [End(0, STOP), Send("d1", Stop("a")), Succeed()]
 
 
 def test_d_cancelled_by_p_waits_for_the_reason():
     m = opened()
     assert m.event("d1", Failed("a", Cancelled("P cancelled"))) == []
-    assert m.event("p1", FirstToken("a", token(0), FinishReason.STOP)) == [Succeed(FinishReason.STOP)]
+    assert m.event("p1", first("a", token(0), ends={0: STOP})) == [End(0, STOP), Succeed()]
     m = opened()
     m.event("d1", Failed("a", Cancelled("P cancelled")))
     (place,) = m.event("p1", Failed("a", Internal("broke")))
@@ -101,7 +127,7 @@ def test_d_cancelled_by_p_waits_for_the_reason():
 
 def test_retry_resumes_after_what_was_sent_and_avoids_the_dead():
     m = opened()
-    m.event("p1", FirstToken("a", token(0)))
+    m.event("p1", first("a", token(0)))
     m.event("p1", HandedOver("a", 1, 0.1, "shm"))
     m.event("d1", NewTokens("a", (token(1),)))
     (place,) = m.lost("d1")
@@ -109,10 +135,10 @@ def test_retry_resumes_after_what_was_sent_and_avoids_the_dead():
     assert place.demand.avoid == {"d1"}
     assert not place.demand.local
     to_d, to_p = m.placed(Placement(P1, D2), "b")
-    assert to_p.command.request.generated == (100, 101)
+    assert to_p.command.request.generated == ((100, 101),)
     assert to_d.command.request.prompt == m.request.prompt
     assert m.event("d1", NewTokens("a", (token(2),))) == []
-    assert m.event("p1", FirstToken("b", token(2))) == [Emit((token(2),))]
+    assert m.event("p1", first("b", token(2))) == [Emit((token(2),))]
 
 
 def test_a_failed_transfer_closes_both_and_the_last_attempt_is_local():
@@ -136,10 +162,10 @@ def test_errors_of_the_request_are_not_retried():
 
 def test_all_tokens_sent_is_an_end_even_if_the_word_is_lost():
     m = opened(max_tokens=2)
-    m.event("p1", FirstToken("a", token(0)))
+    m.event("p1", first("a", token(0)))
     m.event("p1", HandedOver("a", 1, 0.1, "shm"))
     m.event("d1", NewTokens("a", (token(1),)))
-    assert m.lost("d1") == [Succeed(FinishReason.LENGTH)]
+    assert m.lost("d1") == [End(0, LENGTH), Succeed()]
 
 
 def test_the_client_goes_while_a_place_is_sought():
@@ -157,21 +183,95 @@ def test_nobody_to_place_on():
     assert m.unplaceable(error) == [Fail(error)]
 
 
+def test_choices_go_out_and_end_apart():
+    m = opened(n=3)
+    firsts = tuple(token(0, choice) for choice in range(3))
+    actions = m.event("p1", first("a", *firsts, ends={1: STOP}))
+    assert actions == [Emit((firsts[0],)), Emit((firsts[2],)), End(1, STOP)]
+    m.event("p1", HandedOver("a", 1, 0.1, "shm"))
+    mixed = NewTokens("a", (token(1, 2), token(1, 0), token(2, 2)))
+    assert m.event("d1", mixed) == [Emit((token(1, 2), token(2, 2))), Emit((token(1, 0),))]
+    assert m.event("d1", ChoiceFinished("a", 2, STOP)) == [End(2, STOP)]
+    assert m.event("d1", NewTokens("a", (token(3, 2), token(2, 0)))) == [Emit((token(2, 0),))]
+    assert told(m, "d1", *finished("a", LENGTH)) == [End(0, LENGTH), Succeed()]
+
+
+def test_p_cancels_only_if_every_choice_has_ended():
+    m = opened(n=2)
+    assert m.event("p1", first("a", token(0), token(0, 1), ends={0: STOP}))[-1] == End(0, STOP)
+    assert m.stop(1) == [End(1, STOP), Send("p1", Stop("a")), Send("d1", Stop("a")), Succeed()]
+    m = opened(n=2)
+    ends = [End(0, STOP), End(1, STOP), Send("d1", Stop("a")), Succeed()]
+    assert m.event("p1", first("a", token(0), token(0, 1), ends={0: STOP, 1: STOP})) == ends
+
+
+def test_a_stopped_choice_leaves_the_others_alone():
+    m = opened(n=2)
+    m.event("p1", first("a", token(0), token(0, 1)))
+    assert m.stop(0) == [End(0, STOP), Send("d1", Stop("a", 0))]
+    assert m.stop(0) == []
+    assert m.event("d1", NewTokens("a", (token(1, 0), token(1, 1)))) == [Emit((token(1, 1),))]
+    assert m.event("d1", ChoiceFinished("a", 0, LENGTH)) == []
+    m.event("p1", HandedOver("a", 1, 0.1, "shm"))
+    assert told(m, "d1", *finished("a", LENGTH, 1)) == [End(1, LENGTH), Succeed()]
+
+
+def test_a_retry_has_each_choice_s_tokens_and_runs_only_those_that_have_not_ended():
+    m = opened(n=4)
+    m.event("p1", first("a", *(token(0, choice) for choice in range(3)), token(0, 3), ends={1: STOP}))
+    m.stop(3)
+    m.event("d1", NewTokens("a", (token(1, 2),)))
+    stop, place = m.lost("d1")
+    assert stop == Send("p1", Stop("a"))
+    assert (place.demand.context_tokens, place.demand.output_tokens, place.demand.choices) == (3, 8, 2)
+    to_d, to_p = m.placed(Placement(P1, D2), "b")
+    assert to_p.command.request == to_d.command.request
+    assert to_d.command.request.generated == ((100,), (), (300, 301), (400,))
+    assert to_d.command.request.finished == {1, 3}
+    assert m.event("p1", first("b")) == []
+    assert m.event("d2", NewTokens("b", (token(1, 0), token(2, 2)))) == [Emit((token(1, 0),)), Emit((token(2, 2),))]
+    m.event("p1", HandedOver("b", 1, 0.1, "shm"))
+    ends = (ChoiceFinished("b", 0, STOP), ChoiceFinished("b", 2, LENGTH), Finished("b"))
+    assert told(m, "d2", *ends) == [End(0, STOP), End(2, LENGTH), Succeed()]
+
+
+def test_a_retry_awaits_p_s_token_only_of_choices_that_have_none():
+    m = opened(n=2)
+    m.event("d1", NewTokens("a", (token(1, 0),)))
+    m.lost("p1")
+    m.placed(Placement(P1, D1), "b")
+    m.event("p1", first("b", token(0), token(0, 1)))
+    m.event("d1", NewTokens("b", (token(1, 0),)))
+    m.lost("d1")
+    m.placed(Placement(None, D2), "c")
+    assert m.event("d2", NewTokens("c", (token(2, 0), token(1, 1)))) == [Emit((token(2, 0),)), Emit((token(1, 1),))]
+
+
+def test_a_choice_with_all_its_tokens_ends_though_its_worker_died():
+    m = opened(max_tokens=2, n=2)
+    m.event("p1", first("a", token(0), token(0, 1)))
+    m.event("p1", HandedOver("a", 1, 0.1, "shm"))
+    m.event("d1", NewTokens("a", (token(1, 1),)))
+    end, place = m.lost("d1")
+    assert end == End(1, LENGTH)
+    assert place.demand.choices == 1
+
+
 MAX_TOKENS = 6
 ERRORS = [TransferFailed("t"), Unavailable("u"), Cancelled("c"), Internal("i"), InvalidRequest("r")]
-MEMBERS = {m.worker_id: m for m in (P1, P2, D1, D2)}
 
 
 class Interleavings(RuleBasedStateMachine):
-    """Workers that say anything the contract lets them say, late, twice and after the end; the promises are the invariants."""
+    """Workers that say anything there is a word for, late, twice and after the end; the promises are the invariants."""
 
-    @initialize(retries=st.integers(0, 2), max_tokens=st.integers(1, MAX_TOKENS))
-    def begin(self, retries, max_tokens):
-        self.m = machine(max_tokens, retries)
-        self.max_tokens = max_tokens
-        self.retries = retries
+    @initialize(retries=st.integers(0, 2), max_tokens=st.integers(1, MAX_TOKENS), n=st.integers(1, 3))
+    def begin(self, retries, max_tokens, n):
+        self.m = machine(max_tokens, retries, n)
+        self.max_tokens, self.retries, self.n = max_tokens, retries, n
         self.open: dict[tuple[str, str], bool] = {}
-        self.sent: list[int] = []
+        self.asked: dict[str, tuple[int, ...]] = {}
+        self.sent: list[list[int]] = [[] for _ in range(n)]
+        self.ended: dict[int, FinishReason] = {}
         self.terminals = 0
         self.wanted = 0
         self.count = 0
@@ -181,17 +281,31 @@ class Interleavings(RuleBasedStateMachine):
         for action in actions:
             assert self.terminals == 0, f"{action} after the end"
             match action:
-                case Place():
+                case Place(demand, _):
                     self.wanted += 1
-                case Send(worker, Stop(attempt)):
+                    assert demand.choices == self.n - len(self.ended)
+                case Send(worker, Stop(attempt, None)):
                     assert self.open[attempt, worker], "stopped what was closed"
                     self.open[attempt, worker] = False
+                case Send(worker, Stop(attempt, choice)):
+                    assert self.open[attempt, worker], "stopped a choice of what was closed"
+                    assert choice in self.asked[attempt]
                 case Send(worker, command):
-                    assert list(command.request.generated) == [100 + i for i in range(len(self.sent))]
+                    assert command.request.generated in ((), tuple(tuple(sent) for sent in self.sent))
+                    assert command.request.finished == set(self.ended)
                     self.open[command.attempt_id, worker] = True
+                    self.asked[command.attempt_id] = command.request.live
                 case Emit(tokens):
-                    self.sent.extend(t.index for t in tokens)
-                case Succeed() | Fail():
+                    (choice,) = {t.choice for t in tokens}
+                    assert choice not in self.ended
+                    self.sent[choice].extend(t.id for t in tokens)
+                case End(choice, reason):
+                    assert choice not in self.ended
+                    self.ended[choice] = reason
+                case Succeed():
+                    assert len(self.ended) == self.n
+                    self.terminals += 1
+                case Fail():
                     self.terminals += 1
 
     @precondition(lambda self: self.wanted and not self.terminals)
@@ -200,7 +314,7 @@ class Interleavings(RuleBasedStateMachine):
         self.wanted -= 1
         if data.draw(st.booleans()) or data.draw(st.booleans()):
             p = data.draw(st.sampled_from([P1, P2, None]))
-            one_left = self.max_tokens - len(self.sent) == 1
+            one_left = self.n == 1 and self.max_tokens - len(self.sent[0]) == 1
             d = None if p and one_left else data.draw(st.sampled_from([D1, D2]))
             self.count += 1
             self.apply(self.m.placed(Placement(p, d), f"a{self.count}"))
@@ -214,23 +328,28 @@ class Interleavings(RuleBasedStateMachine):
         self.apply(actions)
 
     @precondition(lambda self: self.open)
-    @rule(data=st.data(), kind=st.sampled_from(["first", "first_end", "tokens", "handed", "finished", "failed", "lost"]))
+    @rule(data=st.data(), kind=st.sampled_from(["first", "tokens", "tokens", "handed", "choice", "finished", "failed", "lost"]))
     def worker_says(self, data, kind):
         key = data.draw(st.sampled_from(sorted(self.open)))
         attempt, worker = key
-        index = data.draw(st.integers(0, self.max_tokens - 1))
+        choice = data.draw(st.integers(0, self.n - 1))
+        reasons = st.sampled_from(FinishReason)
         if kind == "first":
-            self.answer(key, FirstToken(attempt, token(len(self.sent))))
-        elif kind == "first_end":
-            reason = data.draw(st.sampled_from(FinishReason))
-            self.answer(key, FirstToken(attempt, token(len(self.sent)), reason), terminal=True)
+            choices = data.draw(st.sets(st.integers(0, self.n - 1)))
+            ends = {c: data.draw(st.none() | reasons) for c in choices}
+            tokens = tuple(token(len(self.sent[c]), c) for c in choices)
+            terminal = all(ends.get(c) for c in self.asked[attempt])
+            self.answer(key, first(attempt, *tokens, ends=ends), terminal=terminal)
         elif kind == "tokens":
+            index = data.draw(st.integers(0, self.max_tokens - 1))
             stop = data.draw(st.integers(index, self.max_tokens))
-            self.answer(key, NewTokens(attempt, tuple(token(i) for i in range(index, stop))))
+            self.answer(key, NewTokens(attempt, tuple(token(i, choice) for i in range(index, stop))))
         elif kind == "handed":
             self.answer(key, HandedOver(attempt, 1, 0.1, "shm"), terminal=True)
+        elif kind == "choice":
+            self.answer(key, ChoiceFinished(attempt, choice, data.draw(reasons)))
         elif kind == "finished":
-            self.answer(key, Finished(attempt, FinishReason.STOP), terminal=True)
+            self.answer(key, Finished(attempt), terminal=True)
         elif kind == "failed":
             self.answer(key, Failed(attempt, data.draw(st.sampled_from(ERRORS))), terminal=True)
         else:
@@ -239,10 +358,10 @@ class Interleavings(RuleBasedStateMachine):
             self.apply(self.m.lost(worker))
 
     @precondition(lambda self: hasattr(self, "m"))
-    @rule(how=st.sampled_from(["stop", "give_up", "nothing", "nothing", "nothing"]))
-    def router_ends(self, how):
+    @rule(how=st.sampled_from(["stop", "give_up", "nothing", "nothing", "nothing"]), choice=st.integers(0, 2))
+    def router_ends(self, how, choice):
         if how == "stop":
-            self.apply(self.m.stop())
+            self.apply(self.m.stop(min(choice, self.n - 1)))
         elif how == "give_up":
             self.apply(self.m.give_up(Cancelled("gone")))
 
@@ -250,7 +369,8 @@ class Interleavings(RuleBasedStateMachine):
     def promises(self):
         if not hasattr(self, "m"):
             return
-        assert self.sent == list(range(len(self.sent)))
+        for choice, sent in enumerate(self.sent):
+            assert sent == [token(i, choice).id for i in range(len(sent))]
         assert self.m.attempts <= 1 + self.retries
         assert self.m.ended == (self.terminals == 1)
         if self.terminals:
@@ -261,5 +381,5 @@ class Interleavings(RuleBasedStateMachine):
             assert any(self.open.values()), "nobody is asked and nothing has ended"
 
 
-Interleavings.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+Interleavings.TestCase.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
 test_interleavings = Interleavings.TestCase

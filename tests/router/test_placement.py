@@ -82,6 +82,14 @@ def test_dead_draining_and_too_small_are_passed_over():
     assert go(worker("p0", capacity=50), worker("d0")) == (Path.LOCAL, None, "d0")
 
 
+def test_a_pool_for_all_choices_is_taken_before_an_idle_one_for_fewer():
+    fleet = [worker("p0"), worker("d0", capacity=115), worker("d1", capacity=140, attempts=9)]
+    assert go(*fleet)[2] == "d0"
+    assert go(*fleet, choices=4)[2] == "d1"
+    assert go(*fleet, choices=5)[2] == "d0"
+    assert go(*fleet, choices=16)[2] == "d0"
+
+
 def test_only_those_who_can_exchange_kv_are_paired():
     other = replace(LAYOUT, fingerprint="other")
     fleet = [worker("p0"), worker("d0", layout=other), worker("d1", attempts=9)]
