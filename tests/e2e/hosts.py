@@ -79,10 +79,10 @@ def _pids() -> list[int]:
 
 
 def _network(pid: int) -> Path | None:
-    """The network namespace of a process; None for one that has ended."""
+    """The network namespace of a process; None for one that has ended, or may not be looked at (whatever runs here may)."""
     try:
         return Path(f"/proc/{pid}/ns/net").readlink()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
 
 
