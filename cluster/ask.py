@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..core.errors import InvalidRequest, Unavailable
 from ..core.generate import Finish, Generate
+from ..core.request import FinishReason
 from ..core.sampling import SamplingParams
 from ..rpc.inference import InferenceClient, SyncInferenceClient
 from . import state
+from .printing import InTurn, likelihoods
 
 if TYPE_CHECKING:
     from .up import Served
@@ -52,29 +55,32 @@ def read_stdin() -> str:
 
 
 def answer(address: str, call: Generate, *, stats: bool) -> None:
-    """Stream the answer to stdout, then its numbers to stderr."""
+    """Stream the answer to stdout, then what else was asked for to stderr."""
     finish: Finish | None = None
+    screen = InTurn(call.sampling.n, sys.stdout.write)
     with SyncInferenceClient(address) as client, closing(client.generate(call)) as chunks:
         try:
             for chunk in chunks:
-                sys.stdout.write(chunk.text)
+                screen.take(chunk)
                 sys.stdout.flush()
                 finish = chunk.finish or finish
-            sys.stdout.write("\n")
-            sys.stdout.flush()
         except BrokenPipeError:  # `| head`: whoever read has enough; closing the call cancels the request
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
+    if call.sampling.logprobs is not None:
+        for tokens in screen.tokens:
+            sys.stderr.writelines(f"{line}\n" for line in likelihoods(tokens))
     if stats and finish is not None:
-        for label, value in numbers(finish):
+        for label, value in numbers(finish, screen.reasons):
             sys.stderr.write(f"{label:>16}  {value}\n")
 
 
-def numbers(finish: Finish) -> list[tuple[str, str]]:
-    """What the answer cost, as label and value."""
+def numbers(finish: Finish, reasons: Sequence[FinishReason | None]) -> list[tuple[str, str]]:
+    """What the answer cost, as label and value. `reasons`: why each choice ended."""
     usage, timing = finish.usage, finish.timing
+    why = ", ".join(reason for reason in reasons if reason)
     rows = [
-        ("tokens", f"{usage.prompt_tokens} read ({usage.cached_tokens} from cache), {usage.output_tokens} written ({finish.reason})"),
+        ("tokens", f"{usage.prompt_tokens} read ({usage.cached_tokens} from cache), {usage.output_tokens} written ({why})"),
         ("TTFT", _ms(timing.ttft)),
     ]
     if timing.tpot is not None:
@@ -104,6 +110,7 @@ class Demo:
     async def __call__(self, served: Served) -> bool:
         call = Generate(prompt=self.prompt, sampling=SamplingParams(max_tokens=self.max_tokens, seed=1))
         finish: Finish | None = None
+        reasons: list[FinishReason | None] = []
         began = False
         served.terminal.say(f"\n{self.prompt}", style="bold", end="")
         async with InferenceClient(served.grpc) as client:
@@ -112,10 +119,11 @@ class Demo:
                     served.terminal.timeline.mark("cluster", "first token")
                     began = True
                 served.terminal.say(chunk.text, end="")
+                reasons += [chunk.reason] if chunk.reason else []
                 finish = chunk.finish or finish
         assert finish is not None, "a stream that ends without an error has a finish"
         served.terminal.say("\n")
-        served.terminal.table(numbers(finish))
+        served.terminal.table(numbers(finish, reasons))
         if served.terminal.verbose:
             served.terminal.show_timeline()
         return self.once

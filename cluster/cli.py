@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import ConfigError, DiptychError
+from . import knobs
 from .bench import bench
 
 
@@ -63,12 +64,6 @@ Name = Annotated[str, typer.Option("--name", "-n", help="The cluster's name on t
 Server = Annotated[
     str | None, typer.Option("--server", metavar="HOST:PORT", help="Ask this router, in place of the cluster's of that name.")
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", help="The most tokens to write.")]
-Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token each time.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Draw among the likeliest tokens that together have this probability.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Draw among so many likeliest tokens; 0: all.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="The same seed draws the same answer.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="A text that ends the answer; may be given several times.")]
 
 
 @app.command()
@@ -134,7 +129,7 @@ def demo(
     model: Model = None,
     once: Annotated[bool, typer.Option("--once", help="End after the answer.")] = False,
     prompt: Annotated[str | None, typer.Option(help="The text to continue; by default one long enough to be handed over.")] = None,
-    max_tokens: MaxTokens = 64,
+    max_tokens: knobs.MaxTokens = 64,
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
     no_ray: NoRay = False,
@@ -200,12 +195,22 @@ def down(name: Name = "default", every: Annotated[bool, typer.Option("--all", he
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; without it, what comes on stdin.")] = None,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = None,
-    stop: Stop = None,
+    max_tokens: knobs.MaxTokens = 128,
+    min_tokens: knobs.MinTokens = 0,
+    temperature: knobs.Temperature = 1.0,
+    top_p: knobs.TopP = 1.0,
+    top_k: knobs.TopK = 0,
+    min_p: knobs.MinP = 0.0,
+    repetition_penalty: knobs.RepetitionPenalty = 1.0,
+    presence_penalty: knobs.PresencePenalty = 0.0,
+    frequency_penalty: knobs.FrequencyPenalty = 0.0,
+    logit_bias: knobs.LogitBias = None,
+    seed: knobs.Seed = None,
+    stop: knobs.Stop = None,
+    stop_token: knobs.StopTokens = None,
+    ignore_eos: knobs.IgnoreEos = False,
+    n: knobs.Choices = 1,
+    logprobs: knobs.Logprobs = None,
     stats: Annotated[bool, typer.Option("--stats", help="Then print times and the KV hand-over, on stderr.")] = False,
     name: Name = "default",
     server: Server = None,
@@ -217,24 +222,37 @@ def generate(
     [bold]cat story.txt | diptych generate --stats[/]
     """
     from ..core.generate import Generate
-    from ..core.sampling import SamplingParams
     from .ask import answer, read_stdin, server_of
 
     if prompt is None:
         if sys.stdin.isatty():
             raise ConfigError('Nothing to continue: give a text (`diptych generate "Once upon a time"`) or pipe one in.', field="prompt")
         prompt = read_stdin()
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    sampling = knobs.sampling_of(
+        max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias, seed=seed, stop_tokens=stop_token, ignore_eos=ignore_eos, n=n, logprobs=logprobs,
+    )  # fmt: skip
     call = Generate(prompt=prompt, sampling=sampling, stop=tuple(stop or ()))
     answer(server or server_of(name).grpc, call, stats=stats)
 
 
 @app.command()
 def chat(
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
+    max_tokens: knobs.MaxTokens = 512,
+    min_tokens: knobs.MinTokens = 0,
+    temperature: knobs.Temperature = 0.7,
+    top_p: knobs.TopP = 1.0,
+    top_k: knobs.TopK = 0,
+    min_p: knobs.MinP = 0.0,
+    repetition_penalty: knobs.RepetitionPenalty = 1.0,
+    presence_penalty: knobs.PresencePenalty = 0.0,
+    frequency_penalty: knobs.FrequencyPenalty = 0.0,
+    logit_bias: knobs.LogitBias = None,
+    seed: knobs.Seed = None,
+    stop: knobs.Stop = None,
+    stop_token: knobs.StopTokens = None,
+    ignore_eos: knobs.IgnoreEos = False,
     system: Annotated[str | None, typer.Option(help="Instructions put before the conversation.")] = None,
     name: Name = "default",
     server: Server = None,
@@ -245,8 +263,12 @@ def chat(
     """
     from .chat import Conversation
 
-    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    Conversation.begin(name, server, system=system, options={key: value for key, value in options.items() if value is not None}).run()
+    sampling = knobs.sampling_of(
+        max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias, seed=seed, stop_tokens=stop_token, ignore_eos=ignore_eos,
+    )  # fmt: skip
+    Conversation.begin(name, server, system=system, options=knobs.body_of(sampling, stop)).run()
 
 
 @app.command()
