@@ -16,7 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diptych.cluster.spec import RankSpec
-from diptych.core.commands import Command, Decode, Event, Failed, Finished, FirstToken, HandedOver, NewTokens, Prefill, Stop
+from diptych.core.commands import (
+    ChoiceFinished,
+    Command,
+    Decode,
+    Event,
+    Failed,
+    Finished,
+    FirstTokens,
+    HandedOver,
+    NewTokens,
+    Prefill,
+    Stop,
+)
 from diptych.core.errors import DiptychError
 from diptych.core.fleet import Phase, WorkerReport
 from diptych.core.request import FinishReason, Request, Token, Tokens, new_attempt_id
@@ -42,12 +54,20 @@ class Rank:
     unread: bytes = b""
 
     @classmethod
-    def start(cls, spec: RankSpec, directory: Path, *, environment: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> Rank:
-        """`prefix`: what runs the command elsewhere (`hosts.Host.prefix`)."""
+    def start(
+        cls,
+        spec: RankSpec,
+        directory: Path,
+        *,
+        environment: dict[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
+        program: tuple[str, ...] = ("-m", "diptych.cluster.rank"),
+    ) -> Rank:
+        """`prefix`: what runs the command elsewhere (`hosts.Host.prefix`); `program`: what Python runs."""
         log = directory / f"{spec.worker_id}.log"
         with log.open("ab") as sink:
             process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "diptych.cluster.rank", "--spec", spec.model_dump_json(), "--leash"],
+                [*prefix, sys.executable, *program, "--spec", spec.model_dump_json(), "--leash"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=sink,
@@ -132,7 +152,7 @@ def rank_spec(model: Path, phase: Phase, worker_id: str, **changes: object) -> R
 def request(prompt: Iterable[int], *, generated: tuple[int, ...] = (), **sampling: object) -> Request:
     """Greedy, 16 tokens, end tokens ignored, unless told otherwise."""
     params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})
-    return Request(request_id="r", model="", prompt=(Tokens(tuple(prompt)),), sampling=params, generated=generated)
+    return Request(request_id="r", model="", prompt=(Tokens(tuple(prompt)),), sampling=params, generated=(generated,) if generated else ())
 
 
 class Stream:
@@ -186,17 +206,49 @@ class Stream:
 
 
 @dataclass
+class Written:
+    """One choice."""
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float | None, ...] = ()
+    finish: FinishReason | None = None
+
+
+@dataclass
 class Answer:
-    """One request's outcome. `error`: what either worker failed with."""
+    """One request's outcome, its live choices by number. `error`: what either worker failed with."""
 
     attempt_id: str
-    tokens: tuple[int, ...] = ()
-    finish: FinishReason | None = None
-    first: FirstToken | None = None
+    choices: dict[int, Written]
+    first: FirstTokens | None = None
     handed_over: HandedOver | None = None
     finished: Finished | None = None
     error: DiptychError | None = None
-    logprobs: tuple[float | None, ...] = ()
+
+    @classmethod
+    def to(cls, asked: Request, attempt_id: str | None) -> Answer:
+        return cls(attempt_id or new_attempt_id(), {choice: Written() for choice in asked.live})
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Of choice 0, like the next."""
+        return self.choices[0].tokens
+
+    @property
+    def logprobs(self) -> tuple[float | None, ...]:
+        return self.choices[0].logprobs
+
+    @property
+    def finish(self) -> FinishReason | None:
+        return self.choices[0].finish
+
+    def take(self, asked: Request, token: Token) -> None:
+        """Tokens must come in order of their index, each once."""
+        written = self.choices[token.choice]
+        assert token.index == len(asked.generated_by(token.choice)) + len(written.tokens)
+        assert written.finish is None
+        written.tokens += (token.id,)
+        written.logprobs += (token.logprob,)
 
 
 @dataclass
@@ -210,30 +262,30 @@ class Workers:
 
     async def local(self, asked: Request, attempt_id: str | None = None) -> Answer:
         """The decode worker reads the prompt itself."""
-        answer = Answer(attempt_id or new_attempt_id())
+        answer = Answer.to(asked, attempt_id)
         assert self.decode is not None
         self.decode.send(Decode(answer.attempt_id, asked, local_prefill=True))
-        _read_decode(answer, await self.decode.until_terminal(answer.attempt_id), len(asked.generated))
+        _read_decode(answer, asked, await self.decode.until_terminal(answer.attempt_id))
         return answer
 
     async def disaggregated(self, asked: Request, attempt_id: str | None = None) -> Answer:
-        answer = Answer(attempt_id or new_attempt_id())
+        answer = Answer.to(asked, attempt_id)
         assert self.prefill is not None
         assert self.decode is not None
         self.decode.send(Decode(answer.attempt_id, asked))
         self.prefill.send(Prefill(answer.attempt_id, asked, self.decode_address))
         prefilled, decoded = await asyncio.gather(self._prefilled(answer.attempt_id), self._decoded(answer.attempt_id))
-        self._read_prefill(answer, prefilled)
-        if answer.finish is None:
-            _read_decode(answer, decoded, len(asked.generated) + len(answer.tokens))
+        self._read_prefill(answer, asked, prefilled)
+        if any(written.finish is None for written in answer.choices.values()):
+            _read_decode(answer, asked, decoded)
         return answer
 
     async def prefill_only(self, asked: Request, attempt_id: str | None = None) -> Answer:
         """A request of one token, for P alone."""
-        answer = Answer(attempt_id or new_attempt_id())
+        answer = Answer.to(asked, attempt_id)
         assert self.prefill is not None
         self.prefill.send(Prefill(answer.attempt_id, asked, None))
-        self._read_prefill(answer, await self.prefill.until_terminal(answer.attempt_id))
+        self._read_prefill(answer, asked, await self.prefill.until_terminal(answer.attempt_id))
         return answer
 
     async def _prefilled(self, attempt_id: str) -> list[Event]:
@@ -254,14 +306,15 @@ class Workers:
         return events
 
     @staticmethod
-    def _read_prefill(answer: Answer, events: list[Event]) -> None:
+    def _read_prefill(answer: Answer, asked: Request, events: list[Event]) -> None:
         for event in events:
             match event:
-                case FirstToken():
-                    answer.first, answer.finish = event, event.finish
-                    if event.finish is not FinishReason.STOP:
-                        answer.tokens = (event.token.id,)
-                        answer.logprobs = (event.token.logprob,)
+                case FirstTokens():
+                    answer.first = event
+                    for token, finish in zip(event.tokens, event.finishes, strict=True):
+                        if finish is not FinishReason.STOP:
+                            answer.take(asked, token)
+                        answer.choices[token.choice].finish = finish
                 case HandedOver():
                     answer.handed_over = event
                 case Failed():
@@ -273,20 +326,19 @@ class Workers:
             await wait_idle(client, timeout_s=timeout_s)
 
 
-def _read_decode(answer: Answer, events: list[Event], index: int) -> None:
-    """Tokens must come in order of their index, each once."""
-    tokens: list[Token] = []
+def _read_decode(answer: Answer, asked: Request, events: list[Event]) -> None:
     for event in events:
         match event:
             case NewTokens():
-                tokens += event.tokens
+                for token in event.tokens:
+                    answer.take(asked, token)
+            case ChoiceFinished():
+                assert answer.choices[event.choice].finish is None, "a choice ends once"
+                answer.choices[event.choice].finish = event.finish
             case Finished():
-                answer.finished, answer.finish = event, event.finish
+                answer.finished = event
             case Failed():
                 answer.error = event.error
-    assert [token.index for token in tokens] == list(range(index, index + len(tokens)))
-    answer.tokens += tuple(token.id for token in tokens)
-    answer.logprobs += tuple(token.logprob for token in tokens)
 
 
 async def wait_idle(client: WorkerClient, *, timeout_s: float = IDLE_S) -> WorkerReport:

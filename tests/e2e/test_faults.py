@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from diptych.core.commands import Decode, Failed, Finished, FirstToken, Prefill
+from diptych.core.commands import Decode, Failed, Finished, FirstTokens, Prefill
 from diptych.core.errors import TransferFailed, Unavailable
 from diptych.core.fleet import Phase
 from diptych.core.request import new_attempt_id
@@ -137,7 +137,7 @@ def test_decode_worker_stopped_before_the_commit_is_given_up_after_a_lease(pair:
             decode.process.send_signal(signal.SIGSTOP)
             assert workers.prefill is not None
             events = await workers.prefill.until_terminal(attempt_id)
-            assert isinstance(events[0], FirstToken)
+            assert isinstance(events[0], FirstTokens)
             assert isinstance(events[-1], Failed)
             assert isinstance(events[-1].error, TransferFailed)
             decode.process.send_signal(signal.SIGCONT)

@@ -6,7 +6,7 @@ import asyncio
 import random
 
 import pytest
-from diptych.core.commands import Decode, Failed, FirstToken, HandedOver, NewTokens, Prefill, Stop
+from diptych.core.commands import Decode, Failed, FirstTokens, HandedOver, NewTokens, Prefill, Stop
 from diptych.core.errors import Cancelled, ContextExceeded, InvalidRequest
 from diptych.core.request import FinishReason, new_attempt_id
 from e2e_harness import Family, Workers, attached, request
@@ -45,7 +45,7 @@ def test_stopped_while_waiting_for_the_other_side(gemma3_ranks: Family) -> None:
             # P offers what D was never told of, and is stopped while it waits.
             unasked = new_attempt_id()
             prefill.send(Prefill(unasked, request(distinct(2)), workers.decode_address))
-            assert isinstance(await prefill.next(unasked), FirstToken)
+            assert isinstance(await prefill.next(unasked), FirstTokens)
             prefill.send(Stop(unasked))
             assert isinstance(await prefill.next(unasked), Failed)
             await usable(workers)
@@ -67,7 +67,7 @@ def test_stopped_in_every_stage_of_the_prompt(gemma3_ranks: Family) -> None:
             prefill.send(Stop(ids[2]))
             events = await prefill.until_terminal(ids[2])
             assert isinstance(events[-1], Failed)
-            assert [type(event) for event in await prefill.until_terminal(ids[0])] == [FirstToken, HandedOver]
+            assert [type(event) for event in await prefill.until_terminal(ids[0])] == [FirstTokens, HandedOver]
             decode.send(Stop(ids[1]))  # now being computed at P, granted by D
             assert isinstance((await decode.until_terminal(ids[1]))[-1], Failed)
             assert isinstance((await prefill.until_terminal(ids[1]))[-1], Failed)
@@ -76,7 +76,7 @@ def test_stopped_in_every_stage_of_the_prompt(gemma3_ranks: Family) -> None:
             assert isinstance((await decode.until_terminal(ids[0]))[-1], Failed)
             decode.send(Stop(ids[2]))
             assert isinstance((await decode.until_terminal(ids[2]))[-1], Failed)
-            assert [type(event) for event in await prefill.until_terminal(ids[3])] == [FirstToken, HandedOver]
+            assert [type(event) for event in await prefill.until_terminal(ids[3])] == [FirstTokens, HandedOver]
             assert not isinstance((await decode.until_terminal(ids[3]))[-1], Failed)
             await usable(workers)
 
