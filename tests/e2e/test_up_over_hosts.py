@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,8 @@ class Site:
             "PYTHONSAFEPATH": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_prestart_worker_first_driver": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
         }
 
     def start_ray(self, host: Host, cpus: int, head: Host) -> None:
@@ -55,7 +58,9 @@ class Site:
         )
         limits = [f"--num-cpus={cpus}", "--object-store-memory=83886080", f"--node-ip-address={host.address}"]
         command = [*host.prefix, RAY, "start", *where, *limits]
-        subprocess.run(command, env={**os.environ, **self.environment}, check=True, timeout=100, capture_output=True)
+        environment = {**os.environ, **self.environment}
+        started = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        assert started.returncode == 0, started.stdout + started.stderr
 
     def diptych(self, host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [*host.prefix, sys.executable, "-m", "diptych.cluster.cli", *arguments]
