@@ -63,7 +63,7 @@ class TransferSection(_Section):
 
 class LimitsSection(_Section):
     body_bytes: int = Field(4 << 20, ge=1024, description="Largest HTTP body or gRPC message from a client.")
-    running: int = Field(1024, ge=1, description="Requests in the router at once; more are refused with 429.")
+    running: int = Field(1024, ge=1, description="Requests at once, each counted as often as it has choices; more are refused with 429.")
     request_s: float = Field(600.0, gt=0, description="A request that has not ended by then is ended with an error, in seconds.")
     write_s: float = Field(30.0, gt=0, description="A client that reads nothing for this long is gone, in seconds.")
     retries: int = Field(2, ge=0, le=2, description="Further attempts after one failed; the last prefills on the decode worker.")
