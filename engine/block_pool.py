@@ -183,7 +183,8 @@ class BlockTable:
 
     def fork(self, tokens: int) -> BlockTable | None:
         """A table that goes on behind the first `tokens` tokens by itself: it shares their whole blocks, and what a last, partial one
-        holds is copied by the next step. None, and nothing has changed, if there is no block for the copy."""
+        holds is copied by the next step; until then it is neither forked nor computed into. None, and nothing has changed, if there
+        is no block for the copy."""
         whole, rest = divmod(tokens, self.pool.block_size)
         if rest and not all(self.pool.available()):
             return None

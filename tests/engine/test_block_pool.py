@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from diptych.core.prefix import chain, root_hash
-from diptych.engine.batch import NO_BLOCK
+from diptych.engine.batch import NO_BLOCK, BlockCopy
 from diptych.engine.block_pool import BlockPool, BlockTable
 from diptych.engine.slots import Slots
 from fake_engine import BLOCK, groups
@@ -104,6 +104,51 @@ def test_a_transfer_needs_less_of_a_window_for_a_hit() -> None:
     assert pool.match(hashes_of(tokens(128)), 128, 128) == 32, "the window of position 128 comes with the transfer"
 
 
+def test_a_fork_shares_whole_blocks_and_copies_the_last_with_the_next_step() -> None:
+    pool = pool_of(0, 20)
+    table = compute(pool, tokens(40))
+    other = table.fork(40)
+    assert other is not None
+    assert [row[:2] for row in other.tables] == [row[:2] for row in table.tables]
+    pairs = [(row[2], own[2]) for row, own in zip(table.tables, other.tables, strict=True)]
+    table.close()
+    assert pool.available() == (4, 4), "the source of a copy is held until a step makes it"
+    pool.submitted(0)
+    assert pool.issue_copies() == tuple(BlockCopy(g, *pair) for g, pair in enumerate(pairs))
+    assert pool.issue_copies() == ()
+    assert pool.available() == (4, 4)
+    pool.completed(0)
+    assert pool.available() == (5, 5)
+    other.close()
+    pool.check()
+    assert pool.unused
+
+
+def test_a_copy_nobody_needs_any_more_is_not_made() -> None:
+    pool = pool_of(0)
+    table = compute(pool, tokens(40))
+    other = table.fork(40)
+    assert other is not None
+    other.close()
+    assert not pool.copying
+    table.close()
+    assert pool.unused
+    pool.check()
+
+
+def test_a_fork_without_a_block_for_its_copy_changes_nothing() -> None:
+    pool = pool_of(0, blocks=3)
+    table = compute(pool, tokens(40))
+    assert table.fork(40) is None
+    pool.check()
+    other = table.fork(32)
+    assert other is not None
+    assert other.tables == (table.tables[0][:2],)
+    for each in (table, other):
+        each.close()
+    pool.check()
+
+
 def test_a_block_given_back_waits_for_the_step_in_flight() -> None:
     pool = pool_of(0, blocks=4)
     table = compute(pool, tokens(64))
@@ -191,10 +236,16 @@ class Blocks(RuleBasedStateMachine):
         self.twin = Twin(self.pool)
         self.open: list[tuple[BlockTable, list[int], int]] = []
         self.in_flight: list[tuple[int, set[tuple[int, int]]]] = []
+        self.copies: set[tuple[int, int, int]] = set()
+        """(group, source, destination), until a step makes them or nobody holds the destination any more."""
         self.step = 0
 
     def _touched(self) -> set[tuple[int, int]]:
-        return {(g, block) for table, _, _ in self.open for g, row in enumerate(table.tables) for block in row if block != NO_BLOCK}
+        held = {(g, block) for table, _, _ in self.open for g, row in enumerate(table.tables) for block in row if block != NO_BLOCK}
+        return held | {(g, source) for g, source, _ in self.copies}
+
+    def _to_be_copied(self, table: BlockTable) -> bool:
+        return any(destination in table.tables[g] for g, _, destination in self.copies)
 
     def _took(self, before: set[tuple[int, int]], table: BlockTable, old: tuple[tuple[int, ...], ...]) -> None:
         """New blocks were neither referenced nor in reach of a step in flight; what they held is gone."""
@@ -239,6 +290,8 @@ class Blocks(RuleBasedStateMachine):
         """Compute a stretch: slide, extend, publish."""
         index = data.draw(st.integers(0, len(self.open) - 1))
         table, token_ids, done = self.open[index]
+        if self._to_be_copied(table):  # what it computes comes behind the copy
+            return
         stop = min(len(token_ids) + 8, done + data.draw(st.integers(1, 40)))
         token_ids = token_ids + [3] * max(0, stop - len(token_ids))
         table.slide(done)
@@ -258,15 +311,43 @@ class Blocks(RuleBasedStateMachine):
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        table, token_ids, done = data.draw(st.sampled_from(self.open))
+        if self._to_be_copied(table):
+            return
+        whole, rest = divmod(done, BLOCK)
+        before, available = self._touched(), self.pool.available()
+        other = table.fork(done)
+        assert (other is None) == (rest > 0 and 0 in available)
+        if other is None:
+            assert self.pool.available() == available
+            return
+        assert [row[:whole] for row in other.tables] == [row[:whole] for row in table.tables]
+        assert {len(row) for row in other.tables} == {whole + (rest > 0)}
+        self._took(before, other, tuple(row[:whole] for row in other.tables))
+        if rest:
+            rows = zip(table.tables, other.tables, strict=True)
+            self.copies |= {(g, row[whole], own[whole]) for g, (row, own) in enumerate(rows)}
+        assert other.alone_from(done)
+        self.open.append((other, token_ids[:done], done))
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
         table, _, _ = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
+        held = {(g, block) for other, _, _ in self.open for g, row in enumerate(other.tables) for block in row}
         table.close()
+        self.copies = {copy for copy in self.copies if (copy[0], copy[2]) in held}
         assert table.held() == (0, 0)
 
     @rule()
     def submit(self) -> None:
         self.pool.submitted(self.step)
         self.in_flight.append((self.step, self._touched()))
+        assert self.pool.copying == bool(self.copies)
+        issued = self.pool.issue_copies()
+        assert {(copy.group, copy.source, copy.destination) for copy in issued} == self.copies
+        self.copies = set()
         self.step += 1
 
     @precondition(lambda self: self.in_flight)
