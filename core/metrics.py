@@ -43,6 +43,7 @@ METRICS: tuple[Metric, ...] = (
         "diptych_worker_local_prefill_tokens_total", "counter", "Prompt tokens a decode worker computed by request.", ("worker", "phase")
     ),
     Metric("diptych_worker_recomputed_tokens_total", "counter", "Tokens recomputed after preemption.", ("worker", "phase")),
+    Metric("diptych_worker_preemptions_total", "counter", "Times a running request gave its memory back.", ("worker", "phase")),
     Metric("diptych_worker_checks_total", "counter", "Times a worker's books were checked and found right.", ("worker", "phase")),
     Metric("diptych_worker_idle_checks_total", "counter", "Those of them when it was idle and held nothing.", ("worker", "phase")),
     Metric("diptych_worker_transfers_failed_total", "counter", "Transfers that failed or were refused.", ("worker", "phase")),
