@@ -1,0 +1,148 @@
+"""Nobody can take a request just now: it waits for a worker to come back, for so long, and its client sees no more than a pause."""
+
+import asyncio
+import secrets
+import time
+
+import httpx
+import pytest
+from diptych.core.config import LimitsSection
+from diptych.core.errors import DeadlineExceeded, Unavailable
+from diptych.core.fleet import LocalPrefill, Phase
+from diptych.core.generate import Generate
+from diptych.core.sampling import SamplingParams
+from diptych.router.placement import Policy
+
+TEXT = "Hello, wörld! And so on."
+NEVER = Policy(LocalPrefill.NEVER)
+
+
+class Asked:
+    """A request under way and what has come of it."""
+
+    def __init__(self, site, **sampling):
+        self.text, self.indices, self.finish = "", [], None
+        self.task = asyncio.create_task(self._read(site.router.service, SamplingParams(**{"max_tokens": 24, **sampling})))
+
+    async def _read(self, service, sampling):
+        async for chunk in service.generate(Generate("x" * 20, sampling=sampling)):
+            self.text += chunk.text
+            self.indices += [token.index for token in chunk.tokens]
+            self.finish = chunk.finish
+
+    async def whole(self):
+        await asyncio.wait_for(self.task, 10)
+        assert self.text == TEXT[:-1]
+        assert self.indices == list(range(24))
+        return self.finish.timing
+
+
+async def killed(site, name):
+    """The worker is gone, and the supervisor has said so."""
+    dead = site.workers.pop(name)
+    await dead.kill()
+    if site.workers:
+        await site.publish_only()
+    await site.until(lambda: site.router.service.unavailable())
+    return dead
+
+
+async def back(site, dead):
+    """Another incarnation, at another address."""
+    dead.incarnation = secrets.randbits(63)
+    await dead.start()
+    site.workers[dead.name] = site.peers[dead.address] = dead
+    await site.publish()
+
+
+@pytest.mark.parametrize("victim", ["p0", "d0"])
+def test_a_request_waits_for_the_only_worker_of_a_phase(site, victim):
+    async def check():
+        async with site(policy=NEVER) as s:
+            s.workers[victim].hold.clear()
+            asked = Asked(s)
+            await s.until(lambda: s.workers[victim].books)
+            dead = await killed(s, victim)
+            late = Asked(s)
+            await asyncio.sleep(0.05)
+            assert not asked.task.done()
+            assert not late.task.done()
+            dead.hold.set()
+            await back(s, dead)
+            assert (await asked.whole()).attempts == 2
+            assert (await late.whole()).attempts == 1
+
+    asyncio.run(check())
+
+
+def test_who_waits_in_vain_is_told_after_a_while(site):
+    async def check():
+        async with site(hold_s=0.3) as s, httpx.AsyncClient(base_url=s.url) as c:
+            s.workers["d0"].step_s = 0.01
+            asked = Asked(s)
+            await s.until(lambda: len(asked.indices) > 3)
+            await killed(s, "d0")
+            began = time.monotonic()
+            refused = await c.post("/v1/completions", json={"prompt": "x" * 20})
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"] == "1"
+            assert "No decode worker is ready" in refused.json()["error"]["message"]
+            assert "0.3 s" in refused.json()["error"]["message"]
+            assert 0.25 < time.monotonic() - began < 5
+            with pytest.raises(Unavailable, match="No decode worker"):
+                await asked.task
+
+    asyncio.run(check())
+
+
+def test_while_the_cluster_starts_nobody_waits(site):
+    async def check():
+        async with site(prefill=0, decode=0) as s:
+            with pytest.raises(Unavailable):
+                await asyncio.wait_for(Asked(s).task, 1)
+            await s.add("p0", Phase.PREFILL)
+            await s.publish_only()
+            with pytest.raises(Unavailable):
+                await asyncio.wait_for(Asked(s).task, 1)
+
+    asyncio.run(check())
+
+
+def test_a_client_that_leaves_while_it_waits_leaves_nothing(site):
+    async def check():
+        async with site() as s:
+            dead = await killed(s, "d0")
+            asked = Asked(s)
+            await s.until(lambda: s.router.service.running)
+            asked.task.cancel()
+            await s.until(lambda: not s.router.service.running)
+            await back(s, dead)
+            await Asked(s).whole()
+            assert len(dead.seen) == 1
+
+    asyncio.run(check())
+
+
+def test_waiting_counts_as_running_and_ends_at_the_deadline(site):
+    async def check():
+        async with site(limits=LimitsSection(request_s=0.3)) as s:
+            await killed(s, "d0")
+            with pytest.raises(DeadlineExceeded):
+                await asyncio.wait_for(Asked(s).task, 5)
+
+    asyncio.run(check())
+
+
+def test_a_chat_without_a_limit_is_not_promised_more_than_the_worker_that_comes_back_holds(site):
+    async def check():
+        async with site() as s, httpx.AsyncClient(base_url=s.url) as c:
+            dead = await killed(s, "d0")
+            body = {"messages": [{"role": "user", "content": "x" * 20}], "ignore_eos": True}
+            asked = asyncio.create_task(c.post("/v1/chat/completions", json=body))
+            await s.until(lambda: s.router.service.running)
+            await back(s, dead)
+            answer = await asked
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["total_tokens"] == dead.capacity
+
+    asyncio.run(check())
