@@ -39,7 +39,9 @@ def check_prompt(prompt_tokens: int, card: ModelCard) -> None:
         raise InvalidRequest("prompt is empty.", field="prompt")
     if prompt_tokens >= card.max_context:
         raise ContextExceeded(
-            f"The prompt has {prompt_tokens} tokens; the model's context is {card.max_context}, output included.", field="prompt"
+            # Clients know the error by OpenAI's words.
+            f"This model's maximum context length is {card.max_context} tokens, output included; the prompt has {prompt_tokens} tokens.",
+            field="prompt",
         )
 
 

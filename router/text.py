@@ -66,7 +66,8 @@ class Text:
             tokens = len(await self._encode_long(text[:probe], special))
             if tokens > self.card.max_context:
                 raise ContextExceeded(
-                    f"The prompt has more than {tokens} tokens; the model's context is {self.card.max_context}, output included.",
+                    f"This model's maximum context length is {self.card.max_context} tokens, output included; "
+                    f"the prompt has more than {tokens} tokens.",
                     field=field,
                 )
         return await self._encode_long(text, special)
