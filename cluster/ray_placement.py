@@ -120,6 +120,7 @@ class Driver:
             status, _ = await asyncio.gather(self._relay(number, actor), _keep_log(actor, Path(order["log"])))
         except ray.exceptions.RayError as error:
             _log.warning("the actor of process %d ended: %s", number, error)
+            _note(Path(order["log"]), f"Ray: {error}\n")
             await self._end_with_ray()
         finally:
             del self._actors[number]
@@ -155,3 +156,9 @@ async def _keep_log(actor: Any, path: Path) -> None:
     with suppress(ray.exceptions.RayError), path.open("ab", buffering=0) as log:  # whoever relays its stdout says that the actor died
         async for reference in actor.log_lines.options(num_returns="streaming").remote():
             log.write(await reference)
+
+
+def _note(path: Path, text: str) -> None:
+    """Append to a worker's log, which is where whoever asks why it ended is sent; a node without Diptych says so only in Ray's error."""
+    with path.open("a") as log:
+        log.write(text)

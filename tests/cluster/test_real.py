@@ -7,9 +7,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,50 @@ def test_a_cluster_on_ray_serves_heals_and_leaves_nothing(tiny_gemma3_dir: Path,
         assert not sockets_below(scratch)
         assert shared_memory() == before
         assert "No cluster runs here" in diptych("status").stdout
+
+
+@contextmanager
+def ray_of_others(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A Ray cluster of one node with three CPUs that somebody else has started; its address."""
+    mark = f"others-{directory.name}"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in ray_environment({}, local=True).items():
+        monkeypatch.setenv(name, value)
+    where = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=3", f"--temp-dir={directory}"]
+    command = [str(Path(sys.executable).with_name("ray")), "start", *where, "--include-dashboard=false", "--object-store-memory=83886080"]
+    try:
+        started = subprocess.run(command, env={**os.environ, processes.MARK: mark}, capture_output=True, text=True, timeout=90, check=False)
+        assert started.returncode == 0, started.stdout + started.stderr
+        yield f"127.0.0.1:{port}"
+    finally:
+        processes.sweep(mark, ())
+
+
+@pytest.mark.timeout(240)
+def test_a_ray_cluster_that_runs_already_is_joined_and_left(
+    tiny_gemma3_dir: Path, runtime: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ray_of_others(scratch, monkeypatch) as address:
+        threads = runtime.parent / "threads.yaml"
+        threads.write_text("prefill: {threads: 1}\ndecode: {threads: 1}\n")
+        with up(tiny_gemma3_dir, runtime, "-f", str(threads), "--address", address) as cluster:
+            cluster.expect("Ctrl-C ends it.", UP_S)
+            state = cluster.state()
+            answer = diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0", "--stats")
+            assert "over shm" in answer.stderr
+            assert "over shm" in Path(str(state["logs"]), "decode-0.log").read_text()
+            assert diptych("scale", "--decode", "2").returncode == 0
+            pids = {process["name"]: process["pid"] for process in cluster.state()["processes"]}  # type: ignore[attr-defined]
+            cores = [os.sched_getaffinity(pids[name]) for name in ("prefill-0", "decode-0")]
+            if len(os.sched_getaffinity(0)) >= 2:
+                assert [len(own) for own in cores] == [1, 1]
+                assert cores[0] != cores[1], "each on cores of its own"
+            assert diptych("scale", "--decode", "1").returncode == 0
+            assert diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0").stdout == answer.stdout
+            assert cluster.end() == 0
+        assert nothing_left(state)
+        assert processes.marked(f"others-{scratch.name}"), "their Ray goes on"
 
 
 def test_down_cleans_up_after_a_supervisor_and_reaper_that_were_killed(tiny_gemma3_dir: Path, runtime: Path) -> None:
