@@ -20,9 +20,9 @@ from .placement import Policy, capacity, unavailable
 from .run import Run, Workers
 from .text import Text
 
-HOLD_S = 15.0
+HOLD_S = 30.0
 """How long a request waits for a worker to come back when nobody can take it. The supervisor starts a dead one again after 0.5 s (1 s the
-second time), and a process is ready 2 to 5 s later: it imports torch and maps its weights."""
+second time), and a process is ready 2 to 5 s later, as it imports torch and maps its weights; on a host with too much to do, after 15 s."""
 
 
 @dataclass(slots=True)

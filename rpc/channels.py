@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import grpc
@@ -176,15 +177,21 @@ class ClientCall:
             return None
 
     async def write(self, message: bytes) -> None:
-        try:
+        with self._translated():
             await self._call.write(message)
+
+    async def done_writing(self) -> None:
+        with self._translated():
+            await self._call.done_writing()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
         except grpc.RpcError as error:
             raise from_grpc(error, peer=self._peer) from None
         except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
             raise Unavailable(f"{self._peer}: the stream has ended ({error}).") from None
-
-    async def done_writing(self) -> None:
-        await self._call.done_writing()
 
     def cancel(self) -> None:
         self._call.cancel()

@@ -19,6 +19,7 @@ from diptych.core.fleet import Fleet, WorkerState
 from diptych.core.transfer import Cancel, KeepAlive, Offer
 from diptych.rpc import channels
 from diptych.rpc import stream as streams
+from diptych.rpc.lane import METHOD as LANE
 from diptych.rpc.lane import Lane, dial_lane
 from diptych.rpc.router import RouterClient
 from diptych.rpc.worker import RouterStream, WorkerClient
@@ -260,6 +261,24 @@ def test_a_server_that_is_stopped_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
             asyncio.run(scenario(child.stdout.readline().strip()))
         finally:
             child.kill()
+
+
+def test_what_grpc_raises_at_the_end_of_a_dead_call_is_translated(serving: Any, echo_worker: NewWorker) -> None:
+    class Dead:
+        async def done_writing(self) -> None:
+            raise grpc.aio.BaseError("the batch could not be executed")
+
+        def cancel(self) -> None: ...
+
+    async def scenario() -> None:
+        async with serving(worker=echo_worker()) as server:
+            call = channels.ClientCall(channels.open_channel(server.address), LANE, peer="it", owns_channel=True)
+            call.cancel()
+            call._call = Dead()
+            with pytest.raises(Unavailable, match="it: the stream has ended"):
+                await call.done_writing()
+
+    asyncio.run(scenario())
 
 
 def test_a_connection_with_nothing_to_say_is_not_cut_for_its_probes() -> None:
