@@ -6,6 +6,10 @@ from pathlib import Path
 
 from ..core.errors import ConfigError
 from ..core.layout import Layout
+from ..core.model import ModelCard
+from ..core.transfer import Transport
+from ..kv_transfer.staging import pair_bytes
+from .spec import BLOCK_SIZE, RankSpec
 
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
@@ -19,6 +23,14 @@ def pool_bytes(layout: Layout) -> int:
         blocks * layout.block_size * group.token_bytes * len(group.layers)
         for group, blocks in zip(layout.groups, layout.num_blocks, strict=True)
     )
+
+
+def kv_bytes(card: ModelCard, spec: RankSpec) -> int:
+    """Bytes a worker takes for KV: its pool, and the staging slots of a gloo pair with each worker of the other phase. It is not known yet
+    with which of them shared memory works, and a pair is made while the worker serves: too late to find that there is no room."""
+    layout = card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens)
+    pairs = spec.peers if Transport.GLOO in spec.transports else 0
+    return pool_bytes(layout) + pairs * pair_bytes(layout)
 
 
 def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
@@ -38,17 +50,17 @@ def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
     return available if limit == "max" else min(available, max(0, int(limit) - used + cached))
 
 
-def require_memory(layout: Layout, weights_bytes: int, available: int) -> None:
-    """Raise `ConfigError` (field `kv_tokens`) if pool and weights do not fit into `available` bytes.
+def require_memory(card: ModelCard, spec: RankSpec, available: int) -> None:
+    """Raise `ConfigError` (field `kv_tokens`) if what the worker takes for KV and the weights do not fit into `available` bytes.
 
     Weights are counted although the page cache shares them: pages that do not fit are read from disk at every step.
     """
-    pool = pool_bytes(layout)
-    if pool + weights_bytes <= available:
+    wanted = kv_bytes(card, spec)
+    if wanted + card.weights_bytes <= available:
         return
     raise ConfigError(
-        f"Too little memory: a KV pool of {layout.num_blocks[0] * layout.block_size} tokens takes {_gib(pool)} and the weights "
-        f"{_gib(weights_bytes)}, but {_gib(available)} are available. Lower kv_tokens, start fewer workers or free memory.",
+        f"Too little memory: a KV pool of {spec.kv_tokens} tokens, with staging for its transfers, takes {_gib(wanted)} and the weights "
+        f"{_gib(card.weights_bytes)}, but {_gib(available)} are available. Lower kv_tokens, start fewer workers or free memory.",
         field="kv_tokens",
     )
 

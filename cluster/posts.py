@@ -12,8 +12,8 @@ from ..core.fleet import Phase
 from ..core.model import ModelCard
 from .cores import Share, share_cores, share_for_newcomer
 from .launch import Launch
-from .memory import WORKER_BYTES, pool_bytes
-from .spec import BLOCK_SIZE, RankSpec, RouteSpec
+from .memory import WORKER_BYTES, kv_bytes
+from .spec import RankSpec, RouteSpec
 
 ROUTER = "router"
 
@@ -75,6 +75,7 @@ def _rank_spec(config: ClusterConfig, model_dir: Path, phase: Phase, number: int
         max_running=config.decode.max_running,
         lease_s=config.transfer.lease_s,
         offer_wait_s=config.transfer.offer_wait_s,
+        peers=section_of(config, Phase.DECODE if phase is Phase.PREFILL else Phase.PREFILL).workers,
         transports=config.transfer.transports,
         log_level=config.log.level,
     )
@@ -110,7 +111,7 @@ def launch_rank_on_a_node(spec: RankSpec, config: ClusterConfig, card: ModelCard
         argv=(*_module("on_node"), "--spec", spec.model_dump_json(), *model, "--leash"),
         log=logs / f"{spec.worker_id}.log",
         threads=section_of(config, spec.phase).threads,
-        memory=pool_bytes(card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens)) + WORKER_BYTES,
+        memory=kv_bytes(card, spec) + WORKER_BYTES,
     )
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
 from ..core.model import ModelCard
-from .memory import WORKER_BYTES, available_bytes, pool_bytes
-from .spec import BLOCK_SIZE, RankSpec
+from .memory import WORKER_BYTES, available_bytes, kv_bytes
+from .spec import RankSpec
 
 ROUTER_BYTES = 200 << 20
 RAY_ANSWER_S = 5.0
@@ -69,7 +69,7 @@ def check_memory(config: ClusterConfig, card: ModelCard, specs: Sequence[RankSpe
     """`ConfigError` if workers on this host would not fit its memory. A Ray cluster that is joined finds them nodes with enough."""
     if config.ray.joined:
         return
-    pools = [(pool_bytes(card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens)), spec) for spec in specs]
+    pools = [(kv_bytes(card, spec), spec) for spec in specs]
     ray = RAY_BYTES if config.ray.enabled else 0
     wanted = card.weights_bytes + sum(size + WORKER_BYTES for size, _ in pools) + ROUTER_BYTES + ray
     available = available_bytes()
@@ -79,7 +79,7 @@ def check_memory(config: ClusterConfig, card: ModelCard, specs: Sequence[RankSpe
     key = f"{spec.phase.value}.kv_tokens"
     raise ConfigError(
         f"{key}: not enough memory: {_gib(wanted)} wanted ({_gib(card.weights_bytes)} of weights, once; "
-        f"{_gib(sum(size for size, _ in pools))} of KV pools in {len(specs)} workers; the rest for processes), "
+        f"{_gib(sum(size for size, _ in pools))} of KV pools and staging in {len(specs)} workers; the rest for processes), "
         f"{_gib(available)} available. "
         f"Lower {key} (one pool has {_gib(largest)}), or the number of workers.",
         field=key,

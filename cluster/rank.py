@@ -18,7 +18,7 @@ from ..core.errors import ConfigError, DiptychError
 from ..core.model import read_card
 from .child import FAILED, hold_leash, log_to_stderr, progress, say
 from .memory import available_bytes, require_memory
-from .spec import BLOCK_SIZE, RankSpec, read_spec
+from .spec import RankSpec, read_spec
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
         spec = read_spec(RankSpec, arguments.spec)
         log_to_stderr(spec.log_level, spec.worker_id)
         card = read_card(spec.model_dir)
-        require_memory(card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens), card.weights_bytes, available_bytes())
+        require_memory(card, spec, available_bytes())
         _take_cores(spec)
         progress("started")
         # Imported only now: torch reads the number of threads from the environment when it is loaded.

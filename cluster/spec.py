@@ -41,6 +41,7 @@ class RankSpec(_Spec):
     max_running: int = Field(32, ge=1, description="Attempts in one batch.")
     lease_s: float = Field(10.0, gt=0, description="A grant without piece or keep-alive ends after this, in seconds.")
     offer_wait_s: float = Field(5.0, gt=0, description="How long an Offer waits for its Decode, in seconds.")
+    peers: int = Field(1, ge=0, description="Workers of the other phase; where gloo is allowed, memory is set aside for a pair with each.")
     transports: tuple[Transport, ...] = Field((Transport.SHM, Transport.GLOO), min_length=1, description="How KV may move, the best first.")
     drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running work finish, in seconds.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")

@@ -29,6 +29,11 @@ def slot_bytes(layout: Layout) -> int:
     return max(SLOT_BYTES, -(-longest // ROW) * ROW)
 
 
+def pair_bytes(layout: Layout) -> int:
+    """What one end of a pair takes while it stands."""
+    return SLOTS_PER_PAIR * slot_bytes(layout)
+
+
 class Staging:
     """Which slot holds what, and whose turn is next. Transfers take turns, a piece each, so that a short prompt need not wait for a
     long one."""

@@ -12,10 +12,13 @@ import pytest
 from cluster_harness import write_card
 from diptych.cluster import config_docs, preflight
 from diptych.cluster.config_file import read_config
+from diptych.cluster.memory import kv_bytes, require_memory
 from diptych.cluster.models import find_model
 from diptych.cluster.posts import rank_specs
+from diptych.cluster.spec import RankSpec
 from diptych.core.config import ClusterConfig, load_config
 from diptych.core.errors import ConfigError
+from diptych.core.fleet import Phase
 from diptych.core.model import read_card
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +134,25 @@ def test_too_little_memory_is_refused_with_the_pool_that_asks_most(tmp_path: Pat
     assert caught.value.field == "decode.kv_tokens"
     assert "not enough memory" in caught.value.message
     assert "Lower decode.kv_tokens" in caught.value.message
+
+
+def test_staging_is_counted_for_every_pair_that_gloo_may_make(tmp_path: Path) -> None:
+    directory = write_card(tmp_path / "model")
+
+    def wanted(**transfer: Any) -> dict[str, int]:
+        config = with_model(directory, prefill={"workers": 2}, decode={"workers": 3}, transfer=transfer)
+        return {spec.worker_id: kv_bytes(read_card(directory), spec) for spec in rank_specs(config, directory, range(2))}
+
+    alone, both = wanted(transports=["shm"]), wanted()
+    assert {name: both[name] - alone[name] for name in ("prefill-0", "decode-0")} == {
+        "prefill-0": 3 * (16 << 20),
+        "decode-0": 2 * (16 << 20),
+    }
+    spec = RankSpec(worker_id="d", phase=Phase.DECODE, model_dir=directory, peers=3)
+    with pytest.raises(ConfigError, match="with staging for its transfers") as caught:
+        require_memory(read_card(directory), spec, 48 << 20)
+    assert caught.value.field == "kv_tokens"
+    require_memory(read_card(directory), spec, 64 << 20)
 
 
 def test_weights_count_once_however_many_workers_map_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
