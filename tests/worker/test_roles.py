@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 from diptych.core.clock import ManualClock
@@ -78,11 +78,8 @@ class Desk:
 
     def turn(self) -> list[Any]:
         """Take what has come and decide up to two steps; what was said to the router."""
-        try:
-            while True:
-                self.inbox.get_nowait()()
-        except Empty:
-            pass
+        while not self.inbox.empty():
+            self.inbox.get_nowait()()
         self.role.settle()
         while len(self.flying) < 2 and (decision := self.role.decide()) is not None:
             self.flying.append(decision)
