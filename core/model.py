@@ -11,6 +11,7 @@ A prepared model is a directory:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -69,6 +70,24 @@ class Decoder(BaseModel):
         return tp > 0 and self.heads % tp == 0 and self.intermediate % tp == 0 and splits(self.kv_heads, tp)
 
 
+class ForeignDecoder(BaseModel):
+    """A decoder none of our families describes: transformers computes it, over our cache. `windows` as in `Decoder`.
+
+    `architecture`: transformers' class. `config`: its whole Hugging Face config. `heads`, `kv_heads` and `head_dim` are what its
+    layers hand to their attention.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    family: str
+    architecture: str
+    config: dict[str, Any]
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int, ...]
+
+
 class ModelCard(BaseModel):
     """`fingerprint`: SHA-256 (hex) over decoder, dtype and weights. `bos_token_id` is prepended by the tokenizer, not by us."""
 
@@ -83,7 +102,14 @@ class ModelCard(BaseModel):
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
     weights_bytes: int
-    decoder: Decoder
+    decoder: Decoder | ForeignDecoder
+
+    @property
+    def slow_path(self) -> str | None:
+        """What to say at start of a model that transformers computes; None for one that we compute."""
+        if isinstance(self.decoder, Decoder):
+            return None
+        return f"{self.name} ({self.decoder.architecture}) has no fast path here: it runs through transformers, slower."
 
     def cache_groups(self) -> tuple[CacheGroup, ...]:
         """One group per distinct window, full attention first."""
@@ -104,7 +130,10 @@ class ModelCard(BaseModel):
         """A worker's layout whose every group holds `kv_tokens` tokens, rounded up to whole blocks. `ConfigError` (field `tp` or `pp`)
         if the model cannot be spread like that; `stages` as in `Layout`."""
         decoder = self.decoder
-        if not decoder.can_split(tp):
+        if isinstance(decoder, ForeignDecoder):
+            if tp > 1 or stages:
+                raise ConfigError(f"{self.slow_path} So it cannot be spread over ranks.", field="tp" if tp > 1 else "pp")
+        elif not decoder.can_split(tp):
             works = min((count for count in range(1, decoder.heads + 1) if decoder.can_split(count)), key=lambda count: abs(count - tp))
             what = f"{decoder.heads} attention heads, {decoder.kv_heads} KV heads and an MLP of {decoder.intermediate}"
             raise ConfigError(f"tp {tp} does not split {self.name}, which has {what}; the nearest that does is {works}.", field="tp")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.model import ModelCard
+from ..core.model import Decoder, ModelCard
 from ..kernels.gated import gated
 from ..kernels.kv_store import store_kv
 from ..kernels.layer_norm import layer_norm
@@ -48,6 +48,7 @@ class LoadedDecoder:
 
     def __init__(self, card: ModelCard, tensors: Mapping[str, Tensor], caches: Sequence[Sequence[Tensor]]) -> None:
         """`caches[g][i]` is the cache of layer `card.cache_groups()[g].layers[i]`."""
+        assert isinstance(card.decoder, Decoder)
         self.decoder = card.decoder
         groups = card.cache_groups()
         place = {layer: (g, caches[g][i]) for g, group in enumerate(groups) for i, layer in enumerate(group.layers)}

@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..core.model import ForeignDecoder
 from ..core.sampling import SamplingParams
 from ..kernels.block_copy import copy_blocks
 from ..kernels.penalties import Seen
 from .batch import Batch, BlockCopy, Draw, Drawn, Row, StepOutput
 from .decoder import LoadedDecoder
+from .foreign import TransformersDecoder
 from .inputs import make_inputs
 from .prepared import PreparedModel
 from .sampler import sample
+from .weights import TORCH_DTYPE
 
 
 class Engine:
@@ -28,8 +31,9 @@ class Engine:
         self._groups = model.card.cache_groups()
         self._caches = caches
         self._block_size = block_size
-        self._dtype = model.tensors["embed"].dtype
-        self._decoder = LoadedDecoder(model.card, model.tensors, caches)
+        self._dtype = TORCH_DTYPE[model.card.dtype]
+        decoder = TransformersDecoder if isinstance(model.card.decoder, ForeignDecoder) else LoadedDecoder
+        self._decoder: LoadedDecoder | TransformersDecoder = decoder(model.card, model.tensors, caches)
         self._last_drawn = [0] * max_slots
         self._seen: list[Seen | None] = [None] * max_slots
 

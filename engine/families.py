@@ -14,23 +14,21 @@ Config = Mapping[str, Any]
 
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "relu": "relu"}
 # (key, the only value we can serve): anything else would be served wrongly, so it is refused.
-_UNSUPPORTED = {"use_bidirectional_attention": False, "quantization_config": None}
+UNSUPPORTED = {"use_bidirectional_attention": False, "quantization_config": None}
 _UNSUPPORTED_OPT = {"do_layer_norm_before": True, "_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True}
 
 
 def describe(config: Config) -> Decoder:
-    """The decoder a Hugging Face text config (complete, defaults filled in) describes; `ModelError` names what we cannot serve."""
-    family = config.get("model_type")
-    particulars = FAMILIES.get(str(family))
-    if particulars is None:
-        raise ModelError(f"Models of type {family!r} are not supported; {', '.join(FAMILIES)} are.", field="model_type")
-    _refuse(config, _UNSUPPORTED)
-    decoder = Decoder(**_common(config) | particulars(config))
+    """The decoder a Hugging Face text config (complete, defaults filled in) of a family of `FAMILIES` describes; `ModelError` names
+    what we cannot serve."""
+    refuse(config, UNSUPPORTED)
+    decoder = Decoder(**_common(config) | FAMILIES[config["model_type"]](config))
     _check(decoder)
     return decoder
 
 
-def _refuse(config: Config, only: Mapping[str, object]) -> None:
+def refuse(config: Config, only: Mapping[str, object]) -> None:
+    """Raise `ModelError` for a setting of the config that is there and not what `only` says."""
     for key, value in only.items():
         if config.get(key) not in (value, None):
             raise ModelError(f"The model's {key} is {config[key]!r}; that is not supported.", field=key)
@@ -97,7 +95,7 @@ def _gemma3(config: Config) -> dict[str, Any]:
 
 def _opt(config: Config) -> dict[str, Any]:
     """OPT-350m, which norms after its layers and projects its embeddings, is refused by name."""
-    _refuse(config, _UNSUPPORTED_OPT | {"word_embed_proj_dim": config["hidden_size"]})
+    refuse(config, _UNSUPPORTED_OPT | {"word_embed_proj_dim": config["hidden_size"]})
     return {
         "intermediate": config["ffn_dim"],
         "activation": _activation(config, "activation_function"),

@@ -21,9 +21,8 @@ from torch import Tensor
 from ..core.errors import ModelError
 from ..core.layout import DType
 from ..core.model import CARD, CHAT_TEMPLATE, TOKENIZER, WEIGHTS, Decoder, ModelCard, read_card
-from .checkpoint import check_names, make_tensor
-from .families import describe
 from .location import FORMAT, default_prepared_dir, source_name
+from .recipe import Recipe, choose_recipe
 from .sources import Checkpoint, open_checkpoint
 from .weights import bytes_of, map_weights, shapes_of, write_weights
 
@@ -33,7 +32,9 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class PreparedModel:
-    """A prepared model, opened: its card, and its tensors memory-mapped from the page cache (names in weights.py)."""
+    """A prepared model, opened: its card, and its tensors memory-mapped from the page cache.
+
+    Their names are those of weights.py, or with a `ForeignDecoder` those of transformers' module."""
 
     directory: Path
     card: ModelCard
@@ -43,7 +44,7 @@ class PreparedModel:
 def open_prepared(directory: Path) -> PreparedModel:
     """Map the prepared model in `directory`; `ModelError` if it is not one or is damaged."""
     card = read_card(directory)
-    shapes = shapes_of(card.decoder, card.vocab_size, card.dtype)
+    shapes = shapes_of(card.decoder, card.vocab_size, card.dtype) if isinstance(card.decoder, Decoder) else None
     return PreparedModel(directory, card, map_weights(directory / WEIGHTS, shapes))
 
 
@@ -141,12 +142,9 @@ def _write(
     checkpoint: Checkpoint, made: Path, source: str, dtype: DType, name: str | None, chat_template: Path | None, report: Progress
 ) -> ModelCard:
     """Write all files of a prepared model; the card last."""
-    decoder = describe(checkpoint.config)
-    vocab_size = int(checkpoint.config["vocab_size"])
-    shapes = shapes_of(decoder, vocab_size, dtype)
-    check_names(checkpoint.names, decoder, shapes)
-    digest = _fingerprint(decoder, dtype)
-    for share in write_weights(made / WEIGHTS, shapes, lambda tensor: make_tensor(tensor, decoder, checkpoint.read), digest):
+    recipe = choose_recipe(checkpoint, dtype, report)
+    digest = _fingerprint(recipe, dtype)
+    for share in write_weights(made / WEIGHTS, recipe.shapes, recipe.make, digest):
         report("writing weights", share)
     template = chat_template.read_text() if chat_template else checkpoint.chat_template
     (made / TOKENIZER).write_text(checkpoint.tokenizer)
@@ -157,17 +155,21 @@ def _write(
         source=source,
         fingerprint=digest.hexdigest(),
         dtype=dtype,
-        vocab_size=vocab_size,
-        max_context=checkpoint.config["max_position_embeddings"],
+        vocab_size=int(checkpoint.config["vocab_size"]),
+        max_context=recipe.max_context,
         bos_token_id=checkpoint.config.get("bos_token_id"),
         eos_token_ids=checkpoint.eos_token_ids,
         has_chat_template=template is not None,
-        weights_bytes=bytes_of(shapes),
-        decoder=decoder,
+        weights_bytes=bytes_of(recipe.shapes),
+        decoder=recipe.decoder,
     )
     (made / CARD).write_text(card.model_dump_json(indent=2))
+    if recipe.check:
+        report("comparing with transformers", 1.0)
+        opened = open_prepared(made)
+        recipe.check(opened.card, opened.tensors)
     return card
 
 
-def _fingerprint(decoder: Decoder, dtype: DType) -> hashlib._Hash:
-    return hashlib.sha256(json.dumps([FORMAT, decoder.model_dump(mode="json"), dtype]).encode())
+def _fingerprint(recipe: Recipe, dtype: DType) -> hashlib._Hash:
+    return hashlib.sha256(json.dumps([FORMAT, recipe.decoder.model_dump(mode="json"), dtype]).encode())

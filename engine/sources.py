@@ -23,7 +23,7 @@ from ..core.errors import ModelError
 from .gguf import write_slim
 from .location import DEMO_NAME, DEMO_PACKAGE, demo_source
 
-_UNREADABLE = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, struct.error, TypeError, ValueError)
+UNREADABLE = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, struct.error, TypeError, ValueError)
 """What transformers, gguf and tokenizers raise for files they cannot read."""
 
 Progress = Callable[[str, float], None]
@@ -133,7 +133,7 @@ def _config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{file} is not JSON: {error}.", field="model.source") from None
     try:
         config: dict[str, Any] = AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         kind = raw.get("model_type") if isinstance(raw, dict) else None
         raise ModelError(f"{file} describes a {kind!r} model that cannot be read: {_first_line(error)}", field="model_type") from error
     return config
@@ -166,7 +166,7 @@ def _tokenizer(path: Path) -> str:
 
     try:
         return str(AutoTokenizer.from_pretrained(path, trust_remote_code=False).backend_tokenizer.to_str())
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ModelError(f"{path} has no tokenizer.json and none can be made: {_first_line(error)}", field="model.source") from error
 
 
@@ -202,7 +202,7 @@ def _gguf(path: Path, scratch: Path, progress: Progress) -> Checkpoint:
         progress("reading the tokenizer", 0.0)
         # The tokenizer's class is named because the automatic choice reads the whole file once more.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ModelError(f"{path} cannot be read as GGUF: {_first_line(error)}", field="model.source") from error
     tensors = model.state_dict()
     config = found.to_dict()

@@ -1,6 +1,7 @@
 """The weights file of a prepared model: which tensors it has, how it is written, how it is mapped.
 
-Tensors, in this order (L is a layer's number; norms are fp32, their family's offset already added; the rest is the model's dtype):
+Tensors, in this order (L is a layer's number; norms are fp32, their family's offset already added; the rest is the model's dtype);
+on the slow path they are those of transformers' module, under its names:
 
     embed                 [vocab, hidden]; also the head if it is tied
     head                  [vocab, hidden], only if it is not tied
@@ -104,13 +105,16 @@ def write_weights(path: Path, shapes: Shapes, make: Callable[[str], Tensor], dig
         os.fsync(file.fileno())
 
 
-def map_weights(path: Path, shapes: Shapes) -> dict[str, Tensor]:
-    """The tensors of a weights file, memory-mapped: workers of a host share the pages. `ModelError` if the file is not `shapes`."""
+def map_weights(path: Path, shapes: Shapes | None) -> dict[str, Tensor]:
+    """The tensors of a weights file, memory-mapped: workers of a host share the pages. `ModelError` if the file is not `shapes`, which
+    are None where transformers knows them."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read: {error}. Prepare the model again.") from error
+    if shapes is None:
+        return tensors
     if odd := tensors.keys() ^ shapes.keys():
         raise ModelError(f"{path} does not fit its card: {min(odd)} is {'missing' if min(odd) in shapes else 'not expected'}.")
     for name, (shape, dtype) in shapes.items():

@@ -116,7 +116,7 @@ def test_refuses_pickled_weights(source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "gpt2"}, r"lacks transformer\.h\.0"),
         ({"model_type": "no-such-model"}, "no-such-model"),
         ({"attention_bias": True}, r"lacks model\.layers\.0\.self_attn\.k_proj\.bias"),
         ({"hidden_act": "relu"}, "relu"),
