@@ -17,7 +17,7 @@ from router_harness import idle, router
 from tokenizers import Regex, Tokenizer, normalizers
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
-CONTEXT = 512
+CONTEXT = 256
 ENDS = [1, *range(263, 512)]
 """Half of the vocabulary ends the output, so that most answers are short."""
 
@@ -33,9 +33,12 @@ def workers(write_llama: Callable[..., None], tmp_path_factory: pytest.TempPathF
     tokenizer.normalizer = normalizers.Replace(Regex("[^a-z]+"), " ")
     tokenizer.save(str(source / "tokenizer.json"))
     template = directory / "template.jinja"
-    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:")
+    template.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     prepare(str(source), directory / "prepared", dtype=DType.FLOAT32, chat_template=template)
-    specs = [rank_spec(directory / "prepared", phase, phase.value, kv_tokens=8 * CONTEXT) for phase in (Phase.PREFILL, Phase.DECODE)]
+    specs = [
+        rank_spec(directory / "prepared", phase, phase.value, kv_tokens=16 * CONTEXT, max_running=32)
+        for phase in (Phase.PREFILL, Phase.DECODE)
+    ]
     with ranks(directory, *specs) as started:
         yield started
 
