@@ -17,7 +17,7 @@ POLICIES = {
     "decode_worker": "admission choices leases scheduler sequence steady",
     "kv_transfer": "actions announcing closed_ids coverage destination_machine destination_state faults geometry receipt slices source_machine "
     "source_state staging",
-    "router": "admission budget machine outputs placement times",
+    "router": "admission budget machine openapi outputs placement times",
     "cluster": "cores headcount nodes restarts",
     "cluster.load": "agreement answer arrivals choice dialect goodput lengths prompts report slo sse summary workload",
 }
