@@ -557,6 +557,26 @@ def test_one_choice_is_preempted_and_the_others_go_on() -> None:
     assert 0 < worker.finished["a"].recomputed_tokens < 2 * 83
 
 
+def test_choices_whose_prompt_was_thrown_out_while_they_were_drawn_wait_for_it() -> None:
+    worker = Worker(windows=(0,), blocks=9, chunk_tokens=64)
+    for attempt_id in ("old", "elder"):
+        worker.expect(attempt_id, prompt(31, len(attempt_id)), local=True, max_tokens=60, ignore_eos=True)
+    while len(worker.tokens["elder"]) < 17:
+        worker.step()
+    worker.expect("a", prompt(32), local=True, n=3, max_tokens=9, ignore_eos=True)
+    drawing = worker.decide()
+    assert drawing is not None
+    assert [len(row.draws) for row in drawing.batch.rows] == [1, 1, 3]
+    worker.decide()
+    assert worker.scheduler.load(0.0).prompt_tokens_waiting == 32, "both others have opened a block, and there was one"
+    worker.run()
+    worker.complete()
+    assert [worker.tokens[name_of("a", choice)] for choice in range(3)] == [
+        output[:1] for output in outputs(worker.decodes["a"].request, worker)
+    ]
+    worker.drain()
+
+
 def test_a_choice_is_stopped_and_the_others_go_on() -> None:
     worker = Worker()
     worker.expect("a", prompt(20), local=True, n=3, max_tokens=12, ignore_eos=True)
@@ -625,6 +645,7 @@ def test_choices_that_end_at_once_are_told_once() -> None:
 
 @settings(max_examples=100, deadline=None)
 @example(lengths=[(40, 3)], windows=(24,), before=2, share=1.0, n=1)  # a chunk has passed the position where a block leaves the window
+@example(lengths=[(20, 30)], windows=(0, 24), before=1, share=1.0, n=3)  # blocks are still to be copied
 @example(lengths=[(1, 2), (49, 2), (49, 2)], windows=(0,), before=4, share=1.0, n=1)  # the last token of a prompt is not yet decoding
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(2, 90)), min_size=1, max_size=4),

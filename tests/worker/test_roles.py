@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -356,13 +356,20 @@ def test_a_router_that_stops_an_attempt_ends_all_its_choices() -> None:
 
 
 def test_a_failed_step_fails_the_attempts_whose_blocks_it_should_have_copied() -> None:
-    desk = decoding(n=5)
-    desk.notes.events.committed("a", tuple(Token(0, 9, choice=choice) for choice in range(5)), 4096, 0.1)
+    desk = Desk(prefill=False)
+    desk.role.command(desk.ear, Decode("long", asked(96, start=50), local_prefill=True))
+    resumed = replace(asked(5, n=2, max_tokens=20), generated=((5,) * 9, (6,) * 9))
+    desk.role.command(desk.ear, Decode("a", resumed))
+    desk.notes.events.offered("a", 5)
     desk.turn()
-    assert desk.flying[0].forked == ("a",) * 3, "four have a slot"
+    desk.notes.events.committed("a", (), 4096, 0.1)
+    desk.ran()
+    step = next(decision for decision in desk.flying if decision.forked)
+    assert (step.attempts, step.forked) == (("long",), ("a",)), "the long prompt leaves a no room in this step"
+    while desk.flying[0] is not step:
+        desk.ran()
     desk.role.abandon(desk.flying.pop(0), Internal("slipped"))
-    (failed,) = desk.hear()
-    assert isinstance(failed.error, Internal)
+    assert {event.attempt_id for event in desk.hear() if isinstance(event, Failed)} == {"long", "a"}
     desk.run_dry()
     desk.clean()
 
