@@ -24,7 +24,7 @@ from .supervisor import Supervisor
 
 @dataclass(slots=True)
 class Crew:
-    """`cores`: those of this host, for the workers on it."""
+    """`config`: with the numbers of workers that were asked for last. `cores`: those of this host, for the workers on it."""
 
     config: ClusterConfig
     card: ModelCard
@@ -52,7 +52,7 @@ class Crew:
         if not supervisor.all_ready.is_set():
             raise Unavailable("The cluster is still starting.")
         async with self._changing:
-            _check(self.config, wanted)
+            self.config = _changed(self.config, wanted)
             present = {phase: {worker_number(post.name): post for post in supervisor.workers if post.phase is phase} for phase in wanted}
             kept = {phase: [number for number, post in posts.items() if not post.given_up] for phase, posts in present.items()}
             changes = {phase: change(kept[phase], number) for phase, number in wanted.items()}
@@ -87,9 +87,9 @@ class Crew:
         tell(f"{post.name} has left")
 
 
-def _check(config: ClusterConfig, wanted: Mapping[Phase, int]) -> None:
-    """`ConfigError` if no cluster could be started with these numbers."""
+def _changed(config: ClusterConfig, wanted: Mapping[Phase, int]) -> ClusterConfig:
+    """The config with these numbers of workers; `ConfigError` if no cluster could be started with them."""
     values = config.model_dump(mode="json")
     for phase, number in wanted.items():
         values[phase.value]["workers"] = number
-    load_config(values)
+    return load_config(values)

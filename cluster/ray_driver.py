@@ -2,12 +2,14 @@
 
     python -m diptych.cluster.ray_driver --spec '<RaySpec as JSON>'
 
-It starts a local Ray (or joins one), reserves a placement group, and puts one actor per worker into it; an actor starts the very
-command that a plain launcher would, and relays what it says. A process of its own, because a driver whose Ray dies is ended by Ray, and
-because Ray gives workers the driver's working directory as an import path: this one runs in the scratch directory.
+It starts a local Ray, or joins one and reserves a place on one of its nodes for each worker. An actor per worker starts its command and
+relays what it says. A process of its own, because a driver whose Ray dies is ended by Ray, and because Ray gives workers the driver's
+working directory as an import path: this one runs in the scratch directory.
 
-    in   {"do": "start", "id": 3, "bundle": 0, "argv": [...], "log": "..."}   {"do": "terminate" | "kill", "id": 3}
-    out  {"event": "ready", ...}   {"event": "pid" | "line" | "ended", "id": 3, ...}   {"event": "failed", "message": ...}
+    in   {"do": "start", "id": 3, "name": …, "argv": […], "log": …, "threads": …, "memory": …}
+         {"do": "terminate" | "kill", "id": 3}
+    out  {"event": "ready", "address": …}   {"event": "failed", "message": …}
+         {"event": "placed" | "refused" | "pid" | "line" | "ended", "id": 3, …}
 
 It ends at the end of its stdin, and with it the actors, their processes and, if it was started here, Ray.
 """

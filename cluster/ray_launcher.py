@@ -21,8 +21,8 @@ from .spec import LogLevel, RaySpec
 
 DRIVER = "ray"
 CLOSE_S = 10.0
-PLACED_S = 100.0
-"""Longer than the driver looks for a node (60 s, one worker after the other at the start), as it says why it found none."""
+STARTED_S = 60.0
+"""How long Ray may take to start an actor on the node it is to run on."""
 
 
 def ray_environment(environment: Mapping[str, str], *, local: bool) -> dict[str, str]:
@@ -40,6 +40,7 @@ class RayProcess:
     driver: RayLauncher
     pid: int | None = None
     events: asyncio.Queue[dict[str, Any] | None] = field(default_factory=asyncio.Queue)
+    placed: asyncio.Event = field(default_factory=asyncio.Event)
     known: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     status: int | None = None
@@ -62,6 +63,7 @@ class RayProcess:
     def end(self, status: int | None) -> None:
         self.status = status
         self.events.put_nowait(None)
+        self.placed.set()
         self.known.set()
         self.ended.set()
 
@@ -111,11 +113,12 @@ class RayLauncher:
             "start", process.number, name=launch.name, argv=launch.argv, log=str(launch.log), threads=launch.threads, memory=launch.memory
         )
         try:
-            async with asyncio.timeout(PLACED_S):
+            await process.placed.wait()  # or refused: the driver looks for a node for a minute
+            async with asyncio.timeout(STARTED_S):
                 await process.known.wait()
         except TimeoutError:
             process.kill()
-            raise Unavailable(f"Ray has not started {launch.name} within {PLACED_S:g} s. Its driver's log: {self._log}") from None
+            raise Unavailable(f"Ray has not started {launch.name} within {STARTED_S:g} s. Its driver's log: {self._log}") from None
         except asyncio.CancelledError:  # it is no longer wanted
             process.kill()
             raise
@@ -169,6 +172,8 @@ class RayLauncher:
                 if self._connected.done():
                     return Unavailable(event["message"])
                 return ConfigError(event["message"], field=event.get("field"))
+            case "placed":
+                self._processes[event["id"]].placed.set()
             case "pid":
                 process = self._processes[event["id"]]
                 process.pid = event["pid"]

@@ -106,6 +106,7 @@ class Driver:
     async def _hold(self, order: dict[str, Any], place: Place | None) -> None:
         """One process, from its start to its end."""
         number, status = order["id"], None
+        say("placed", id=number)
         keeper: Any = ray.remote(Keeper)
         if place is None:
             keeper = keeper.options(num_cpus=0, max_concurrency=4, max_restarts=0)

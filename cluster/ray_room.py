@@ -18,8 +18,8 @@ from .nodes import Node, Placing, choose, equal_part, free_run
 
 PLACEMENT_S = 60.0
 """How long a worker waits for a node with room: one may be on its way, or its old one not yet known to be dead."""
-PINNED_S = 10.0
-"""How long the node we chose has to reserve what we saw free there; then we look again."""
+LOOK_AGAIN_S = 10.0
+"""How long Ray has to reserve what was seen free; then the next worker gets a turn, and we look again."""
 PIN = 0.001
 """Of the resource `node:<address>` that Ray gives each node; 1 there is."""
 
@@ -62,26 +62,22 @@ class Room:
     async def reserve(self, name: str, threads: int | None, memory: int) -> Place:
         """A place for the worker `name`; `ConfigError` if there is none within `PLACEMENT_S`."""
         give_up = time.monotonic() + PLACEMENT_S
-        async with self._one_by_one:
-            while (left := give_up - time.monotonic()) > 0:
+        while True:
+            async with self._one_by_one:
                 nodes = await asyncio.to_thread(self._nodes)
                 count = threads or max(1, min(self._each, int(max((node.cpus for node in nodes), default=1))))
                 node = choose(nodes, count, memory, self._placing)
-                if place := await asyncio.to_thread(self._reserve, node, count, memory, min(left, PINNED_S)):
+                if place := await asyncio.to_thread(self._reserve, node, count, memory):
                     self.places.append(place)
                     return place
-        free = "; ".join(f"{node.address}: {node.cpus:g} CPUs, {node.memory / 2**30:.1f} GiB" for node in nodes)
-        raise ConfigError(
-            f"No node of the Ray cluster has {count} CPUs and {memory / 2**30:.1f} GiB free for {name} (free are {free or 'none'}). "
-            "Start fewer workers, give them fewer threads or kv_tokens, or add a node.",
-            field="ray.address",
-        )
+            if time.monotonic() > give_up:
+                raise _no_room(name, count, memory, nodes)
 
-    def _reserve(self, node: Node | None, threads: int, memory: int, within_s: float) -> Place | None:
+    def _reserve(self, node: Node | None, threads: int, memory: int) -> Place | None:
         """Without a node Ray is asked for any: that is how a cluster that can grow learns that it should."""
         pin = {f"node:{node.address}": PIN} if node else {}
         group = placement_group([{"CPU": threads, "memory": memory, **pin}])
-        if not group.wait(within_s):
+        if not group.wait(LOOK_AGAIN_S):
             remove_placement_group(group)
             return None
         (node_id,) = placement_group_table(group)["bundles_to_node_id"].values()
@@ -108,6 +104,15 @@ class Room:
         if used > threads + sum(place.threads for place in ours) or any(place.cores is None for place in ours):
             return None
         return free_run(int(total), [place.cores for place in ours if place.cores is not None], threads)
+
+
+def _no_room(name: str, threads: int, memory: int, nodes: Sequence[Node]) -> ConfigError:
+    free = "; ".join(f"{node.address}: {node.cpus:g} CPUs, {node.memory / 2**30:.1f} GiB" for node in nodes)
+    return ConfigError(
+        f"No node of the Ray cluster has {threads} CPUs and {memory / 2**30:.1f} GiB free for {name} (free are {free or 'none'}). "
+        "Start fewer workers, give them fewer threads or kv_tokens, or add a node.",
+        field="ray.address",
+    )
 
 
 def _every_node() -> list[dict[str, Any]]:
