@@ -94,6 +94,8 @@ def warnings(config: ClusterConfig, card: ModelCard, specs: Sequence[RankSpec], 
         said.append(f"{len(specs)} workers with {threads} threads share {cores} cores: they will slow each other down.")
     if len(config.model.chat_template or "") == 0 and not card.has_chat_template:
         said.append(f"{card.name} has no chat template: /v1/chat/completions and `diptych chat` need --chat-template FILE.")
+    if card.slow_path:
+        said.append(card.slow_path)
     return said
 
 

@@ -56,6 +56,8 @@ async def serve(spec: RankSpec) -> None:
     host = reachable_host(spec)
     torch.set_num_threads(spec.threads)
     model = open_prepared(spec.model_dir)
+    if model.card.slow_path:
+        log.warning(model.card.slow_path)
     pool = Pool.allocate(model.card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens))
     progress("model mapped, pool allocated")
     engine = Engine(model, pool.caches, block_size=BLOCK_SIZE, max_slots=spec.max_running)

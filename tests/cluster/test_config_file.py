@@ -19,7 +19,7 @@ from diptych.cluster.spec import RankSpec
 from diptych.core.config import ClusterConfig, load_config
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Phase
-from diptych.core.model import read_card
+from diptych.core.model import ForeignDecoder, read_card
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,6 +168,19 @@ def test_too_many_workers_for_the_cores_is_said_not_refused(tmp_path: Path) -> N
     said = preflight.warnings(config, read_card(directory), rank_specs(config, directory, range(2)), 2)
     assert "6 workers with 6 threads share 2 cores" in said[0]
     assert "no chat template" in said[1]
+
+
+def test_the_slow_path_is_said_at_start(tmp_path: Path) -> None:
+    directory = write_card(tmp_path / "model")
+    fast, config = read_card(directory), with_model(directory)
+    decoder = ForeignDecoder(
+        family="phi", architecture="PhiForCausalLM", config={}, layers=2, heads=1, kv_heads=1, head_dim=8, windows=(0, 0)
+    )
+    slow = fast.model_copy(update={"decoder": decoder})
+    said = [preflight.warnings(config, card, rank_specs(config, directory, range(2)), 2) for card in (fast, slow)]
+    assert [line for line in said[1] if line not in said[0]] == [
+        "tiny (PhiForCausalLM) has no fast path here: it runs through transformers, slower."
+    ]
 
 
 def test_the_model_must_exist_and_be_what_is_asked_for(tmp_path: Path) -> None:

@@ -1,50 +1,116 @@
-"""Families whose cache or arithmetic differs most, apart and local: the same tokens in fp32."""
+"""Every family through real ranks, prefill and decode apart: the tokens transformers itself generates, in fp32."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from diptych.core.fleet import Phase
 from diptych.core.layout import DType
+from diptych.core.model import read_card
+from diptych.engine.families import FAMILIES
 from diptych.engine.prepared import prepare
-from e2e_harness import attached, rank_spec, ranks, request
+from e2e_harness import Rank, attached, rank_spec, ranks, request
 
 COMMON = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 512}
 COMMON |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 GATED = COMMON | {"intermediate_size": 96, "num_key_value_heads": 2}
-FAMILIES = {
-    # No full cache group at all, layers of both kinds with soft caps, and no rotary embedding.
-    "mistral": GATED | {"sliding_window": 20},
-    "gemma2": GATED | {"sliding_window": 24, "head_dim": 32, "query_pre_attn_scalar": 24},
-    "opt": COMMON | {"ffn_dim": 96},
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 24}
+FAST: dict[str, dict[str, Any]] = {
+    "llama": GATED,
+    "mistral": GATED | {"sliding_window": 20},  # no full cache group at all
+    "qwen2": GATED | {"tie_word_embeddings": True},
+    "qwen3": GATED | {"head_dim": 32},
+    "gemma2": GATED | MIXED | {"head_dim": 32, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
+    "gemma3_text": GATED | MIXED | {"head_dim": 32, "query_pre_attn_scalar": 40},
+    "phi3": GATED | {"sliding_window": 31},
+    "opt": COMMON | {"ffn_dim": 96, "word_embed_proj_dim": 64},  # no rotary embedding
 }
+SLOW: dict[str, dict[str, Any]] = {
+    "gpt_neox": COMMON | {"intermediate_size": 96},
+    "cohere2": GATED | MIXED | {"logit_scale": 1.5},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "glm4": GATED | {"head_dim": 16},
+    "gpt2": COMMON,
+    "mixtral": GATED | {"num_local_experts": 4},
+    "olmo2": GATED,
+    "phi": GATED,
+    "starcoder2": GATED | {"sliding_window": 20},
+}
+COUNT = 20
+SHORT, LONG = (3, 47, 120), (1, 15, 16, 17, 31, 32, 33, 64, 100, 200, 333)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_disaggregated_and_local_write_the_same_tokens(kind: str, save_random: Callable[[Any, Path], None], tmp_path: Path) -> None:
+def test_every_family_is_here() -> None:
+    assert set(FAST) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", [*FAST, *SLOW])
+def test_disaggregated_as_transformers_generates(kind: str, save_random: Callable[[Any, Path], None], tmp_path: Path) -> None:
+    _same_tokens(kind, (FAST | SLOW)[kind], SHORT, save_random, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", [*FAST, *SLOW, *MORE])
+def test_disaggregated_as_transformers_generates_at_every_length(
+    kind: str, save_random: Callable[[Any, Path], None], tmp_path: Path
+) -> None:
+    _same_tokens(kind, (FAST | SLOW | MORE)[kind], LONG, save_random, tmp_path)
+
+
+def _same_tokens(kind: str, settings: dict[str, Any], lengths: tuple[int, ...], save: Callable[[Any, Path], None], directory: Path) -> None:
+    """Greedy, apart twice (the second from both prefix caches and beside each other) and locally."""
+    prompts = [[2, *random.Random(length).choices(range(3, 512), k=length - 1)] for length in lengths]
+    with _served(directory, kind, settings, save) as (pair, expected):
+        wanted = [expected(ids) for ids in prompts]
+        asyncio.run(_check(pair, prompts, wanted))
+        slow = read_card(directory / "model").slow_path
+        assert (slow is None) == (kind in FAST)
+        assert [slow in rank.log.read_text() if slow else False for rank in pair] == [kind not in FAST] * 2
+
+
+async def _check(pair: list[Rank], prompts: list[list[int]], wanted: list[tuple[int, ...]]) -> None:
+    asked = [request(ids, max_tokens=COUNT) for ids in prompts]
+    async with attached(*pair) as workers:
+        apart = [await workers.disaggregated(each) for each in asked]
+        again = await asyncio.gather(*(workers.disaggregated(each) for each in asked))
+        local = await asyncio.gather(*(workers.local(each) for each in asked))
+        for answers in (apart, again, local):
+            assert [answer.error for answer in answers] == [None] * len(asked)
+            assert [answer.tokens for answer in answers] == wanted
+        assert all(answer.handed_over is not None for answer in apart)
+        assert again[-1].first is not None
+        assert again[-1].first.cached_tokens == (len(prompts[-1]) - 1) // 16 * 16
+        await workers.idle()
+
+
+@contextmanager
+def _served(
+    directory: Path, kind: str, settings: dict[str, Any], save: Callable[[Any, Path], None]
+) -> Iterator[tuple[list[Rank], Callable[[list[int]], tuple[int, ...]]]]:
+    """A random model of a kind on one prefill and one decode rank, and what transformers generates with it.
+
+    Eager attention: transformers' fused one leaves Gemma 2's caps out.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(4)
-    save_random(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **FAMILIES[kind])), tmp_path / "source")
-    model = tmp_path / "model"
-    prepare(str(tmp_path / "source"), model, dtype=DType.FLOAT32)
-    specs = [rank_spec(model, Phase.PREFILL, "p0", chunk_tokens=32), rank_spec(model, Phase.DECODE, "d0", chunk_tokens=16)]
-    asked = [request([2, *range(10, 9 + length)], max_tokens=24) for length in (3, 16, 47, 120)]
-    with ranks(tmp_path, *specs) as pair:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), attn_implementation="eager").eval()
+    save(model, directory / "source")
+    prepare(str(directory / "source"), directory / "model", dtype=DType.FLOAT32)
 
-        async def main() -> None:
-            async with attached(*pair) as workers:
-                apart = [await workers.disaggregated(each) for each in asked]
-                local = [await workers.local(each) for each in asked]
-                for one, other in zip(apart, local, strict=True):
-                    assert (one.error, other.error) == (None, None)
-                    assert one.tokens == other.tokens
-                    assert one.tokens
-                await workers.idle()
+    def generate(ids: list[int]) -> tuple[int, ...]:
+        with torch.inference_mode():
+            out = model.generate(torch.tensor([ids]), max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False)
+        return tuple(out[0, len(ids) :].tolist())
 
-        asyncio.run(main())
+    specs = [rank_spec(directory / "model", Phase.PREFILL, "p0"), rank_spec(directory / "model", Phase.DECODE, "d0", chunk_tokens=16)]
+    with ranks(directory, *specs) as pair:
+        yield pair, generate
