@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from diptych.core.fleet import Fleet, LocalPrefill, Member
 from diptych.core.metrics import NullRecorder
@@ -22,8 +23,10 @@ def member(rank: Rank) -> Member:
 
 
 @asynccontextmanager
-async def router(workers: Sequence[Rank], policy: LocalPrefill = LocalPrefill.NEVER) -> AsyncIterator[Router]:
-    settings = RouterSettings(workers[0].spec.model_dir, policy=Policy(policy))
+async def router(
+    workers: Sequence[Rank], policy: LocalPrefill = LocalPrefill.NEVER, chat_template: Path | None = None
+) -> AsyncIterator[Router]:
+    settings = RouterSettings(workers[0].spec.model_dir, policy=Policy(policy), chat_template=chat_template)
     running = await start_router(settings, recorder=NullRecorder(), metrics_text=lambda: b"")
     try:
         running.fleet.publish(Fleet(1, tuple(member(rank) for rank in workers)))

@@ -6,45 +6,30 @@ import asyncio
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from diptych.core.fleet import Phase
-from diptych.core.layout import DType
-from diptych.engine.prepared import prepare
-from e2e_harness import Rank, rank_spec, ranks
+from e2e_harness import Family
 from router_harness import idle, router
 
-MODEL = "tiny"
+MODEL = "tiny-llama"
 PROMPT = "the man in the inn"
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 7}
 
 
 @pytest.fixture(scope="module")
-def workers(write_llama: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Rank]]:
-    directory = tmp_path_factory.mktemp("asked")
-    write_llama(directory / MODEL)
-    template = directory / "template.jinja"
-    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:")
-    prepare(str(directory / MODEL), directory / "prepared", dtype=DType.FLOAT32, chat_template=template)
-    specs = [
-        rank_spec(directory / "prepared", phase, name, kv_tokens=4096) for phase, name in ((Phase.PREFILL, "p0"), (Phase.DECODE, "d0"))
-    ]
-    with ranks(directory, *specs) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def url(workers: list[Rank]) -> Iterator[str]:
+def url(llama_ranks: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A router in a thread of its own, so that blocking clients can be called as people call them."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    place = router(workers)
+    template = tmp_path_factory.mktemp("asked") / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:")
+    place = router([*llama_ranks.prefills, llama_ranks.decode], chat_template=template)
     running = asyncio.run_coroutine_threadsafe(place.__aenter__(), loop).result(30)
     try:
         yield f"http://{running.http}/v1"
