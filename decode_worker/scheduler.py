@@ -468,4 +468,5 @@ class DecodeScheduler:
         for sequence in started:
             assert sequence.done <= sequence.decided < sequence.length <= sequence.limit, f"{sequence.attempt_id} lost its place"
             assert not sequence.ended, f"{sequence.attempt_id} has ended"
+            assert sequence.table.reaches(sequence.done), f"{sequence.attempt_id} has lost what it has computed"
             assert sequence.table.alone_from(sequence.done), f"{sequence.attempt_id} writes where another reads"

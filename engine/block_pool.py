@@ -251,6 +251,10 @@ class BlockTable:
                     part.publish(row[index], self.hashes[index + 1])
             self._published = index + 1
 
+    def reaches(self, tokens: int) -> bool:
+        """Whether there are blocks for the first `tokens` tokens, or were until they left a window."""
+        return tokens <= self._capacity
+
     def alone_from(self, position: int) -> bool:
         """Whether no other table holds a block that positions from `position` on are stored in."""
         first = position // self.pool.block_size

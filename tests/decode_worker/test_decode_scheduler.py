@@ -568,9 +568,10 @@ def test_choices_whose_prompt_was_thrown_out_while_they_were_drawn_wait_for_it()
     assert drawing is not None
     assert [len(row.draws) for row in drawing.batch.rows] == [1, 1, 3]
     worker.decide()
-    assert worker.scheduler.load(0.0).prompt_tokens_waiting == 32, "both others have opened a block, and there was one"
+    assert worker.pool.parts[0].fenced == 2, "both others open a block, and there was one"
     worker.run()
     worker.complete()
+    worker.scheduler.check()
     assert [worker.tokens[name_of("a", choice)] for choice in range(3)] == [
         output[:1] for output in outputs(worker.decodes["a"].request, worker)
     ]
