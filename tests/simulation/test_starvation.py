@@ -8,7 +8,10 @@ these one after another (once, and once more for what preemption throws away). `
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from random import Random
+from types import BuiltinFunctionType, FunctionType, ModuleType
 
 import pytest
 from cluster_world import CONTEXT, Costs, Life, World
@@ -152,3 +155,32 @@ def test_prompts_that_are_nearly_done_get_what_is_kept_for_growth_and_others_do_
     assert (decode.queue, decode.below) == (["r1"], 1)
     world.run()
     world.assert_over()
+
+
+def reachable(*roots: object) -> Counter[str]:
+    """How many objects of each kind can be reached from `roots`, the models of other things (modules, classes, functions) aside."""
+    seen: dict[int, object] = {}
+    todo: list[object] = list(roots)
+    while todo:
+        thing = todo.pop()
+        if id(thing) not in seen and not isinstance(thing, type | ModuleType | FunctionType | BuiltinFunctionType):
+            seen[id(thing)] = thing
+            todo += gc.get_referents(thing)
+    return Counter(type(thing).__name__ for thing in seen.values())
+
+
+def test_nothing_is_kept_of_requests_that_have_ended() -> None:
+    """What workers hold at rest is the same after a hundred requests and after five hundred."""
+    world = World(2, 1, windows=(0, 24), blocks=(24, 24), max_running=8)
+    random = Random(5)
+    held: list[Counter[str]] = []
+    for asked in (100, 400):
+        keep_busy(world, random, at_once=20, asked=asked)
+        world.run(check=False)
+        world.clock.advance(100.0)  # ids that have ended are remembered for a minute, and forgotten when the next one comes
+        keep_busy(world, random, at_once=4, asked=4)
+        world.run(check=False)
+        world.assert_over()
+        held.append(reachable(*((worker.scheduler, worker.machine) for worker in (*world.prefills, *world.decodes))))
+    few, many = held
+    assert many.total() <= 1.1 * few.total(), many - few
