@@ -223,14 +223,17 @@ def test_a_killed_worker_changes_no_answer(crew: Crew, stage: Stage) -> None:
                 await until(running, lambda: len(asked[0].tokens) >= 2)
             if stage.name == "P after the hand-over":
                 await until(running, lambda: report(running, victim).leases == report(running, victim).running == 0)
+            lost = mapped(victim) if stage.victim is Phase.PREFILL else set()  # nobody maps what is D's
             killed_at = time.monotonic()
             victim.kill()
             await until(running, lambda: victim.spec.worker_id not in seen(running))
+            survivors = [rank for rank in crew.members if rank is not victim]
             crew.replace(victim)
             if stopped is not victim:
                 stopped.process.send_signal(signal.SIGCONT)
             await asked[0].whole()
             print(f"{stage.name}: a pause of {asked[0].pause_after(killed_at):.3f} s")
+            await until(running, lambda: not any(lost & mapped(rank) for rank in survivors))
         assert all(rank.alive for rank in crew.members)
 
     asyncio.run(main())
@@ -311,6 +314,12 @@ def test_nothing_is_left_of_workers_that_were_all_killed(crew: Crew) -> None:
         assert not Path(f"/proc/{rank.process.pid}").exists()
     assert set(os.listdir("/dev/shm")) <= before
     assert not sockets & {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
+
+
+def mapped(rank: Rank) -> set[int]:
+    """The inodes of all pools it maps: its own, and those it copies from."""
+    maps = Path(f"/proc/{rank.process.pid}/maps").read_text().splitlines()
+    return {int(line.split()[4]) for line in maps if "memfd:diptych-kv" in line}
 
 
 def sockets_of(rank: Rank) -> set[str]:

@@ -125,6 +125,21 @@ def test_a_silent_worker_is_lost_and_comes_back(site):
     asyncio.run(check())
 
 
+def test_a_router_that_was_held_up_takes_nobody_for_lost(site):
+    async def check():
+        async with site(silence_s=0.4) as s:
+            s.workers["d0"].hold.clear()
+            asked = asyncio.create_task(answer(s.router.service))
+            await s.until(lambda: s.workers["d0"].books)
+            time.sleep(1.0)  # noqa: ASYNC251  what it is about: nothing runs here meanwhile
+            await asyncio.sleep(0.2)
+            s.workers["d0"].hold.set()
+            _, finish = await asked
+            assert finish.timing.attempts == 1
+
+    asyncio.run(check())
+
+
 def test_a_restarted_worker_is_another_incarnation(site):
     async def check():
         async with site(hold_s=0.2) as s:
