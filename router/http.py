@@ -239,7 +239,8 @@ def make_app(service: Service, metrics_text: Callable[[], bytes]) -> Starlette:
     async def metrics(request: Request) -> Response:
         return Response(metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    described = json.dumps(document(service.text.card, service.name, chat=service.text.template is not None)).encode()
+    has_template, running = service.text.template is not None, service.limits.running
+    described = json.dumps(document(service.text.card, service.name, chat=has_template, running=running)).encode()
 
     async def openapi(request: Request) -> Response:
         return Response(described, media_type="application/json")

@@ -36,14 +36,15 @@ _LIMITS = ("max_tokens", "max_completion_tokens", "min_tokens")
 _NULL = {"type": "null"}
 
 
-def document(card: ModelCard, name: str, *, chat: bool) -> Schema:
-    """The OpenAPI 3.1 document of a router that serves the model `card` as `name`; `chat`: whether it has a chat template."""
+def document(card: ModelCard, name: str, *, chat: bool, running: int) -> Schema:
+    """The OpenAPI 3.1 document of a router that serves the model `card` as `name`. `chat`: whether it has a chat template; `running`:
+    how many choices it writes at once."""
     schemas = _schemas([*FORMATS, CompletionBody, *([ChatBody] if chat else [])])
-    _state_body(schemas, CompletionBody, card, name)
+    _state_body(schemas, CompletionBody, card, name, running)
     schemas["CompletionBody"]["properties"]["prompt"] |= _prompt(card)
     paths = {"/v1/completions": {"post": _generation("createCompletion", "Continue a prompt.", "Completion")}}
     if chat:
-        _state_body(schemas, ChatBody, card, name)
+        _state_body(schemas, ChatBody, card, name, running)
         _state_messages(schemas)
         paths["/v1/chat/completions"] = {"post": _generation("createChatCompletion", "Answer a conversation.", "Chat")}
     return {
@@ -71,7 +72,7 @@ def _schemas(models: list[type[BaseModel]]) -> dict[str, Schema]:
     return schemas
 
 
-def _state_body(schemas: dict[str, Schema], kind: type[CompletionBody] | type[ChatBody], card: ModelCard, name: str) -> None:
+def _state_body(schemas: dict[str, Schema], kind: type[CompletionBody] | type[ChatBody], card: ModelCard, name: str, running: int) -> None:
     """Write down what pydantic does not know: ranges, the fields that are accepted and not served, and that null is the same as nothing."""
     body = schemas[kind.__name__]
     fields: dict[str, Schema] = body["properties"]
@@ -84,6 +85,7 @@ def _state_body(schemas: dict[str, Schema], kind: type[CompletionBody] | type[Ch
         if field in _LIMITS:
             schema |= {"minimum": 0 if field == "min_tokens" else 1, "maximum": card.max_context}
     fields["model"]["enum"] = ["", name]
+    fields["n"]["maximum"] = min(fields["n"]["maximum"], running)
     fields["stop"] = {key: fields["stop"][key] for key in ("description", "default")} | _stop()
     fields["stop_token_ids"] |= {"items": _token_id(card), "maxItems": MAX_STOP_TOKEN_IDS}
     fields["logit_bias"] |= {
