@@ -294,6 +294,22 @@ def test_an_attempt_is_expected_granted_and_decoded_after_its_commit() -> None:
     desk.clean()
 
 
+def test_what_is_nearly_done_gets_the_blocks_kept_for_growth() -> None:
+    desk = decoding()
+    desk.role.command(desk.ear, Decode("b", asked(80, start=50)))
+    desk.notes.events.offered("b", 80)
+    desk.turn()
+    assert [name for name, _ in desk.notes.named("grant")] == ["a"], "5 of 8 blocks are left, and one of them is for growth"
+    desk.notes.events.nearly_done("b")
+    desk.turn()
+    assert [name for name, _ in desk.notes.named("grant")] == ["a", "b"]
+    for left in ("a", "b"):
+        desk.role.command(desk.ear, Stop(left))
+        desk.turn()
+        desk.notes.events.released(left)
+    desk.clean()
+
+
 def test_a_stop_that_crosses_the_commit_gives_the_blocks_back() -> None:
     desk = decoding()
     desk.role.command(desk.ear, Stop("a"))
