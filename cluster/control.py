@@ -75,7 +75,7 @@ def ask(cluster_id: str, wanted: Mapping[Phase, int]) -> Iterator[str]:
                     raise ConfigError(event["message"], field=event["field"])
                 case "failed":
                     raise Unavailable(event["message"])
-    raise Unavailable("The cluster has ended.")
+    raise Unavailable("The cluster has ended, or is another user's.")
 
 
 @contextmanager
@@ -85,4 +85,7 @@ def _connected(cluster_id: str) -> Iterator[socket.socket]:
             connection.connect(_name(cluster_id))
         except ConnectionRefusedError:
             raise Unavailable("The cluster is still starting, or ends.") from None
-        yield connection
+        try:
+            yield connection
+        except (ConnectionResetError, BrokenPipeError):  # the supervisor was killed, or does not listen to this user
+            raise Unavailable("The cluster has ended, or is another user's.") from None

@@ -108,8 +108,9 @@ class Room:
 
 def _no_room(name: str, threads: int, memory: int, nodes: Sequence[Node]) -> ConfigError:
     free = "; ".join(f"{node.address}: {node.cpus:g} CPUs, {node.memory / 2**30:.1f} GiB" for node in nodes)
+    cpus = f"{threads} CPU" if threads == 1 else f"{threads} CPUs"
     return ConfigError(
-        f"No node of the Ray cluster has {threads} CPUs and {memory / 2**30:.1f} GiB free for {name} (free are {free or 'none'}). "
+        f"No node of the Ray cluster has {cpus} and {memory / 2**30:.1f} GiB free for {name} (free are {free or 'none'}). "
         "Start fewer workers, give them fewer threads or kv_tokens, or add a node.",
         field="ray.address",
     )

@@ -133,6 +133,24 @@ def test_a_number_that_cannot_be_is_refused_by_key(start: Start, orders: Path) -
         assert len(fleets(orders)[-1][1]) == 2
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_is_not_heard(start: Start, orders: Path) -> None:
+    with start() as cluster:
+        cluster.expect("Ctrl-C ends it.")
+        cluster_id = str(cluster.state()["id"])
+        child = os.fork()
+        if child == 0:
+            os.setresuid(65534, 65534, 65534)
+            try:
+                list(ask(cluster_id, {Phase.DECODE: 2}))
+            except Unavailable:
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(fleets(orders)[-1][1]) == 2
+
+
 def test_a_worker_that_cannot_join_says_why_and_changes_nothing(start: Start, orders: Path) -> None:
     (orders / "refuse-prefill-1").touch()
     (orders / "crash-decode-1").touch()

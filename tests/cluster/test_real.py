@@ -40,10 +40,9 @@ def up(model: Path, runtime: Path, *flags: str) -> Any:
     return running(argv, {"XDG_RUNTIME_DIR": str(runtime), "PYTHONSAFEPATH": "1"}, cwd=ROOT)
 
 
-def diptych(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "diptych.cluster.cli", *arguments], input=stdin, capture_output=True, text=True, timeout=90, check=False
-    )
+def diptych(*arguments: str, stdin: str | None = None, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "diptych.cluster.cli", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 PROMPT = "the thin man and the other thing in the inn; then another one, and the end of it all there"
@@ -201,6 +200,22 @@ def test_a_ray_cluster_that_runs_already_is_joined_and_left(
             assert cluster.end() == 0
         assert nothing_left(state)
         assert processes.marked(f"others-{scratch.name}"), "their Ray goes on"
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_a_worker_that_finds_no_node_is_refused_with_what_is_free(
+    tiny_gemma3_dir: Path, runtime: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ray_of_others(scratch, monkeypatch) as address, up(tiny_gemma3_dir, runtime, "--address", address) as cluster:
+        cluster.expect("Ctrl-C ends it.", UP_S)
+        refused = diptych("scale", "--prefill", "2", "--decode", "2", timeout_s=150)
+        assert refused.returncode == 2
+        assert "has joined" in refused.stdout, "there are three CPUs"
+        assert re.search(r"No node of the Ray cluster has 1 CPU and [\d.]+ GiB free for \w+-1 \(free are [\d.]+: 0 CPUs", refused.stderr)
+        assert re.search("prefill workers, 1 decode workers|1 prefill workers, 2", diptych("status").stdout)
+        assert diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0").returncode == 0
+        assert cluster.end() == 0
 
 
 def test_down_cleans_up_after_a_supervisor_and_reaper_that_were_killed(tiny_gemma3_dir: Path, runtime: Path) -> None:

@@ -69,6 +69,10 @@ class Site:
         assert done.returncode == 0, done.stderr
         return done
 
+    def begin(self, host: Host, *arguments: str) -> subprocess.Popen[str]:
+        command = [*host.prefix, sys.executable, "-m", "diptych.cluster.cli", *arguments]
+        return subprocess.Popen(command, env={**os.environ, **self.environment}, stdout=subprocess.PIPE, text=True)
+
     def prepared(self, host: Host) -> list[str]:
         """The models on the host's own disk."""
         disk = Path(f"/proc/{host.holder}/root{self.home}/models")
@@ -116,8 +120,13 @@ def test_a_cluster_over_two_hosts_hands_over_grows_and_survives_one(tiny_llama_s
             assert site_of(cluster, "decode-1") == one.address
             assert "1 prefill workers, 2 decode workers" in site.diptych(one, "status").stdout
 
+            begun = [site.begin(one, "generate", PROMPT, "--max-tokens", "700", "-t", "0") for _ in range(4)]
+            firsts = [process.stdout.read(1) for process in begun if process.stdout]
             two.crash()
-            for _ in range(10):
+            ends = [first + process.communicate(timeout=UP_S)[0] for first, process in zip(firsts, begun, strict=True)]
+            assert [process.returncode for process in begun] == [0] * 4
+            assert len(set(ends)) == 1, "those that were being written there go on elsewhere, token for token"
+            for _ in range(5):
                 again = site.diptych(one, "generate", PROMPT, "--max-tokens", "12", "-t", "0", "--stats")
                 assert again.stdout == answer.stdout
             assert "decode-1" in again.stderr
