@@ -2,6 +2,7 @@
 choice's own tokens in order, each once, one end per choice, and one end of all."""
 
 from collections import deque
+from functools import partial
 
 from diptych.core.commands import ChoiceFinished, Decode, Failed, Finished, FirstTokens, HandedOver, NewTokens, Prefill, Stop
 from diptych.core.errors import Cancelled, TransferFailed, Unavailable
@@ -11,9 +12,8 @@ from diptych.core.request import FinishReason, Request, Token, Tokens
 from diptych.core.sampling import SamplingParams
 from diptych.router.machine import Emit, End, Fail, Place, RequestMachine, Send, Succeed
 from diptych.router.placement import Placement
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 LAYOUT = Layout("f", (CacheGroup(CacheKind.FULL, (0,), 1, 16, DType.FLOAT32),), 16, (64,))
 P1, P2 = (Member(w, f"{w}:1", Phase.PREFILL, 1, LAYOUT, 1024) for w in ("p1", "p2"))
@@ -108,24 +108,54 @@ class DecodeSide(Worker):
             self.end(Finished(self.attempt))
 
 
-class Choices(RuleBasedStateMachine):
-    @initialize(data=st.data(), limit=st.integers(1, MAX_TOKENS), n=st.integers(1, MAX_CHOICES), retries=st.integers(0, 2))
-    def begin(self, data, limit, n, retries):
-        self.script = Script([data.draw(st.integers(0, limit)) for _ in range(n)], limit)
-        self.m = RequestMachine(Request("r", "m", (Tokens((1, 2, 3)),), SamplingParams(limit, seed=1, n=n)), retries=retries)
-        self.n = n
+class World:
+    """A router's machine, its workers and the streams between; one thing that may happen at a time."""
+
+    def __init__(self, dice):
+        self.dice = dice
+        self.n, limit = dice.randint(1, MAX_CHOICES), dice.randint(1, MAX_TOKENS)
+        self.script = Script([dice.randint(0, limit) for _ in range(self.n)], limit)
+        request = Request("r", "m", (Tokens((1, 2, 3)),), SamplingParams(limit, seed=1, n=self.n))
+        self.retries = dice.randint(0, 2)
+        self.m = RequestMachine(request, retries=self.retries)
+        self.misfortunes_left = dice.randint(0, 3)
+        self.misfortunes = 0
+        self.pace = {w.worker_id: dice.choice([1, 3, 12]) for w in (P1, P2, D1, D2)}
+        """How often a worker and its stream are served: some lag far behind the others."""
         self.inbox = {w.worker_id: deque() for w in (P1, P2, D1, D2)}
         self.stream = {w: deque() for w in self.inbox}
         self.sides = {}
         self.open = set()
-        self.sent = [[] for _ in range(n)]
+        self.sent = [[] for _ in range(self.n)]
         self.ends = {}
         self.stopped = set()
         self.outcome = None
         self.demand = None
         self.attempts = 0
-        self.misfortunes = 0
         self.apply(self.m.start())
+
+    def may_happen(self):
+        """Every next thing, as a call without arguments; what happens often stands there often."""
+        some = partial(self.dice.sample, range(self.n), self.dice.randint(1, self.n))
+        happens = []
+        for worker, pace in self.pace.items():
+            happens += [partial(self.hear, worker)] * pace if self.inbox[worker] else []
+            happens += [partial(self.deliver, worker)] * pace if self.stream[worker] else []
+        for key, side in self.sides.items():
+            if side.over:
+                continue
+            if isinstance(side, PrefillSide):
+                happens += [partial(self.draw, key, side)] * 3 if self.ready(key, side) else []
+            elif side.committed:
+                happens += [lambda side=side: side.step(some())] * 6
+            elif self.misfortunes < self.misfortunes_left:
+                happens.append(partial(self.tear, key, side))
+        if self.demand and not self.outcome:
+            happens += [self.place] * 3
+        if self.misfortunes < self.misfortunes_left:
+            happens += [partial(self.die, worker) for worker in sorted({worker for _, worker in self.sides})]
+        happens += [partial(self.stop_string, c) for c, sent in enumerate(self.sent) if sent and c not in self.ends and not self.outcome]
+        return happens
 
     def apply(self, actions):
         for action in actions:
@@ -138,6 +168,8 @@ class Choices(RuleBasedStateMachine):
                     key = (command.attempt_id, worker)
                     if not isinstance(command, Stop):
                         self.open.add(key)
+                        assert command.request.finished == set(self.ends)
+                        assert [command.request.generated_by(c) for c in range(self.n)] == [tuple(t.id for t in sent) for sent in self.sent]
                     elif command.choice is None:
                         self.open.remove(key)
                 case Emit(tokens):
@@ -150,24 +182,15 @@ class Choices(RuleBasedStateMachine):
                 case Succeed() | Fail():
                     self.outcome = action
 
-    def place_on(self, prefill, decode):
+    def place(self):
         demand, self.demand = self.demand, None
-        alone = demand.output_tokens == 1 and prefill is not None
+        prefill = None if demand.local else self.dice.choice([P1, P2, None])
+        alone = prefill is not None and demand.output_tokens == 1
         self.attempts += 1
-        self.apply(
-            self.m.placed(Placement(None if demand.local else prefill, None if alone and not demand.local else decode), f"a{self.attempts}")
-        )
+        self.apply(self.m.placed(Placement(prefill, None if alone else self.dice.choice([D1, D2])), f"a{self.attempts}"))
 
-    @precondition(lambda self: self.demand and self.outcome is None)
-    @rule(prefill=st.sampled_from([P1, P2, None]), decode=st.sampled_from([D1, D2]))
-    def place(self, prefill, decode):
-        self.place_on(prefill, decode)
-
-    @rule(worker=st.sampled_from(["p1", "p2", "d1", "d2"]))
     def hear(self, worker):
         """A worker takes the next command from its stream."""
-        if not self.inbox[worker]:
-            return
         command = self.inbox[worker].popleft()
         key = (command.attempt_id, worker)
         match command:
@@ -191,36 +214,24 @@ class Choices(RuleBasedStateMachine):
         if other and not (isinstance(other, DecodeSide) and other.committed):
             other.end(Failed(key[0], error))
 
-    @rule(worker=st.sampled_from(["p1", "p2"]))
-    def prefill_draws(self, worker):
-        for (attempt, where), side in list(self.sides.items()):
-            if where != worker or side.over or side.drawn is not None:
-                continue
-            decode = self.peer((attempt, worker))
-            if side.destination and decode is None:
-                continue  # D has not heard of it: P has no grant
-            left = side.draw()
-            if not left:
-                side.end(Finished(attempt))
-                if decode:
-                    decode.end(Failed(attempt, Cancelled("P cancelled")))
-            else:
-                assert decode, "P alone drew what is not the end"
-                if not decode.over:
-                    decode.commit(left)
-                    side.end(HandedOver(attempt, 1, 0.1, "shm"))
+    def ready(self, key, side):
+        """Whether P may draw: D has heard of the transfer, if there is to be one."""
+        return side.drawn is None and (side.destination is None or self.peer(key) is not None)
 
-    @rule(worker=st.sampled_from(["d1", "d2"]), choices=st.sets(st.integers(0, MAX_CHOICES - 1), min_size=1))
-    def decode_steps(self, worker, choices):
-        for (_, where), side in list(self.sides.items()):
-            if where == worker and side.committed and not side.over:
-                side.step(choices)
+    def draw(self, key, side):
+        decode, left = self.peer(key), side.draw()
+        if not left:
+            side.end(Finished(side.attempt))
+            if decode:
+                decode.end(Failed(side.attempt, Cancelled("P cancelled")))
+        else:
+            assert decode, "P alone drew what is not the end"
+            if not decode.over:
+                decode.commit(left)
+                side.end(HandedOver(side.attempt, 1, 0.1, "shm"))
 
-    @rule(worker=st.sampled_from(["p1", "p2", "d1", "d2"]))
     def deliver(self, worker):
         """The router hears the next event of a worker."""
-        if not self.stream[worker]:
-            return
         event = self.stream[worker].popleft()
         key = (event.attempt_id, worker)
         current = self.open.copy()
@@ -232,7 +243,6 @@ class Choices(RuleBasedStateMachine):
                 self.open.discard(key)
         self.apply(self.m.event(worker, event))
 
-    @rule(worker=st.sampled_from(["p1", "p2", "d1", "d2"]))
     def die(self, worker):
         """A worker restarts: its stream, and all that was on it, is gone."""
         self.misfortunes += 1
@@ -244,26 +254,22 @@ class Choices(RuleBasedStateMachine):
         self.open = {key for key in self.open if key[1] != worker}
         self.apply(self.m.lost(worker))
 
-    @rule(worker=st.sampled_from(["d1", "d2"]))
-    def tear(self, worker):
+    def tear(self, key, side):
         """A transfer fails on its way."""
-        for key, side in list(self.sides.items()):
-            if key[1] == worker and not side.committed and not side.over:
-                self.misfortunes += 1
-                side.end(Failed(key[0], TransferFailed("torn")))
-                self.fail_peer(key, TransferFailed("torn"))
+        self.misfortunes += 1
+        side.end(Failed(key[0], TransferFailed("torn")))
+        self.fail_peer(key, TransferFailed("torn"))
 
-    @rule(choice=st.integers(0, MAX_CHOICES - 1))
     def stop_string(self, choice):
         """The client's stop string is found in what was sent."""
-        if choice < self.n and self.sent[choice] and choice not in self.ends:
-            self.stopped.add(choice)
-            self.apply(self.m.stop(choice))
+        self.stopped.add(choice)
+        decoding = next((key for key in self.open if key[1] in ("d1", "d2")), None)
+        self.apply(self.m.stop(choice))
+        if decoding:
+            told = self.inbox[decoding[1]][-1]
+            assert told == Stop(decoding[0], None if self.outcome else choice), "D goes on with what is not wanted"
 
-    @invariant()
     def promises(self):
-        if not hasattr(self, "m"):
-            return
         for choice, sent in enumerate(self.sent):
             assert sent == [self.script.draw(choice, index)[0] for index in range(len(sent))]
             if choice in self.ends and choice not in self.stopped:
@@ -271,31 +277,22 @@ class Choices(RuleBasedStateMachine):
                 assert self.ends[choice] is self.script.reason(choice)
         assert all(self.ends[choice] is FinishReason.STOP for choice in self.stopped)
         assert self.m.ended == (self.outcome is not None)
+        assert self.m.attempts <= 1 + self.misfortunes, "tried again for nothing"
         if self.outcome:
             assert not self.open
-            assert self.misfortunes or self.outcome == Succeed()
+            assert self.misfortunes > self.retries or self.outcome == Succeed()
             assert isinstance(self.outcome, Fail) or len(self.ends) == self.n
 
-    def teardown(self):
-        """Nobody dies any more: it ends."""
-        if not hasattr(self, "m"):
-            return
-        for _ in range(100):
-            if self.outcome:
-                break
-            if self.demand:
-                self.place_on(P1, D1)
-            for worker in self.inbox:
-                self.hear(worker)
-            for worker in ("p1", "p2"):
-                self.prefill_draws(worker)
-            for worker in ("d1", "d2"):
-                self.decode_steps(worker, set(range(MAX_CHOICES)))
-            for worker in self.inbox:
-                self.deliver(worker)
-        assert self.outcome, "it never ended"
-        self.promises()
 
-
-Choices.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
-test_choices = Choices.TestCase
+@settings(max_examples=1500, deadline=None)
+@given(st.randoms(use_true_random=True))
+def test_whatever_the_interleaving(dice):
+    world = World(dice)
+    for _ in range(400):
+        happens = world.may_happen()
+        if not happens:
+            break
+        dice.choice(happens)()
+        world.promises()
+    assert world.outcome, "it never ended"
+    assert not any(side.at and not side.over for side in world.sides.values()), "a worker still writes"

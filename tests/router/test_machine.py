@@ -247,6 +247,17 @@ def test_a_retry_awaits_p_s_token_only_of_choices_that_have_none():
     assert m.event("d2", NewTokens("c", (token(2, 0), token(1, 1)))) == [Emit((token(2, 0),)), Emit((token(1, 1),))]
 
 
+def test_p_goes_on_for_a_choice_it_draws_nothing_for():
+    m = machine(n=2)
+    m.start()
+    m.placed(Placement(None, D1), "a")
+    m.event("d1", NewTokens("a", (token(0),)))
+    m.lost("d1")
+    m.placed(Placement(P1, D2), "b")
+    assert m.event("p1", first("b", token(0, 1), ends={1: STOP})) == [End(1, STOP)]
+    assert m.stop(0) == [End(0, STOP), Send("p1", Stop("b")), Send("d2", Stop("b")), Succeed()]
+
+
 def test_a_choice_with_all_its_tokens_ends_though_its_worker_died():
     m = opened(max_tokens=2, n=2)
     m.event("p1", first("a", token(0), token(0, 1)))
