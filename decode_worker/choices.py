@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from ..core.commands import ChoiceFinished, Finished, NewTokens
 from ..core.request import FinishReason, Token
-from ..worker.draws import first_finish
+from ..engine.batch import Draw
+from ..worker.draws import first_finish, next_draw
 from .sequence import Sequence
 
 
@@ -57,3 +58,13 @@ def part(trunk: Sequence, first_tokens: Seq[Token], max_context: int, said: Said
         elif not known:
             said.choices.append(ChoiceFinished(trunk.attempt_id, choice, finish))
     return left
+
+
+def draws_of(sequence: Sequence) -> tuple[Draw, ...]:
+    """Its next token, or the first tokens of the choices it stands for."""
+    sampling, index, pending = sequence.request.sampling, sequence.length - sequence.prompt_tokens, sequence.pending > 0
+    choices: Seq[int] = (sequence.choice,)
+    if sequence.shared:
+        choices = [choice for choice in sequence.request.opening if choice not in sequence.stopped]
+    ends = sequence.stop_ids
+    return tuple(next_draw(sampling, index, sequence.tokens, ends, choice=choice, pending=pending) for choice in choices)

@@ -23,7 +23,8 @@ from ..worker.outbox import Listener, Outbox
 from ..worker.report import Reporter
 from ..worker.timeline import stamp, stamping
 from .choices import DecodeOutcome
-from .scheduler import Decision, DecodeScheduler
+from .decision import Decision
+from .scheduler import DecodeScheduler
 
 REFUSALS = {
     RefusedReason.CLOSED: "The attempt is closed here.",

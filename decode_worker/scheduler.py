@@ -14,14 +14,13 @@ source has said that it is nearly done.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from ..core.commands import ChoiceFinished, Decode, Finished
-from ..core.errors import ContextExceeded, InvalidRequest
+from ..core.errors import InvalidRequest
 from ..core.prefix import chain
 from ..core.request import FinishReason, Request, Token
 from ..core.transfer import GroupGrant, RefusedReason
@@ -29,31 +28,14 @@ from ..engine.batch import Batch, Draw, Row, StepOutput
 from ..engine.block_pool import BlockPool, BlockTable
 from ..engine.slots import Slots
 from ..worker.chunks import chunk_stop
-from ..worker.draws import next_draw
 from ..worker.load import Load
 from .admission import Admission
-from .choices import DecodeOutcome, Said, part
-from .sequence import Sequence, by_age
+from .choices import DecodeOutcome, Said, draws_of, part
+from .decision import Decision, Draft
+from .roster import Roster
+from .sequence import Sequence, sequence_of
 from .steady import advance_blocks, steady_steps
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """One step. `attempts[i]` names whose `batch.rows[i]` is; `forked` whose blocks it copies."""
-
-    batch: Batch
-    attempts: tuple[str, ...]
-    forked: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class Draft:
-    """A step in the making. `budget`: prompt positions it may still compute. `short`: a request waits for blocks, so none younger
-    takes any."""
-
-    budget: int
-    short: bool = False
-    chosen: list[tuple[Sequence, Row]] = field(default_factory=list)
+from .totals import Totals
 
 
 class DecodeScheduler:
@@ -84,42 +66,20 @@ class DecodeScheduler:
         self._admission = Admission(pool, chunk_tokens=chunk_tokens, watermark=watermark)
         self._leases = self._admission.leases
         self._expected: dict[str, Sequence] = {}
-        self._started: dict[str, list[Sequence]] = {}
-        self._running: list[Sequence] = []
+        self._roster = Roster()
         self._forked: list[str] = []
         self._in_flight: deque[tuple[Batch, tuple[tuple[Sequence, BlockTable], ...]]] = deque()
-        self._step = self._orders = 0
+        self._step = 0
         self._short = False
-        self._cached_tokens = self._local_prefill_tokens = self._recomputed_tokens = self._preemptions = 0
+        self._totals = Totals()
 
     def expect(self, decode: Decode, now: float) -> None:
         """An attempt: its transfer will be offered, or (`local_prefill`) it is queued at once. Raises `ContextExceeded` if it can
         never fit, `InvalidRequest` if its prompt is empty, it has nothing left to write, or its id is in use."""
         request, attempt_id = decode.request, decode.attempt_id
-        tokens, prompt_tokens = list(request.token_ids), len(request.prompt_ids)
-        if not prompt_tokens:
-            raise InvalidRequest("The prompt has no token.", field="prompt")
-        if request.left < 1:
-            raise InvalidRequest("All of max_tokens is generated already.", field="max_tokens")
-        if any(attempt_id in ids for ids in (self._expected, self._admission.queue, self._leases, self._started)):
+        if any(attempt_id in ids for ids in (self._expected, self._admission.queue, self._leases, self._roster.started)):
             raise InvalidRequest(f"Attempt {attempt_id} is under way.", field="attempt_id")
-        longest = max(prompt_tokens + len(request.generated_by(choice)) for choice in request.live)
-        if longest >= self._longest:
-            raise ContextExceeded(
-                f"The prompt has {longest} tokens; with one of output this decode worker holds {self._longest}.", field="prompt"
-            )
-        root, sampling = self._root_hash_of(request), request.sampling
-        sequence = Sequence(
-            attempt_id,
-            request,
-            decode.local_prefill,
-            tokens,
-            prompt_tokens,
-            limit=min(prompt_tokens + sampling.max_tokens, self._longest),
-            stop_ids=sampling.ends(self._eos_token_ids),
-            table=self._pool.open([root, *chain(root, tokens)]),
-            shared=sampling.n > 1,
-        )
+        sequence = sequence_of(decode, self._pool, self._root_hash_of(request), longest=self._longest, eos=self._eos_token_ids)
         (self._admission.queue if decode.local_prefill else self._expected)[attempt_id] = sequence
 
     def on_offer(self, transfer_id: str, prompt_tokens: int, now: float) -> RefusedReason | None:
@@ -169,7 +129,7 @@ class DecodeScheduler:
             self._end(trunk, said)
             return
         trunk.choice, trunk.tokens = left[0]
-        self._resume(trunk, shared)
+        trunk.resume(shared)
         for choice, tokens in left[1:]:
             self._branch(trunk, shared, choice, tokens)
 
@@ -182,12 +142,10 @@ class DecodeScheduler:
             choice=choice,
             tokens=tokens,
             table=table or self._pool.open([root, *chain(root, tokens)]),
-            order=self._orders,
             slot=-1,
             preempted=False,
         )
-        self._orders += 1
-        self._started[trunk.attempt_id].append(sequence)
+        self._roster.enter(sequence)
         if table is None:
             sequence.decided = sequence.done = 0
             sequence.preempted = True
@@ -196,13 +154,8 @@ class DecodeScheduler:
         sequence.decided = sequence.done = shared
         if self._pool.copying:
             self._forked.append(trunk.attempt_id)
-        self._resume(sequence, shared)
-        insort(self._running, sequence, key=by_age)
-
-    def _resume(self, sequence: Sequence, shared: int) -> None:
-        """Behind `shared` tokens, of which the KV is here, it has one more token to decode, or several to compute first."""
-        sequence.target = len(sequence.tokens) - 1
-        sequence.preempted = sequence.preempted or sequence.target > shared
+        sequence.resume(shared)
+        self._roster.run(sequence)
 
     def stop(self, attempt_id: str, choice: int, now: float) -> DecodeOutcome:
         """This choice is over, without an event of its own. The outcome is empty unless it was the last. Unknown ones are ignored."""
@@ -211,7 +164,7 @@ class DecodeScheduler:
         if waiting is not None:
             waiting.shared = True
             waiting.stopped.add(choice)
-        for sequence in tuple(self._started.get(attempt_id, ())):
+        for sequence in tuple(self._roster.started.get(attempt_id, ())):
             if sequence.shared:
                 sequence.stopped.add(choice)
             elif sequence.choice == choice:
@@ -238,8 +191,8 @@ class DecodeScheduler:
     def cancel(self, attempt_id: str, now: float) -> bool:
         """Compute nothing more of it. True if its transfer is still under way (the loop cancels it at the destination; granted
         blocks stay held until `fenced`, or `committed` if that was faster); False otherwise (unknown ids included)."""
-        if attempt_id in self._started:
-            for sequence in tuple(self._started[attempt_id]):
+        if attempt_id in self._roster.started:
+            for sequence in tuple(self._roster.started[attempt_id]):
                 self._end(sequence, Said())
             return False
         queued = self._admission.queue.get(attempt_id)
@@ -251,8 +204,8 @@ class DecodeScheduler:
         row whose last token is not yet known has empty `token_ids`."""
         draft = Draft(self._chunk_tokens)
         index = 0
-        while index < len(self._running):  # a preemption takes the last away
-            self._add_row(draft, self._running[index], may_preempt=True)
+        while index < len(self._roster.running):  # a preemption takes the last away
+            self._add_row(draft, self._roster.running[index], may_preempt=True)
             index += 1
         self._short = draft.short
         for sequence in self._admit() if not draft.short else ():
@@ -281,19 +234,10 @@ class DecodeScheduler:
         token_ids = () if sequence.pending else tuple(sequence.tokens[start:stop])
         draws: tuple[Draw, ...] = ()
         if stop == length:
-            draws = self._draws(sequence)
+            draws = draws_of(sequence)
             sequence.pending += 1
         sequence.decided = stop
         draft.chosen.append((sequence, Row(sequence.slot, start, token_ids, sequence.table.tables, draws)))
-
-    def _draws(self, sequence: Sequence) -> tuple[Draw, ...]:
-        """Its next token, or the first tokens of the choices it stands for."""
-        sampling, index, pending = sequence.request.sampling, sequence.length - sequence.prompt_tokens, sequence.pending > 0
-        choices: Seq[int] = (sequence.choice,)
-        if sequence.shared:
-            choices = [choice for choice in sequence.request.opening if choice not in sequence.stopped]
-        ends = sequence.stop_ids
-        return tuple(next_draw(sampling, index, sequence.tokens, ends, choice=choice, pending=pending) for choice in choices)
 
     def _has_slot(self, sequence: Sequence) -> bool:
         if sequence.slot < 0:
@@ -314,7 +258,7 @@ class DecodeScheduler:
         while not draft.short:
             if table.extend(stop, start):
                 return True
-            youngest = self._running[-1]
+            youngest = self._roster.running[-1]
             coming = all(lack <= part.available + part.fenced for lack, part in zip(lacks, self._pool.parts, strict=True))
             if coming or youngest is sequence or not may_preempt:
                 draft.short = True
@@ -324,12 +268,12 @@ class DecodeScheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take its blocks and slot. A token it has in flight still counts; everything else is computed again when memory allows."""
-        self._running.remove(sequence)
+        self._roster.running.remove(sequence)
         self._vacate(sequence)
         sequence.table = self._pool.open(sequence.table.hashes)
         sequence.decided = sequence.done = 0
         sequence.preempted = True
-        self._preemptions += 1
+        self._totals.preemptions += 1
         self._admission.preempt(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
@@ -341,10 +285,10 @@ class DecodeScheduler:
     def _count_computed(self, sequence: Sequence, positions: int) -> None:
         if sequence.preempted:
             sequence.tally.recomputed_tokens += positions
-            self._recomputed_tokens += positions
+            self._totals.recomputed_tokens += positions
         else:
             sequence.tally.local_prefill_tokens += positions
-            self._local_prefill_tokens += positions
+            self._totals.local_prefill_tokens += positions
 
     def _admit(self) -> list[Sequence]:
         """Give memory to those next in turn; returns the ones that start to compute here."""
@@ -355,15 +299,11 @@ class DecodeScheduler:
 
     def _seats(self) -> int:
         """How many more may run; a granted transfer has its seat already, so that it decodes as soon as it commits."""
-        return self._slots.count - len(self._running) - self._leases.granted
+        return self._slots.count - len(self._roster.running) - self._leases.granted
 
     def _run(self, sequence: Sequence) -> None:
-        if sequence.order < 0:
-            sequence.order = self._orders
-            self._orders += 1
-            self._cached_tokens += sequence.cached
-            self._started[sequence.attempt_id] = [sequence]
-        insort(self._running, sequence, key=by_age)
+        if self._roster.run(sequence):
+            self._totals.cached_tokens += sequence.cached
 
     def complete(self, output: StepOutput, now: float) -> DecodeOutcome:
         """The oldest step in flight has completed."""
@@ -402,13 +342,11 @@ class DecodeScheduler:
 
     def _end(self, sequence: Sequence, said: Said) -> None:
         """Nothing more is computed of it, and if it was the attempt's last, the attempt has ended."""
-        siblings = self._started[sequence.attempt_id]
-        siblings.remove(sequence)
-        (self._running if sequence in self._running else self._admission.preempted).remove(sequence)
+        if sequence in self._admission.preempted:
+            self._admission.preempted.remove(sequence)
         sequence.ended = True
         self._vacate(sequence)
-        if not siblings:
-            del self._started[sequence.attempt_id]
+        if self._roster.leave(sequence):
             cached, tally = min(sequence.cached, sequence.prompt_tokens), sequence.tally
             said.finished.append(Finished(sequence.attempt_id, cached, tally.local_prefill_tokens, tally.recomputed_tokens))
 
@@ -417,56 +355,39 @@ class DecodeScheduler:
         comes and no end token is drawn. 0 with a step in flight, or when the next has blocks to copy."""
         if self._in_flight or self._pool.copying or (self._admission.waiting and self._seats()):
             return 0
-        return steady_steps(self._pool, self._running)
+        return steady_steps(self._pool, self._roster.running)
 
     def advance(self, steps: int, token_id: int, now: float) -> tuple[str, ...]:
         """As `steps` (at most `steady()`) times `decide` and `complete`, where every row draws `token_id`: one choice of each
         attempt returned, in row order, has `steps` tokens more."""
         if not 0 <= steps <= self.steady():
             raise ValueError(f"{steps} steps; {self.steady()} are steady")
-        for sequence in self._running:
+        for sequence in self._roster.running:
             sequence.tokens += [token_id] * steps
-        advance_blocks(self._pool, self._running, self._step, steps)
+        advance_blocks(self._pool, self._roster.running, self._step, steps)
         self._step += steps
-        return tuple(sequence.attempt_id for sequence in self._running)
+        return tuple(sequence.attempt_id for sequence in self._roster.running)
 
     def load(self, now: float) -> Load:
         """What the worker's report says of this scheduler."""
         free, total = self._pool.scarcest()
         waiting = [*self._admission.queue.values(), *self._admission.preempted]
         to_compute = sum(len(s.tokens) for s in waiting if s.local_prefill or s.preempted)
-        to_compute += sum(max(0, s.target - s.done) for s in self._running)
+        to_compute += sum(max(0, s.target - s.done) for s in self._roster.running)
         return Load(
             waiting=len(self._expected) + len(self._admission.queue) + self._leases.granted,
-            running=sum(len(choices) for choices in self._started.values()),
+            running=sum(len(choices) for choices in self._roster.started.values()),
             prompt_tokens_waiting=to_compute,
             blocks_free=free,
             blocks_total=total,
             leases=len(self._leases),
-            counters=(
-                ("diptych_worker_steps_total", self._step),
-                ("diptych_worker_cached_tokens_total", self._cached_tokens),
-                ("diptych_worker_local_prefill_tokens_total", self._local_prefill_tokens),
-                ("diptych_worker_recomputed_tokens_total", self._recomputed_tokens),
-                ("diptych_worker_preemptions_total", self._preemptions),
-            ),
+            counters=self._totals.counters(self._step),
         )
 
     def check(self) -> None:
         """Raise `AssertionError` if an invariant does not hold."""
         self._pool.check()
         self._admission.check()
-        self._slots.check({sequence.slot for sequence in self._running if sequence.slot >= 0})
-        assert len(self._running) + self._leases.granted <= self._slots.count, "more may run than there are slots"
-        started = [*self._running, *self._admission.preempted]
-        assert len(started) == len({(sequence.attempt_id, sequence.choice) for sequence in started}), "a choice is there twice"
-        listed = [sequence for choices in self._started.values() for sequence in choices]
-        assert set(started) == set(listed), "a started attempt is lost"
-        assert len(started) == len(listed), "a choice is running and preempted"
-        orders = [sequence.order for sequence in self._running]
-        assert orders == sorted(orders), "running requests are not in order of age"
-        for sequence in started:
-            assert sequence.done <= sequence.decided < sequence.length <= sequence.limit, f"{sequence.attempt_id} lost its place"
-            assert not sequence.ended, f"{sequence.attempt_id} has ended"
-            assert sequence.table.reaches(sequence.done), f"{sequence.attempt_id} has lost what it has computed"
-            assert sequence.table.alone_from(sequence.done), f"{sequence.attempt_id} writes where another reads"
+        self._slots.check({sequence.slot for sequence in self._roster.running if sequence.slot >= 0})
+        assert len(self._roster.running) + self._leases.granted <= self._slots.count, "more may run than there are slots"
+        self._roster.check(self._admission.preempted)

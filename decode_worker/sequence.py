@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..core.commands import Decode
+from ..core.errors import ContextExceeded, InvalidRequest
+from ..core.prefix import chain
 from ..core.request import FinishReason, Request
-from ..engine.block_pool import BlockTable
+from ..engine.block_pool import BlockPool, BlockTable
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +67,11 @@ class Sequence:
         """Whether nothing is left to compute in chunks: each step computes its last token and draws the next."""
         return self.decided >= self.target
 
+    def resume(self, shared: int) -> None:
+        """Behind `shared` tokens, of which the KV is here, it has one more token to decode, or several to compute first."""
+        self.target = len(self.tokens) - 1
+        self.preempted = self.preempted or self.target > shared
+
     def finish_of(self, token_id: int, before: int) -> FinishReason | None:
         """The reason if this token, behind `before` others, ends the output."""
         if token_id in self.stop_ids:
@@ -74,3 +82,28 @@ class Sequence:
 def by_age(sequence: Sequence) -> int:
     """Sort key: oldest first."""
     return sequence.order
+
+
+def sequence_of(decode: Decode, pool: BlockPool, root: bytes, *, longest: int, eos: frozenset[int]) -> Sequence:
+    """What stands for a new attempt. Raises `ContextExceeded` if it can never fit into `longest` tokens, `InvalidRequest` if its prompt
+    is empty or it has nothing left to write."""
+    request, sampling = decode.request, decode.request.sampling
+    tokens, prompt_tokens = list(request.token_ids), len(request.prompt_ids)
+    if not prompt_tokens:
+        raise InvalidRequest("The prompt has no token.", field="prompt")
+    if request.left < 1:
+        raise InvalidRequest("All of max_tokens is generated already.", field="max_tokens")
+    most = prompt_tokens + max(len(request.generated_by(choice)) for choice in request.live)
+    if most >= longest:
+        raise ContextExceeded(f"The prompt has {most} tokens; with one of output this decode worker holds {longest}.", field="prompt")
+    return Sequence(
+        decode.attempt_id,
+        request,
+        decode.local_prefill,
+        tokens,
+        prompt_tokens,
+        limit=min(prompt_tokens + sampling.max_tokens, longest),
+        stop_ids=sampling.ends(eos),
+        table=pool.open([root, *chain(root, tokens)]),
+        shared=sampling.n > 1,
+    )

@@ -11,7 +11,8 @@ from diptych.core.request import FinishReason, Request, Token
 from diptych.core.transfer import GroupGrant, RefusedReason
 from diptych.decode_worker.admission import MAX_PASSES
 from diptych.decode_worker.choices import DecodeOutcome
-from diptych.decode_worker.scheduler import Decision, DecodeScheduler
+from diptych.decode_worker.decision import Decision
+from diptych.decode_worker.scheduler import DecodeScheduler
 from diptych.engine.batch import NO_BLOCK, Drawn, StepOutput
 from diptych.engine.block_pool import BlockPool
 from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, draw, groups, request, root_of

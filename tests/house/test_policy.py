@@ -14,9 +14,9 @@ POLICIES = {
     "engine": "batch block_pool group_blocks",
     "worker": "admit attempts chunks load",
     "prefill_worker": "leases prompt scheduler",
-    "decode_worker": "admission choices leases scheduler sequence steady",
-    "kv_transfer": "actions announcing closed_ids coverage destination_machine destination_state faults geometry receipt slices source_machine "
-    "source_state staging",
+    "decode_worker": "admission choices decision leases roster scheduler sequence steady totals",
+    "kv_transfer": "actions announcing closed_ids coverage destination_machine destination_state faults geometry receipt slices "
+    "source_machine source_state staging",
     "router": "admission budget machine openapi outputs placement times",
     "cluster": "cores headcount nodes restarts",
     "cluster.load": "agreement answer arrivals choice dialect goodput lengths prompts report slo sse summary workload",
