@@ -15,6 +15,8 @@ CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 WORKER_BYTES = 300 << 20
 """Private memory of a worker before its pool: 230 MB for a process that imported torch and grpc, the rest buffers."""
+TRANSFORMERS_BYTES = 120 << 20
+"""What importing transformers adds to that."""
 
 
 def pool_bytes(layout: Layout) -> int:
@@ -23,6 +25,11 @@ def pool_bytes(layout: Layout) -> int:
         blocks * layout.block_size * group.token_bytes * len(group.layers)
         for group, blocks in zip(layout.groups, layout.num_blocks, strict=True)
     )
+
+
+def process_bytes(card: ModelCard) -> int:
+    """Private memory of a worker before its pool."""
+    return WORKER_BYTES + (TRANSFORMERS_BYTES if card.slow_path else 0)
 
 
 def kv_bytes(card: ModelCard, spec: RankSpec) -> int:

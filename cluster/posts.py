@@ -12,7 +12,7 @@ from ..core.fleet import Phase
 from ..core.model import ModelCard
 from .cores import Share, share_cores, share_for_newcomer
 from .launch import Launch
-from .memory import WORKER_BYTES, kv_bytes
+from .memory import kv_bytes, process_bytes
 from .spec import RankSpec, RouteSpec
 
 ROUTER = "router"
@@ -111,7 +111,7 @@ def launch_rank_on_a_node(spec: RankSpec, config: ClusterConfig, card: ModelCard
         argv=(*_module("on_node"), "--spec", spec.model_dump_json(), *model, "--leash"),
         log=logs / f"{spec.worker_id}.log",
         threads=section_of(config, spec.phase).threads,
-        memory=kv_bytes(card, spec) + WORKER_BYTES,
+        memory=kv_bytes(card, spec) + process_bytes(card),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
 from ..core.model import ModelCard
-from .memory import WORKER_BYTES, available_bytes, kv_bytes
+from .memory import available_bytes, kv_bytes, process_bytes
 from .spec import RankSpec
 
 ROUTER_BYTES = 200 << 20
@@ -71,7 +71,7 @@ def check_memory(config: ClusterConfig, card: ModelCard, specs: Sequence[RankSpe
         return
     pools = [(kv_bytes(card, spec), spec) for spec in specs]
     ray = RAY_BYTES if config.ray.enabled else 0
-    wanted = card.weights_bytes + sum(size + WORKER_BYTES for size, _ in pools) + ROUTER_BYTES + ray
+    wanted = card.weights_bytes + sum(size + process_bytes(card) for size, _ in pools) + ROUTER_BYTES + ray
     available = available_bytes()
     if wanted <= available:
         return

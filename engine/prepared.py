@@ -1,6 +1,6 @@
 """Prepared models: made once from any source, opened by every worker of a host. See core/model.py for what the directory holds.
 
-Opening imports torch and safetensors only; preparing imports transformers (in sources.py), which costs seconds and 400 MB.
+Opening imports torch and safetensors only; preparing imports transformers, which costs seconds and 400 MB.
 """
 
 from __future__ import annotations

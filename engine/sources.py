@@ -1,7 +1,7 @@
 """Where models come from: a Hugging Face directory, a GGUF file, a hub name, the demo package.
 
 Each becomes a `Checkpoint`: the same config, tensor names and tokenizer, whatever the source. transformers is imported only
-inside these functions: a worker that serves never needs it.
+inside these functions: a worker that serves a model of ours never needs it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pytest
 from cluster_harness import write_card
 from diptych.cluster import config_docs, preflight
 from diptych.cluster.config_file import read_config
-from diptych.cluster.memory import kv_bytes, require_memory
+from diptych.cluster.memory import kv_bytes, process_bytes, require_memory
 from diptych.cluster.models import find_model
 from diptych.cluster.posts import rank_specs
 from diptych.cluster.spec import RankSpec
@@ -181,6 +181,7 @@ def test_the_slow_path_is_said_at_start(tmp_path: Path) -> None:
     assert [line for line in said[1] if line not in said[0]] == [
         "tiny (PhiForCausalLM) has no fast path here: it runs through transformers, slower."
     ]
+    assert process_bytes(slow) - process_bytes(fast) == 120 << 20
 
 
 def test_the_model_must_exist_and_be_what_is_asked_for(tmp_path: Path) -> None:
