@@ -117,10 +117,10 @@ class Layout:
         return RankLayout(rank, replace(self, groups=groups, tp=1, stages=()), first_heads)
 
     def difference(self, other: Layout) -> str | None:
-        """The first difference that forbids a transfer, as a sentence that names it; None if there is none."""
+        """The first difference that no transport bridges yet, as a sentence that names it; None if there is none."""
         if (difference := self.model_difference(other)) is not None:
             return difference
-        for name in ("groups", "block_size", "tp", "stages"):
+        for name in ("groups", "block_size"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 return _differs(name, ours, theirs)

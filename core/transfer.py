@@ -23,7 +23,7 @@ from enum import StrEnum
 from .layout import Layout
 from .request import Token
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Transport(StrEnum):
@@ -134,7 +134,7 @@ class Refused:
 @dataclass(frozen=True, slots=True)
 class Ready:
     """A piece may be taken: tokens [start, stop) of `layers` (model layer numbers, all of `group`). `seq` counts the pieces of a
-    transfer from 0.
+    transfer from 0. `route` is the way it takes, from one source rank to one destination rank: both ends number them alike.
 
     One-sided: it lies in the source's `blocks`, of which `blocks[0]` holds position `start`. `slot` and `word`: the source's epoch
     word for this transfer, and the value it must still have after the copy for the piece to count. Two-sided: it comes next in the
@@ -152,6 +152,7 @@ class Ready:
     slot: int = 0
     word: int = 0
     checksum: int = 0
+    route: int = 0
 
 
 @dataclass(frozen=True, slots=True)

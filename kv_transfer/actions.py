@@ -34,7 +34,7 @@ class HangUp:
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """Answer with `fenced` as soon as nothing can touch the transfer's blocks any more.
+    """Every rank is to answer with `fenced` as soon as nothing can touch its part of the transfer's blocks any more.
 
     On the source `slot` is to be set to `word`: what the destination copies from here on it will not count. On the destination
     `lane` says whose pieces may be under way.
@@ -48,7 +48,8 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class Attach:
-    """Destination: make ready to copy from the worker that said `hello`; answer with `attached` or `not_attached`."""
+    """Destination: every rank is to make ready to copy from the worker that said `hello`, and answer with `attached` or
+    `not_attached`."""
 
     lane: int
     hello: Hello
@@ -56,8 +57,9 @@ class Attach:
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """Make a pair with the worker that said `hello`, in the background; the source's answers with `connected`. Whatever goes wrong
-    with it, now or later, is told once, by `pair_broken`. `instead`: why no transport that comes earlier in the list is used."""
+    """Make a pair for every route between us and the worker that said `hello`, in the background; each of the source's answers with
+    `connected`. Whatever goes wrong with any, now or later, is told once, by `pair_broken`. `instead`: why no transport that comes
+    earlier in the list is used."""
 
     lane: int
     hello: Hello
@@ -82,7 +84,7 @@ class Detach:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Destination: copy `span` from the lane's source, then look at the epoch word; answer with `copied`.
+    """Destination: copy `span` from the lane's source along `route`, then look at the epoch word; answer with `copied`.
 
     `source_blocks[0]` and `destination_blocks[0]` hold position `span.start`.
     """
@@ -95,16 +97,18 @@ class Copy:
     destination_blocks: tuple[int, ...]
     slot: int
     word: int
+    route: int
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Source: put `span`, which lies in `blocks`, into staging slot `slot` of the lane's pair; answer with `staged`, in order."""
+    """Source: put `span`, which lies in `blocks`, into staging slot `slot` of the route's pair; answer with `staged`, in order."""
 
     lane: int
     slot: int
     span: Span
     blocks: tuple[int, ...]
+    route: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,7 @@ class Post:
 
     lane: int
     slot: int
+    route: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +131,7 @@ class Receive:
     span: Span
     blocks: tuple[int, ...] | None
     checksum: int
+    route: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..core.layout import CacheGroup, Layout
+from ..core.layout import CacheGroup
 
 PIECE_BYTES = 16 << 20
 """The most that is copied at once: 1 ms of copying, the longest a fence waits for a copy under way."""
@@ -58,10 +58,10 @@ class Coverage:
             self._until[layer] = stop
 
 
-def ahead(layout: Layout, computed: Coverage, announced: Coverage, most_bytes: int) -> Iterator[Span]:
-    """What is computed and not yet announced, in spans of at most `most_bytes` (which must hold a block of any layer). Layers with
-    equal positions share a span; only what is too long in a single layer is cut, between blocks."""
-    for number, group in enumerate(layout.groups):
+def ahead(groups: tuple[CacheGroup, ...], block_size: int, computed: Coverage, announced: Coverage, most_bytes: int) -> Iterator[Span]:
+    """What of `groups` is computed and not yet announced, in spans of at most `most_bytes` (which must hold a block of any layer). Layers
+    with equal positions share a span; only what is too long in a single layer is cut, between blocks of `block_size`."""
+    for number, group in enumerate(groups):
         together: dict[tuple[int, int], list[int]] = {}
         for layer in group.layers:
             start, stop = announced.until(layer), computed.until(layer)
@@ -70,14 +70,13 @@ def ahead(layout: Layout, computed: Coverage, announced: Coverage, most_bytes: i
         for (start, stop), layers in together.items():
             width = max(1, most_bytes // ((stop - start) * group.token_bytes))
             for first in range(0, len(layers), width):
-                yield from _cut(Span(number, tuple(layers[first : first + width]), start, stop), group.token_bytes, layout, most_bytes)
+                yield from _cut(Span(number, tuple(layers[first : first + width]), start, stop), group.token_bytes, block_size, most_bytes)
 
 
-def _cut(span: Span, token_bytes: int, layout: Layout, most_bytes: int) -> Iterator[Span]:
-    if span.bytes(layout.groups) <= most_bytes:
+def _cut(span: Span, token_bytes: int, size: int, most_bytes: int) -> Iterator[Span]:
+    if (span.stop - span.start) * len(span.layers) * token_bytes <= most_bytes:
         yield span
         return
-    size = layout.block_size
     length = most_bytes // (size * token_bytes) * size
     edges = [span.start, *range((span.start // size) * size + length, span.stop, length), span.stop]
     for start, stop in pairwise(edges):

@@ -96,11 +96,9 @@ class DestinationMachine:
         if (fault := grant_fault(groups, transfer.prompt_tokens, self._layout)) is not None:
             raise Internal(f"Transfer {transfer_id}: the grant is wrong: {fault}.")
         self._grants_made += 1
-        transfer.state = State.GRANTED
-        epoch = Epoch(self._hello.incarnation, self._grants_made)
-        transfer.receipt = Receipt(self._layout, epoch, groups, transfer.prompt_tokens)
-        transfer.lease_until = now + self._lease_s
-        return [Send(transfer.lane, Grant(transfer_id, epoch, groups))]
+        grant = Grant(transfer_id, Epoch(self._hello.incarnation, self._grants_made), groups)
+        transfer.granted(grant, self._lanes[transfer.lane], self._layout, lease_until=now + self._lease_s)
+        return [Send(transfer.lane, grant)]
 
     def refuse(self, transfer_id: str, reason: RefusedReason, message: str, now: float) -> list[DestinationAction]:
         transfer = self._transfers.get(transfer_id)
@@ -114,16 +112,22 @@ class DestinationMachine:
 
     # -- the transport ------------------------------------------------------------------------------------------------
 
-    def attached(self, lane: int, now: float) -> list[DestinationAction]:
-        """The lane's source can be copied from: the lane is open."""
-        return self._open(self._lanes[lane]) if lane in self._lanes else []
-
-    def not_attached(self, lane: int, message: str, now: float) -> list[DestinationAction]:
-        """The source's memory cannot be reached from here: the next transport is tried, if there is one."""
-        if lane not in self._lanes:
+    def attached(self, lane: int, now: float, rank: int = 0) -> list[DestinationAction]:
+        """`rank` can copy from the lane's source; when all ranks can, the lane is open."""
+        known = self._lanes.get(lane)
+        if known is None or rank not in known.attaching:
             return []
-        self._lanes[lane].choices = self._lanes[lane].choices[1:]
-        return self._try(self._lanes[lane], message, now)
+        known.attaching.remove(rank)
+        return [] if known.attaching else self._open(known)
+
+    def not_attached(self, lane: int, message: str, now: float, rank: int = 0) -> list[DestinationAction]:
+        """`rank` cannot reach the source's memory: the next transport is tried, if there is one."""
+        known = self._lanes.get(lane)
+        if known is None or rank not in known.attaching:
+            return []
+        known.attaching.clear()
+        known.choices = known.choices[1:]
+        return self._try(known, message, now)
 
     def pair_broken(self, lane: int, reason: str, now: float) -> list[DestinationAction]:
         """The source is dead or silent, or there was no way to it: the lane goes with the pair, and the source makes both anew."""
@@ -139,9 +143,10 @@ class DestinationMachine:
         transfer.receipt.count(seq)
         return self._perhaps_commit(transfer, transfer.receipt, now)
 
-    def fenced(self, transfer_id: str, now: float) -> list[DestinationAction]:
+    def fenced(self, transfer_id: str, now: float, rank: int = 0) -> list[DestinationAction]:
+        """Nothing can touch the transfer's blocks on `rank` any more."""
         transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is not State.FENCING:
+        if transfer is None or not transfer.fenced_by(rank):
             return []
         del self._transfers[transfer_id]
         return [TellReleased(transfer_id)]
@@ -254,7 +259,7 @@ class DestinationMachine:
         # A source keeps one lane here. If it dials again, it has restarted or its old lane is dead without our knowing.
         others = [other.number for other in self._lanes.values() if other.hello and other.hello.worker_id == message.worker_id]
         ended = [action for other in others for action in self._hang_up(other, f"{message.worker_id} has opened a new lane.", now)]
-        lane.hello = message
+        lane.introduced(message, self._layout)
         lane.choices = common_transports(self._hello, message)
         return [*ended, *self._try(lane, "", now)]
 
@@ -320,14 +325,14 @@ class DestinationMachine:
     def _ready(self, lane: Lane, ready: Ready, now: float) -> list[DestinationAction]:
         """A piece of another epoch, or of a transfer that has ended, is not looked at; what is sent all the same is received. One whose
         size cannot be told would leave a pair out of step."""
-        fault = size_fault(ready, self._layout, slot_bytes(self._layout)) if lane.two_sided else None
+        assert lane.hello is not None
+        fault = size_fault(ready, lane.routes, slot_bytes(lane.hello.layout)) if lane.two_sided else None
         if fault is not None:
             return self._hang_up(lane.number, f"Piece {ready.seq} of {ready.transfer_id} cannot be received: {fault}.", now)
         found = self._receipt_on(lane, ready.transfer_id)
         if found is None or found[1].epoch != ready.epoch:
             return lane.passes(ready)
         transfer, receipt = found
-        assert lane.hello is not None
         fault = receipt.piece(ready, now) or (None if lane.two_sided else place_fault(ready, lane.hello.layout, self._slots))
         if fault is not None:
             return [*self._reject(transfer, f"Piece {ready.seq} is wrong: {fault}.", now), *lane.passes(ready)]
@@ -387,7 +392,7 @@ class DestinationMachine:
         self._closed.add(transfer.transfer_id, now)
         actions.append(TellFailed(transfer.transfer_id, error))
         if transfer.state is State.GRANTED:
-            transfer.state = State.FENCING
+            transfer.state, transfer.fencing = State.FENCING, set(range(self._layout.ranks))
             transfer.receipt = None
             transfer.lease_until = None
             return [*actions, Fence(transfer.transfer_id, lane=transfer.lane)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ..core.transfer import Ack, Hello, Ready, Transport
+from ..core.layout import Layout
+from ..core.transfer import Ack, Grant, Hello, Ready, Transport
 from .actions import Copy, DestinationAction, Receive, Send, TellCommitted, TellNearlyDone, TellOffered
 from .coverage import Span
 from .receipt import Receipt
+from .slices import Route, routes
 
 
 class State(StrEnum):
@@ -27,12 +29,24 @@ class Transfer:
     receipt: Receipt | None = None
     """From the grant on."""
     lease_until: float | None = None
+    fencing: set[int] = field(default_factory=set)
+    """The ranks that have not answered the fence."""
 
     def offered(self, lane: int, prompt_tokens: int, *, nearly_done: bool = False) -> list[DestinationAction]:
         """The source on `lane` has offered it."""
         self.state, self.lane, self.prompt_tokens = State.OFFERED, lane, prompt_tokens
         told = [TellOffered(self.transfer_id, prompt_tokens)]
         return [*told, TellNearlyDone(self.transfer_id)] if nearly_done else [*told]
+
+    def granted(self, grant: Grant, lane: Lane, ours: Layout, *, lease_until: float) -> None:
+        assert lane.hello is not None
+        self.state, self.lease_until = State.GRANTED, lease_until
+        self.receipt = Receipt(ours, lane.hello.layout, lane.routes, grant.epoch, grant.groups, self.prompt_tokens)
+
+    def fenced_by(self, rank: int) -> bool:
+        """`rank` has answered the fence: whether that was the last answer due."""
+        self.fencing.discard(rank)
+        return self.state is State.FENCING and not self.fencing
 
     def committed(self, receipt: Receipt, now: float) -> list[DestinationAction]:
         """What is said when every piece is counted."""
@@ -46,6 +60,7 @@ class Transfer:
         granted = self.state is State.GRANTED
         assert self.state in (State.EXPECTED, State.FENCING) or self.lane in lanes, "what is offered has a lane"
         assert granted == (self.receipt is not None), "a grant, and nothing else, has a receipt"
+        assert bool(self.fencing) == (self.state is State.FENCING), "fencing waits for ranks"
         waiting = self.receipt is not None and self.receipt.commit is None
         assert (self.lease_until is not None) == waiting, "a grant without Commit, and nothing else, has a lease"
         assert self.receipt is None or not self.receipt.complete, "what is complete is committed"
@@ -60,6 +75,13 @@ class Lane:
     """None once our own Hello was said."""
     choices: tuple[Transport, ...] = ()
     """From the peer's Hello on: the transport in use, or being tried, and those to try after it."""
+    routes: tuple[Route, ...] = ()
+    attaching: set[int] = field(default_factory=set)
+    """The ranks that have not yet answered that they can copy from the source."""
+
+    def introduced(self, hello: Hello, ours: Layout) -> None:
+        self.hello, self.routes = hello, routes(hello.layout, ours)
+        self.attaching = set(range(ours.ranks))
 
     @property
     def two_sided(self) -> bool:
@@ -71,10 +93,10 @@ class Lane:
         span = Span(ready.group, ready.layers, ready.start, ready.stop)
         into = receipt.into(span)
         if self.two_sided:
-            return Receive(self.number, ready.transfer_id, ready.seq, span, into, ready.checksum)
-        return Copy(self.number, ready.transfer_id, ready.seq, span, ready.blocks, into, ready.slot, ready.word)
+            return Receive(self.number, ready.transfer_id, ready.seq, span, into, ready.checksum, ready.route)
+        return Copy(self.number, ready.transfer_id, ready.seq, span, ready.blocks, into, ready.slot, ready.word, ready.route)
 
     def passes(self, ready: Ready) -> list[DestinationAction]:
         """What becomes of a piece that nobody wants."""
         span = Span(ready.group, ready.layers, ready.start, ready.stop)
-        return [Receive(self.number, ready.transfer_id, ready.seq, span, None, ready.checksum)] if self.two_sided else []
+        return [Receive(self.number, ready.transfer_id, ready.seq, span, None, ready.checksum, ready.route)] if self.two_sided else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..core.layout import Layout
 from ..core.transfer import GroupGrant, Hello, Ready, Refused, RefusedReason, Transport
 from .coverage import Span, blocks_of
+from .slices import Route
 
 
 def refusal(ours: Hello, theirs: Hello) -> Refused | None:
@@ -43,19 +44,24 @@ def grant_fault(groups: tuple[GroupGrant, ...], prompt_tokens: int, destination:
     return None
 
 
-def piece_fault(ready: Ready, layout: Layout) -> str | None:
-    """The piece must lie in one cache group. (Order and holes are `Coverage`'s to judge.)"""
-    if not 0 <= ready.group < len(layout.groups) or not set(ready.layers) <= set(layout.groups[ready.group].layers):
+def piece_fault(ready: Ready, routes: tuple[Route, ...]) -> str | None:
+    """The piece must lie in one cache group of its route. (Order and holes are `Coverage`'s to judge.)"""
+    if not 0 <= ready.route < len(routes):
+        return f"there is no route {ready.route}"
+    groups = routes[ready.route].groups
+    if not 0 <= ready.group < len(groups) or not set(ready.layers) <= set(groups[ready.group].layers):
         return f"cache group {ready.group} has no layers {ready.layers}"
     if not 0 <= ready.start < ready.stop:
         return f"{ready.start} to {ready.stop} are no positions"
     return None
 
 
-def size_fault(ready: Ready, layout: Layout, most_bytes: int) -> str | None:
+def size_fault(ready: Ready, routes: tuple[Route, ...], most_bytes: int) -> str | None:
     """Why it cannot be said how many bytes to receive, or where to put them meanwhile."""
-    size = Span(ready.group, ready.layers, ready.start, ready.stop).bytes(layout.groups) if not (fault := piece_fault(ready, layout)) else 0
-    return f"{size} bytes are more than a staging slot holds" if size > most_bytes else fault
+    if (fault := piece_fault(ready, routes)) is not None:
+        return fault
+    size = Span(ready.group, ready.layers, ready.start, ready.stop).bytes(routes[ready.route].groups)
+    return f"{size} bytes are more than a staging slot holds" if size > most_bytes else None
 
 
 def place_fault(ready: Ready, source: Layout, slots: int) -> str | None:

@@ -12,9 +12,11 @@ each destination rank, cache group and shard of the source that have something i
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..core.layout import CacheGroup, DType, Layout
+from ..core.transfer import GroupGrant
 
 Ranks = tuple[int, ...]
 
@@ -52,10 +54,45 @@ def slices(source: Layout, destination: Layout) -> tuple[Slice, ...]:
     return tuple(sorted(found, key=lambda piece: (piece.source, piece.destination, piece.group)))
 
 
-def first_moved(group: CacheGroup, granted: int, prompt_tokens: int, block_size: int) -> int:
-    """The first position that crosses of a grant from position `granted` on. A destination whose blocks are longer than the source's, which
-    are of `block_size`, grants the beginning of a block that the source no longer holds; no later query sees it."""
-    return max(granted, group.first_needed(prompt_tokens) // block_size * block_size)
+@dataclass(frozen=True, slots=True)
+class Route:
+    """All the slices from one source rank to one destination rank: of cache group g the layers and the number of KV heads that `groups[g]`
+    has (no layers if nothing of it goes this way), from the model's head `first_heads[g]` on, in the source's dtype."""
+
+    source: int
+    destination: int
+    groups: tuple[CacheGroup, ...]
+    first_heads: tuple[int, ...]
+
+
+def routes(source: Layout, destination: Layout) -> tuple[Route, ...]:
+    """The ways pieces take between two workers, in the same order at both ends, which name them by their numbers. Raises as `slices`."""
+    found: dict[tuple[int, int], dict[int, Slice]] = defaultdict(dict)
+    for piece in slices(source, destination):
+        found[piece.source, piece.destination][piece.group] = piece
+    return tuple(
+        Route(
+            *ranks,
+            groups=tuple(
+                replace(group, layers=parts[number].layers, kv_heads=len(parts[number].heads))
+                if number in parts
+                else replace(group, layers=())
+                for number, group in enumerate(source.groups)
+            ),
+            first_heads=tuple(parts[number].heads.start if number in parts else 0 for number in range(len(source.groups))),
+        )
+        for ranks, parts in found.items()
+    )
+
+
+def first_positions(source: Layout, granted: Sequence[GroupGrant], prompt_tokens: int) -> tuple[int, ...]:
+    """The first position of each group that crosses. A destination whose blocks are longer than the source's grants the beginning of a
+    block of a window group that the source no longer holds; no later query sees it."""
+    size = source.block_size
+    return tuple(
+        max(grant.first_position, group.first_needed(prompt_tokens) // size * size)
+        for group, grant in zip(source.groups, granted, strict=True)
+    )
 
 
 def _wanted(source: Layout, destination: Layout) -> list[tuple[Ranks, list[Slice], int]]:

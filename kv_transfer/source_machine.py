@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from ..core.errors import Cancelled, DiptychError, Internal, InvalidRequest, TransferFailed
 from ..core.layout import Layout
 from ..core.request import Token
-from ..core.transfer import Ack, Cancel, Grant, Hello, KeepAlive, LaneMessage, NearlyDone, Offer, Refused, Rendezvous, Transport
+from ..core.transfer import Ack, Cancel, Grant, Hello, KeepAlive, LaneMessage, NearlyDone, Offer, Refused, Rendezvous
 from .actions import (
     Connect,
     Detach,
@@ -53,6 +53,7 @@ class SourceMachine:
     def __init__(self, hello: Hello, lease_s: float, slots: int) -> None:
         self._hello = hello
         self._layout: Layout = hello.layout
+        self._ranks = tuple(map(hello.layout.on, range(hello.layout.ranks)))
         self._lease_s = lease_s
         self._transfers: dict[str, Transfer] = {}
         self._closed = ClosedIds()
@@ -77,20 +78,22 @@ class SourceMachine:
         actions: list[SourceAction] = []
         lane = self._lane(address, now, actions)
         starts = (0,) * len(self._layout.groups)
-        computed = Coverage(self._layout.groups, starts, prompt_tokens)
+        computed = tuple(Coverage(rank.layout.groups, starts, prompt_tokens) for rank in self._ranks)
         self._transfers[transfer_id] = Transfer(transfer_id, lane.number, prompt_tokens, self._free_slots.pop(), computed)
         lane.transfers.add(transfer_id)
         if lane.opened_by is None:
             actions.append(Send(lane.number, Offer(transfer_id, prompt_tokens)))
         return actions
 
-    def computed(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: tuple[tuple[int, ...], ...]) -> bool:
-        """True if `announce` now has something to say. Raises `Internal` if positions come out of order."""
+    def computed(
+        self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: tuple[tuple[int, ...], ...], rank: int = 0
+    ) -> bool:
+        """What `rank` has stored. True if `announce` now has something to say. Raises `Internal` if positions come out of order."""
         transfer = self._transfers.get(transfer_id)
         if transfer is None or transfer.state is State.FENCING:
             return False
         try:
-            transfer.computed.extend(layers, start, stop)
+            transfer.computed[rank].extend(layers, start, stop)
         except ValueError as error:
             raise Internal(f"Transfer {transfer_id}: computed out of order: {error}.") from error
         transfer.tables = tables
@@ -116,7 +119,7 @@ class SourceMachine:
         transfer = self._transfers.get(transfer_id)
         if transfer is None or transfer.state is State.FENCING:
             return []
-        if transfer.first_tokens is not None or not transfer.computed.complete:
+        if transfer.first_tokens is not None or not all(computed.complete for computed in transfer.computed):
             raise Internal(f"Transfer {transfer_id}: committed twice, or before all its KV was computed.")
         transfer.first_tokens = first_tokens
         return self._advance(transfer, now) if transfer.state is State.GRANTED else []
@@ -127,17 +130,17 @@ class SourceMachine:
 
     # -- the transport ------------------------------------------------------------------------------------------------
 
-    def connected(self, lane: int, now: float) -> list[SourceAction]:
-        """The lane's pair stands."""
-        staging = self._staging(lane)
+    def connected(self, lane: int, now: float, route: int = 0) -> list[SourceAction]:
+        """The route's pair stands."""
+        staging = self._staging(lane, route)
         if staging is None:
             return []
         staging.connected()
         return self._fill(self._lanes[lane], now)
 
-    def staged(self, lane: int, slot: int, checksum: int, now: float) -> list[SourceAction]:
+    def staged(self, lane: int, slot: int, checksum: int, now: float, route: int = 0) -> list[SourceAction]:
         """The piece in `slot` is complete: announce it, then send it. What was fenced meanwhile is neither announced nor sent."""
-        staging = self._staging(lane)
+        staging = self._staging(lane, route)
         if staging is None:
             return []
         transfer_id, span = staging.filled(slot)
@@ -145,10 +148,11 @@ class SourceMachine:
         if transfer is None:
             staging.empty(slot)
             return self._fill(self._lanes[lane], now)
-        return [Send(lane, transfer.ready(span, checksum=checksum)), Post(lane, slot), *self._perhaps_commit(transfer, now)]
+        ready = transfer.ready(route, span, checksum=checksum)
+        return [Send(lane, ready), Post(lane, slot, route), *self._perhaps_commit(transfer, now)]
 
-    def sent(self, lane: int, slot: int, now: float) -> list[SourceAction]:
-        staging = self._staging(lane)
+    def sent(self, lane: int, slot: int, now: float, route: int = 0) -> list[SourceAction]:
+        staging = self._staging(lane, route)
         if staging is None:
             return []
         staging.empty(slot)
@@ -158,9 +162,10 @@ class SourceMachine:
         """The peer is dead or silent, or there was no way to it: the lane goes with the pair, and the next Offer makes both anew."""
         return self._hang_up(lane, reason, now) if lane in self._lanes else []
 
-    def fenced(self, transfer_id: str, now: float) -> list[SourceAction]:
+    def fenced(self, transfer_id: str, now: float, rank: int = 0) -> list[SourceAction]:
+        """Nothing can touch the transfer's blocks on `rank` any more."""
         transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is not State.FENCING:
+        if transfer is None or not transfer.fenced_by(rank):
             return []
         del self._transfers[transfer_id]
         self._free_slots.append(transfer.slot)
@@ -204,7 +209,7 @@ class SourceMachine:
                 return self._ended_by_peer(known, message.transfer_id, Cancelled(message.reason), now)
             case Ack():
                 return self._acked(known, message, now)
-            case Rendezvous(key, value) if known.staging is not None:
+            case Rendezvous(key, value) if known.stagings:
                 return [Introduce(lane, key, value)]
             case _:
                 return self._hang_up(lane, f"It said {type(message).__name__}, which a destination does not say.", now)
@@ -275,18 +280,14 @@ class SourceMachine:
             return self._hang_up(lane.number, refused.message, now)
         if len(message.transports) != 1:
             return self._hang_up(lane.number, f"{message.worker_id} has chosen no transport.", now)
-        lane.opened_by = None
-        lane.layout = message.layout
-        lane.transport = message.transports[0]
+        lane.opened(message, self._layout)
         offers = (self._transfers[transfer_id] for transfer_id in self._transfers if transfer_id in lane.transfers)
         actions: list[SourceAction] = [Send(lane.number, message) for offer in offers for message in offer.opening()]
-        if lane.transport is Transport.GLOO:
-            lane.staging = Staging()
-            actions.append(Connect(lane.number, message))
-        return actions
+        return [*actions, Connect(lane.number, message)] if lane.stagings else actions
 
-    def _staging(self, lane: int) -> Staging | None:
-        return self._lanes[lane].staging if lane in self._lanes else None
+    def _staging(self, lane: int, route: int) -> Staging | None:
+        stagings = self._lanes[lane].stagings if lane in self._lanes else ()
+        return stagings[route] if stagings else None
 
     def _granted(self, lane: Lane, grant: Grant, now: float) -> list[SourceAction]:
         transfer = self._on(lane, grant.transfer_id)
@@ -297,9 +298,7 @@ class SourceMachine:
         assert lane.layout is not None
         if (wrong := grant_fault(grant.groups, transfer.prompt_tokens, lane.layout)) is not None:
             return self._fail(transfer, TransferFailed(f"The destination's Grant is wrong: {wrong}."), now, tell_peer=wrong)
-        transfer.state = State.GRANTED
-        transfer.epoch = grant.epoch
-        transfer.announced = Coverage(self._layout.groups, tuple(group.first_position for group in grant.groups), transfer.prompt_tokens)
+        transfer.granted(grant, lane, self._layout)
         if self._keep_alive_at is None:
             self._keep_alive_at = now + self._lease_s / KEEP_ALIVES_PER_LEASE
         return [TellGranted(transfer.transfer_id), *self._advance(transfer, now)]
@@ -318,9 +317,10 @@ class SourceMachine:
     def _announce(self, transfer: Transfer, now: float) -> list[SourceAction]:
         """Of a two-sided transport's pieces only what has a staging slot is announced, once it lies there."""
         lane = self._lanes[transfer.lane]
-        if lane.staging is None:
-            return self._said(to_read(self._layout, transfer, self._words[transfer.slot]), now)
-        lane.staging.want(transfer.transfer_id)
+        if not lane.stagings:
+            return self._said(to_read(self._layout, lane, transfer, self._words[transfer.slot]), now)
+        for staging in lane.stagings:
+            staging.want(transfer.transfer_id)
         return self._fill(lane, now)
 
     def _fill(self, lane: Lane, now: float) -> list[SourceAction]:
@@ -370,11 +370,11 @@ class SourceMachine:
         lane = self._lanes.get(transfer.lane)
         if lane is not None:
             lane.transfers.discard(transfer.transfer_id)
-            if lane.staging is not None:
-                lane.staging.drop(transfer.transfer_id)
+            for staging in lane.stagings:
+                staging.drop(transfer.transfer_id)
         self._dirty.pop(transfer.transfer_id, None)
         self._closed.add(transfer.transfer_id, now)
-        transfer.state = State.FENCING
+        transfer.state, transfer.fencing = State.FENCING, {rank.rank for rank in self._ranks}
         transfer.acked_by = None
         self._words[transfer.slot] += 1
         return Fence(transfer.transfer_id, transfer.slot, self._words[transfer.slot])
@@ -397,4 +397,4 @@ class SourceMachine:
         del self._lane_to[gone.address]
         mine = [transfer for transfer in self._transfers.values() if transfer.transfer_id in gone.transfers]
         actions = [action for transfer in mine for action in self._fail(transfer, TransferFailed(message), now, tell_peer=None)]
-        return [*actions, Detach(lane)] if gone.staging is not None else actions
+        return [*actions, Detach(lane)] if gone.stagings else actions

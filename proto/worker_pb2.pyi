@@ -452,7 +452,7 @@ class Refused(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "seq", "group", "layers", "start", "stop", "blocks", "slot", "word", "checksum")
+    __slots__ = ("transfer_id", "epoch", "seq", "group", "layers", "start", "stop", "blocks", "slot", "word", "checksum", "route")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -464,6 +464,7 @@ class Ready(_message.Message):
     SLOT_FIELD_NUMBER: _ClassVar[int]
     WORD_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: Epoch
     seq: int
@@ -475,7 +476,8 @@ class Ready(_message.Message):
     slot: int
     word: int
     checksum: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., seq: _Optional[int] = ..., group: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., slot: _Optional[int] = ..., word: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    route: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., seq: _Optional[int] = ..., group: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., slot: _Optional[int] = ..., word: _Optional[int] = ..., checksum: _Optional[int] = ..., route: _Optional[int] = ...) -> None: ...
 
 class Commit(_message.Message):
     __slots__ = ("transfer_id", "pieces", "first_tokens")

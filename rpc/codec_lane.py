@@ -79,6 +79,7 @@ def _ready(message: Ready) -> pb.Ready:
         slot=message.slot,
         word=message.word,
         checksum=message.checksum,
+        route=message.route,
     )
 
 
@@ -138,6 +139,7 @@ def _read_ready(wire: pb.Ready) -> Ready:
         slot=wire.slot,
         word=wire.word,
         checksum=wire.checksum,
+        route=wire.route,
     )
 
 

@@ -49,8 +49,6 @@ def test_a_window_belongs_to_a_window_group(kind: CacheKind, window: int) -> Non
         ("groups", (replace(FULL, head_dim=4), WINDOW)),
         ("groups", (replace(FULL, dtype=DType.FLOAT16), WINDOW)),
         ("block_size", 32),
-        ("tp", 2),
-        ("stages", (1, 2)),
     ],
 )
 def test_a_difference_that_matters_is_named(name: str, value: object) -> None:
@@ -61,6 +59,10 @@ def test_a_difference_that_matters_is_named(name: str, value: object) -> None:
 
 def test_pools_of_different_size_may_exchange() -> None:
     assert LAYOUT.difference(replace(LAYOUT, num_blocks=(5, 6))) is None
+
+
+def test_workers_of_different_parallelism_may_exchange() -> None:
+    assert LAYOUT.difference(replace(LAYOUT, tp=2, stages=(1, 2))) is None
 
 
 def test_what_resharding_bridges_is_no_difference_of_the_model() -> None:

@@ -1,18 +1,20 @@
 """Two machines, a wire, two memories and a clock, all in one thread: every step of a transfer happens when a test says so.
 
-Memory is a table: (layer, block, row) → what was written there. A worker's blocks are overwritten as soon as they are released,
-so a copy that should not count brings rubbish. The copy has two halves with anything in between.
+Memory is a table: (rank, layer, KV head, block, row) → what was written there. A worker's blocks are overwritten as soon as they are
+released, so a copy that should not count brings rubbish. The copy has two halves with anything in between, and every rank of the
+destination copies, and every rank of the source sets its epoch words, in its own time; the first rank of the source does so at once.
 
 Over gloo a pair is a queue of what was posted: the destination receives in the order of the announcements, and it must be just that.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
+from diptych.core.layout import CacheGroup, CacheKind, DType, Layout, RankLayout
 from diptych.core.request import Token
 from diptych.core.transfer import GroupGrant, Hello, RefusedReason, ShmEndpoint, Transport
 from diptych.kv_transfer.actions import (
@@ -37,6 +39,7 @@ from diptych.kv_transfer.actions import (
 )
 from diptych.kv_transfer.coverage import Span
 from diptych.kv_transfer.destination_machine import DestinationMachine
+from diptych.kv_transfer.slices import first_positions, routes
 from diptych.kv_transfer.source_machine import SourceMachine
 
 LEASE_S = 10.0
@@ -49,6 +52,14 @@ GROUPS = (
 )
 LAYOUT = Layout("model", GROUPS, BLOCK, num_blocks=(40, 40))
 LAYERS = (0, 1, 2, 3, 4)
+
+
+def many(tp: int, stages: tuple[int, ...], block_size: int = BLOCK) -> Layout:
+    """A worker of several ranks, for a model of two KV heads."""
+    groups = tuple(replace(group, kv_heads=2) for group in GROUPS)
+    return Layout("model", groups, block_size, (40, 40), tp, stages)
+
+
 FIRST_TOKENS = (Token(0, 7),)
 
 
@@ -62,10 +73,12 @@ def hello(worker_id: str, incarnation: int, layout: Layout = LAYOUT, transports:
 class Memory:
     """Free blocks per group, the transfer each block is lent to, and rows."""
 
-    def __init__(self) -> None:
-        self.free = [list(range(count)) for count in LAYOUT.num_blocks]
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.free = [list(range(count)) for count in layout.num_blocks]
         self.lent: dict[tuple[int, int], str] = {}
-        self.rows: dict[tuple[int, int, int], Any] = {}
+        self.rows: dict[tuple[int, int, int, int, int], Any] = {}
+        self.held = [(rank.rank, group, layer, head) for rank, group, layer, head in held(layout)]
 
     def take(self, group: int, count: int, transfer_id: str) -> tuple[int, ...] | None:
         if len(self.free[group]) < count:
@@ -78,13 +91,25 @@ class Memory:
         for group, block in [key for key, owner in self.lent.items() if owner == transfer_id]:
             del self.lent[group, block]
             self.free[group].append(block)
-            for layer in GROUPS[group].layers:
-                for row in range(BLOCK):
-                    self.rows[layer, block, row] = "rubbish"
+            for rank, layer, head in [(rank, layer, head) for rank, of, layer, head in self.held if of == group]:
+                for row in range(self.layout.block_size):
+                    self.rows[rank, layer, head, block, row] = "rubbish"
 
 
-Parcel = tuple[Span, dict[tuple[int, int], Any], int]
-"""A piece in a staging slot: its span, (layer, position) → row, its checksum."""
+def held(layout: Layout) -> Iterator[tuple[RankLayout, int, int, int]]:
+    """Every layer and head of every group that each rank holds."""
+    for rank in map(layout.on, range(layout.ranks)):
+        for group in range(len(layout.groups)):
+            yield from ((rank, group, layer, head) for layer in rank.layers(group) for head in rank.heads(group))
+
+
+def block_of(blocks: tuple[int, ...], span: Span, position: int, size: int) -> int:
+    """The one of a piece's `blocks` that holds `position`."""
+    return blocks[position // size - span.start // size]
+
+
+Parcel = tuple[Span, dict[tuple[int, int, int], Any], int]
+"""A piece in a staging slot: its span, (layer, head, position) → row, its checksum."""
 
 
 @dataclass
@@ -95,46 +120,47 @@ class Wire:
     destination_lane: int | None = None
     to_source: deque[Any] = field(default_factory=deque)
     to_destination: deque[Any] = field(default_factory=deque)
-    pair: deque[tuple[int, Parcel]] = field(default_factory=deque)
-    """Posted by the source and not received: the staging slot, and what is in it."""
+    pair: dict[int, deque[tuple[int, Parcel]]] = field(default_factory=lambda: defaultdict(deque))
+    """By route, posted by the source and not received: the staging slot, and what is in it."""
     source_open: bool = True
     destination_open: bool = True
     broken: bool = False
 
 
 class Prompt:
-    """What the source's worker has of one prompt: its blocks, and how far the layers have come."""
+    """What the source's worker has of one prompt: its blocks, and how far the layers have come on each rank."""
 
-    def __init__(self, transfer_id: str, tokens: int, tables: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(self, transfer_id: str, tokens: int, tables: tuple[tuple[int, ...], ...], layout: Layout) -> None:
         self.transfer_id = transfer_id
         self.tokens = tokens
         self.tables = tables
-        self.stored = dict.fromkeys(LAYERS, 0)
+        self.stored = {(rank.rank, layer): 0 for rank, _, layer, _ in held(layout)}
         self.committed = False
 
 
 class SourceSide:
-    def __init__(self, incarnation: int, transports: tuple[Transport, ...]) -> None:
-        self.machine = SourceMachine(hello("P", incarnation, transports=transports), LEASE_S, SLOTS)
-        self.connecting: list[int] = []
-        self.staging: deque[Stage] = deque()
-        self.slots: dict[tuple[int, int], Parcel] = {}
-        self.memory = Memory()
-        self.words = dict.fromkeys(range(SLOTS), 0)
+    def __init__(self, incarnation: int, transports: tuple[Transport, ...], layout: Layout) -> None:
+        self.machine = SourceMachine(hello("P", incarnation, layout, transports), LEASE_S, SLOTS)
+        self.connecting: list[tuple[int, int]] = []
+        self.staging: dict[int, deque[Stage]] = defaultdict(deque)
+        self.slots: dict[tuple[int, int, int], Parcel] = {}
+        self.memory = Memory(layout)
+        self.words: Counter[tuple[int, int]] = Counter()
+        self.fences: deque[tuple[Fence, int]] = deque()
         self.prompts: dict[str, Prompt] = {}
         self.told: dict[str, list[str]] = {}
 
 
 class DestinationSide:
-    def __init__(self, incarnation: int, transports: tuple[Transport, ...]) -> None:
-        self.machine = DestinationMachine(hello("D", incarnation, transports=transports), LEASE_S, OFFER_WAIT_S, SLOTS)
-        self.memory = Memory()
-        self.receives: dict[int, deque[Receive]] = {}
-        self.given_up: set[str] = set()
-        self.jobs: deque[Copy | Fence | Detach] = deque()
-        self.half_done: Copy | None = None
+    def __init__(self, incarnation: int, transports: tuple[Transport, ...], layout: Layout) -> None:
+        self.machine = DestinationMachine(hello("D", incarnation, layout, transports), LEASE_S, OFFER_WAIT_S, SLOTS)
+        self.memory = Memory(layout)
+        self.receives: dict[int, dict[int, deque[Receive]]] = {}
+        self.given_up: set[tuple[str, int]] = set()
+        self.jobs: list[deque[Copy | Fence | Detach]] = [deque() for _ in range(layout.ranks)]
+        self.half_done: dict[int, Copy] = {}
         self.attaching: list[int] = []
-        self.mapped: dict[int, SourceSide] = {}
+        self.mapped: dict[tuple[int, int], SourceSide] = {}
         self.waiting: dict[str, int] = {}
         self.nearly_done: set[str] = set()
         self.granted: dict[str, tuple[GroupGrant, ...]] = {}
@@ -143,12 +169,16 @@ class DestinationSide:
 
 
 class World:
-    def __init__(self, transports: tuple[Transport, ...] = SHM) -> None:
+    def __init__(self, transports: tuple[Transport, ...] = SHM, here: Layout = LAYOUT, there: Layout = LAYOUT) -> None:
+        """`here` is the source's layout, `there` the destination's."""
         self.now = 0.0
+        self.here, self.there = here, there
+        self.routes = routes(here, there)
+        self.turn = 0
         self.transports = transports
         self.incarnations = 2
-        self.source = SourceSide(1, transports)
-        self.destination = DestinationSide(2, transports)
+        self.source = SourceSide(1, transports, here)
+        self.destination = DestinationSide(2, transports, there)
         self.wires: list[Wire] = []
         self.dialling: list[Wire] = []
         self.committed: list[str] = []
@@ -157,27 +187,32 @@ class World:
 
     def offer(self, transfer_id: str, tokens: int) -> None:
         source = self.source
-        tables = [source.memory.take(group, -(-tokens // BLOCK), transfer_id) for group in range(len(GROUPS))]
+        tables = [source.memory.take(group, -(-tokens // self.here.block_size), transfer_id) for group in range(len(GROUPS))]
         if None in tables:
             source.memory.give_back(transfer_id)
             return
-        source.prompts[transfer_id] = Prompt(transfer_id, tokens, tuple(table for table in tables if table is not None))
+        source.prompts[transfer_id] = Prompt(transfer_id, tokens, tuple(table for table in tables if table is not None), self.here)
         source.told[transfer_id] = []
         self.at_source(source.machine.offer(transfer_id, "D:1", tokens, self.now))
 
-    def compute(self, transfer_id: str, layers: tuple[int, ...], count: int) -> None:
-        """Store KV of the next `count` positions of `layers` (those that stand where the first of them stands)."""
+    def compute(self, transfer_id: str, layers: tuple[int, ...], count: int, rank: int | None = None) -> None:
+        """Store KV of the next `count` positions of `layers` (those that stand where the first of them stands) on `rank`, or on all."""
         prompt = self.source.prompts[transfer_id]
-        start = prompt.stored[layers[0]]
-        layers = tuple(layer for layer in layers if prompt.stored[layer] == start)
-        stop = min(start + count, prompt.tokens)
-        for layer in layers:
-            group = next(number for number, group in enumerate(GROUPS) if layer in group.layers)
+        for number in range(self.here.ranks) if rank is None else (rank,):
+            here = tuple(layer for layer in layers if (number, layer) in prompt.stored)
+            start = prompt.stored[number, here[0]] if here else 0
+            here = tuple(layer for layer in here if prompt.stored[number, layer] == start)
+            if here:
+                self._store(prompt, number, here, start, min(start + count, prompt.tokens))
+
+    def _store(self, prompt: Prompt, rank: int, layers: tuple[int, ...], start: int, stop: int) -> None:
+        size = self.here.block_size
+        for _, group, layer, head in [of for of in self.source.memory.held if of[0] == rank and of[2] in layers]:
             for position in range(start, stop):
-                block = prompt.tables[group][position // BLOCK]
-                self.source.memory.rows[layer, block, position % BLOCK] = (transfer_id, layer, position)
-            prompt.stored[layer] = stop
-        self.source.machine.computed(transfer_id, layers, start, stop, prompt.tables)
+                block = prompt.tables[group][position // size]
+                self.source.memory.rows[rank, layer, head, block, position % size] = (prompt.transfer_id, layer, head, position)
+            prompt.stored[rank, layer] = stop
+        self.source.machine.computed(prompt.transfer_id, layers, start, stop, prompt.tables, rank)
 
     def announce(self) -> None:
         self.at_source(self.source.machine.announce(self.now))
@@ -199,10 +234,11 @@ class World:
         """Give blocks for all but `cached_blocks` whole blocks of prefix; False if memory is short."""
         tokens = self.destination.waiting[transfer_id]
         groups = []
-        for number, group in enumerate(GROUPS):
-            first = min(cached_blocks, tokens // BLOCK) * BLOCK
-            first = max(first, group.first_needed(tokens) // BLOCK * BLOCK)
-            blocks = self.destination.memory.take(number, -(-(tokens - first) // BLOCK), transfer_id)
+        size = self.there.block_size
+        for number, group in enumerate(self.there.groups):
+            first = min(cached_blocks, tokens // size) * size
+            first = max(first, group.first_needed(tokens) // size * size)
+            blocks = self.destination.memory.take(number, -(-(tokens - first) // size), transfer_id)
             if blocks is None:
                 self.destination.memory.give_back(transfer_id)
                 return False
@@ -233,12 +269,14 @@ class World:
         self.at_source(self.source.machine.dialled(wire.source_lane, self.now))
 
     def attach(self, lane: int, *, well: bool = True) -> None:
+        """One more rank of the destination does."""
         self.destination.attaching.remove(lane)
+        rank = self.destination.attaching.count(lane)
         if well:
-            self.destination.mapped[lane] = self.source
-            self.at_destination(self.destination.machine.attached(lane, self.now))
+            self.destination.mapped[lane, rank] = self.source
+            self.at_destination(self.destination.machine.attached(lane, self.now, rank))
         else:
-            self.at_destination(self.destination.machine.not_attached(lane, "no shared memory", self.now))
+            self.at_destination(self.destination.machine.not_attached(lane, "no shared memory", self.now, rank))
 
     def deliver(self, wire: Wire, *, to_source: bool) -> bool:
         """The next message, or the news that there will be none; False if there is nothing to learn."""
@@ -271,77 +309,110 @@ class World:
             wire.to_source.clear()
             wire.to_destination.clear()
 
+    def in_turn(self, count: int) -> list[int]:
+        """The numbers below `count`, each first in its turn."""
+        self.turn += 1
+        return [(self.turn + number) % count for number in range(count)]
+
     def copy_step(self) -> bool:
-        """The copy thread does half a copy, or one other thing; False if it has nothing to do."""
+        """A rank's copy thread does half a copy, or one other thing; False if none has anything to do."""
+        return any(self._copy_step(rank) for rank in self.in_turn(self.there.ranks))
+
+    def _copy_step(self, rank: int) -> bool:
         side = self.destination
-        if side.half_done is not None:
-            copy, side.half_done = side.half_done, None
+        if rank in side.half_done:
+            copy = side.half_done.pop(rank)
             self._copy_rows(copy, 1)
-            stands = side.mapped[copy.lane].words[copy.slot] == copy.word
+            source = self.routes[copy.route].source
+            stands = side.mapped[copy.lane, rank].words[source, copy.slot] == copy.word
             error = None if stands else "The source took its blocks back."
             self.at_destination(side.machine.copied(copy.transfer_id, copy.seq, error, self.now))
             return True
-        if not side.jobs:
+        if not side.jobs[rank]:
             return False
-        job = side.jobs.popleft()
+        job = side.jobs[rank].popleft()
         match job:
             case Copy():
                 self._copy_rows(job, 0)
-                side.half_done = job
+                side.half_done[rank] = job
             case Fence():
-                self.at_destination(side.machine.fenced(job.transfer_id, self.now))
+                side.given_up.add((job.transfer_id, rank))
+                self.at_destination(side.machine.fenced(job.transfer_id, self.now, rank))
             case Detach():
-                side.mapped.pop(job.lane, None)
+                side.mapped.pop((job.lane, rank), None)
         return True
 
     def _copy_rows(self, copy: Copy, half: int) -> None:
-        rows = self.destination.mapped[copy.lane].memory.rows
-        first = copy.span.start // BLOCK
-        for layer in copy.span.layers:
-            for position in range(copy.span.start, copy.span.stop):
-                if position % 2 != half:
-                    continue
-                here, there = copy.source_blocks[position // BLOCK - first], copy.destination_blocks[position // BLOCK - first]
-                assert self.destination.memory.lent.get((copy.span.group, there)) == copy.transfer_id, "a copy into another's block"
-                self.destination.memory.rows[layer, there, position % BLOCK] = rows.get((layer, here, position % BLOCK))
+        route = self.routes[copy.route]
+        rows = self.destination.mapped[copy.lane, route.destination].memory.rows
+        for layer, head, position in self._rows_of(copy.route, copy.span):
+            if position % 2 == half:
+                here = block_of(copy.source_blocks, copy.span, position, self.here.block_size)
+                row = rows.get((route.source, layer, head, here, position % self.here.block_size))
+                self._take(copy.transfer_id, copy.route, copy.span, copy.destination_blocks, layer, head, position, row)
+
+    def _rows_of(self, route: int, span: Span) -> list[tuple[int, int, int]]:
+        """Layer, KV head and position of each row of a piece."""
+        first = self.routes[route].first_heads[span.group]
+        heads = range(first, first + self.routes[route].groups[span.group].kv_heads)
+        return [(layer, head, position) for layer in span.layers for head in heads for position in range(span.start, span.stop)]
+
+    def _take(
+        self, transfer_id: str, route: int, span: Span, blocks: tuple[int, ...], layer: int, head: int, position: int, row: Any
+    ) -> None:
+        memory, size = self.destination.memory, self.there.block_size
+        block = block_of(blocks, span, position, size)
+        assert memory.lent.get((span.group, block)) == transfer_id, "a copy into another's block"
+        memory.rows[self.routes[route].destination, layer, head, block, position % size] = row
+
+    def fence_step(self) -> bool:
+        """A rank of the source sets an epoch word; False if none has to."""
+        if not self.source.fences:
+            return False
+        fence, rank = self.source.fences.popleft()
+        self.source.words[rank, fence.slot] = fence.word
+        self.at_source(self.source.machine.fenced(fence.transfer_id, self.now, rank))
+        return True
 
     # -- what a pair does ---------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        lane = self.source.connecting.pop(0)
-        self.at_source(self.source.machine.connected(lane, self.now))
+        lane, route = self.source.connecting.pop(0)
+        self.at_source(self.source.machine.connected(lane, self.now, route))
 
     def stage_step(self) -> bool:
-        """The source fills a staging slot; with rubbish, if the blocks have been taken back."""
-        if not self.source.staging:
+        """A rank of the source fills a staging slot; with rubbish, if the blocks have been taken back."""
+        route = next((route for route in self.in_turn(len(self.routes)) if self.source.staging.get(route)), None)
+        if route is None:
             return False
-        stage = self.source.staging.popleft()
+        stage = self.source.staging[route].popleft()
         rows = {}
-        for layer in stage.span.layers:
-            for position in range(stage.span.start, stage.span.stop):
-                block = stage.blocks[position // BLOCK - stage.span.start // BLOCK]
-                rows[layer, position] = self.source.memory.rows.get((layer, block, position % BLOCK))
+        for layer, head, position in self._rows_of(route, stage.span):
+            block = block_of(stage.blocks, stage.span, position, self.here.block_size)
+            key = self.routes[route].source, layer, head, block, position % self.here.block_size
+            rows[layer, head, position] = self.source.memory.rows.get(key)
         checksum = hash(str(rows)) & 0xFFFF
-        self.source.slots[stage.lane, stage.slot] = stage.span, rows, checksum
-        self.at_source(self.source.machine.staged(stage.lane, stage.slot, checksum, self.now))
+        self.source.slots[stage.lane, route, stage.slot] = stage.span, rows, checksum
+        self.at_source(self.source.machine.staged(stage.lane, stage.slot, checksum, self.now, route))
         return True
 
     def receive_step(self, wire: Wire) -> bool:
-        """The pair's next piece arrives, if it is sent and its announcement has come."""
+        """The next piece of a pair arrives, if it is sent and its announcement has come."""
         side, lane = self.destination, wire.destination_lane
-        if lane is None or not wire.destination_open or not wire.pair or not side.receives.get(lane):
+        if lane is None or not wire.destination_open or lane not in side.receives:
             return False
-        slot, (span, rows, checksum) = wire.pair.popleft()
-        receive = side.receives[lane].popleft()
+        route = next((route for route in self.in_turn(len(self.routes)) if wire.pair.get(route) and side.receives[lane].get(route)), None)
+        if route is None:
+            return False
+        slot, (span, rows, checksum) = wire.pair[route].popleft()
+        receive = side.receives[lane][route].popleft()
         assert (receive.span, receive.checksum) == (span, checksum), "the two ends are out of step"
         if wire.source_open:
-            self.at_source(self.source.machine.sent(wire.source_lane, slot, self.now))
-        if receive.blocks is None or receive.transfer_id in side.given_up:
+            self.at_source(self.source.machine.sent(wire.source_lane, slot, self.now, route))
+        if receive.blocks is None or (receive.transfer_id, self.routes[route].destination) in side.given_up:
             return True
-        for (layer, position), row in rows.items():
-            block = receive.blocks[position // BLOCK - span.start // BLOCK]
-            assert side.memory.lent.get((span.group, block)) == receive.transfer_id, "a piece into another's block"
-            side.memory.rows[layer, block, position % BLOCK] = row
+        for (layer, head, position), row in rows.items():
+            self._take(receive.transfer_id, route, span, receive.blocks, layer, head, position, row)
         self.at_destination(side.machine.copied(receive.transfer_id, receive.seq, None, self.now))
         return True
 
@@ -363,12 +434,12 @@ class World:
         self._kill(self.wires, "source")
         self.dialling.clear()
         self.incarnations += 1
-        self.source = SourceSide(self.incarnations, self.transports)
+        self.source = SourceSide(self.incarnations, self.transports, self.here)
 
     def restart_destination(self) -> None:
         self._kill(self.wires, "destination")
         self.incarnations += 1
-        self.destination = DestinationSide(self.incarnations, self.transports)
+        self.destination = DestinationSide(self.incarnations, self.transports, self.there)
 
     def _kill(self, wires: list[Wire], end: str) -> None:
         for wire in wires:
@@ -397,18 +468,20 @@ class World:
                         wire.source_open = False
                         wire.broken = True
                 case Connect(lane):
-                    side.connecting.append(lane)
+                    side.connecting += [(lane, route) for route in range(len(self.routes))]
                 case Stage():
-                    side.staging.append(action)
-                case Post(lane, slot):
+                    side.staging[action.route].append(action)
+                case Post(lane, slot, route):
                     wire = next(wire for wire in self.wires if wire.source_lane == lane and wire.source_open)
-                    wire.pair.append((slot, side.slots.pop((lane, slot))))
+                    wire.pair[route].append((slot, side.slots.pop((lane, route, slot))))
                 case Detach(lane):
-                    side.connecting = [other for other in side.connecting if other != lane]
-                    side.staging = deque(stage for stage in side.staging if stage.lane != lane)
+                    side.connecting = [other for other in side.connecting if other[0] != lane]
+                    for route, stages in side.staging.items():
+                        side.staging[route] = deque(stage for stage in stages if stage.lane != lane)
                 case Fence(transfer_id, slot, word):
-                    side.words[slot] = word
-                    self.at_source(side.machine.fenced(transfer_id, self.now))
+                    side.words[0, slot] = word
+                    side.fences.extend((action, rank) for rank in range(1, self.here.ranks))
+                    self.at_source(side.machine.fenced(transfer_id, self.now, 0))
                 case TellGranted(transfer_id):
                     side.told[transfer_id].append("granted")
                 case TellHandedOver(transfer_id):
@@ -433,21 +506,22 @@ class World:
                         wire.destination_open = False
                         wire.broken = True
                 case Attach(lane, _):
-                    side.attaching.append(lane)
+                    side.attaching += [lane] * self.there.ranks
                 case Detach(lane):
-                    if lane in side.attaching:
-                        side.attaching.remove(lane)
+                    side.attaching = [other for other in side.attaching if other != lane]
                     side.receives.pop(lane, None)
-                    side.jobs.append(action)
+                    for jobs in side.jobs:
+                        jobs.append(action)
                 case Connect(lane):
-                    side.receives[lane] = deque()
+                    side.receives[lane] = defaultdict(deque)
                 case Receive(lane):
-                    side.receives[lane].append(action)
+                    side.receives[lane][action.route].append(action)
                 case Fence(transfer_id):
-                    side.given_up.add(transfer_id)
-                    side.jobs.append(action)
+                    side.given_up.add((transfer_id, 0))
+                    for jobs in side.jobs:
+                        jobs.append(action)
                 case Copy():
-                    side.jobs.append(action)
+                    side.jobs[self.routes[action.route].destination].append(action)
                 case TellOffered(transfer_id, tokens):
                     side.told[transfer_id].append("offered")
                     side.waiting[transfer_id] = tokens
@@ -473,13 +547,14 @@ class World:
         """Every granted position of every layer holds what the source computed; the bytes of them."""
         total = 0
         tokens = self.tokens_of(transfer_id)
-        for group, granted in zip(GROUPS, self.destination.granted[transfer_id], strict=True):
-            for layer in group.layers:
-                for position in range(granted.first_position, tokens):
-                    block = granted.blocks[(position - granted.first_position) // BLOCK]
-                    held = self.destination.memory.rows.get((layer, block, position % BLOCK))
-                    assert held == (transfer_id, layer, position), "a committed transfer holds something else"
-                    total += group.token_bytes
+        granted, size = self.destination.granted[transfer_id], self.there.block_size
+        firsts = first_positions(self.here, granted, tokens)
+        for rank, group, layer, head in self.destination.memory.held:
+            for position in range(firsts[group], tokens):
+                block = granted[group].blocks[(position - granted[group].first_position) // size]
+                found = self.destination.memory.rows.get((rank, layer, head, block, position % size))
+                assert found == (transfer_id, layer, head, position), "a committed transfer holds something else"
+                total += 2 * self.here.groups[group].head_dim * self.here.groups[group].dtype.itemsize
         return total
 
     @staticmethod
@@ -517,6 +592,7 @@ class World:
                 busy = True
             busy |= self.copy_step()
             busy |= self.stage_step()
+            busy |= self.fence_step()
 
     def check_nearly_done(self) -> None:
         """After everything was carried through: the destination knows which of the prompts that wait for a grant are nearly done."""

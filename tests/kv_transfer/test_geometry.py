@@ -98,7 +98,7 @@ def test_spans_ahead_tile_what_is_computed(steps: list[tuple[tuple[int, ...], in
 
 
 def announce(computed: Coverage, announced: Coverage, most: int, seen: list[tuple[int, int]]) -> None:
-    for span in list(ahead(LAYOUT, computed, announced, most)):
+    for span in list(ahead(LAYOUT.groups, LAYOUT.block_size, computed, announced, most)):
         assert span.bytes(LAYOUT.groups) <= most
         announced.extend(span.layers, span.start, span.stop)
         seen.extend((layer, position) for layer in span.layers for position in range(span.start, span.stop))
@@ -109,7 +109,7 @@ def test_layers_with_the_same_news_share_a_piece_up_to_its_size() -> None:
     layout = Layout("m", (wide,), 16, (1000,))
     computed, announced = Coverage(layout.groups, (0,), 2048), Coverage(layout.groups, (0,), 2048)
     computed.extend(wide.layers, 0, 2048)
-    spans = list(ahead(layout, computed, announced, PIECE_BYTES))
+    spans = list(ahead(layout.groups, layout.block_size, computed, announced, PIECE_BYTES))
     assert sum(len(span.layers) for span in spans) == 8
     assert all(span.bytes(layout.groups) <= PIECE_BYTES for span in spans)
     assert len(spans) == 4

@@ -18,7 +18,6 @@ from kv_world import GLOO, GROUPS, LAYOUT, World, hello
         (replace(hello("P", 1), protocol_version=1), RefusedReason.LAYOUT, f"protocol_version differs: {PROTOCOL_VERSION} here, 1 at P"),
         (hello("P", 1, replace(LAYOUT, block_size=32)), RefusedReason.LAYOUT, "block_size differs"),
         (hello("P", 1, replace(LAYOUT, fingerprint="other")), RefusedReason.LAYOUT, "fingerprint differs"),
-        (hello("P", 1, replace(LAYOUT, tp=2)), RefusedReason.LAYOUT, "tp differs"),
         (
             hello("P", 1, replace(LAYOUT, groups=(replace(GROUPS[0], dtype=DType.BFLOAT16), GROUPS[1]))),
             RefusedReason.LAYOUT,
@@ -38,6 +37,10 @@ def test_a_difference_is_named(theirs: Hello, reason: RefusedReason, words: str)
 
 def test_pools_of_different_sizes_may_exchange() -> None:
     assert refusal(hello("D", 2), hello("P", 1, replace(LAYOUT, num_blocks=(7, 9)))) is None
+
+
+def test_workers_of_different_parallelism_may_exchange() -> None:
+    assert refusal(hello("D", 2), hello("P", 1, replace(LAYOUT, tp=2, stages=(2, 3)))) is None
 
 
 def test_the_refusal_reaches_every_waiting_offer() -> None:

@@ -9,7 +9,7 @@ from diptych.core.transfer import Transport
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from kv_world import GLOO, GROUPS, LAYERS, SHM, World
+from kv_world import GLOO, GROUPS, LAYERS, LAYOUT, SHM, World, many
 
 INDEX = st.integers(0, 7)
 
@@ -18,10 +18,11 @@ class Hinge(RuleBasedStateMachine):
     """Rules choose among what there is by index; indices wrap."""
 
     transports = SHM
+    here = there = LAYOUT
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(self.transports)
+        self.world = World(self.transports, self.here, self.there)
         self.ids: list[str] = []
 
     def new_id(self, tokens: int) -> str:
@@ -60,12 +61,24 @@ class Hinge(RuleBasedStateMachine):
         if tell:
             self.world.announce()
 
+    @precondition(lambda self: self.world.source.prompts and self.world.here.ranks > 1)
+    @rule(index=INDEX, rank=st.integers(0, 7), count=st.integers(1, 20))
+    def compute_on_one_rank(self, index: int, rank: int, count: int) -> None:
+        self.world.compute(self.pick(self.world.source.prompts, index), LAYERS, count, rank % self.world.here.ranks)
+        self.world.announce()
+
+    @precondition(lambda self: self.world.source.fences)
+    @rule(count=st.integers(1, 3))
+    def fence(self, count: int) -> None:
+        for _ in range(count):
+            self.world.fence_step()
+
     @precondition(lambda self: self.world.source.prompts)
     @rule(index=INDEX)
     def finish(self, index: int) -> None:
         transfer_id = self.pick(self.world.source.prompts, index)
-        for layer in LAYERS:
-            self.world.compute(transfer_id, (layer,), 1000)
+        for rank, layer in self.world.source.prompts[transfer_id].stored:
+            self.world.compute(transfer_id, (layer,), 1000, rank)
         self.world.commit(transfer_id)
 
     @precondition(lambda self: self.world.destination.waiting)
@@ -114,13 +127,13 @@ class Hinge(RuleBasedStateMachine):
     def connect(self) -> None:
         self.world.connect()
 
-    @precondition(lambda self: self.world.source.staging)
+    @precondition(lambda self: any(self.world.source.staging.values()))
     @rule(count=st.integers(1, 3))
     def stage(self, count: int) -> None:
         for _ in range(count):
             self.world.stage_step()
 
-    @precondition(lambda self: any(wire.pair for wire in self.world.wires))
+    @precondition(lambda self: any(posted for wire in self.world.wires for posted in wire.pair.values()))
     @rule(count=st.integers(1, 3))
     def receive(self, count: int) -> None:
         for _ in range(count):
@@ -170,10 +183,26 @@ class TwoSided(Hinge):
     transports = GLOO
 
 
+class ManyRanks(Hinge):
+    """A head that two ranks of the source hold, three stages to two."""
+
+    here, there = many(4, (2, 1, 2)), many(1, (1, 4))
+
+
+class ManyRanksTwoSided(ManyRanks):
+    transports = GLOO
+    here, there = many(2, (3, 2)), many(4, ())
+
+
 TestHinge = Hinge.TestCase
 TestTwoSided = TwoSided.TestCase
+TestManyRanks = ManyRanks.TestCase
+TestManyRanksTwoSided = ManyRanksTwoSided.TestCase
 TestHinge.settings = TestTwoSided.settings = settings(
     max_examples=120, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestManyRanks.settings = TestManyRanksTwoSided.settings = settings(
+    max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -187,7 +216,10 @@ def drive(world: World, draw: random.Random, steps: int) -> None:
             rules.begin(draw.randint(1, 40), draw.choice(["expect first", "offer first", "offer first", "only offer", "only expect"]))
         elif chance < 0.32 and world.source.prompts:
             layers = draw.random() < 0.3
-            rules.compute(draw.randrange(8), draw.choice(LAYERS), layers, draw.randint(1, 20), draw.random() < 0.5)
+            if world.here.ranks > 1 and draw.random() < 0.5:
+                rules.compute_on_one_rank(draw.randrange(8), draw.randrange(8), draw.randint(1, 20))
+            else:
+                rules.compute(draw.randrange(8), draw.choice(LAYERS), layers, draw.randint(1, 20), draw.random() < 0.5)
         elif chance < 0.40 and world.source.prompts:
             rules.finish(draw.randrange(8))
         elif chance < 0.50 and world.destination.waiting:
@@ -204,6 +236,7 @@ def drive(world: World, draw: random.Random, steps: int) -> None:
             rules.deliver(draw.random() < 0.5, draw.randint(1, 4), 0)
         elif chance < 0.96:
             rules.copy(draw.randint(1, 5))
+            world.fence_step()
             if world.source.connecting:
                 world.connect()
             if draw.random() < 0.5:
@@ -219,6 +252,19 @@ def drive(world: World, draw: random.Random, steps: int) -> None:
         elif chance < 0.988:
             rules.restart(draw.randrange(2))
         world.check()
+
+
+@pytest.mark.parametrize("transports", [SHM, GLOO], ids=["shm", "gloo"])
+def test_busy_hours_of_many_ranks(transports: tuple[Transport, ...]) -> None:
+    committed = failed = 0
+    for seed in range(20):
+        world = World(transports, many(4, (2, 1, 2)), many(1, (1, 4)))
+        drive(world, random.Random(seed), 400)
+        world.settle()
+        committed += len(world.committed)
+        failed += sum("failed" in told for told in world.destination.told.values())
+    assert committed > 5
+    assert failed > 5
 
 
 @pytest.mark.parametrize("transports", [SHM, GLOO], ids=["shm", "gloo"])

@@ -8,8 +8,9 @@ from itertools import pairwise, product
 
 import pytest
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout, RankLayout, even_stages
+from diptych.core.transfer import GroupGrant
 from diptych.kv_transfer.geometry import Blocks, runs_between
-from diptych.kv_transfer.slices import Slice, first_moved, slices
+from diptych.kv_transfer.slices import Slice, first_positions, routes, slices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +48,7 @@ def move(source: Layout, destination: Layout, grants: tuple[int, ...]) -> None:
     kept = tuple(group.first_needed(TOKENS) // source.block_size * source.block_size for group in source.groups)
     pools = [held(source.on(rank), here, kept) for rank in range(source.ranks)]
     moved: list[Memory] = [{} for _ in range(destination.ranks)]
-    firsts = tuple(first_moved(group, grant, TOKENS, source.block_size) for group, grant in zip(destination.groups, grants, strict=True))
+    firsts = first_positions(source, [GroupGrant(grant, ()) for grant in grants], TOKENS)
     for piece in slices(source, destination):
         start, group = firsts[piece.group], source.groups[piece.group]
         ends = (
@@ -178,6 +179,20 @@ def test_layouts_of_two_models_have_no_slices() -> None:
 @pytest.mark.parametrize(("size", "granted", "first"), [(16, 16, 32), (4, 36, 36), (4, 48, 48), (64, 0, 0)])
 def test_of_a_window_only_what_the_source_still_holds_crosses(size: int, granted: int, first: int) -> None:
     """Of 50 tokens the next query sees those from 41 - 5 = 36 on."""
-    window = CacheGroup(CacheKind.WINDOW, (0,), 1, 1, DType.FLOAT32, window=15)
+    full = CacheGroup(CacheKind.FULL, (0,), 1, 1, DType.FLOAT32)
+    window = CacheGroup(CacheKind.WINDOW, (1,), 1, 1, DType.FLOAT32, window=15)
     assert window.first_needed(50) == 36
-    assert first_moved(window, granted, 50, size) == first
+    source = Layout("model", (full, window), size, (10, 10))
+    assert first_positions(source, [GroupGrant(0, ()), GroupGrant(granted, ())], 50) == (0, first)
+
+
+@given(pairs())
+def test_routes_are_the_slices_from_rank_to_rank(pair: tuple[Layout, Layout]) -> None:
+    source, destination = pair
+    found = [
+        Slice(route.source, route.destination, number, group.layers, range(first, first + group.kv_heads), group.dtype, there.dtype)
+        for route in routes(source, destination)
+        for number, (group, first, there) in enumerate(zip(route.groups, route.first_heads, destination.groups, strict=True))
+        if group.layers
+    ]
+    assert tuple(found) == slices(source, destination)

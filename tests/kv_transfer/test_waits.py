@@ -223,7 +223,7 @@ def test_nearly_done_from_another_lane_is_not_heard() -> None:
     world.expect(ID)
     begin(world)
     stranger = machine.lane_opened(0.0)
-    world.destination.mapped[stranger] = world.source
+    world.destination.mapped[stranger, 0] = world.source
     machine.received(stranger, hello("Q", 9), 0.0)
     machine.attached(stranger, 0.0)
     machine.received(stranger, Offer("b/10", 10), 0.0)
@@ -369,7 +369,7 @@ def test_a_grant_of_what_the_source_no_longer_holds() -> None:
     world.expect("a/30")
     world.offer("a/30", 30)
     prompt = world.source.prompts["a/30"]
-    prompt.tables = (prompt.tables[0], (-1, -1, *prompt.tables[1][2:]))
+    prompt.tables = ((-1, -1, *prompt.tables[0][2:]), prompt.tables[1])
     world.source.machine.computed("a/30", LAYERS, 0, 30, prompt.tables)
     world.run_dry()
     blocks = tuple(range(8))

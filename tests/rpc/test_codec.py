@@ -115,6 +115,7 @@ ready = st.builds(
     u32,
     u64,
     u64,
+    u32,
 )
 lane_messages = st.one_of(
     st.builds(transfer.Hello, texts, u64, layouts, opt(shm), many(st.sampled_from(transfer.Transport)), u32),
