@@ -19,13 +19,18 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("diptych_requests_total", "counter", "Requests that ended, by outcome (finish reason or error code).", ("outcome",)),
+    Metric(
+        "diptych_requests_total",
+        "counter",
+        "Requests that ended, by outcome (finish reason, length if any choice's, or error code).",
+        ("outcome",),
+    ),
     Metric("diptych_requests_running", "gauge", "Requests accepted and not yet ended."),
     Metric("diptych_prompt_tokens_total", "counter", "Prompt tokens of accepted requests."),
     Metric("diptych_output_tokens_total", "counter", "Tokens sent to clients."),
     Metric("diptych_ttft_seconds", "histogram", "Time from acceptance to the first token."),
-    Metric("diptych_tpot_seconds", "histogram", "Mean time per output token after the first."),
-    Metric("diptych_itl_seconds", "histogram", "Time between two tokens of one request, from the second token on."),
+    Metric("diptych_tpot_seconds", "histogram", "Mean time per output token of a choice after its first."),
+    Metric("diptych_itl_seconds", "histogram", "Time between two tokens of one choice, from the second token on."),
     Metric("diptych_handover_gap_seconds", "histogram", "Time between the first and the second token of a disaggregated request."),
     Metric("diptych_attempts_total", "counter", "Attempts opened, by path (disaggregated, local, prefill_only).", ("path",)),
     Metric("diptych_retries_total", "counter", "Attempts opened after one failed, by the failure's code.", ("code",)),
