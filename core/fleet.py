@@ -58,9 +58,9 @@ class WorkerState(StrEnum):
 class WorkerReport:
     """One message of a worker's Watch stream, sent on change and at least once a second.
 
-    `waiting`: attempts not yet started; `running`: started; `prompt_tokens_waiting`: prompt tokens not yet computed;
-    `blocks_free` and `blocks_total`: of the group that has least free, in blocks; cached but unused blocks are free.
-    `leases`: transfers that hold blocks here. `counters`: monotonic totals by metric name (`core.metrics`).
+    `waiting`: attempts not yet started; `running`: started (on a decode worker each choice counts); `prompt_tokens_waiting`: prompt
+    tokens not yet computed; `blocks_free` and `blocks_total`: of the group that has least free, in blocks; cached but unused blocks
+    are free. `leases`: transfers that hold blocks here. `counters`: monotonic totals by metric name (`core.metrics`).
     """
 
     worker_id: str
