@@ -123,12 +123,17 @@ class DecodeRole:
     # What the engine does.
 
     def settle(self) -> None:
-        for transfer_id, groups in self._scheduler.grants(self._clock.now()):
+        self._grant(self._scheduler.grants(self._clock.now()))
+
+    def _grant(self, grants: list[tuple[str, tuple[GroupGrant, ...]]]) -> None:
+        for transfer_id, groups in grants:
             stamp(Stage.GRANTED, transfer_id, self._clock.now())
             self.outbox.call(partial(self.transfers.grant, transfer_id, groups))
 
     def decide(self) -> Decision | None:
-        return self._scheduler.decide(self._clock.now())
+        decision = self._scheduler.decide(self._clock.now())
+        self._grant(self._scheduler.new_grants())
+        return decision
 
     def on_layer(self, decision: Decision) -> OnLayer | None:
         return None

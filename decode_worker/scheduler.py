@@ -104,6 +104,10 @@ class DecodeScheduler:
         for blocks nobody is given any before the next `decide` has looked whether they have come."""
         if not self._short:
             self._admit()
+        return self.new_grants()
+
+    def new_grants(self) -> list[tuple[str, tuple[GroupGrant, ...]]]:
+        """Those that `decide` has made by the way; call after it."""
         return self._admission.new_grants()
 
     def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], now: float) -> DecodeOutcome:
@@ -366,6 +370,7 @@ class DecodeScheduler:
             sequence.tokens += [token_id] * steps
         advance_blocks(self._pool, self._roster.running, self._step, steps)
         self._step += steps
+        self._short &= not steps
         return tuple(sequence.attempt_id for sequence in self._roster.running)
 
     def load(self, now: float) -> Load:

@@ -17,7 +17,7 @@ from diptych.core.clock import ManualClock
 from diptych.core.commands import Decode, Prefill
 from diptych.core.layout import Layout
 from diptych.core.request import FinishReason, Request, Token
-from diptych.core.transfer import Hello, LaneMessage, ShmEndpoint, Transport
+from diptych.core.transfer import GroupGrant, Hello, LaneMessage, ShmEndpoint, Transport
 from diptych.decode_worker.admission import MAX_PASSES
 from diptych.decode_worker.scheduler import DecodeOutcome, DecodeScheduler
 from diptych.engine.batch import StepOutput
@@ -148,6 +148,15 @@ class World:
             assert life.outputs.get(choice, []) == answer(life.request, self.groups, CONTEXT, choice)[0]
         self.ended(life)
 
+    def leave(self, life: Life) -> None:
+        """Its client goes away, at whatever stage."""
+        if life.ended is None:
+            life.ended = self.clock.now()
+            if life.prefill >= 0:
+                self.prefills[life.prefill].stop(life.name)
+            self.decodes[life.decode].stop(life.name)
+            self.ended(life)
+
     def check(self) -> None:
         for worker in (*self.prefills, *self.decodes):
             worker.check()
@@ -185,7 +194,7 @@ class Worker:
 
     def pump(self) -> None:
         """Decide what can be decided, run what can be run."""
-        while len(self._flying) < DEPTH and (decision := self.scheduler.decide(self.now)) is not None:
+        while len(self._flying) < DEPTH and (decision := self.decide()) is not None:
             self._flying.append(decision)
             self.decided(decision)
         if self._flying and not self._running:
@@ -208,8 +217,11 @@ class Worker:
     def turn(self) -> None:
         self.pump()
 
+    def decide(self) -> Any:
+        return self.scheduler.decide(self.now)
+
     def decided(self, decision: Any) -> None:
-        raise NotImplementedError
+        """Before its step runs."""
 
     def stored(self, decision: Any) -> None:
         raise NotImplementedError
@@ -240,6 +252,13 @@ class PrefillWorker(Worker):
     def add(self, prefill: Prefill) -> None:
         self.scheduler.add(prefill, self.now)
         self.queue.append(prefill.attempt_id)
+        self.pump()
+
+    def stop(self, name: str) -> None:
+        if name in self.queue:
+            self.queue.remove(name)
+        if self.scheduler.cancel(name, self.now):
+            self.do(self.machine.cancel(name, "The client has left.", self.now))
         self.pump()
 
     def decided(self, decision: Any) -> None:
@@ -360,13 +379,27 @@ class DecodeWorker(Worker):
             self.do(self.machine.expect(decode.attempt_id, self.now))
         self.turn()
 
+    def stop(self, name: str) -> None:
+        if self.scheduler.cancel(name, self.now):
+            self.do(self.machine.cancel(name, "The client has left.", self.now))
+        else:
+            self.holders.discard(name)
+        if name in self.queue:
+            self.queue.remove(name)
+        self.turn()
+
     def turn(self) -> None:
         """Grants, then steps, as the loop does it."""
-        self.grant()
+        self.grant(self.scheduler.grants(self.now))
         self.pump()
 
-    def grant(self) -> None:
-        grants = dict(self.scheduler.grants(self.now))
+    def decide(self) -> Any:
+        decision = super().decide()
+        self.grant(self.scheduler.new_grants())
+        return decision
+
+    def grant(self, made: list[tuple[str, tuple[GroupGrant, ...]]]) -> None:
+        grants = dict(made)
         if not grants:
             return
         assert not self.scheduler._admission.preempted, "preempted requests go before grants"
@@ -390,11 +423,7 @@ class DecodeWorker(Worker):
         life = lives[name]
         life.waited = self.steps - life.waited
         work = sum(lives[other].work for other in life.ahead)
-        assert life.waited <= 2 * work, f"{name} waited {life.waited} steps for {len(life.ahead)} others, {work} steps of work"
-
-    def decided(self, decision: Any) -> None:
-        """Granted what has been granted on the way to this decision."""
-        self.grant()
+        assert life.waited <= 2 * work + DEPTH, f"{name} waited {life.waited} steps for {len(life.ahead)} others, {work} steps of work"
 
     def stored(self, decision: Any) -> None:
         return None
@@ -438,9 +467,9 @@ class DecodeWorker(Worker):
                 case TellFailed(name):
                     if name in self.queue:
                         self.queue.remove(name)
-                    self.holders.discard(name)
                     self.scheduler.transfer_failed(name, self.now)
                 case TellReleased(name):
+                    self.holders.discard(name)
                     self.scheduler.fenced(name, self.now)
                 case _:
                     raise AssertionError(f"nothing breaks here, and yet {action}")

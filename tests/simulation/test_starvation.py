@@ -35,15 +35,18 @@ def some_request(random: Random) -> Request:
     return request(prompt(random, length), max_tokens=most, ignore_eos=random.random() < 0.5, n=random.choice([1, 1, 1, 1, 3]))
 
 
-def keep_busy(world: World, random: Random, *, at_once: int, asked: int, local: float = 0.0) -> None:
-    """`asked` requests, `at_once` of them in the cluster at any time: who ends is followed by the next."""
+def keep_busy(world: World, random: Random, *, at_once: int, asked: int, local: float = 0.0, leave: float = 0.0) -> None:
+    """`asked` requests, `at_once` of them in the cluster at any time: who ends is followed by the next. `local`, `leave`: shares of them
+    whose prompt D reads itself, and whose client goes away."""
     left = [asked]
 
     def ask(_: Life | None = None) -> None:
         if left[0]:
             left[0] -= 1
             here = None if random.random() < local else random.randrange(len(world.prefills))
-            world.ask(some_request(random), prefill=here, decode=random.randrange(len(world.decodes)))
+            life = world.ask(some_request(random), prefill=here, decode=random.randrange(len(world.decodes)))
+            if random.random() < leave:
+                world.after(random.choice([0.01, 0.1, 1.0, 3.0]), lambda: world.leave(life))
 
     world.ended = ask
     for _ in range(at_once):
@@ -63,6 +66,7 @@ def counter(world: World, name: str) -> float:
     watermark=st.sampled_from([0.0, 0.05, 0.3]),
     at_once=st.integers(4, 30),
     local=st.sampled_from([0.0, 0.0, 0.2]),
+    leave=st.sampled_from([0.0, 0.3]),
     slow_prefill=st.booleans(),
 )
 def test_every_request_ends_and_waits_no_longer_than_its_bound(
@@ -73,11 +77,12 @@ def test_every_request_ends_and_waits_no_longer_than_its_bound(
     watermark: float,
     at_once: int,
     local: float,
+    leave: float,
     slow_prefill: bool,
 ) -> None:
     costs = Costs(prefill_step=0.2 if slow_prefill else 0.01)
     world = World(*shape, windows=windows, blocks=blocks, watermark=watermark, max_running=6, costs=costs)
-    keep_busy(world, Random(seed), at_once=at_once, asked=40, local=local)
+    keep_busy(world, Random(seed), at_once=at_once, asked=40, local=local, leave=leave)
     world.run()
     world.assert_over()
 
@@ -124,7 +129,7 @@ def test_a_decode_worker_that_grants_nothing_keeps_only_its_half_of_a_prefill_wo
     world = World(1, 2, blocks=(20, 40), max_running=8)
     random = Random(3)
     stuck = world.decodes[0]
-    stuck.grant = stuck.check = lambda: None  # type: ignore[method-assign]
+    stuck.turn = stuck.check = lambda: None  # type: ignore[method-assign]
     for i in range(60):
         world.ask(request(prompt(random, random.randint(20, 60)), max_tokens=10, ignore_eos=True), prefill=0, decode=i % 2)
     world.run()
@@ -133,7 +138,7 @@ def test_a_decode_worker_that_grants_nothing_keeps_only_its_half_of_a_prefill_wo
     assert len(ended) == 30, "all of the other's went through"
     held = world.prefills[0].pool.num_blocks[0] - world.prefills[0].pool.available()[0]
     assert 5 < held <= 10, "and what is left fills no more than half"
-    del stuck.grant, stuck.check
+    del stuck.turn, stuck.check
     stuck.turn()
     world.run()
     world.assert_over()
