@@ -409,6 +409,26 @@ def test_growth_goes_before_what_was_granted_below_the_watermark() -> None:
     assert worker.finished["new"].recomputed_tokens > 0, "what was kept for growth is taken back from the youngest"
 
 
+def test_what_waits_behind_a_request_that_lacks_blocks_is_granted_when_that_is_given_up() -> None:
+    worker = Worker(windows=(0,), blocks=4)
+    worker.expect("short", prompt(16), local=True, max_tokens=40, ignore_eos=True)
+    worker.step()
+    for attempt_id, length in (("lent", 48), ("next", 10)):
+        worker.expect(attempt_id, prompt(length, length), max_tokens=2, ignore_eos=True)
+        worker.offer(attempt_id)
+        worker.scheduler.nearly_done(attempt_id, 0.0)
+    assert worker.grant() == ["lent"]
+    assert worker.decide() is None, "its next block is lent"
+    worker.cancel("short")
+    assert worker.scheduler.grants(0.0) == [], "not before it is known that nobody lacks blocks any more"
+    assert worker.decide() is None
+    (granted,) = worker.scheduler.new_grants()
+    assert granted[0] == "next"
+    worker.offered.remove("next")
+    worker.granted["next"] = granted[1]
+    worker.drain()
+
+
 def test_a_large_prompt_is_passed_a_bounded_number_of_times() -> None:
     worker = Worker(windows=(0,), blocks=10, max_running=8)
     worker.expect("held", prompt(60, 1), max_tokens=90, ignore_eos=True)
