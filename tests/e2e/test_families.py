@@ -104,11 +104,12 @@ def _served(
     torch.manual_seed(4)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), attn_implementation="eager").eval()
     save(model, directory / "source")
+    model.generation_config.eos_token_id = None  # like the requests, which ignore it
     prepare(str(directory / "source"), directory / "model", dtype=DType.FLOAT32)
 
     def generate(ids: list[int]) -> tuple[int, ...]:
         with torch.inference_mode():
-            out = model.generate(torch.tensor([ids]), max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False)
+            out = model.generate(torch.tensor([ids]), max_new_tokens=COUNT, do_sample=False)
         return tuple(out[0, len(ids) :].tolist())
 
     specs = [rank_spec(directory / "model", Phase.PREFILL, "p0"), rank_spec(directory / "model", Phase.DECODE, "d0", chunk_tokens=16)]

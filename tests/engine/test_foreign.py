@@ -61,6 +61,7 @@ def save(save_random):
         torch.manual_seed(3)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), attn_implementation="eager")
         save_random(model, directory)
+        model.generation_config.eos_token_id = None  # an end token is a token like any other here
         return model.eval()
 
     return write
@@ -81,7 +82,7 @@ def source(phi, tmp_path) -> Path:
 
 def tokens(model, ids, count):
     with torch.inference_mode():
-        out = model.generate(torch.tensor([ids]), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
     return out[0, len(ids) :].tolist()
 
 
