@@ -115,15 +115,16 @@ class Supervisor:
         await self._leave(post, kill=False)
 
     async def _leave(self, post: Post, *, kill: bool) -> None:
+        """Its process ends before the router is told: a router that hears first closes the stream, with the last tokens still on it."""
         post.leaving = True
-        self._posts.remove(post)
-        self._changed.set()
         assert post.keeper is not None
         if post.running is None:
             post.keeper.cancel()
         for insist in (kill, True):
             post.signal(kill=insist)
             await asyncio.wait({post.keeper}, timeout=self._drain_s + KILL_S)
+        self._posts.remove(post)
+        self._changed.set()
         self._observer.left(post.name)
 
     def _fill_from_now_on(self, post: Post) -> asyncio.Task[None]:

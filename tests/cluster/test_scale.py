@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cluster_harness import Cluster, nothing_left, running
 from diptych.core.errors import DiptychError
-from diptych.core.generate import Generate
+from diptych.core.generate import Generate, Timing
 from diptych.core.sampling import SamplingParams
 from diptych.rpc.inference import InferenceClient
 
@@ -74,6 +74,24 @@ async def load(address: str) -> AsyncIterator[Load]:
         await asyncio.gather(*clients, return_exceptions=True)
 
 
+async def long_answer(address: str, number: int, begun: asyncio.Event) -> Timing:
+    """An answer that takes longer than to ask for another number of workers."""
+    call = Generate((2, 3 + number, *range(40, 90)), sampling=SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True))
+    async with InferenceClient(address) as client:
+        async for chunk in client.generate(call):
+            begun.set()
+            if chunk.finish:
+                assert chunk.finish.usage.output_tokens == 900
+                return chunk.finish.timing
+    raise AssertionError("no end")
+
+
+def retries(cluster: Cluster) -> list[str]:
+    """What the router says of requests it took elsewhere: who leaves finishes what it has, so there should be none."""
+    log = Path(str(cluster.state()["logs"]), "router.log").read_text()
+    return [line for line in log.splitlines() if " after: " in line or " is lost" in line]
+
+
 def diptych(*arguments: str) -> str:
     command = [sys.executable, "-m", "diptych.cluster.cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
@@ -88,8 +106,14 @@ async def grow_and_shrink(cluster: Cluster) -> Load:
         assert grown.count("has joined") == 4
         assert await under.more(60) == {f"{phase}-{number}" for phase in ("prefill", "decode") for number in range(3)}
         assert "3 prefill workers, 3 decode workers" in await asyncio.to_thread(diptych, "status")
+        begun = [asyncio.Event() for _ in range(6)]
+        answers = [asyncio.create_task(long_answer(under.address, number, event)) for number, event in enumerate(begun)]
+        await asyncio.gather(*(event.wait() for event in begun))
         shrunk = await asyncio.to_thread(diptych, "scale", "--prefill", "1", "--decode", "1")
         assert shrunk.count("has left") == 4
+        timings = await asyncio.gather(*answers)
+        assert {timing.attempts for timing in timings} == {1}, retries(cluster)
+        assert {timing.decode_worker for timing in timings} > {"decode-0"}
         await under.more(AT_ONCE)  # those begun before
         assert await under.more(20) == {"prefill-0", "decode-0"}
     return under
