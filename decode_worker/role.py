@@ -173,6 +173,9 @@ class DecodeRole:
         self._scheduler.nearly_done(transfer_id, self._clock.now())
 
     def committed(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None:
+        opening = self._scheduler.opening(transfer_id)
+        if opening is not None and tuple(token.choice for token in first_tokens) != opening:
+            self._fail(transfer_id, TransferFailed(f"The Commit brings {len(first_tokens)} first tokens; choices {opening} each need one."))
         if stamping() and transfer_id in self._attempts:
             stamp(Stage.COMMITTED, transfer_id, self._clock.now())
             self._fresh.add(transfer_id)

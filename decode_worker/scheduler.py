@@ -85,8 +85,7 @@ class DecodeScheduler:
     def on_offer(self, transfer_id: str, prompt_tokens: int, now: float) -> RefusedReason | None:
         """Queue an offered transfer for a grant. A reason: refuse it (CLOSED: no such attempt any more; FAILED: the offer is not
         about this attempt's prompt, and the loop fails the attempt with `transfer_failed`)."""
-        sequence = self._expected.get(transfer_id)
-        if sequence is None:
+        if (sequence := self._expected.get(transfer_id)) is None:
             return RefusedReason.CLOSED
         if prompt_tokens != len(sequence.tokens):
             return RefusedReason.FAILED
@@ -95,8 +94,7 @@ class DecodeScheduler:
 
     def nearly_done(self, transfer_id: str, now: float) -> None:
         """Its source will soon have it whole: it may be granted below the watermark. Unknown ids are ignored."""
-        sequence = self._admission.queue.get(transfer_id)
-        if sequence is not None:
+        if (sequence := self._admission.queue.get(transfer_id)) is not None:
             sequence.nearly_done = True
 
     def grants(self, now: float) -> list[tuple[str, tuple[GroupGrant, ...]]]:
@@ -110,12 +108,16 @@ class DecodeScheduler:
         """Those that `decide` has made by the way; call after it."""
         return self._admission.new_grants()
 
+    def opening(self, transfer_id: str) -> tuple[int, ...] | None:
+        """The choices of which a Commit must bring the first token; None if the transfer is not granted (any more)."""
+        sequence = self._leases.get(transfer_id)
+        return sequence.request.opening if sequence else None
+
     def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], now: float) -> DecodeOutcome:
         """The KV is here: decode from the next step. `first_tokens`: one for each choice that is `opening`. The outcome is empty unless
         they end every choice, or one for a reason that the source does not know. For an attempt cancelled meanwhile the blocks return
         (no `fenced` follows a commit)."""
-        sequence = self._leases.commit(transfer_id)
-        if sequence is None:
+        if (sequence := self._leases.commit(transfer_id)) is None:
             return DecodeOutcome()
         sequence.decided = sequence.done = sequence.target = len(sequence.tokens)
         sequence.table.publish(sequence.tokens, sequence.done)

@@ -294,6 +294,17 @@ def test_an_attempt_is_expected_granted_and_decoded_after_its_commit() -> None:
     desk.clean()
 
 
+def test_a_commit_without_every_first_token_fails_the_attempt_and_gives_the_blocks_back() -> None:
+    for firsts in ((), (Token(0, 9, choice=1),), (Token(0, 9), Token(0, 9, choice=1))):
+        desk = decoding()
+        desk.notes.events.committed("a", firsts, 4096, 0.1)
+        desk.turn()
+        assert isinstance(desk.said[-1], Failed)
+        assert isinstance(desk.said[-1].error, TransferFailed)
+        assert not desk.flying
+        desk.clean()
+
+
 def test_what_is_nearly_done_gets_the_blocks_kept_for_growth() -> None:
     desk = decoding()
     desk.role.command(desk.ear, Decode("b", asked(80, start=50)))
