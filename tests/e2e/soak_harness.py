@@ -161,11 +161,11 @@ def _answer(parts: Iterable[dict[str, Any]]) -> Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one process holds at one moment. Bytes of the kernel's account."""
+    """What one process holds at one moment. Bytes of the kernel's account; not its PSS, which grows when another that maps the same
+    libraries ends."""
 
     at: float
     rss: int
-    pss: int
     anonymous: int
     descriptors: int
     threads: int
@@ -175,7 +175,7 @@ def sample(pid: int) -> Sample:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     account = {name: int(amount.split()[0]) * 1024 for name, amount in (line.split(":") for line in lines)}
     descriptors, threads = (sum(1 for _ in Path(f"/proc/{pid}/{what}").iterdir()) for what in ("fd", "task"))
-    return Sample(time.monotonic(), account["Rss"], account["Pss"], account["Anonymous"], descriptors, threads)
+    return Sample(time.monotonic(), account["Rss"], account["Anonymous"], descriptors, threads)
 
 
 @dataclass

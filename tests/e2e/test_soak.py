@@ -33,7 +33,7 @@ from soak_harness import Answer, Cluster, GrpcFace, Holdings, HttpFace, Job, clu
 AT_ONCE = 24
 """Requests in the cluster: three times what its pools hold."""
 MiB = 1 << 20
-MAY_GROW = {"anonymous": 6 * MiB, "pss": 6 * MiB, "descriptors": 6, "threads": 2}
+MAY_GROW = {"anonymous": 6 * MiB, "rss": 6 * MiB, "descriptors": 6, "threads": 2}
 """From the first quarter of the time after warm-up to the last."""
 
 SHAPES = {"2P2D": ("tiny_gemma3_dir", 2, 2), "3P1D": ("tiny_llama_dir", 3, 1)}
