@@ -94,7 +94,7 @@ def _gemma3(config: Config) -> dict[str, Any]:
 
 
 def _opt(config: Config) -> dict[str, Any]:
-    """OPT-350m, which norms after its layers and projects its embeddings, is refused by name."""
+    """Not OPT-350m, which norms after its layers and projects its embeddings."""
     refuse(config, _UNSUPPORTED_OPT | {"word_embed_proj_dim": config["hidden_size"]})
     return {
         "intermediate": config["ffn_dim"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ from .foreign_check import check_same
 from .sources import Checkpoint
 from .weights import TORCH_DTYPE, Shapes, shapes_of
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -33,12 +36,21 @@ class Recipe:
 
 
 def choose_recipe(checkpoint: Checkpoint, dtype: DType, report: Callable[[str, float], None]) -> Recipe:
-    """The recipe for a checkpoint; `ModelError` names what we cannot serve. `report`: what is being done, the share of it done."""
-    return _ours(checkpoint, dtype) if checkpoint.config["model_type"] in FAMILIES else _foreign(checkpoint, dtype, report)
+    """The recipe for a checkpoint; `ModelError` names what we cannot serve. `report`: what is being done, the share of it done.
+
+    A model of one of our families with a setting that the fast path lacks takes the slow one.
+    """
+    if checkpoint.config["model_type"] not in FAMILIES:
+        return _foreign(checkpoint, dtype, report)
+    try:
+        decoder = describe(checkpoint.config)
+    except ModelError as lacking:
+        log.info("No fast path: %s", lacking.message)
+        return _foreign(checkpoint, dtype, report)
+    return _ours(checkpoint, decoder, dtype)
 
 
-def _ours(checkpoint: Checkpoint, dtype: DType) -> Recipe:
-    decoder = describe(checkpoint.config)
+def _ours(checkpoint: Checkpoint, decoder: Decoder, dtype: DType) -> Recipe:
     shapes = shapes_of(decoder, int(checkpoint.config["vocab_size"]), dtype)
     check_names(checkpoint.names, decoder, shapes)
     make = partial(make_tensor, decoder=decoder, read=checkpoint.read)
