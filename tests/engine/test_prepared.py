@@ -119,8 +119,6 @@ def test_refuses_pickled_weights(source, tmp_path):
         ({"model_type": "gpt2"}, r"lacks transformer\.h\.0"),
         ({"model_type": "no-such-model"}, "no-such-model"),
         ({"attention_bias": True}, r"lacks model\.layers\.0\.self_attn\.k_proj\.bias"),
-        ({"hidden_act": "relu"}, "relu"),
-        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "proportional"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
@@ -128,6 +126,17 @@ def test_refuses_pickled_weights(source, tmp_path):
 def test_refuses_what_it_would_compute_wrongly(source, tmp_path, changes, match):
     change_config(source, **changes)
     refused(source, tmp_path / "out", match)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_act": "relu"}, {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}],
+    ids=lambda value: next(iter(value)),
+)
+def test_what_the_fast_path_lacks_takes_the_slow_one(source, tmp_path, changes):
+    assert prepare(str(source), tmp_path / "fast", dtype=DType.FLOAT32).slow_path is None
+    change_config(source, **changes)
+    assert prepare(str(source), tmp_path / "slow", dtype=DType.FLOAT32).slow_path is not None
 
 
 def test_refuses_what_is_no_model(tmp_path):
