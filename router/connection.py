@@ -61,6 +61,8 @@ def limited_protocol(*, read_s: float, write_s: float) -> type[H11Protocol]:
             _stop(self._writing)
             self._writing = None
             super().connection_lost(exc)
+            # Of a connection that was reset uvicorn lets the timer run on, and with it all that the connection held: 65 s each.
+            self._unset_keepalive_if_required()
 
     return LimitedProtocol
 

@@ -112,7 +112,8 @@ def inference_handlers(face: InferenceFace, active: Active, write_timeout_s: flo
 async def _write_within(seconds: float, context: Context, message: bytes) -> None:
     try:
         async with asyncio.timeout(seconds):
-            await context.write(message)
+            # Not cancelled with its call: grpc.aio never frees a message whose write nobody awaits any more (grpc issue 43360).
+            await asyncio.shield(context.write(message))
     except TimeoutError:
         raise DeadlineExceeded(f"The client read nothing for {seconds:g} s.") from None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import aclosing, closing
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -13,7 +15,8 @@ from diptych.core.generate import Chunk, Generate, Model
 from diptych.core.request import FinishReason
 from diptych.core.sampling import SamplingParams
 from diptych.proto import inference_pb2 as pb
-from diptych.rpc.inference import InferenceClient
+from diptych.rpc.handlers import inference_handlers
+from diptych.rpc.inference import InferenceClient, SyncInferenceClient
 
 NewParrot = Callable[[], Any]
 GENERATE = "/diptych.v1.Inference/Generate"
@@ -141,6 +144,86 @@ def test_nothing_follows_the_finish(serving: Any, parrot: NewParrot) -> None:
             texts = [answer.text async for answer in call(pb.GenerateRequest(text="a b").SerializeToString())]
             assert texts == ["a", "b", ""]
             await soon(ended.wait())
+
+    asyncio.run(scenario())
+
+
+async def _to_the_end(server: Any) -> int:
+    async with InferenceClient(server.address) as client:
+        return len(await soon(_drain(client.generate(Generate("a b")))))
+
+
+async def _to_the_finish(server: Any) -> int:
+    """Leaves the generator with the chunk that has the finish."""
+    count = 0
+    async with InferenceClient(server.address) as client, aclosing(client.generate(Generate("a b"))) as chunks:
+        async for chunk in chunks:
+            count += 1
+            if chunk.finish:
+                break
+    return count
+
+
+async def _blocking(server: Any) -> int:
+    def ask() -> int:
+        with SyncInferenceClient(server.address) as client, closing(client.generate(Generate("a b"))) as chunks:
+            return next(count for count, chunk in enumerate(chunks, 1) if chunk.finish)
+
+    return await asyncio.to_thread(ask)
+
+
+@pytest.mark.parametrize("ask", [_to_the_end, _to_the_finish, _blocking])
+def test_a_call_that_ends_well_is_not_cancelled_before_its_status(ask: Any, serving: Any, parrot: NewParrot) -> None:
+    """A cancelled call's status cannot be sent, and each that cannot costs the server 80 bytes for ever (grpc issue 43360)."""
+
+    async def scenario() -> None:
+        face = parrot()
+        original, ended = face.generate, asyncio.Queue[str]()
+
+        async def slow_to_end(call: Generate) -> Any:
+            try:
+                async for chunk in original(call):
+                    yield chunk
+            finally:
+                try:
+                    await asyncio.sleep(0.2)
+                except asyncio.CancelledError:
+                    ended.put_nowait("cancelled")
+                    raise
+                ended.put_nowait("whole")
+
+        face.generate = slow_to_end
+        async with serving(inference=face) as server:
+            assert await ask(server) == 3
+            assert await soon(ended.get()) == "whole"
+
+    asyncio.run(scenario())
+
+
+def test_a_write_under_way_is_not_cancelled_with_its_call(parrot: NewParrot) -> None:
+    """grpc.aio frees what is written only for who awaits the write to its end."""
+
+    class Context:
+        def __init__(self) -> None:
+            self.writing, self.taken, self.written = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def write(self, message: bytes) -> None:
+            self.writing.set()
+            await self.taken.wait()
+            self.written.set()
+
+    async def scenario() -> None:
+        details = SimpleNamespace(method=GENERATE, invocation_metadata=())
+        handler: Any = inference_handlers(parrot(), set(), 10.0).service(details)  # type: ignore[arg-type]
+        context = Context()
+        request = pb.GenerateRequest(text="a b").SerializeToString()
+        call = asyncio.create_task(handler.unary_stream(request, context))
+        await soon(context.writing.wait())
+        call.cancel()
+        await asyncio.wait({call}, timeout=10.0)
+        assert call.cancelled()
+        context.taken.set()
+        await soon(context.written.wait())
 
     asyncio.run(scenario())
 
