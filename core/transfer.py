@@ -23,7 +23,7 @@ from enum import StrEnum
 from .layout import Layout
 from .request import Token
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Transport(StrEnum):
@@ -60,7 +60,7 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class ShmEndpoint:
-    """How to reach a worker's pool on the same host: an abstract Unix socket that hands out its memfd, and the nonce that
+    """How to reach the pool of one rank on the same host: an abstract Unix socket that hands out its memfd, and the nonce that
     must be read there (16 bytes) before the host counts as the same."""
 
     socket: str
@@ -71,22 +71,23 @@ class ShmEndpoint:
 class Hello:
     """First message each way on a lane.
 
-    `transports`: the source's are those it may use; the destination answers with the one that it has chosen. `shm` None: this end
-    has no pool to share.
+    `transports`: the source's are those it may use; the destination answers with the one that it has chosen. `shm`: by rank; () if
+    this end has no pool to share.
     """
 
     worker_id: str
     incarnation: int
     layout: Layout
-    shm: ShmEndpoint | None
+    shm: tuple[ShmEndpoint, ...]
     transports: tuple[Transport, ...]
     protocol_version: int = PROTOCOL_VERSION
 
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """What a two-sided transport tells its other end so that the two can connect; only the transport understands it."""
+    """What one end of a route's pair tells its other end so that the two can connect; only the transport understands it."""
 
+    route: int
     key: str
     value: bytes
 

@@ -58,7 +58,7 @@ class Attach:
 @dataclass(frozen=True, slots=True)
 class Connect:
     """Make a pair for every route between us and the worker that said `hello`, in the background; each of the source's answers with
-    `connected`. Whatever goes wrong with any, now or later, is told once, by `pair_broken`. `instead`: why no transport that comes
+    `connected`. Whatever goes wrong with any, now or later, is told by `pair_broken`. `instead`: why no transport that comes
     earlier in the list is used."""
 
     lane: int
@@ -68,9 +68,10 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class Introduce:
-    """Give the lane's pair what its other end has said."""
+    """Give the route's pair what its other end has said."""
 
     lane: int
+    route: int
     key: str
     value: bytes
 

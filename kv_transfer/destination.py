@@ -1,4 +1,4 @@
-"""The destination's shell: joins the pure `DestinationMachine` to lanes, the copy thread and time."""
+"""The destination's shell: joins the pure `DestinationMachine` to lanes, the worker's ranks and time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from ..core.clock import Clock
-from ..core.errors import DiptychError, TransferFailed
+from ..core.errors import DiptychError
 from ..core.layout import Layout
 from ..core.transfer import GroupGrant, Hello, RefusedReason, Rendezvous, Transport
 from .actions import (
@@ -27,20 +27,22 @@ from .actions import (
     TellReleased,
 )
 from .alarm import Alarm
+from .answers import Attached, Copied, DestinationAnswer, Fenced, NotAttached, PairBroken, Said
 from .destination_machine import DestinationMachine
+from .destination_rank import DestinationRank
 from .events import DestinationEvents
 from .geometry import SLOTS
 from .lanes import Lane
 from .performing import Performer
 from .pool import Pool
-from .transports.gloo import Device, Incoming, PairEvents
-from .transports.shm import PeerPool, ShmCopies, attach
+from .ranks import DestinationOrder, DestinationRanks, Ranks
+from .slices import routes
 
 log = logging.getLogger(__name__)
 
 
 class Destination:
-    """Takes KV into this worker's pool. Every method is called on the asyncio thread and returns at once."""
+    """Takes KV into this worker's pools; lives with rank 0, the leader. Methods are called on the asyncio thread; none blocks."""
 
     def __init__(
         self,
@@ -55,22 +57,19 @@ class Destination:
         *,
         transports: tuple[Transport, ...],
         host: str,
+        others: DestinationRanks = lambda answer: (),
     ) -> None:
-        """Construct while the loop runs; close before the pool. `transports`: those it may use, the best first. `host`: the address by
-        which peers reach this worker; gloo binds to its interface alone."""
-        hello = Hello(worker_id, incarnation, layout, pool.endpoint, transports)
+        """Construct while the loop runs; close before the pool, which is rank 0's. `layout`: of all ranks. `transports`: those it may
+        use, the best first. `host`: the address by which peers reach rank 0; gloo binds to its interface alone. `others`: makes the
+        ranks from 1 on."""
+        self._here = DestinationRank(0, pool, layout, host=host, silence_s=lease_s, answer=self._answered)
+        self._ranks: Ranks[DestinationOrder] = Ranks([self._here, *others(self._answered)])
+        hello = Hello(worker_id, incarnation, layout, self._ranks.endpoints, transports)
         self._machine = DestinationMachine(hello, lease_s, offer_wait_s, SLOTS)
-        self._pool = pool
-        self._lease_s = lease_s
-        self._device = Device(host)
-        self._pairs: dict[int, Incoming] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._layout = layout
         self._clock = clock
         self._events = events
-        self._copies = ShmCopies(pool, self._copied, self._fenced)
         self._lanes: dict[int, Lane] = {}
-        self._sources: dict[int, PeerPool] = {}
-        self._attaching: dict[int, asyncio.Task[None]] = {}
         self._idle = asyncio.Event()
         self._alarm = Alarm(clock, self._machine.next_deadline, self._expire)
         self._do = Performer(self._act, self._alarm.set).do
@@ -101,8 +100,7 @@ class Destination:
     def check(self) -> None:
         """Raise `AssertionError` if an invariant does not hold."""
         self._machine.check()
-        assert self._sources.keys() <= self._lanes.keys(), "a mapping goes with its lane"
-        assert self._pairs.keys() <= self._lanes.keys(), "and so does a pair"
+        assert self._here.lanes <= self._ranks.lanes <= self._lanes.keys(), "mappings and pairs go with their lane"
 
     async def serve_lane(self, lane: Lane) -> None:
         """Speak with one source until the lane ends; then everything on it has failed."""
@@ -122,39 +120,25 @@ class Destination:
             del self._lanes[number]
 
     async def close(self) -> None:
-        """Cancel everything, hang up all lanes; returns when the copy thread has ended."""
+        """Cancel everything, hang up all lanes; returns when no copy thread and no pair is left."""
         self._do(self._machine.close("The worker is closing.", self._clock.now()))
         while self._machine.transfers:
             self._idle.clear()
             await self._idle.wait()
-        if self._attaching:
-            await asyncio.wait(list(self._attaching.values()))
-        if self._closing:
-            await asyncio.wait(self._closing)
-        self._device.close()
-        self._copies.close()
+        await self._ranks.close()
         self._alarm.cancel()
-
-    def _copied(self, transfer_id: str, seq: int, error: str | None) -> None:
-        self._do(self._machine.copied(transfer_id, seq, error, self._clock.now()))
-
-    def _fenced(self, transfer_id: str) -> None:
-        self._do(self._machine.fenced(transfer_id, self._clock.now()))
-        self._idle.set()
 
     def _expire(self) -> None:
         self._do(self._machine.expire(self._clock.now()))
 
     def _act(self, action: DestinationAction) -> None:
         match action:
-            case Copy():
-                self._copies.copy(self._sources[action.lane], action)
+            case Copy() | Receive() | Introduce():
+                self._ranks.on(action.lane, action.route).carry_out(action)
             case Send(lane, message):
                 self._lanes[lane].send(message)
-            case Receive():
-                self._pairs[action.lane].receive(action)
-            case Fence(transfer_id):
-                self._copying(action.lane).fence(transfer_id)
+            case Fence():
+                self._ranks.all(action)
             case TellOffered(transfer_id, prompt_tokens):
                 self._events.offered(transfer_id, prompt_tokens)
             case TellNearlyDone(transfer_id):
@@ -165,53 +149,29 @@ class Destination:
                 self._events.failed(transfer_id, error)
             case TellReleased(transfer_id):
                 self._events.released(transfer_id)
-            case Attach(lane, hello):
-                self._attaching[lane] = asyncio.create_task(self._attach(lane, hello), name=f"map the pool of {hello.worker_id}")
-                self._attaching[lane].add_done_callback(lambda _: self._attaching.pop(lane))
-            case Connect():
-                self._connect(action)
-            case Introduce(lane, key, value):
-                self._pairs[lane].introduce(key, value)
-            case Detach(lane):
-                self._detach(lane)
+            case Attach(lane, hello) | Connect(lane, hello):
+                self._ranks.open(lane, [route.destination for route in routes(hello.layout, self._layout)])
+                self._ranks.all(action)
+            case Detach():
+                self._ranks.detach(action)
             case HangUp(lane, reason):
                 log.info("lane %d closed: %s", lane, reason)
                 self._lanes[lane].close()
 
-    async def _attach(self, lane: int, hello: Hello) -> None:
-        assert hello.shm is not None
-        try:
-            self._sources[lane] = await attach(hello.worker_id, hello.shm, hello.layout)
-        except TransferFailed as error:
-            actions = self._machine.not_attached(lane, error.message, self._clock.now())
-        else:
-            log.info("lane %d: KV comes from %s over shm", lane, hello.worker_id)
-            actions = self._machine.attached(lane, self._clock.now())
-        self._do(actions)
-
-    def _copying(self, lane: int) -> ShmCopies | Incoming:
-        """Who writes what comes on `lane`."""
-        return self._pairs.get(lane, self._copies)
-
-    def _connect(self, connect: Connect) -> None:
-        number, lane = connect.lane, self._lanes[connect.lane]
-        log.info("lane %d: KV comes from %s over gloo%s", number, connect.hello.worker_id, connect.instead and f": {connect.instead}")
-        events = PairEvents(
-            broken=lambda reason: self._do(self._machine.pair_broken(number, reason, self._clock.now())),
-            copied=self._copied,
-            fenced=self._fenced,
-        )
-        tell = lambda key, value: lane.send(Rendezvous(key, value))  # noqa: E731
-        self._pairs[number] = Incoming(self._pool, self._device, self._lease_s, tell, events)
-
-    def _detach(self, lane: int) -> None:
-        if lane in self._pairs:
-            pair = self._pairs.pop(lane)
-            pair.close()
-            task = asyncio.create_task(pair.wait_closed())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
-        elif lane in self._sources:
-            self._copies.detach(self._sources.pop(lane))
-        elif lane in self._attaching:
-            self._attaching[lane].cancel()
+    def _answered(self, answer: DestinationAnswer) -> None:
+        machine, now = self._machine, self._clock.now()
+        match answer:
+            case Copied(transfer_id, seq, error):
+                self._do(machine.copied(transfer_id, seq, error, now))
+            case Fenced(transfer_id, rank):
+                self._do(machine.fenced(transfer_id, now, rank))
+                self._idle.set()
+            case Attached(lane, rank):
+                self._do(machine.attached(lane, now, rank))
+            case NotAttached(lane, rank, message):
+                self._do(machine.not_attached(lane, message, now, rank))
+            case Said(lane, route, key, value):
+                if lane in self._lanes:
+                    self._lanes[lane].send(Rendezvous(route, key, value))
+            case PairBroken(lane, reason):
+                self._do(machine.pair_broken(lane, reason, now))

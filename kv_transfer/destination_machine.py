@@ -195,8 +195,8 @@ class DestinationMachine:
                 return self._cancelled_by_peer(known, message, now)
             case KeepAlive():
                 return self._renew(known, message, now)
-            case Rendezvous(key, value) if known.two_sided:
-                return [Introduce(lane, key, value)]
+            case Rendezvous(route, key, value) if known.two_sided and route < len(known.routes):
+                return [Introduce(lane, route, key, value)]
             case _:
                 return self._hang_up(lane, f"It said {type(message).__name__}, which a source does not say.", now)
 

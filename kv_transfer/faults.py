@@ -25,7 +25,8 @@ def refusal(ours: Hello, theirs: Hello) -> Refused | None:
 def common_transports(ours: Hello, theirs: Hello) -> tuple[Transport, ...]:
     """Those that both ends may use, in our order."""
     common = (transport for transport in ours.transports if transport in theirs.transports)
-    return tuple(transport for transport in common if transport is not Transport.SHM or theirs.shm is not None)
+    mappable = len(theirs.shm) == theirs.layout.ranks
+    return tuple(transport for transport in common if transport is not Transport.SHM or mappable)
 
 
 def grant_fault(groups: tuple[GroupGrant, ...], prompt_tokens: int, destination: Layout) -> str | None:

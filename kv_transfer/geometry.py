@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..core.layout import CacheGroup, Layout
+from ..core.layout import Layout
 
 SLOTS = 4096
 """Epoch words, so transfers at once per source. 32 KiB, and more than a pool of 64 Ki tokens has blocks."""
 NONCE_BYTES = 16
 WORD_BYTES = 8
 PAGE = 4096
+Runs = list[tuple[int, int, int]]
+"""What is copied: offset at the source, offset at the destination, length."""
 
 
 def _paged(size: int) -> int:
@@ -47,15 +49,7 @@ class Blocks:
     first_head: int = 0
 
 
-def runs(
-    group: CacheGroup, block_size: int, start: int, stop: int, source: Sequence[int], destination: Sequence[int]
-) -> list[tuple[int, int, int]]:
-    """`runs_between` two pools of one layout, in bytes, of all heads."""
-    here, there = (Blocks(numbers, block_size, group.kv_heads) for numbers in (source, destination))
-    return runs_between(here, there, group.kv_heads, start, stop, group.head_dim * group.dtype.itemsize)
-
-
-def runs_between(source: Blocks, destination: Blocks, heads: int, start: int, stop: int, row: int) -> list[tuple[int, int, int]]:
+def runs_between(source: Blocks, destination: Blocks, heads: int, start: int, stop: int, row: int) -> Runs:
     """How to copy positions [start, stop) of `heads` KV heads of one layer: `(source offset, destination offset, length)` from each
     end's block 0. `row` is the length of one head's K of one token: in bytes, or in elements if the ends differ in dtype.
 
@@ -68,7 +62,7 @@ def runs_between(source: Blocks, destination: Blocks, heads: int, start: int, st
     first, first_there = start // source.size, start // destination.size
     edges = {start, stop, *range((first + 1) * source.size, stop, source.size)}
     edges.update(range((first_there + 1) * destination.size, stop, destination.size))
-    found: list[tuple[int, int, int]] = []
+    found: Runs = []
     for low, high in pairwise(sorted(edges)):
         here = source.numbers[low // source.size - first] * block + head
         there = destination.numbers[low // destination.size - first_there] * block_there + head_there
@@ -83,4 +77,26 @@ def runs_between(source: Blocks, destination: Blocks, heads: int, start: int, st
                 found[-1] = (last_from, last_to, last_length + length)
                 continue
         found.append((here, there, length))
+    return found
+
+
+def runs_unpacked(size: int, destination: Blocks, heads: int, start: int, stop: int, row: int) -> Runs:
+    """As `runs_between`, from a packed piece: for each block of `size`, in order, those of its positions that are in the piece, as
+    [heads, 2, positions, head_dim]."""
+    plane_there = destination.size * row
+    block_there, head_there = 2 * destination.kv_heads * plane_there, 2 * destination.first_head * plane_there
+    first_there = start // destination.size
+    found: Runs = []
+    here = 0
+    for low, high in pairwise([start, *range((start // size + 1) * size, stop, size), stop]):
+        plane = (high - low) * row
+        edges = [low, *range((low // destination.size + 1) * destination.size, high, destination.size), high]
+        for begin, end in pairwise(edges):
+            there = destination.numbers[begin // destination.size - first_there] * block_there + head_there
+            if end - begin == high - low == destination.size:
+                found.append((here, there, 2 * heads * plane))
+                continue
+            at, at_there, length = here + (begin - low) * row, there + begin % destination.size * row, (end - begin) * row
+            found += [(at + number * plane, at_there + number * plane_there, length) for number in range(2 * heads)]
+        here += 2 * heads * plane
     return found

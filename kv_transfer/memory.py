@@ -1,4 +1,4 @@
-"""Three system calls that Python's own modules do not offer."""
+"""Memory by its address: what Python's own modules do not offer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import mmap
 import warnings
 
 import torch
+
+from .geometry import Runs
 
 _MADV_POPULATE_WRITE = 23
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -27,11 +29,24 @@ def address_of(mapped: mmap.mmap) -> int:
         return torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
 
 
-def copy_runs(source: int, destination: int, runs: list[tuple[int, int, int]]) -> None:
-    """Copy each `(source offset, destination offset, length)`; `source` and `destination` are addresses."""
+def copy_runs(source: int, destination: int, runs: Runs) -> None:
+    """Copy each run, in bytes; `source` and `destination` are addresses."""
     for here, there, length in runs:
         move = _copy_and_hold if length < _HOLD_BELOW else ctypes.memmove
         move(destination + there, source + here, length)
+
+
+def cast_runs(source: int, reads: torch.dtype, destination: int, writes: torch.dtype, runs: Runs) -> None:
+    """Copy each run, in elements, of dtype `reads` at the address `source`, and round it to `writes` at the address `destination`."""
+    here = _elements(source, reads, max(offset + length for offset, _, length in runs))
+    there = _elements(destination, writes, max(offset + length for _, offset, length in runs))
+    for offset, offset_there, length in runs:
+        there[offset_there : offset_there + length].copy_(here[offset : offset + length])
+
+
+def _elements(address: int, dtype: torch.dtype, count: int) -> torch.Tensor:
+    """A view of what lies at `address`. It does not keep the mapping from being closed."""
+    return torch.frombuffer((ctypes.c_uint8 * (count * dtype.itemsize)).from_address(address), dtype=dtype)
 
 
 def take_pages(address: int, length: int) -> bool:

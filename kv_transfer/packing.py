@@ -1,7 +1,7 @@
 """A piece as one run of bytes: what a staging slot holds and what crosses a two-sided transport.
 
-Layer after layer, block after block, as they lie in the pool; of a block covered in part only those tokens' rows, K and V of each
-head on their own. Both ends compute the order from the span alone.
+Layer after layer, block after block of the source's block size, in the source's dtype: of a block's heads and tokens those that cross, as
+[heads, 2, tokens, head_dim]. Both ends compute the order from the span and the route; the destination casts.
 """
 
 from __future__ import annotations
@@ -12,37 +12,33 @@ import torch
 from torch import Tensor
 
 from .coverage import Span
-from .geometry import runs
-from .memory import copy_runs
-from .pool import Pool
+from .crossing import Crossing
+from .memory import cast_runs, copy_runs
+from .pool import DTYPES, Pool
 from .staging import ROW
 
 WORDS = ROW // 8
 
 
-def pack(pool: Pool, span: Span, blocks: tuple[int, ...], slot: Tensor) -> None:
-    """Copy `span`, which lies in `blocks`, to the beginning of `slot` (uint8)."""
-    _move(pool, span, blocks, slot, into_pool=False)
+def pack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], slot: Tensor) -> None:
+    """Copy `span`, which lies in `blocks` of the source's `pool`, to the beginning of `slot` (uint8)."""
+    found, staged = crossing.packed(span, blocks), slot.data_ptr()
+    for layer in span.layers:
+        copy_runs(pool.address + pool.geometry.offsets[layer], staged, found)
+        staged += crossing.bytes(span) // len(span.layers)
 
 
-def unpack(pool: Pool, span: Span, blocks: tuple[int, ...], slot: Tensor) -> None:
-    """The inverse of `pack`: the beginning of `slot` into `blocks`."""
-    _move(pool, span, blocks, slot, into_pool=True)
-
-
-def _move(pool: Pool, span: Span, blocks: tuple[int, ...], slot: Tensor, *, into_pool: bool) -> None:
-    layout = pool.layout
-    found = runs(layout.groups[span.group], layout.block_size, span.start, span.stop, blocks, blocks)
-    staged = slot.data_ptr()
+def unpack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], slot: Tensor) -> None:
+    """The inverse of `pack`: the beginning of `slot` into `blocks` of the destination's `pool`."""
+    found, staged = crossing.unpacked(span, blocks), slot.data_ptr()
+    reads, writes = (DTYPES[places[span.group].dtype] for places in (crossing.sources, crossing.destinations))
     for layer in span.layers:
         there = pool.address + pool.geometry.offsets[layer]
-        packed: list[tuple[int, int, int]] = []
-        end = 0
-        for offset, _, length in found:
-            packed.append((end, offset, length) if into_pool else (offset, end, length))
-            end += length
-        copy_runs(staged if into_pool else there, there if into_pool else staged, packed)
-        staged += end
+        if crossing.casts(span.group):
+            cast_runs(staged, reads, there, writes, found)
+        else:
+            copy_runs(staged, there, found)
+        staged += crossing.bytes(span) // len(span.layers)
 
 
 def checksum(slot: Tensor, length: int) -> int:

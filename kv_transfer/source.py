@@ -1,4 +1,4 @@
-"""The source's shell: joins the pure `SourceMachine` to lanes, the pool's epoch words and time."""
+"""The source's shell: joins the pure `SourceMachine` to lanes, the worker's ranks and time."""
 
 from __future__ import annotations
 
@@ -28,19 +28,22 @@ from .actions import (
     TellReleased,
 )
 from .alarm import Alarm
+from .answers import Connected, Fenced, PairBroken, Said, Sent, SourceAnswer, Staged
 from .events import SourceEvents
 from .geometry import SLOTS
 from .lanes import DialLane, Lane
 from .performing import Performer
 from .pool import Pool
+from .ranks import Ranks, SourceOrder, SourceRanks
+from .slices import routes
 from .source_machine import SourceMachine
-from .transports.gloo import Device, Outgoing, PairEvents
+from .source_rank import SourceRank
 
 log = logging.getLogger(__name__)
 
 
 class Source:
-    """Hands KV over from this worker's pool. Every method is called on the asyncio thread and returns at once."""
+    """Hands KV over from this worker's pools; lives with rank 0, the leader. Methods are called on the asyncio thread; none blocks."""
 
     def __init__(
         self,
@@ -55,23 +58,23 @@ class Source:
         transports: tuple[Transport, ...],
         host: str,
         dial: DialLane = dial_lane,
+        others: SourceRanks = lambda answer: (),
     ) -> None:
-        """Construct while the loop runs; close before the pool. `transports`: those it may use. `host`: the address by which peers
-        reach this worker; gloo binds to its interface alone. `dial`: a test's own way to open lanes."""
-        self._machine = SourceMachine(Hello(worker_id, incarnation, layout, pool.endpoint, transports), lease_s, SLOTS)
-        self._lease_s = lease_s
-        self._device = Device(host)
-        self._pairs: dict[int, Outgoing] = {}
-        self._closing: set[asyncio.Task[None]] = set()
-        self._pool = pool
+        """Construct while the loop runs; close before the pool, which is rank 0's. `layout`: of all ranks. `transports`: those it may
+        use. `host`: the address by which peers reach rank 0; gloo binds to its interface alone. `dial`: a test's own way to open lanes.
+        `others`: makes the ranks from 1 on."""
+        self._here = SourceRank(0, pool, layout, host=host, silence_s=lease_s, answer=self._answered)
+        self._ranks: Ranks[SourceOrder] = Ranks([self._here, *others(self._answered)])
+        self._machine = SourceMachine(Hello(worker_id, incarnation, layout, self._ranks.endpoints, transports), lease_s, SLOTS)
+        self._layout = layout
         self._clock = clock
         self._events = events
         self._dial = dial
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(pool.listener, pool.hand_out)
         self._lanes: dict[int, Lane] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._announcing: asyncio.Handle | None = None
+        self._idle = asyncio.Event()
         self._alarm = Alarm(clock, self._machine.next_deadline, self._expire)
         self._do = Performer(self._act, self._alarm.set).do
 
@@ -79,17 +82,19 @@ class Source:
         """Open a transfer of a prompt whose every block is owned. Raises `InvalidRequest` if the id is under way already."""
         self._do(self._machine.offer(transfer_id, destination_address, prompt_tokens, self._clock.now()))
 
-    def computed(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: tuple[tuple[int, ...], ...]) -> None:
-        """KV of positions [start, stop) of `layers` is stored. Per layer, positions come in order and without holes; before or
-        after the Grant. `tables` as in `engine.batch.Row`: `tables[g][i]` holds positions [i*block_size, (i+1)*block_size).
-        What is computed in one turn of the loop is announced together. Unknown (ended) ids are ignored. Raises `Internal` if
-        positions come out of order."""
-        if self._machine.computed(transfer_id, layers, start, stop, tables) and self._announcing is None:
+    def computed(
+        self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: tuple[tuple[int, ...], ...], rank: int = 0
+    ) -> None:
+        """KV of positions [start, stop) of `layers`, which `rank` holds, is stored there. Per layer, positions come in order and without
+        holes; before or after the Grant. `tables` as in `engine.batch.Row`: `tables[g][i]` holds positions
+        [i*block_size, (i+1)*block_size). What is computed in one turn of the loop is announced together. Unknown (ended) ids are
+        ignored. Raises `Internal` if positions come out of order."""
+        if self._machine.computed(transfer_id, layers, start, stop, tables, rank) and self._announcing is None:
             self._announcing = self._loop.call_soon(self._announce)
 
     def commit(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None:
-        """All positions of all layers were `computed` (else `Internal`), and these are the first tokens. Unknown (ended) ids are
-        ignored."""
+        """All positions of all layers were `computed` on every rank (else `Internal`), and these are the first tokens. Unknown (ended)
+        ids are ignored."""
         self._do(self._machine.commit(transfer_id, first_tokens, self._clock.now()))
 
     def cancel(self, transfer_id: str, reason: str) -> None:
@@ -105,17 +110,17 @@ class Source:
         """Raise `AssertionError` if an invariant does not hold."""
         self._machine.check()
         assert self._lanes.keys() <= self._tasks.keys(), "a lane is one task's"
-        assert self._pairs.keys() <= self._lanes.keys(), "a pair goes with its lane"
+        assert self._here.lanes <= self._ranks.lanes <= self._lanes.keys(), "a pair goes with its lane"
 
     async def close(self) -> None:
         """Cancel everything, hang up all lanes; returns when no task of it is left."""
-        self._loop.remove_reader(self._pool.listener)
         self._do(self._machine.close("The worker is closing.", self._clock.now()))
+        while self._machine.transfers:
+            self._idle.clear()
+            await self._idle.wait()
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()))
-        if self._closing:
-            await asyncio.wait(self._closing)
-        self._device.close()
+        await self._ranks.close()
         self._alarm.cancel()
         if self._announcing is not None:
             self._announcing.cancel()
@@ -131,10 +136,8 @@ class Source:
         match action:
             case Send(lane, message):
                 self._lanes[lane].send(message)
-            case Fence(transfer_id, slot, word):
-                # Copies made after this store are not counted, so nothing is to be waited for.
-                self._pool.set_word(slot, word)
-                self._do(self._machine.fenced(transfer_id, self._clock.now()))
+            case Fence():
+                self._ranks.all(action)
             case TellGranted(transfer_id):
                 self._events.granted(transfer_id)
             case TellHandedOver(transfer_id, kv_bytes, seconds, transport):
@@ -148,33 +151,31 @@ class Source:
                 self._tasks[lane].add_done_callback(lambda _: self._tasks.pop(lane))
             case HangUp(lane, reason):
                 self._hang_up(lane, reason)
-            case Stage():
-                self._pairs[action.lane].stage(action)
-            case Post(lane, slot):
-                self._pairs[lane].post(slot)
-            case Connect(lane):
-                self._connect(lane)
-            case Introduce(lane, key, value):
-                self._pairs[lane].introduce(key, value)
-            case Detach(lane):
-                self._disconnect(self._pairs.pop(lane))
+            case Stage() | Post() | Introduce():
+                self._ranks.on(action.lane, action.route).carry_out(action)
+            case Connect(lane, hello):
+                self._ranks.open(lane, [route.source for route in routes(self._layout, hello.layout)])
+                self._ranks.all(action)
+            case Detach():
+                self._ranks.detach(action)
 
-    def _connect(self, number: int) -> None:
-        lane = self._lanes[number]
-        events = PairEvents(
-            connected=lambda: self._do(self._machine.connected(number, self._clock.now())),
-            staged=lambda slot, checksum: self._do(self._machine.staged(number, slot, checksum, self._clock.now())),
-            sent=lambda slot: self._do(self._machine.sent(number, slot, self._clock.now())),
-            broken=lambda reason: self._do(self._machine.pair_broken(number, reason, self._clock.now())),
-        )
-        tell = lambda key, value: lane.send(Rendezvous(key, value))  # noqa: E731
-        self._pairs[number] = Outgoing(self._pool, self._device, self._lease_s, tell, events)
-
-    def _disconnect(self, pair: Outgoing) -> None:
-        pair.close()
-        task = asyncio.create_task(pair.wait_closed())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+    def _answered(self, answer: SourceAnswer) -> None:
+        machine, now = self._machine, self._clock.now()
+        match answer:
+            case Staged(lane, route, slot, checksum):
+                self._do(machine.staged(lane, slot, checksum, now, route))
+            case Sent(lane, route, slot):
+                self._do(machine.sent(lane, slot, now, route))
+            case Fenced(transfer_id, rank):
+                self._do(machine.fenced(transfer_id, now, rank))
+                self._idle.set()
+            case Said(lane, route, key, value):
+                if lane in self._lanes:
+                    self._lanes[lane].send(Rendezvous(route, key, value))
+            case Connected(lane, route):
+                self._do(machine.connected(lane, now, route))
+            case PairBroken(lane, reason):
+                self._do(machine.pair_broken(lane, reason, now))
 
     def _hang_up(self, lane: int, reason: str) -> None:
         log.info("lane %d closed: %s", lane, reason)

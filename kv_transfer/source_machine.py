@@ -209,8 +209,8 @@ class SourceMachine:
                 return self._ended_by_peer(known, message.transfer_id, Cancelled(message.reason), now)
             case Ack():
                 return self._acked(known, message, now)
-            case Rendezvous(key, value) if known.stagings:
-                return [Introduce(lane, key, value)]
+            case Rendezvous(route, key, value) if route < len(known.stagings):
+                return [Introduce(lane, route, key, value)]
             case _:
                 return self._hang_up(lane, f"It said {type(message).__name__}, which a destination does not say.", now)
 

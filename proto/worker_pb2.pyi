@@ -376,30 +376,38 @@ class LaneMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., keep_alive: _Optional[_Union[KeepAlive, _Mapping]] = ..., rendezvous: _Optional[_Union[Rendezvous, _Mapping]] = ..., nearly_done: _Optional[_Union[NearlyDone, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "layout", "shm_socket", "shm_nonce", "protocol_version", "transports")
+    __slots__ = ("worker_id", "incarnation", "layout", "shm", "protocol_version", "transports")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
-    SHM_SOCKET_FIELD_NUMBER: _ClassVar[int]
-    SHM_NONCE_FIELD_NUMBER: _ClassVar[int]
+    SHM_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     layout: Layout
-    shm_socket: str
-    shm_nonce: bytes
+    shm: _containers.RepeatedCompositeFieldContainer[ShmEndpoint]
     protocol_version: int
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., shm_socket: _Optional[str] = ..., shm_nonce: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., shm: _Optional[_Iterable[_Union[ShmEndpoint, _Mapping]]] = ..., protocol_version: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ShmEndpoint(_message.Message):
+    __slots__ = ("socket", "nonce")
+    SOCKET_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    socket: str
+    nonce: bytes
+    def __init__(self, socket: _Optional[str] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
 class Rendezvous(_message.Message):
-    __slots__ = ("key", "value")
+    __slots__ = ("key", "value", "route")
     KEY_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
     key: str
     value: bytes
-    def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    route: int
+    def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ..., route: _Optional[int] = ...) -> None: ...
 
 class Epoch(_message.Message):
     __slots__ = ("incarnation", "counter")

@@ -57,8 +57,8 @@ def encode_lane_message(message: LaneMessage) -> bytes:
             wire.refused.CopyFrom(pb.Refused(transfer_id=transfer_id, reason=refused, message=text))
         case Hello():
             wire.hello.CopyFrom(_hello(message))
-        case Rendezvous(key, value):
-            wire.rendezvous.CopyFrom(pb.Rendezvous(key=key, value=value))
+        case Rendezvous(route, key, value):
+            wire.rendezvous.CopyFrom(pb.Rendezvous(route=route, key=key, value=value))
     return wire.SerializeToString()
 
 
@@ -88,8 +88,7 @@ def _hello(message: Hello) -> pb.Hello:
         worker_id=message.worker_id,
         incarnation=message.incarnation,
         layout=write_layout(message.layout),
-        shm_socket=message.shm.socket if message.shm else None,
-        shm_nonce=message.shm.nonce if message.shm else b"",
+        shm=[pb.ShmEndpoint(socket=endpoint.socket, nonce=endpoint.nonce) for endpoint in message.shm],
         protocol_version=message.protocol_version,
         transports=message.transports,
     )
@@ -108,11 +107,10 @@ def _read_epoch(wire: pb.Grant | pb.Ready) -> Epoch:
 
 def _read_hello(wire: pb.Hello) -> Hello:
     present(wire, "layout", "hello.layout")
-    shm = None
-    if wire.HasField("shm_socket"):
-        if len(wire.shm_nonce) != NONCE_BYTES:
-            raise InvalidRequest(f"hello.shm_nonce has {len(wire.shm_nonce)} bytes, not {NONCE_BYTES}.", field="hello.shm_nonce")
-        shm = ShmEndpoint(wire.shm_socket, wire.shm_nonce)
+    for endpoint in wire.shm:
+        if len(endpoint.nonce) != NONCE_BYTES:
+            raise InvalidRequest(f"hello.shm.nonce has {len(endpoint.nonce)} bytes, not {NONCE_BYTES}.", field="hello.shm.nonce")
+    shm = tuple(ShmEndpoint(endpoint.socket, endpoint.nonce) for endpoint in wire.shm)
     # Names that this version does not know are a newer peer's; it may still have another in common.
     known = {transport.value: transport for transport in Transport}
     transports = tuple(known[name] for name in wire.transports if name in known)
@@ -145,7 +143,7 @@ def _read_ready(wire: pb.Ready) -> Ready:
 
 _READ: dict[str, Callable[[Any], LaneMessage]] = {
     "hello": _read_hello,
-    "rendezvous": lambda wire: Rendezvous(wire.key, wire.value),
+    "rendezvous": lambda wire: Rendezvous(wire.route, wire.key, wire.value),
     "offer": lambda wire: Offer(wire.transfer_id, wire.prompt_tokens),
     "nearly_done": lambda wire: NearlyDone(wire.transfer_id),
     "grant": _read_grant,

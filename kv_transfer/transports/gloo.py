@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroupGloo, Work
 
 from ..actions import Receive, Stage
+from ..crossing import Crossing
 from ..packing import checksum, pack, unpack
 from ..pool import Pool
-from ..staging import SLOTS_PER_PAIR, slot_bytes
+from ..staging import SLOTS_PER_PAIR
 from .rendezvous import LaneStore
 
 log = logging.getLogger(__name__)
@@ -60,10 +61,24 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
+class Ground:
+    """What one end of a route's pair stands on. `slot_bytes`: the length of a staging slot, equal at both ends."""
+
+    pool: Pool
+    device: Device
+    crossing: Crossing
+    slot_bytes: int
+    silence_s: float
+    """A peer that neither takes nor gives what was announced for so long is lost."""
+
+
+@dataclass(frozen=True, slots=True)
 class PairEvents:
-    """What a pair tells its shell, on the asyncio thread. After `broken` nothing more is told."""
+    """What a pair tells its rank, on the asyncio thread. After `broken` nothing more is told."""
 
     broken: Callable[[str], None]
+    say: Callable[[str, bytes], None]
+    """To its other end, which shall be introduced to it."""
     connected: Callable[[], None] = lambda: None
     staged: Callable[[int, int], None] = lambda slot, checksum: None
     sent: Callable[[int], None] = lambda slot: None
@@ -74,23 +89,21 @@ class PairEvents:
 class Pair:
     """One end of a pair, its staging slots and its threads. Public methods are called on the asyncio thread and return at once."""
 
-    def __init__(
-        self, rank: int, pool: Pool, device: Device, silence_s: float, tell: Callable[[str, bytes], None], events: PairEvents
-    ) -> None:
-        """Begins to connect. `silence_s`: a peer that neither takes nor gives what was announced for so long is lost."""
-        self._pool, self._events, self._host = pool, events, device.host
+    def __init__(self, rank: int, ground: Ground, events: PairEvents) -> None:
+        """Begins to connect."""
+        self._pool, self._crossing, self._events, self._host = ground.pool, ground.crossing, events, ground.device.host
         self._peer = 1 - rank
-        self._silence = timedelta(seconds=silence_s)
+        self._silence = timedelta(seconds=ground.silence_s)
         self._loop = asyncio.get_running_loop()
-        self._store = LaneStore(lambda key, value: self._call_soon(tell, key, value), CONNECT_S)
-        self._slots = torch.empty(SLOTS_PER_PAIR, slot_bytes(pool.layout), dtype=torch.uint8)
+        self._store = LaneStore(lambda key, value: self._call_soon(events.say, key, value), CONNECT_S)
+        self._slots = torch.empty(SLOTS_PER_PAIR, ground.slot_bytes, dtype=torch.uint8)
         self._group: Any = None
         self._lost = False
         self._ended = asyncio.Event()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._posted: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._waiter = Thread(target=self._work, args=(self._posted,), name="diptych-gloo-wait", daemon=True)
-        self._poster = Thread(target=self._run, args=(rank, device), name="diptych-gloo-post", daemon=True)
+        self._poster = Thread(target=self._run, args=(rank, ground.device), name="diptych-gloo-post", daemon=True)
         self._poster.start()
 
     def introduce(self, key: str, value: bytes) -> None:
@@ -171,8 +184,8 @@ class Pair:
 class Outgoing(Pair):
     """The source's end."""
 
-    def __init__(self, pool: Pool, device: Device, silence_s: float, tell: Callable[[str, bytes], None], events: PairEvents) -> None:
-        super().__init__(SOURCE, pool, device, silence_s, tell, events)
+    def __init__(self, ground: Ground, events: PairEvents) -> None:
+        super().__init__(SOURCE, ground, events)
         self._lengths = [0] * SLOTS_PER_PAIR
 
     def stage(self, stage: Stage) -> None:
@@ -185,8 +198,8 @@ class Outgoing(Pair):
 
     def _fill(self, stage: Stage) -> None:
         slot = self._slots[stage.slot]
-        pack(self._pool, stage.span, stage.blocks, slot)
-        self._lengths[stage.slot] = length = stage.span.bytes(self._pool.layout.groups)
+        pack(self._pool, self._crossing, stage.span, stage.blocks, slot)
+        self._lengths[stage.slot] = length = self._crossing.bytes(stage.span)
         self._tell(self._events.staged, stage.slot, checksum(slot, length))
 
     def _send(self, slot: int) -> None:
@@ -201,14 +214,14 @@ class Outgoing(Pair):
 class Incoming(Pair):
     """The destination's end."""
 
-    def __init__(self, pool: Pool, device: Device, silence_s: float, tell: Callable[[str, bytes], None], events: PairEvents) -> None:
+    def __init__(self, ground: Ground, events: PairEvents) -> None:
         self._free: SimpleQueue[int | None] = SimpleQueue()
         for slot in range(SLOTS_PER_PAIR):
             self._free.put(slot)
         self._lock = Lock()
         self._given_up: set[str] = set()
         self._unpacking: str | None = None
-        super().__init__(DESTINATION, pool, device, silence_s, tell, events)
+        super().__init__(DESTINATION, ground, events)
 
     def receive(self, receive: Receive) -> None:
         """Take the next piece; `copied` follows if it was not to be dropped."""
@@ -231,7 +244,7 @@ class Incoming(Pair):
         slot = self._free.get()
         if slot is None:
             return
-        length = receive.span.bytes(self._pool.layout.groups)
+        length = self._crossing.bytes(receive.span)
         work = self._group.recv([self._slots[slot][:length]], self._peer, PIECES)
         self._posted.put(partial(self._wait, work, slot, length, receive))
 
@@ -249,7 +262,7 @@ class Incoming(Pair):
             if receive.transfer_id in self._given_up:
                 return
             self._unpacking = receive.transfer_id
-        unpack(self._pool, receive.span, blocks, slot)
+        unpack(self._pool, self._crossing, receive.span, blocks, slot)
         with self._lock:
             self._unpacking = None
             if receive.transfer_id in self._given_up:

@@ -20,9 +20,10 @@ from ...core.errors import TransferFailed
 from ...core.layout import Layout
 from ...core.transfer import ShmEndpoint
 from ..actions import Copy
-from ..geometry import NONCE_BYTES, SLOTS, WORD_BYTES, Geometry, runs
-from ..memory import address_of, copy_runs
-from ..pool import SEALS, Pool
+from ..crossing import Crossing
+from ..geometry import NONCE_BYTES, SLOTS, WORD_BYTES, Geometry
+from ..memory import address_of, cast_runs, copy_runs
+from ..pool import DTYPES, SEALS, Pool
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ UNREACHABLE = "{worker} cannot be reached by shared memory from here ({why}); sh
 
 
 class PeerPool:
-    """Another worker's pool, mapped read-only."""
+    """The pool of a rank of another worker, mapped read-only."""
 
     def __init__(self, layout: Layout, mapped: mmap.mmap) -> None:
         self.geometry = Geometry(layout)
@@ -49,7 +50,8 @@ class PeerPool:
 
 
 async def attach(worker_id: str, endpoint: ShmEndpoint, layout: Layout) -> PeerPool:
-    """Map the pool of `worker_id`. Raises `TransferFailed` unless the nonce is read there within `ATTACH_S` seconds."""
+    """Map a pool of `worker_id`, whose own layout is `layout`. Raises `TransferFailed` unless the nonce is read there within `ATTACH_S`
+    seconds."""
     try:
         async with asyncio.timeout(ATTACH_S):
             fd = await _ask_for_fd(endpoint.socket)
@@ -103,8 +105,8 @@ class ShmCopies:
         self._thread = Thread(target=self._work, name="diptych-kv-copy", daemon=True)
         self._thread.start()
 
-    def copy(self, source: PeerPool, copy: Copy) -> None:
-        self._jobs.put(partial(self._copy, source, copy))
+    def copy(self, source: PeerPool, crossing: Crossing, copy: Copy) -> None:
+        self._jobs.put(partial(self._copy, source, crossing, copy))
 
     def fence(self, transfer_id: str) -> None:
         """Copies of the transfer that have not begun are not made; `fenced` comes after the one that has."""
@@ -127,23 +129,27 @@ class ShmCopies:
             except Exception:  # a thread that ended here would leave every fence behind it without an answer
                 log.exception("a defect in the copy thread")
 
-    def _copy(self, source: PeerPool, copy: Copy) -> None:
+    def _copy(self, source: PeerPool, crossing: Crossing, copy: Copy) -> None:
         if copy.transfer_id in self._given_up:
             return
         try:
-            error = self._copied_wrong(source, copy)
+            error = self._copied_wrong(source, crossing, copy)
         except Exception as defect:  # whatever it is, this piece is not there
             log.exception("piece %d of transfer %s could not be copied", copy.seq, copy.transfer_id)
             error = f"Piece {copy.seq} could not be copied: {type(defect).__name__}: {defect}"
         self._loop.call_soon_threadsafe(self._copied, copy.transfer_id, copy.seq, error)
 
-    def _copied_wrong(self, source: PeerPool, copy: Copy) -> str | None:
+    def _copied_wrong(self, source: PeerPool, crossing: Crossing, copy: Copy) -> str | None:
         """Copy the piece; why it does not count, or None if it does."""
-        span, layout = copy.span, self._pool.layout
-        found = runs(layout.groups[span.group], layout.block_size, span.start, span.stop, copy.source_blocks, copy.destination_blocks)
+        span = copy.span
+        found = crossing.between(span, copy.source_blocks, copy.destination_blocks)
+        reads, writes = (DTYPES[places[span.group].dtype] for places in (crossing.sources, crossing.destinations))
         for layer in span.layers:
-            there = self._pool.address + self._pool.geometry.offsets[layer]
-            copy_runs(source.address + source.geometry.offsets[layer], there, found)
+            here, there = source.address + source.geometry.offsets[layer], self._pool.address + self._pool.geometry.offsets[layer]
+            if reads is writes:
+                copy_runs(here, there, found)
+            else:
+                cast_runs(here, reads, there, writes, found)
         stands = source.word(copy.slot) == copy.word
         return None if stands else f"The source took back the blocks of piece {copy.seq} while they were copied."
 

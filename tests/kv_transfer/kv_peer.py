@@ -39,7 +39,7 @@ async def commands() -> asyncio.StreamReader:
 
 
 async def prefill(pool: Pool, lease_s: float, transport: Transport) -> None:
-    end = PrefillEnd(pool, lease_s, None, incarnation=new_incarnation(), transports=(transport,))
+    end = PrefillEnd(pool.layout, [pool], lease_s, None, incarnation=new_incarnation(), transports=(transport,))
     aloud(end)
     say(what="ready", address="")
     async for line in await commands():
@@ -55,7 +55,7 @@ async def prefill(pool: Pool, lease_s: float, transport: Transport) -> None:
 
 
 async def decode(pool: Pool, lease_s: float, transport: Transport) -> None:
-    end = DecodeEnd(pool, lease_s, incarnation=new_incarnation(), transports=(transport,))
+    end = DecodeEnd(pool.layout, [pool], lease_s, incarnation=new_incarnation(), transports=(transport,))
     aloud(end)
     server = await serve("127.0.0.1:0", worker=LaneFace(end.destination.serve_lane))
     say(what="ready", address=server.address)

@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import threading
 import zlib
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from diptych.core.clock import MonotonicClock
 from diptych.core.errors import DiptychError, Unavailable
 from diptych.core.fleet import WorkerReport
-from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
+from diptych.core.layout import CacheGroup, CacheKind, DType, Layout, RankLayout
 from diptych.core.request import Token
 from diptych.core.transfer import GroupGrant, LaneMessage, Transport
 from diptych.kv_transfer.destination import Destination
+from diptych.kv_transfer.destination_rank import DestinationRank
 from diptych.kv_transfer.lanes import DialLane, Lane
 from diptych.kv_transfer.pool import Pool
+from diptych.kv_transfer.slices import first_positions
 from diptych.kv_transfer.source import Source
+from diptych.kv_transfer.source_rank import SourceRank
 from diptych.rpc.lane import dial_lane
 from diptych.rpc.server import serve
 from diptych.rpc.worker import RouterStream
@@ -47,8 +53,13 @@ TOKENS = (Token(0, 42),)
 Tables = tuple[tuple[int, ...], ...]
 
 
-def layout_with(num_blocks: int) -> Layout:
-    return replace(LAYOUT, num_blocks=(num_blocks,) * len(LAYOUT.groups))
+def layout_with(num_blocks: int, like: Layout = LAYOUT) -> Layout:
+    return replace(like, num_blocks=(num_blocks,) * len(like.groups))
+
+
+def pools_of(layout: Layout) -> list[Pool]:
+    """One for each rank."""
+    return [Pool.allocate(layout.on(rank).layout) for rank in range(layout.ranks)]
 
 
 def expected_rows(transfer_id: str, layer: int, group: CacheGroup, start: int, stop: int) -> torch.Tensor:
@@ -59,32 +70,72 @@ def expected_rows(transfer_id: str, layer: int, group: CacheGroup, start: int, s
     return numbers.view(stop - start, group.kv_heads, 2, group.head_dim)
 
 
-def write(pool: Pool, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: Tables) -> None:
-    """Do what an engine does: store KV of positions [start, stop)."""
-    for cache, table, layer, group in _caches(pool, tables):
+def write(pool: Pool, held: RankLayout, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: Tables) -> None:
+    """Do what a rank's engine does: store KV of positions [start, stop) of those `layers` and heads that it holds."""
+    size = held.layout.block_size
+    for cache, number, layer in _caches(pool):
         if layer in layers:
-            rows = expected_rows(transfer_id, layer, group, start, stop).to(cache.dtype)
+            rows = _rows(held, number, transfer_id, layer, start, stop).to(cache.dtype)
             for position in range(start, stop):
-                cache[table[position // BLOCK], :, :, position % BLOCK] = rows[position - start]
+                cache[tables[number][position // size], :, :, position % size] = rows[position - start]
 
 
-def verify(pool: Pool, transfer_id: str, groups: tuple[GroupGrant, ...], prompt_tokens: int) -> None:
-    """Every granted position holds what the source wrote."""
-    tables = tuple((-1,) * (group.first_position // BLOCK) + group.blocks for group in groups)
-    for number, (cache, table, layer, group) in enumerate(_caches(pool, tables)):
-        first = groups[0 if number < len(LAYOUT.groups[0].layers) else 1].first_position
-        wanted = expected_rows(transfer_id, layer, group, first, prompt_tokens).to(cache.dtype)
+def verify(
+    pool: Pool, held: RankLayout, transfer_id: str, groups: tuple[GroupGrant, ...], firsts: tuple[int, ...], prompt_tokens: int
+) -> None:
+    """Every position from `firsts[g]` on holds what the source wrote, head by head as the rank's numbers say."""
+    size = held.layout.block_size
+    for cache, number, layer in _caches(pool):
+        first, granted = firsts[number], groups[number]
+        wanted = _rows(held, number, transfer_id, layer, first, prompt_tokens).to(cache.dtype)
         for position in range(first, prompt_tokens):
-            held = cache[table[position // BLOCK], :, :, position % BLOCK]
-            assert torch.equal(held, wanted[position - first]), f"layer {layer} position {position} of {transfer_id}"
+            block = granted.blocks[(position - granted.first_position) // size]
+            found = cache[block, :, :, position % size]
+            assert torch.equal(found, wanted[position - first]), f"rank {held.rank} layer {layer} position {position} of {transfer_id}"
 
 
-def _caches(pool: Pool, tables: Tables) -> list[tuple[torch.Tensor, tuple[int, ...], int, CacheGroup]]:
+def _rows(held: RankLayout, group: int, transfer_id: str, layer: int, start: int, stop: int) -> torch.Tensor:
+    heads = held.heads(group)
+    return expected_rows(transfer_id, layer, LAYOUT.groups[group], start, stop)[:, heads.start : heads.stop]
+
+
+def _caches(pool: Pool) -> list[tuple[torch.Tensor, int, int]]:
+    """Each layer's cache, its group's number, its own."""
     return [
-        (pool.caches[number][index], tables[number], layer, group)
+        (pool.caches[number][index], number, layer)
         for number, group in enumerate(pool.layout.groups)
         for index, layer in enumerate(group.layers)
     ]
+
+
+class Channel:
+    """A rank as if in a process of its own: orders and answers go as bytes, in order, and take a turn of the loop."""
+
+    def __init__(self, make: Callable[[Callable[[Any], None]], SourceRank | DestinationRank], answer: Callable[[Any], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._rank = make(lambda said: self._send(answer, said))
+        self.endpoint = self._rank.endpoint
+
+    def carry_out(self, order: Any) -> None:
+        self._send(self._rank.carry_out, order)
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+        await self._rank.close()
+        assert not self._rank.lanes
+
+    def _send(self, take: Callable[[Any], None], value: object) -> None:
+        data = pickle.dumps(value)
+        self._loop.call_soon(lambda: take(pickle.loads(data)))
+
+
+def behind_channels(kind: Any, layout: Layout, pools: list[Pool], silence_s: float) -> Callable[[Callable[[Any], None]], list[Channel]]:
+    """The ranks from 1 on, of `kind`."""
+
+    def made(rank: int) -> Callable[[Callable[[Any], None]], Any]:
+        return lambda answer: kind(rank, pools[rank], layout, host=HOST, silence_s=silence_s, answer=answer)
+
+    return lambda answer: [Channel(made(rank), answer) for rank in range(1, layout.ranks)]
 
 
 class Blocks:
@@ -138,7 +189,8 @@ class PrefillEnd:
 
     def __init__(
         self,
-        pool: Pool,
+        layout: Layout,
+        pools: list[Pool],
         lease_s: float,
         dial: DialLane | None,
         worker_id: str = "P",
@@ -146,8 +198,8 @@ class PrefillEnd:
         transports: tuple[Transport, ...] = (Transport.SHM,),
     ) -> None:
         self.transports = transports
-        self.pool = pool
-        self.blocks = Blocks(pool.layout)
+        self.layout, self.pools = layout, pools
+        self.blocks = Blocks(layout)
         self.diary = Diary()
         self.prompts: dict[str, tuple[int, Tables]] = {}
         self.bytes: dict[str, int] = {}
@@ -155,14 +207,15 @@ class PrefillEnd:
         self.source = Source(
             worker_id,
             incarnation,
-            pool,
-            pool.layout,
+            pools[0],
+            layout,
             MonotonicClock(),
             lease_s,
             self,
             transports=transports,
             host=HOST,
             dial=dial or dial_lane,
+            others=behind_channels(SourceRank, layout, pools, lease_s),
         )
 
     def granted(self, transfer_id: str) -> None:
@@ -182,8 +235,8 @@ class PrefillEnd:
         """The blocks are another's at once."""
         prompt = self.prompts.pop(transfer_id, None)
         if prompt is not None:
-            for group, table in enumerate(prompt[1]):
-                for cache in self.pool.caches[group]:
+            for pool, (group, table) in product(self.pools, enumerate(prompt[1])):
+                for cache in pool.caches[group]:
                     cache[list(table)] = -1
         self.blocks.give_back(transfer_id)
         self._freed.set()
@@ -191,7 +244,7 @@ class PrefillEnd:
 
     def offer(self, transfer_id: str, address: str, tokens: int) -> bool:
         """False if there are not the blocks for it."""
-        tables = self.blocks.take(transfer_id, [-(-tokens // BLOCK)] * len(self.pool.layout.groups))
+        tables = self.blocks.take(transfer_id, [-(-tokens // self.layout.block_size)] * len(self.layout.groups))
         if tables is None:
             return False
         self.prompts[transfer_id] = (tokens, tables)
@@ -204,9 +257,13 @@ class PrefillEnd:
             await self._freed.wait()
 
     def compute(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int) -> None:
+        """On every rank that holds any of `layers`."""
         tables = self.prompts[transfer_id][1]
-        write(self.pool, transfer_id, layers, start, stop, tables)
-        self.source.computed(transfer_id, layers, start, stop, tables)
+        for rank, pool in enumerate(self.pools):
+            held = self.layout.on(rank)
+            here = tuple(layer for layer in layers if any(layer in group.layers for group in held.layout.groups))
+            write(pool, held, transfer_id, here, start, stop, tables)
+            self.source.computed(transfer_id, here, start, stop, tables, rank)
 
     async def compute_all(self, transfer_id: str, chunk: int = 24) -> None:
         """Layer by layer, chunk by chunk, a turn of the loop in between; then commit."""
@@ -225,15 +282,18 @@ class DecodeEnd:
 
     def __init__(
         self,
-        pool: Pool,
+        layout: Layout,
+        pools: list[Pool],
         lease_s: float,
         worker_id: str = "D",
         incarnation: int = 2,
         offer_wait_s: float = 5.0,
         transports: tuple[Transport, ...] = (Transport.SHM,),
     ) -> None:
-        self.pool = pool
-        self.blocks = Blocks(pool.layout)
+        self.layout, self.pools = layout, pools
+        self.comes_from = layout
+        """The layout of whoever hands over here."""
+        self.blocks = Blocks(layout)
         self.diary = Diary()
         self.waiting: deque[tuple[str, int]] = deque()
         self.granted: dict[str, tuple[int, tuple[GroupGrant, ...]]] = {}
@@ -244,14 +304,15 @@ class DecodeEnd:
         self.destination = Destination(
             worker_id,
             incarnation,
-            pool,
-            pool.layout,
+            pools[0],
+            layout,
             MonotonicClock(),
             lease_s,
             offer_wait_s,
             self,
             transports=transports,
             host=HOST,
+            others=behind_channels(DestinationRank, layout, pools, lease_s),
         )
 
     def offered(self, transfer_id: str, prompt_tokens: int) -> None:
@@ -265,7 +326,9 @@ class DecodeEnd:
     def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float) -> None:
         assert first_tokens == TOKENS
         tokens, groups = self.granted.pop(transfer_id)
-        verify(self.pool, transfer_id, groups, tokens)
+        firsts = first_positions(self.comes_from, groups, tokens)
+        for rank, pool in enumerate(self.pools):
+            verify(pool, self.layout.on(rank), transfer_id, groups, firsts, tokens)
         self.bytes[transfer_id] = kv_bytes
         self.diary.write("committed", transfer_id)
         self.blocks.give_back(transfer_id)
@@ -285,9 +348,10 @@ class DecodeEnd:
     def grant_what_fits(self) -> None:
         while self.waiting and not self.holding:
             transfer_id, tokens = self.waiting[0]
-            cached = min(self.cached_blocks[transfer_id] * BLOCK, tokens // BLOCK * BLOCK)
-            firsts = [max(cached, group.first_needed(tokens) // BLOCK * BLOCK) for group in self.pool.layout.groups]
-            tables = self.blocks.take(transfer_id, [-(-(tokens - first) // BLOCK) for first in firsts])
+            size = self.layout.block_size
+            cached = min(self.cached_blocks[transfer_id] * size, tokens // size * size)
+            firsts = [max(cached, group.first_needed(tokens) // size * size) for group in self.layout.groups]
+            tables = self.blocks.take(transfer_id, [-(-(tokens - first) // size) for first in firsts])
             if tables is None:
                 return
             self.waiting.popleft()
@@ -412,40 +476,54 @@ async def rig(
     source_blocks: int = 64,
     destination_blocks: int = 64,
     offer_wait_s: float = 5.0,
+    here: Layout = LAYOUT,
+    there: Layout = LAYOUT,
 ) -> AsyncIterator[tuple[PrefillEnd, DecodeEnd, str, Exchange]]:
-    """Both ends, the destination's address, and the in-process exchange. At the end nothing may be left on either side."""
+    """Both ends, the destination's address, and the in-process exchange. At the end nothing may be left on either side. The source's
+    layout is like `here`, the destination's like `there`."""
     exchange = Exchange()
     async with (
-        decode_end(transport, exchange, grpc, lease_s, destination_blocks, offer_wait_s) as (decode, address),
-        prefill_end(transport, None if grpc else exchange.dial, lease_s, source_blocks) as prefill,
+        decode_end(transport, exchange, grpc, lease_s, destination_blocks, offer_wait_s, like=there) as (decode, address),
+        prefill_end(transport, None if grpc else exchange.dial, lease_s, source_blocks, like=here) as prefill,
     ):
+        decode.comes_from = prefill.layout
         yield prefill, decode, address, exchange
 
 
 @asynccontextmanager
 async def prefill_end(
-    transport: Transport, dial: DialLane | None, lease_s: float, blocks: int = 64, worker_id: str = "P"
+    transport: Transport, dial: DialLane | None, lease_s: float, blocks: int = 64, worker_id: str = "P", like: Layout = LAYOUT
 ) -> AsyncIterator[PrefillEnd]:
     """`dial` None: over gRPC."""
-    pool = Pool.allocate(layout_with(blocks))
-    prefill = PrefillEnd(pool, lease_s, dial, worker_id, transports=(transport,))
+    layout = layout_with(blocks, like)
+    pools = pools_of(layout)
+    prefill = PrefillEnd(layout, pools, lease_s, dial, worker_id, transports=(transport,))
     try:
         yield prefill
     finally:
         await prefill.source.close()
         prefill.source.check()
-        pool.close()
+        for pool in pools:
+            pool.close()
     assert prefill.source.leases == 0
     assert not prefill.blocks.lent
 
 
 @asynccontextmanager
 async def decode_end(
-    transport: Transport, exchange: Exchange, grpc: bool, lease_s: float, blocks: int = 64, offer_wait_s: float = 5.0, worker_id: str = "D"
+    transport: Transport,
+    exchange: Exchange,
+    grpc: bool,
+    lease_s: float,
+    blocks: int = 64,
+    offer_wait_s: float = 5.0,
+    worker_id: str = "D",
+    like: Layout = LAYOUT,
 ) -> AsyncIterator[tuple[DecodeEnd, str]]:
     """A destination and its address, on gRPC or in `exchange`."""
-    pool = Pool.allocate(layout_with(blocks))
-    decode = DecodeEnd(pool, lease_s, worker_id, offer_wait_s=offer_wait_s, transports=(transport,))
+    layout = layout_with(blocks, like)
+    pools = pools_of(layout)
+    decode = DecodeEnd(layout, pools, lease_s, worker_id, offer_wait_s=offer_wait_s, transports=(transport,))
     server = await serve("127.0.0.1:0", worker=LaneFace(decode.destination.serve_lane)) if grpc else None
     address = server.address if server else worker_id
     exchange.destinations[address] = decode.destination
@@ -459,6 +537,7 @@ async def decode_end(
         if exchange.tasks:
             await asyncio.wait(exchange.tasks)
         decode.destination.check()
-        pool.close()
+        for pool in pools:
+            pool.close()
     assert decode.destination.leases == 0
     assert not decode.blocks.lent

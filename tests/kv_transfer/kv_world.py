@@ -67,7 +67,7 @@ SHM, GLOO = (Transport.SHM,), (Transport.GLOO,)
 
 
 def hello(worker_id: str, incarnation: int, layout: Layout = LAYOUT, transports: tuple[Transport, ...] = SHM) -> Hello:
-    return Hello(worker_id, incarnation, layout, ShmEndpoint("socket", b"n" * 16), transports)
+    return Hello(worker_id, incarnation, layout, (ShmEndpoint("socket", b"n" * 16),) * layout.ranks, transports)
 
 
 class Memory:

@@ -7,9 +7,11 @@ import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import pytest
 from diptych.core.errors import Cancelled, TransferFailed
+from diptych.core.layout import Layout
 from diptych.core.transfer import RefusedReason, Transport
 from kv_rig import (
     BLOCK,
@@ -28,6 +30,20 @@ from kv_rig import (
 )
 
 Cut = Callable[[], None]
+SPREADS = {
+    "tp1 to tp2": ((1, ()), (2, ())),
+    "tp2 to tp1": ((2, ()), (1, ())),
+    "tp2 to tp4": ((2, ()), (4, ())),
+    "pp2 to pp1": ((1, (3, 2)), (1, ())),
+    "uneven pp3 to pp2": ((1, (1, 3, 1)), (1, (2, 3))),
+    "tp4 to tp2 pp2": ((4, ()), (2, (2, 3))),
+}
+"""(tp, stages) of the source and of the destination. Both groups' heads lie on several ranks of four, the window group's on both of two."""
+spread = pytest.mark.parametrize(
+    ("here", "there"),
+    [tuple(replace(LAYOUT, tp=tp, stages=stages) for tp, stages in pair) for pair in SPREADS.values()],
+    ids=list(SPREADS),
+)
 pytestmark = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
@@ -47,10 +63,12 @@ async def hand_over(prefill: PrefillEnd, decode: DecodeEnd, address: str, transf
     await prefill.diary.wait("released", transfer_id)
 
 
-def kv_bytes(tokens: int, cached: int = 0) -> int:
-    """Bytes of a prompt that lacks its first `cached` tokens at the destination; a window group's share is its window's blocks."""
-    firsts = (max(cached, group.first_needed(tokens) // BLOCK * BLOCK) for group in LAYOUT.groups)
-    return sum((tokens - first) * group.token_bytes * len(group.layers) for group, first in zip(LAYOUT.groups, firsts, strict=True))
+def kv_bytes(tokens: int, cached: int = 0, there: Layout = LAYOUT) -> int:
+    """Bytes of a prompt that lacks its first `cached` tokens at the destination; a window group's share is its window's blocks. A head
+    that several ranks hold goes to each."""
+    firsts = [max(cached, group.first_needed(tokens) // BLOCK * BLOCK) for group in LAYOUT.groups]
+    shares = (zip(there.on(rank).layout.groups, firsts, strict=True) for rank in range(there.ranks))
+    return sum((tokens - first) * group.token_bytes * len(group.layers) for share in shares for group, first in share)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 40, 41, 57, 100, 333])
@@ -61,6 +79,30 @@ def test_every_byte_arrives_once(transport: Transport, tokens: int) -> None:
             assert prefill.diary.of("a") == ["granted", "handed over", "released"]
             assert decode.diary.of("a") == ["offered", "committed"]
             assert prefill.bytes["a"] == decode.bytes["a"] == kv_bytes(tokens)
+
+    asyncio.run(run())
+
+
+@spread
+def test_every_byte_arrives_on_every_rank_that_holds_it(transport: Transport, here: Layout, there: Layout) -> None:
+    async def run() -> None:
+        async with rig(transport, here=here, there=there) as (prefill, decode, address, _):
+            for tokens, cached in ((1, 0), (16, 0), (57, 0), (100, 3), (64, 4), (333, 0)):
+                name = f"{tokens} tokens"
+                decode.cached_blocks[name] = cached
+                await hand_over(prefill, decode, address, name, tokens)
+                assert prefill.diary.of(name) == ["granted", "handed over", "released"]
+                assert decode.diary.of(name) == ["offered", "committed"]
+                assert prefill.bytes[name] == decode.bytes[name] == kv_bytes(tokens, BLOCK * cached, there)
+
+    asyncio.run(run())
+
+
+@spread
+def test_many_ranks_over_grpc_lanes(transport: Transport, here: Layout, there: Layout) -> None:
+    async def run() -> None:
+        async with rig(transport, grpc=True, here=here, there=there) as (prefill, decode, address, _):
+            await asyncio.gather(*(hand_over(prefill, decode, address, f"t{tokens}", tokens) for tokens in (20, 41, 77)))
 
     asyncio.run(run())
 
@@ -98,7 +140,7 @@ def test_kv_flows_while_the_rest_is_computed(transport: Transport) -> None:
             await prefill.diary.wait("granted", "a")
             prefill.compute("a", (0,), 0, 32)
             grants = decode.granted["a"][1]
-            await eventually(decode.pool.caches[0][0][grants[0].blocks[0]].any)
+            await eventually(decode.pools[0].caches[0][0][grants[0].blocks[0]].any)
             assert decode.diary.of("a") == ["offered"]
             for layer in LAYERS[1:]:
                 prefill.compute("a", (layer,), 0, 32)
@@ -172,6 +214,51 @@ def test_abort_in_the_middle(transport: Transport, who: str, when: str) -> None:
             decode.holding = False
             await hand_over(prefill, decode, address, "b", 100)
             assert decode.diary.of("b") == ["offered", "committed"]
+
+    asyncio.run(run())
+
+
+@spread
+def test_abort_in_the_middle_with_many_ranks(transport: Transport, here: Layout, there: Layout) -> None:
+    """Blocks are overwritten as soon as they are released, so that a rank which copied on would be found in the next transfer."""
+
+    async def run() -> None:
+        async with rig(transport, here=here, there=there, source_blocks=8, destination_blocks=8) as (prefill, decode, address, _):
+            for number, cancel in enumerate((prefill.source.cancel, lambda name, _: decode.destination.cancel(name)) * 3):
+                name = f"t{number}"
+                decode.destination.expect(name)
+                prefill.offer(name, address, 100)
+                await prefill.diary.wait("granted", name)
+                for layer in LAYERS[: 1 + number]:
+                    prefill.compute(name, (layer,), 0, 100)
+                await asyncio.sleep(0)
+                cancel(name, "the client went away")
+                await prefill.diary.wait("released", name)
+                await decode.diary.wait("released", name)
+                assert isinstance(prefill.diary.errors[name], Cancelled)
+                assert isinstance(decode.diary.errors[name], Cancelled)
+                await hand_over(prefill, decode, address, f"after {name}", 100)
+                assert decode.diary.of(f"after {name}") == ["offered", "committed"]
+
+    asyncio.run(run())
+
+
+@spread
+def test_a_lane_between_many_ranks_that_breaks(transport: Transport, here: Layout, there: Layout) -> None:
+    """Mappings and pairs of every rank go with it (the rig looks), and the next lane has its own."""
+
+    async def run() -> None:
+        async with rig(transport, here=here, there=there) as (prefill, decode, address, exchange):
+            for name in ("a", "b"):
+                decode.destination.expect(name)
+                prefill.offer(name, address, 100)
+                await prefill.diary.wait("granted", name)
+                prefill.compute(name, (0, 1), 0, 50)
+                await asyncio.sleep(0)
+                exchange.lanes[-1].cut()
+                await prefill.diary.wait("released", name)
+                await decode.diary.wait("released", name)
+                await hand_over(prefill, decode, address, f"after {name}", 60)
 
     asyncio.run(run())
 
@@ -312,11 +399,14 @@ async def live_and_perhaps_die(prefill: PrefillEnd, decode: DecodeEnd, address: 
     await prefill.diary.wait("released", name)
 
 
-async def interleaved(transport: Transport, seed: int, *, grpc: bool) -> tuple[int, int]:
-    """60 transfers through small pools: how many committed, how many did not."""
+async def interleaved(
+    transport: Transport, seed: int, *, grpc: bool, here: Layout = LAYOUT, there: Layout = LAYOUT, count: int = 60
+) -> tuple[int, int]:
+    """`count` transfers through small pools: how many committed, how many did not."""
     draw = random.Random(seed)
-    async with rig(transport, grpc=grpc, source_blocks=48, destination_blocks=40) as (prefill, decode, address, exchange):
-        names = [f"t{i}" for i in range(60)]
+    small = {"source_blocks": 48, "destination_blocks": 40}
+    async with rig(transport, grpc=grpc, here=here, there=there, **small) as (prefill, decode, address, exchange):
+        names = [f"t{i}" for i in range(count)]
 
         def cut() -> None:
             if not grpc:
@@ -337,6 +427,12 @@ def test_interleaved_transfers_cancelled_at_random_on_both_ends(transport: Trans
     outcomes = [asyncio.run(interleaved(transport, seed, grpc=grpc)) for seed in range(2)]
     assert min(done for done, _ in outcomes) > 5
     assert min(failed for _, failed in outcomes) > 5
+
+
+@spread
+def test_interleaved_transfers_of_many_ranks(transport: Transport, here: Layout, there: Layout) -> None:
+    done, failed = asyncio.run(interleaved(transport, 5, grpc=False, here=here, there=there, count=30))
+    assert min(done, failed) > 2
 
 
 @pytest.mark.nightly

@@ -8,13 +8,18 @@ import pytest
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.kv_transfer.closed_ids import REMEMBER_AT_MOST, REMEMBER_S, ClosedIds
 from diptych.kv_transfer.coverage import PIECE_BYTES, Coverage, ahead
-from diptych.kv_transfer.geometry import PAGE, Geometry, runs
+from diptych.kv_transfer.geometry import PAGE, Blocks, Geometry, runs_between
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_rig import LAYOUT
 
 GROUP = CacheGroup(CacheKind.FULL, layers=(0,), kv_heads=2, head_dim=3, dtype=DType.FLOAT16)
 SIZE = 4
+
+
+def runs(start: int, stop: int, source: tuple[int, ...], destination: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    ends = (Blocks(numbers, SIZE, GROUP.kv_heads) for numbers in (source, destination))
+    return runs_between(*ends, GROUP.kv_heads, start, stop, GROUP.head_dim * 2)
 
 
 def twin(start: int, stop: int, source: tuple[int, ...], destination: tuple[int, ...]) -> dict[int, int]:
@@ -43,7 +48,7 @@ def test_runs_cover_what_the_twin_covers(start: int, length: int, source: list[i
     if sort:
         here, there = tuple(sorted(here)), tuple(sorted(there))
     found: dict[int, int] = {}
-    for source_offset, destination_offset, size in runs(GROUP, SIZE, start, stop, here, there):
+    for source_offset, destination_offset, size in runs(start, stop, here, there):
         for byte in range(size):
             assert destination_offset + byte not in found, "a byte is copied twice"
             found[destination_offset + byte] = source_offset + byte
@@ -52,8 +57,8 @@ def test_runs_cover_what_the_twin_covers(start: int, length: int, source: list[i
 
 def test_neighbours_make_one_run() -> None:
     block = SIZE * GROUP.token_bytes
-    assert runs(GROUP, SIZE, 0, 16, (5, 6, 7, 8), (1, 2, 3, 4)) == [(5 * block, block, 4 * block)]
-    assert len(runs(GROUP, SIZE, 0, 16, (5, 6, 7, 8), (1, 2, 4, 5))) == 2
+    assert runs(0, 16, (5, 6, 7, 8), (1, 2, 3, 4)) == [(5 * block, block, 4 * block)]
+    assert len(runs(0, 16, (5, 6, 7, 8), (1, 2, 4, 5))) == 2
 
 
 def test_layers_do_not_overlap_and_begin_on_pages() -> None:

@@ -15,7 +15,9 @@ from diptych.core.errors import TransferFailed
 from diptych.core.transfer import Rendezvous, Transport
 from diptych.kv_transfer import packing
 from diptych.kv_transfer.coverage import Span
+from diptych.kv_transfer.crossing import Crossing
 from diptych.kv_transfer.pool import Pool
+from diptych.kv_transfer.slices import routes
 from diptych.kv_transfer.staging import ROW, SLOTS_PER_PAIR, Staging
 from diptych.kv_transfer.transports import gloo
 from hypothesis import given, settings
@@ -48,9 +50,9 @@ def test_a_corrupted_piece_is_refused_and_the_next_transfer_is_whole(monkeypatch
     """One bit changes between the two ends."""
     pieces = 0
 
-    def corrupt(pool: Pool, stage_span: Span, blocks: tuple[int, ...], slot: torch.Tensor) -> None:
+    def corrupt(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], slot: torch.Tensor) -> None:
         nonlocal pieces
-        packing.pack(pool, stage_span, blocks, slot)
+        packing.pack(pool, crossing, span, blocks, slot)
         pieces += 1
 
     def checksum(slot: torch.Tensor, length: int) -> int:
@@ -153,7 +155,7 @@ def test_rendezvous_is_nothing_to_say_on_a_shared_memory_lane() -> None:
     async def run() -> None:
         async with rig(Transport.SHM) as (prefill, decode, address, exchange):
             await hand_over(prefill, decode, address, "a", 20)
-            exchange.lanes[0].send(Rendezvous("key", b"value"))
+            exchange.lanes[0].send(Rendezvous(0, "key", b"value"))
             await eventually(lambda: not prefill.source._lanes)
 
     asyncio.run(run())
@@ -169,10 +171,11 @@ def test_what_is_packed_is_unpacked(start: int, length: int, group: int, data: s
     here, there = (tuple(data.draw(st.permutations(range(12)))[:count]) for _ in range(2))
     source, destination = Pool.allocate(layout_with(12)), Pool.allocate(layout_with(12))
     tables = tuple((-1,) * first + here for _ in LAYOUT.groups)
-    write(source, "a", layers, span.start, span.stop, tables)
+    write(source, LAYOUT.on(0), "a", layers, span.start, span.stop, tables)
     slot = torch.zeros(1 << 20, dtype=torch.uint8)
-    packing.pack(source, span, here, slot)
-    packing.unpack(destination, span, there, slot)
+    crossing = Crossing(routes(LAYOUT, LAYOUT)[0], LAYOUT, LAYOUT)
+    packing.pack(source, crossing, span, here, slot)
+    packing.unpack(destination, crossing, span, there, slot)
     for index, layer in enumerate(layers):
         cache = destination.caches[group][index]
         for position in range(span.start, span.stop):

@@ -24,7 +24,7 @@ from kv_world import GLOO, GROUPS, LAYOUT, World, hello
             "groups differs",
         ),
         (hello("P", 1, transports=GLOO), RefusedReason.TRANSPORT, "P may use gloo"),
-        (replace(hello("P", 1), shm=None), RefusedReason.TRANSPORT, "no transport in common"),
+        (replace(hello("P", 1), shm=()), RefusedReason.TRANSPORT, "no transport in common"),
     ],
 )
 def test_a_difference_is_named(theirs: Hello, reason: RefusedReason, words: str) -> None:

@@ -118,8 +118,8 @@ ready = st.builds(
     u32,
 )
 lane_messages = st.one_of(
-    st.builds(transfer.Hello, texts, u64, layouts, opt(shm), many(st.sampled_from(transfer.Transport)), u32),
-    st.builds(transfer.Rendezvous, texts, st.binary(max_size=40)),
+    st.builds(transfer.Hello, texts, u64, layouts, many(shm), many(st.sampled_from(transfer.Transport)), u32),
+    st.builds(transfer.Rendezvous, u32, texts, st.binary(max_size=40)),
     st.builds(transfer.Offer, texts, u32),
     st.builds(transfer.NearlyDone, texts),
     st.builds(transfer.Grant, texts, epochs, many(st.builds(transfer.GroupGrant, u32, ids))),
@@ -229,7 +229,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("report", W.WorkerReport(state="ready", counters=[W.Counter(name="n", value=NAN)]), "counters"),
     ("lane message", W.LaneMessage(), "message"),
     ("lane message", W.LaneMessage(hello=W.Hello()), "hello.layout"),
-    ("lane message", W.LaneMessage(hello=W.Hello(layout=LAYOUT, shm_socket="s", shm_nonce=b"short")), "hello.shm_nonce"),
+    ("lane message", W.LaneMessage(hello=W.Hello(layout=LAYOUT, shm=[W.ShmEndpoint(socket="s", nonce=b"short")])), "hello.shm.nonce"),
     ("lane message", W.LaneMessage(hello=W.Hello(layout=W.Layout(block_size=16, tp=1, num_blocks=[1]))), "layout.num_blocks"),
     (
         "lane message",

@@ -186,7 +186,7 @@ class Worker:
         self._running = False
 
     def hello(self, name: str, incarnation: int) -> Hello:
-        return Hello(f"{name}{self.number}", incarnation, self.layout, ShmEndpoint("socket", b"n" * 16), (Transport.SHM,))
+        return Hello(f"{name}{self.number}", incarnation, self.layout, (ShmEndpoint("socket", b"n" * 16),), (Transport.SHM,))
 
     @property
     def now(self) -> float:

@@ -1,0 +1,86 @@
+"""What a rank answers to the orders of its leader, which tells the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """Nothing can touch the transfer's blocks on `rank` any more."""
+
+    transfer_id: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """`rank` of the destination has mapped every pool that it copies from."""
+
+    lane: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotAttached:
+    """`rank` of the destination cannot; `message` says why."""
+
+    lane: int
+    rank: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Piece `seq` lies in the destination's blocks; with `error` it does not."""
+
+    transfer_id: str
+    seq: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One end of a route's pair has this to say to the other end."""
+
+    lane: int
+    route: int
+    key: str
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The route's pair stands, at the source."""
+
+    lane: int
+    route: int
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    lane: int
+    route: int
+    slot: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The staging slot is free again."""
+
+    lane: int
+    route: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class PairBroken:
+    """One of the lane's pairs is lost; each says so for itself."""
+
+    lane: int
+    reason: str
+
+
+SourceAnswer = Fenced | Said | Connected | Staged | Sent | PairBroken
+DestinationAnswer = Fenced | Attached | NotAttached | Copied | Said | PairBroken
