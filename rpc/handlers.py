@@ -110,10 +110,12 @@ def inference_handlers(face: InferenceFace, active: Active, write_timeout_s: flo
 
 
 async def _write_within(seconds: float, context: Context, message: bytes) -> None:
+    # Not cancelled with its call: grpc.aio never frees a message whose write nobody awaits any more (grpc issue 43360).
+    write = asyncio.ensure_future(context.write(message))
+    write.add_done_callback(lambda done: done.cancelled() or done.exception())  # of a client that has left: nobody asks for it
     try:
         async with asyncio.timeout(seconds):
-            # Not cancelled with its call: grpc.aio never frees a message whose write nobody awaits any more (grpc issue 43360).
-            await asyncio.shield(context.write(message))
+            await asyncio.shield(write)
     except TimeoutError:
         raise DeadlineExceeded(f"The client read nothing for {seconds:g} s.") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from contextlib import aclosing, closing
 from types import SimpleNamespace
@@ -211,11 +212,13 @@ def test_a_write_under_way_is_not_cancelled_with_its_call(parrot: NewParrot) -> 
             self.writing.set()
             await self.taken.wait()
             self.written.set()
+            raise RuntimeError("the client has left")
 
     async def scenario() -> None:
         details = SimpleNamespace(method=GENERATE, invocation_metadata=())
         handler: Any = inference_handlers(parrot(), set(), 10.0).service(details)  # type: ignore[arg-type]
-        context = Context()
+        context, complaints = Context(), []
+        asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))
         request = pb.GenerateRequest(text="a b").SerializeToString()
         call = asyncio.create_task(handler.unary_stream(request, context))
         await soon(context.writing.wait())
@@ -224,6 +227,9 @@ def test_a_write_under_way_is_not_cancelled_with_its_call(parrot: NewParrot) -> 
         assert call.cancelled()
         context.taken.set()
         await soon(context.written.wait())
+        await asyncio.sleep(0)
+        gc.collect()
+        assert not complaints
 
     asyncio.run(scenario())
 
