@@ -227,7 +227,8 @@ def test_a_write_under_way_is_not_cancelled_with_its_call(parrot: NewParrot) -> 
         assert call.cancelled()
         context.taken.set()
         await soon(context.written.wait())
-        await asyncio.sleep(0)
+        del call
+        await asyncio.sleep(0.01)
         gc.collect()
         assert not complaints
 
