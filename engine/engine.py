@@ -15,6 +15,8 @@ from .batch import Batch, BlockCopy, Draw, Drawn, Row, StepOutput
 from .decoder import LoadedDecoder
 from .foreign import TransformersDecoder
 from .inputs import make_inputs
+from .last_drawn import LastDrawn
+from .parallel import Parallel
 from .prepared import PreparedModel
 from .sampler import sample
 from .weights import TORCH_DTYPE
@@ -23,18 +25,31 @@ from .weights import TORCH_DTYPE
 class Engine:
     """One model over one KV pool. Not thread-safe: batches run one after another, in the order of their steps."""
 
-    def __init__(self, model: PreparedModel, caches: Sequence[Sequence[Tensor]], *, block_size: int, max_slots: int) -> None:
-        """`caches[g][i]`: [num_blocks, kv_heads, 2, block_size, head_dim] of layer `card.cache_groups()[g].layers[i]`.
+    def __init__(
+        self,
+        model: PreparedModel,
+        caches: Sequence[Sequence[Tensor]],
+        *,
+        block_size: int,
+        max_slots: int,
+        parallel: Parallel | None = None,
+    ) -> None:
+        """`caches[g][i]`: [num_blocks, kv_heads, 2, block_size, head_dim] of layer `groups[g].layers[i]`, where `groups` are
+        `parallel.groups`, or those of the card if this is a worker of one rank (`parallel` None).
 
         A row's slot is below `max_slots`.
         """
-        self._groups = model.card.cache_groups()
+        alone = Parallel(model.card.layout(block_size=block_size, kv_tokens=block_size))
+        self._groups = (parallel or alone).groups
         self._caches = caches
         self._block_size = block_size
         self._dtype = TORCH_DTYPE[model.card.dtype]
-        decoder = TransformersDecoder if isinstance(model.card.decoder, ForeignDecoder) else LoadedDecoder
-        self._decoder: LoadedDecoder | TransformersDecoder = decoder(model.card, model.tensors, caches)
-        self._last_drawn = [0] * max_slots
+        self._decoder: LoadedDecoder | TransformersDecoder
+        if isinstance(model.card.decoder, ForeignDecoder):
+            self._decoder = TransformersDecoder(model.card, model.tensors, caches)
+        else:
+            self._decoder = LoadedDecoder(model.card, model.tensors, caches, parallel or alone)
+        self.last_drawn = LastDrawn(max_slots)
         self._seen: list[Seen | None] = [None] * max_slots
 
     @torch.inference_mode()
@@ -43,10 +58,13 @@ class Engine:
 
         `on_layer(layer)` is called right after a layer's KV is stored. A row without token ids reads the token last drawn in
         its slot, so a batch may be decided before the one before it is done.
+
+        Of a worker of many ranks each runs the same batches, resolved by the leader's `last_drawn`; shard 0 of the last stage draws,
+        and every other rank's output is empty. `Unavailable` names the ranks that take no part.
         """
         if batch.copies:
             self._copy(batch.copies)
-        inputs = make_inputs(batch.rows, self._last_drawn, self._groups, block_size=self._block_size, dtype=self._dtype)
+        inputs = make_inputs(batch.rows, self.last_drawn.tokens, self._groups, block_size=self._block_size, dtype=self._dtype)
         logits = self._decoder.logits(inputs, on_layer)
         drawing = [row for row in batch.rows if row.draws]
         drawn: dict[int, tuple[Drawn, ...]] = {}
@@ -54,9 +72,9 @@ class Engine:
             seen = [self._seen_before(row) for row in drawing]
             answers = sample(logits, [row.draws for row in drawing], seen)
             drawn = {row.slot: each for row, each in zip(drawing, answers, strict=True)}
-        for slot, each in drawn.items():
-            self._last_drawn[slot] = each[0].token_id
-        return StepOutput(batch.step, tuple(drawn.get(row.slot, ()) for row in batch.rows))
+        output = StepOutput(batch.step, tuple(drawn.get(row.slot, ()) for row in batch.rows))
+        self.last_drawn.note(batch, output)
+        return output
 
     def _copy(self, copies: Sequence[BlockCopy]) -> None:
         for g, caches in enumerate(self._caches):
@@ -80,14 +98,12 @@ class Engine:
             return None
         seen = self._seen[slot]
         assert seen is not None, "a history comes with the first draw in a slot"
-        seen.add(self._last_drawn[slot])
+        seen.add(self.last_drawn.tokens[slot])
         return seen
 
     def warm_up(self) -> None:
-        """Touch every weight and every kind of step once. Overwrites block 0 of every group: call it before serving."""
+        """Touch every weight and every kind of step once, at all ranks. Overwrites block 0 of every group: call it before serving."""
         tables = ((0,),) * len(self._groups)
         draw = Draw(SamplingParams(temperature=1.0, top_k=1, seed=0), index=0)
-        prompt = Row(slot=0, start=0, token_ids=(0,) * (self._block_size - 1), tables=tables, draws=(draw,))
-        self.run(Batch(step=-2, rows=(prompt,)))
-        self.run(Batch(step=-1, rows=(Row(slot=0, start=self._block_size - 1, token_ids=(), tables=tables, draws=(draw,)),)))
-        self._last_drawn[0] = 0
+        for step, start, tokens in ((-2, 0, self._block_size - 1), (-1, self._block_size - 1, 1)):
+            self.run(Batch(step, (Row(slot=0, start=start, token_ids=(0,) * tokens, tables=tables, draws=(draw,)),)))

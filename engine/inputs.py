@@ -23,6 +23,10 @@ class GroupInputs:
     spans: tuple[Chunk | Singles, ...]
 
 
+_NOTHING = GroupInputs(store=torch.empty(0, dtype=torch.int64), spans=())
+"""For a group none of whose layers are in this rank's stage."""
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """One step. token_ids, positions: int64 [tokens]. drawn: int64 [drawing rows], the tokens whose logits are wanted.
@@ -47,9 +51,11 @@ def make_inputs(
         token_ids.extend(row.token_ids or (last_drawn[row.slot],))
         places.append(len(token_ids))
     positions = np.concatenate([np.arange(row.start, row.start + row.length) for row in rows])
-    inputs = tuple(_group_inputs(rows, places, index, group, block_size, dtype) for index, group in enumerate(groups))
+    inputs = tuple(
+        _group_inputs(rows, places, index, group, block_size, dtype) if group.layers else _NOTHING for index, group in enumerate(groups)
+    )
     drawn = [end - 1 for row, end in zip(rows, places[1:], strict=True) if row.draws]
-    last = max(range(len(groups)), key=lambda index: groups[index].layers[-1])
+    last = max(range(len(groups)), key=lambda index: groups[index].layers[-1:])
     return Inputs(
         token_ids=torch.tensor(token_ids),
         positions=torch.from_numpy(positions),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,3 +22,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     finally:
         torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+
+
+def linear_in_parts(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """`linear` by a matrix whose rows lie in several places: (weight, bias) of each, in order."""
+    outputs = [linear(x, weight, bias) for weight, bias in parts]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)

@@ -43,10 +43,15 @@ class Bench:
         return tuple(drawn[0] if drawn else None for drawn in self.run(*rows, on_layer=on_layer, copies=copies))
 
     def run(self, *rows: Row, on_layer=None, copies=()) -> tuple[tuple[Drawn, ...], ...]:
-        output = self.engine.run(Batch(self.steps, rows, copies), on_layer)
-        assert output.step == self.steps
-        self.steps += 1
+        batch = self.batch(*rows, copies=copies)
+        output = self.engine.run(batch, on_layer)
+        assert output.step == batch.step
         return output.drawn
+
+    def batch(self, *rows: Row, copies=()) -> Batch:
+        """The next step."""
+        self.steps += 1
+        return Batch(self.steps - 1, rows, copies)
 
     def prefill(self, tokens: Sequence[int], tables, *, chunk: int = 10_000, start: int = 0, slot: int = 0, sampling=GREEDY) -> Drawn:
         """Compute a prompt in chunks from position `start`; the token drawn after it."""

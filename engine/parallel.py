@@ -1,0 +1,123 @@
+"""The ranks of one worker, and what they say to each other while they compute a step.
+
+Rank `stage * tp + shard`. The shards of a stage add up their parts of every product that closes a layer, and of the embedding
+(all-reduce); those of the last stage bring their logits together at its shard 0, which draws: what then crosses to the leader is a few
+tokens, and not 0.5 MB a draw (262,144 ids in bf16). Shard s of a stage sends its activations to shard s of the next, without waiting
+until they are taken, so that as many steps may be in flight as there are stages.
+
+The groups stand alone: torch's default group and its environment variables are not touched.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroupGloo
+from torch.distributed.distributed_c10d import GatherOptions, PrefixStore, Store
+
+from ..core.errors import Unavailable
+from ..core.layout import Layout
+
+MakeGroup = Callable[[Store, int, int, timedelta], Any]
+"""A stand-alone process group of `torch.distributed` from (store, rank, size, timeout). `gloo(host)` is one; NCCL's takes the same four."""
+ACTIVATIONS = 0
+"""The tag of what stages send: one queue for each pair of ranks, in the order of the steps."""
+
+
+class Parallel:
+    """One rank of a worker. Once a call has raised `Unavailable` the ranks are out of step, and the worker is lost."""
+
+    def __init__(
+        self, layout: Layout, rank: int = 0, *, tensor: Any = None, pipeline: Any = None, timeout: timedelta = timedelta()
+    ) -> None:
+        """`tensor`: the group of the stage's shards; `pipeline`: that of the shard's stages; None where it would be one rank's. `timeout`:
+        for how long the others may keep a call waiting."""
+        self.rank, self.tp = rank, layout.tp
+        self.stage, self.shard = divmod(rank, layout.tp)
+        self.layers = layout.stage(self.stage)
+        self.groups = layout.on(rank).layout.groups
+        self.first, self.last = self.stage == 0, self.stage == layout.pp - 1
+        self._stages = layout.pp
+        self._tensor, self._pipeline, self._timeout = tensor, pipeline, timeout
+        self._sent: deque[tuple[Any, Tensor]] = deque()
+
+    def sum(self, part: Tensor) -> Tensor:
+        """The sum of the shards' parts, the same to the bit at each of them. Overwrites `part`."""
+        if self._tensor is not None:
+            with self._told("add up", self._shards()):
+                self._tensor.allreduce([part]).wait(self._timeout)
+        return part
+
+    def gather(self, part: Tensor, widths: Sequence[int]) -> Tensor | None:
+        """The shards' parts [rows, widths[shard]] side by side, at shard 0; None elsewhere."""
+        if self._tensor is None:
+            return part
+        sent = F.pad(part, (0, max(widths) - part.shape[1])).contiguous()  # a group's parts are of one size
+        parts = [torch.empty_like(sent) for _ in widths] if self.shard == 0 else []
+        with self._told("gather", self._shards()):
+            self._tensor.gather([parts] if parts else [], [sent], GatherOptions()).wait(self._timeout)
+        return torch.cat([each[:, :width] for each, width in zip(parts, widths, strict=True)], 1) if parts else None
+
+    def send(self, x: Tensor) -> None:
+        """Send activations to the next stage. Waits only if as many as there are stages have not been taken."""
+        with self._told("send", [self.rank + self.tp]):
+            if len(self._sent) == self._stages:
+                self._sent.popleft()[0].wait(self._timeout)
+            self._sent.append((self._pipeline.send([x], self.stage + 1, ACTIVATIONS), x))
+
+    def receive(self, tokens: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        """The activations [tokens, hidden] of the stage before."""
+        x = torch.empty(tokens, hidden, dtype=dtype)
+        with self._told("receive", [self.rank - self.tp]):
+            self._pipeline.recv([x], self.stage - 1, ACTIVATIONS).wait(self._timeout)
+        return x
+
+    def close(self) -> None:
+        """End the connections; the other ranks notice in their next call, or in the one they wait in. Call it before the process ends:
+        gloo's threads would abort it."""
+        self._sent.clear()
+        self._tensor = self._pipeline = None
+
+    def _shards(self) -> list[int]:
+        return [self.stage * self.tp + shard for shard in range(self.tp) if shard != self.shard]
+
+    @contextmanager
+    def _told(self, what: str, others: list[int]) -> Iterator[None]:
+        """Errors of the group as one that says which ranks it is about."""
+        try:
+            yield
+        except RuntimeError as error:
+            ranks = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
+            raise Unavailable(f"Rank {self.rank} lost {ranks} of its worker ({what}): {error}") from error
+
+
+def connect(layout: Layout, rank: int, store: Store, make: MakeGroup, *, timeout_s: float) -> Parallel:
+    """Rank `rank` of a worker with this layout, connected to the others. All ranks call it with the same store, which only this worker
+    uses; returns when the ranks it talks to have done so. `Unavailable` names the rank that found nobody."""
+    stage, shard = divmod(rank, layout.tp)
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        tensor = make(PrefixStore(f"stage{stage}", store), shard, layout.tp, timeout) if layout.tp > 1 else None
+        pipeline = make(PrefixStore(f"shard{shard}", store), stage, layout.pp, timeout) if layout.pp > 1 else None
+    except RuntimeError as error:
+        raise Unavailable(f"Rank {rank} of {layout.ranks} could not connect to the others of its worker: {error}") from error
+    return Parallel(layout, rank, tensor=tensor, pipeline=pipeline, timeout=timeout)
+
+
+def gloo(host: str) -> MakeGroup:
+    """Groups over TCP, on ports that the kernel chooses, on the interface that has `host`. `RuntimeError` if none has."""
+    device = ProcessGroupGloo.create_device(hostname=host, lazy_init=False)
+
+    def make(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroupGloo:
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
+        options._devices, options._timeout, options._threads = [device], timeout, 1
+        return ProcessGroupGloo(store, rank, size, options)
+
+    return make
