@@ -24,6 +24,10 @@ class DType(StrEnum):
         return 4 if self is DType.FLOAT32 else 2
 
 
+CAST = frozenset({DType.FLOAT32, DType.BFLOAT16})
+"""Those that are cast into each other on the way. What float16 cannot hold would arrive as infinity."""
+
+
 class CacheKind(StrEnum):
     FULL = "full"
     WINDOW = "window"
@@ -117,17 +121,20 @@ class Layout:
         return RankLayout(rank, replace(self, groups=groups, tp=1, stages=()), first_heads)
 
     def difference(self, other: Layout) -> str | None:
-        """The first difference that no transport bridges yet, as a sentence that names it; None if there is none."""
+        """The first difference that is not bridged, as a sentence that names it; None if there is none."""
         if (difference := self.model_difference(other)) is not None:
             return difference
-        for name in ("groups", "block_size"):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if ours != theirs:
-                return _differs(name, ours, theirs)
+        for group, there in zip(self.groups, other.groups, strict=True):
+            if group.dtype is not there.dtype and not {group.dtype, there.dtype} <= CAST:
+                return _differs("groups.dtype", group.dtype, there.dtype)
+        # A window's first block may begin, where blocks are longer, with positions that the source no longer holds. This prompt does not
+        # need them, but a shorter one that finds the block by its prefix would.
+        if self.block_size != other.block_size and any(group.kind is CacheKind.WINDOW for group in self.groups):
+            return _differs("block_size", self.block_size, other.block_size)
         return None
 
     def model_difference(self, other: Layout) -> str | None:
-        """The first difference in what the KV is, however it is held; resharding bridges all others."""
+        """The first difference in what the KV is, however it is held; slices bridge all others."""
         if self.fingerprint != other.fingerprint:
             return _differs("fingerprint", self.fingerprint, other.fingerprint)
         ours, theirs = (tuple(replace(group, dtype=DType.FLOAT32) for group in layout.groups) for layout in (self, other))

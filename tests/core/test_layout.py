@@ -65,6 +65,17 @@ def test_workers_of_different_parallelism_may_exchange() -> None:
     assert LAYOUT.difference(replace(LAYOUT, tp=2, stages=(1, 2))) is None
 
 
+def test_bfloat16_and_float32_may_exchange() -> None:
+    other = replace(LAYOUT, groups=(replace(FULL, dtype=DType.FLOAT32), WINDOW))
+    assert LAYOUT.difference(other) is None
+    assert other.difference(LAYOUT) is None
+
+
+def test_block_sizes_may_differ_where_there_is_no_window() -> None:
+    full = replace(LAYOUT, groups=(FULL,), num_blocks=(10,))
+    assert full.difference(replace(full, block_size=32)) is None
+
+
 def test_what_resharding_bridges_is_no_difference_of_the_model() -> None:
     other = Layout("abc", tuple(replace(group, dtype=DType.FLOAT32) for group in (FULL, WINDOW)), 32, (1, 2), tp=4, stages=(1, 1, 1))
     assert LAYOUT.model_difference(other) is None

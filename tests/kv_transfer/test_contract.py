@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from diptych.core.errors import Cancelled, TransferFailed
-from diptych.core.layout import Layout
+from diptych.core.layout import CacheKind, DType, Layout
 from diptych.core.transfer import RefusedReason, Transport
 from kv_rig import (
     BLOCK,
@@ -94,6 +94,40 @@ def test_every_byte_arrives_on_every_rank_that_holds_it(transport: Transport, he
                 assert prefill.diary.of(name) == ["granted", "handed over", "released"]
                 assert decode.diary.of(name) == ["offered", "committed"]
                 assert prefill.bytes[name] == decode.bytes[name] == kv_bytes(tokens, BLOCK * cached, there)
+
+    asyncio.run(run())
+
+
+FULL = replace(LAYOUT, groups=(LAYOUT.groups[0], replace(LAYOUT.groups[1], kind=CacheKind.FULL, window=0)))
+
+
+@pytest.mark.parametrize(("size", "size_there", "tp", "tp_there"), [(16, 8, 1, 1), (8, 16, 1, 2), (16, 48, 2, 1), (12, 16, 2, 4)])
+def test_any_block_size_to_any(transport: Transport, size: int, size_there: int, tp: int, tp_there: int) -> None:
+    here, there = replace(FULL, block_size=size, tp=tp), replace(FULL, block_size=size_there, tp=tp_there)
+
+    async def run() -> None:
+        async with rig(transport, here=here, there=there) as (prefill, decode, address, _):
+            for tokens, cached in ((1, 0), (16, 0), (57, 1), (100, 2), (333, 0)):
+                name = f"{tokens} tokens"
+                decode.cached_blocks[name] = cached
+                await hand_over(prefill, decode, address, name, tokens)
+                assert decode.diary.of(name) == ["offered", "committed"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("tp", "tp_there"), [(1, 1), (2, 1), (1, 4)])
+def test_kv_is_cast_on_the_way(transport: Transport, tp: int, tp_there: int) -> None:
+    """One group from float32 to bfloat16, the other back; it crosses as the source has it."""
+    casts = {DType.FLOAT32: DType.BFLOAT16, DType.BFLOAT16: DType.FLOAT32}
+    here = replace(LAYOUT, tp=tp)
+    there = replace(LAYOUT, tp=tp_there, groups=tuple(replace(group, dtype=casts[group.dtype]) for group in LAYOUT.groups))
+
+    async def run() -> None:
+        async with rig(transport, here=here, there=there) as (prefill, decode, address, _):
+            for tokens in (1, 57, 100):
+                await hand_over(prefill, decode, address, f"t{tokens}", tokens)
+                assert decode.bytes[f"t{tokens}"] == kv_bytes(tokens, 0, replace(LAYOUT, tp=tp_there))
 
     asyncio.run(run())
 

@@ -19,9 +19,9 @@ from kv_world import GLOO, GROUPS, LAYOUT, World, hello
         (hello("P", 1, replace(LAYOUT, block_size=32)), RefusedReason.LAYOUT, "block_size differs"),
         (hello("P", 1, replace(LAYOUT, fingerprint="other")), RefusedReason.LAYOUT, "fingerprint differs"),
         (
-            hello("P", 1, replace(LAYOUT, groups=(replace(GROUPS[0], dtype=DType.BFLOAT16), GROUPS[1]))),
+            hello("P", 1, replace(LAYOUT, groups=(replace(GROUPS[0], dtype=DType.FLOAT16), GROUPS[1]))),
             RefusedReason.LAYOUT,
-            "groups differs",
+            "groups.dtype differs: float32 here, float16 there",
         ),
         (hello("P", 1, transports=GLOO), RefusedReason.TRANSPORT, "P may use gloo"),
         (replace(hello("P", 1), shm=()), RefusedReason.TRANSPORT, "no transport in common"),
@@ -37,6 +37,22 @@ def test_a_difference_is_named(theirs: Hello, reason: RefusedReason, words: str)
 
 def test_pools_of_different_sizes_may_exchange() -> None:
     assert refusal(hello("D", 2), hello("P", 1, replace(LAYOUT, num_blocks=(7, 9)))) is None
+
+
+def test_workers_of_different_kv_dtype_may_exchange() -> None:
+    assert refusal(hello("D", 2), hello("P", 1, replace(LAYOUT, groups=(replace(GROUPS[0], dtype=DType.BFLOAT16), GROUPS[1])))) is None
+
+
+def test_workers_of_different_block_size_may_exchange_what_has_no_window() -> None:
+    full = replace(LAYOUT, groups=GROUPS[:1], num_blocks=(40,))
+    assert refusal(hello("D", 2, full), hello("P", 1, replace(full, block_size=32))) is None
+
+
+def test_one_pool_of_two_ranks_is_no_shared_memory() -> None:
+    two = hello("P", 1, replace(LAYOUT, tp=2))
+    refused = refusal(hello("D", 2), replace(two, shm=two.shm[:1]))
+    assert refused is not None
+    assert refused.reason is RefusedReason.TRANSPORT
 
 
 def test_workers_of_different_parallelism_may_exchange() -> None:

@@ -52,7 +52,7 @@ def test_any_parallelism_to_any(tp: int, pp: int, there_tp: int, there_pp: int) 
 @pytest.mark.parametrize("transports", [SHM, GLOO], ids=["shm", "gloo"])
 @pytest.mark.parametrize(("size", "size_there"), [(4, 8), (8, 4), (4, 6), (6, 4), (2, 16)])
 def test_any_block_size_to_any(size: int, size_there: int, transports: tuple[Transport, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machines bridge it; the transports do not yet, so that the handshake refuses it."""
+    """The machines do, also where a window keeps the handshake from it."""
     monkeypatch.setattr(Layout, "difference", Layout.model_difference)
     world = World(transports, many(2, (2, 3), size), many(1, (1, 4), size_there))
     hand_over(world, "a/23", 1, random.Random(size))
