@@ -108,9 +108,11 @@ def _lacking(group: CacheGroup, tokens: int) -> int:
 
 
 class HttpFace:
-    """Asks over HTTP, streamed or whole."""
+    """Asks over HTTP, streamed or whole. `unheard`: requests left before anything of the answer came, perhaps before the router had
+    read them."""
 
     def __init__(self, address: str) -> None:
+        self.unheard = 0
         self._client = httpx.AsyncClient(base_url=f"http://{address}", timeout=httpx.Timeout(10.0, read=120.0))
 
     async def ask(self, job: Job, leave_after: int | None, *, stream: bool) -> Answer | None:
@@ -121,6 +123,7 @@ class HttpFace:
             async with asyncio.timeout(leave_after and leave_after * 0.05):
                 answer = await self._client.post("/v1/completions", json=body)
         except TimeoutError:
+            self.unheard += 1
             return None
         assert answer.status_code == 200, answer.text
         return _answer(answer.json()["choices"])
