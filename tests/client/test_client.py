@@ -208,11 +208,13 @@ def test_a_server_that_goes_away_is_unavailable(served: Served) -> None:
     with Client(served.address) as client:
         chunks = client.stream("a wait")
         next(chunks)
-        threading.Timer(0.1, served.stop).start()
+        stopping = threading.Timer(0.1, served.stop)
+        stopping.start()
         with pytest.raises(Unavailable):
             next(chunks)
         with pytest.raises(Unavailable):
             client.generate("a", timeout_s=3.0)
+        stopping.join()
 
 
 def test_one_client_serves_many_threads(served: Served) -> None:

@@ -33,6 +33,9 @@ from soak_harness import Answer, Cluster, GrpcFace, Holdings, HttpFace, Job, clu
 AT_ONCE = 24
 """Requests in the cluster: three times what its pools hold."""
 MiB = 1 << 20
+MOST_PASSED = 10 * (AT_ONCE + 2 * MAX_PASSES)
+"""Requests that may end while one is under way; who starves is passed without end. 224 were counted in a minute: a preempted one is recomputed.
+A count and no time, so that a machine with other work changes nothing."""
 MAY_GROW = {"anonymous": 6 * MiB, "rss": 6 * MiB, "descriptors": 6, "threads": 2}
 """From the first quarter of the time after warm-up to the last. Half an hour is some 40,000 requests: a router that kept 160 bytes of
 each would grow by 6 MiB; it keeps about 10, and its heap takes some 20,000 requests to find its size."""
@@ -42,7 +45,7 @@ SHAPES = {"2P2D": ("tiny_gemma3_dir", 2, 2), "3P1D": ("tiny_llama_dir", 3, 1)}
 
 @dataclass
 class Load:
-    """Asks and asks; keeps each job's answer, and how long each request took."""
+    """Asks and asks; keeps each job's answer, and how many others ended while each request was under way."""
 
     cluster: Cluster
     jobs: list[Job]
@@ -50,7 +53,7 @@ class Load:
     groups: Sequence[CacheGroup]
     answers: dict[int, Answer] = field(default_factory=dict)
     ended: Counter[str] = field(default_factory=Counter)
-    seconds: list[float] = field(default_factory=list)
+    passed: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.grpc, self.http = GrpcFace(self.cluster.grpc, self.groups), HttpFace(self.cluster.http)
@@ -65,7 +68,7 @@ class Load:
 
     async def one(self) -> None:
         """A request over one of the faces; one in four is left on the way. Answers must be the same every time, over either face."""
-        number, began = self.order.randrange(len(self.jobs)), time.monotonic()
+        number, before = self.order.randrange(len(self.jobs)), self.ended.total()
         job, leave_after = self.jobs[number], self.order.randint(1, 20) if self.order.random() < 1 / 4 else None
         match self.order.choice(["grpc", "stream", "whole"]):
             case "grpc":
@@ -73,7 +76,7 @@ class Load:
             case face:
                 answer = await self.http.ask(job, leave_after, stream=face == "stream")
         self.ended["whole" if answer else "left"] += 1
-        self.seconds.append(time.monotonic() - began)
+        self.passed.append(self.ended.total() - before)
         if answer is not None:
             assert answer == self.answers.setdefault(number, answer), f"job {number} had another answer before: {job}"
 
@@ -102,7 +105,6 @@ async def soak(started: list[Rank], directory: Path, seconds: float) -> None:
             await load.keep_up(AT_ONCE, seconds / 4)
             watch = asyncio.create_task(holdings.watch(max(0.5, seconds / 200)))
             began, before = time.monotonic(), sum(load.ended.values())
-            load.seconds.clear()
             await load.keep_up(AT_ONCE, seconds * 3 / 4)
             rate = (sum(load.ended.values()) - before) / (time.monotonic() - began)
             watch.cancel()
@@ -117,7 +119,7 @@ async def soak(started: list[Rank], directory: Path, seconds: float) -> None:
     told = {
         "ended": dict(load.ended),
         "rate": rate,
-        "slowest": max(load.seconds),
+        "most_passed": max(load.passed),
         "saved": load.grpc.saved_bytes,
         "sent": load.grpc.kv_bytes,
     }
@@ -125,10 +127,10 @@ async def soak(started: list[Rank], directory: Path, seconds: float) -> None:
     told["growth"] = {name: {what: holdings.growth(name, what) for what in MAY_GROW} for name in running.pids}
     told["curves"] = {name: [round(value / MiB, 2) for value in holdings.curve(name, "anonymous")] for name in running.pids}
     print(json.dumps(told, indent=1))
-    _judge(load, reports, holdings, rate, seconds)
+    _judge(load, reports, holdings, seconds)
 
 
-def _judge(load: Load, reports: dict[str, WorkerReport], holdings: Holdings, rate: float, seconds: float) -> None:
+def _judge(load: Load, reports: dict[str, WorkerReport], holdings: Holdings, seconds: float) -> None:
     assert min(load.ended["whole"], load.ended["left"]) > seconds / 3, load.ended
     assert len(load.grpc.pairs) == sum(name.startswith("p") for name in reports) * sum(name.startswith("d") for name in reports)
     assert 0 in load.answers, "the large one never had its turn"
@@ -139,8 +141,7 @@ def _judge(load: Load, reports: dict[str, WorkerReport], holdings: Holdings, rat
     assert load.grpc.saved_bytes > 0, "D has prefixes of its own, which are not sent"
     for name, report in reports.items():
         assert total({name: report}, "checks") > seconds, f"{name} did not check its books throughout"
-    longest = 5 * (AT_ONCE + 2 * MAX_PASSES) / rate
-    assert max(load.seconds) < longest, f"a request took {max(load.seconds):.1f} s where {rate:.1f} end in a second"
+    assert max(load.passed) < MOST_PASSED, f"{max(load.passed)} requests ended while one was under way"
     for name in holdings.pids:
         for what, limit in MAY_GROW.items():
             growth = holdings.growth(name, what)
