@@ -34,8 +34,8 @@ AT_ONCE = 24
 """Requests in the cluster: three times what its pools hold."""
 MiB = 1 << 20
 MOST_PASSED = 10 * (AT_ONCE + 2 * MAX_PASSES)
-"""Requests that may end while one is under way; who starves is passed without end. 224 were counted in a minute: a preempted one is recomputed.
-A count and no time, so that a machine with other work changes nothing."""
+"""Requests that may end while one is under way; who starves is passed without end. 224 were counted in a minute: a preempted one is
+recomputed. A count and no time, so that a machine with other work changes nothing."""
 MAY_GROW = {"anonymous": 6 * MiB, "rss": 6 * MiB, "descriptors": 6, "threads": 2}
 """From the first quarter of the time after warm-up to the last. Half an hour is some 40,000 requests: a router that kept 160 bytes of
 each would grow by 6 MiB; it keeps about 10, and its heap takes some 20,000 requests to find its size."""
