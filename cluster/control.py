@@ -33,9 +33,11 @@ async def listen(cluster_id: str, scale: Scale) -> asyncio.Server:
     """Answer until closed. A change that was begun goes on when whoever asked for it goes away."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if _user(writer.get_extra_info("socket")) == os.geteuid():
-            await _answer(reader, writer, scale)
-        writer.close()
+        try:
+            if _user(writer.get_extra_info("socket")) == os.geteuid():
+                await _answer(reader, writer, scale)
+        finally:  # else whoever asked would wait for ever
+            writer.close()
 
     return await asyncio.start_unix_server(answer, _name(cluster_id), limit=LINE_BYTES)
 
@@ -49,12 +51,19 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sc
     def say(event: str, **values: object) -> None:
         writer.write(json.dumps({"event": event, **values}).encode() + b"\n")
 
-    wanted = {Phase(phase): int(number) for phase, number in json.loads(await reader.readline()).items()}
     try:
+        wanted = _read(await reader.readline())
         await scale(wanted, lambda what: say("progress", what=what))
         say("done")
     except DiptychError as error:
         say("failed", message=error.message, field=error.field)
+
+
+def _read(line: bytes) -> dict[Phase, int]:
+    try:
+        return {Phase(phase): int(number) for phase, number in json.loads(line).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{line[:200]!r} is no number of workers by phase: {error}", field="workers") from None
 
 
 def ask(cluster_id: str, wanted: Mapping[Phase, int]) -> Iterator[str]:

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
-
-class Placing(StrEnum):
-    """`pack` fills a node before it takes another; `spread` takes the node with the fewest workers."""
-
-    PACK = "pack"
-    SPREAD = "spread"
+from ..core.config import Placing
 
 
 @dataclass(frozen=True, slots=True)

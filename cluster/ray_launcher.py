@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.config import Placing
 from ..core.errors import ConfigError, DiptychError, Unavailable
 from . import processes
 from .launch import Launch, PlainLauncher, PlainProcess, parse_line
-from .nodes import Placing
 from .post import Observer
 from .spec import LogLevel, RaySpec
 

@@ -13,8 +13,9 @@ import ray._private.state
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ..core.config import Placing
 from ..core.errors import ConfigError
-from .nodes import Node, Placing, choose, equal_part, free_run
+from .nodes import Node, choose, equal_part, free_run
 
 PLACEMENT_S = 60.0
 """How long a worker waits for a node with room: one may be on its way, or its old one not yet known to be dead."""

@@ -7,11 +7,10 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..core.config import LimitsSection
+from ..core.config import LimitsSection, Placing
 from ..core.errors import ConfigError
 from ..core.fleet import LocalPrefill, Phase
 from ..core.transfer import Transport
-from .nodes import Placing
 
 BLOCK_SIZE = 16
 """Tokens per block of every cache group."""

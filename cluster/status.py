@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import signal
 import time
 import urllib.request
 from contextlib import suppress
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from ..core.errors import ConfigError, DiptychError, Unavailable
@@ -24,7 +24,7 @@ DRAIN_S = 40.0
 KILL_S = 15.0
 
 METRICS_S = 5.0
-_MOVED = re.compile(r'^diptych_kv_transfer_bytes_total\{transport="(\w+)"\} (\S+)$', re.M)
+MOVED = "diptych_kv_transfer_bytes_total"
 
 _out = Console(highlight=False, soft_wrap=True)
 
@@ -87,7 +87,8 @@ def _moved(http: str) -> list[tuple[str, float]]:
             text = answer.read().decode()
     except OSError:
         return []
-    return [(transport, float(count)) for transport, count in _MOVED.findall(text)]
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return [(sample.labels["transport"], sample.value) for sample in samples if sample.name == MOVED]
 
 
 def _columns(report: WorkerReport | None, process: state.Started) -> tuple[str, str, str, str, str]:

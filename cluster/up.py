@@ -30,7 +30,6 @@ from .crew import Crew
 from .launch import Launch, Launcher, PlainLauncher, child_environment
 from .logs import log_to
 from .models import find_model, prepare_model, source_of
-from .nodes import Placing
 from .post import Observer, Post, Publisher
 from .posts import Programs, launch_router, rank_specs, route_spec
 from .publish import RouterConnection, drain_worker
@@ -129,7 +128,7 @@ class Up:
             address=self.config.ray.address,
             cores=len(self.cores),
             wanted=[(launch.threads, launch.memory) for launch in launches],
-            placing=Placing(self.config.ray.placement),
+            placing=self.config.ray.placement,
             log=launches[0].log.with_name("ray.log"),
             log_level=self.config.log.level,
             observer=observer,

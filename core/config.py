@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from enum import StrEnum
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -82,11 +83,18 @@ class RouterSection(_Section):
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What a client may use.")
 
 
+class Placing(StrEnum):
+    """`pack` fills a node before it takes another; `spread` takes the node with the fewest workers."""
+
+    PACK = "pack"
+    SPREAD = "spread"
+
+
 class RaySection(_Section):
     enabled: bool = Field(True, description="Place workers with Ray; false starts plain processes on this host.")
     address: str | None = Field(None, description="A running Ray cluster to join; by default a local one is started.")
-    placement: Literal["pack", "spread"] = Field(
-        "pack",
+    placement: Placing = Field(
+        Placing.PACK,
         description="On a joined cluster of several nodes: pack fills a node before it takes another (within a node KV moves through "
         "shared memory), spread takes the node with the fewest workers.",
     )

@@ -26,6 +26,7 @@ METRICS: tuple[Metric, ...] = (
         ("outcome",),
     ),
     Metric("diptych_requests_running", "gauge", "Requests accepted and not yet ended."),
+    Metric("diptych_requests_held_total", "counter", "Times a request had to wait because no worker could take it."),
     Metric("diptych_prompt_tokens_total", "counter", "Prompt tokens of accepted requests."),
     Metric("diptych_output_tokens_total", "counter", "Tokens sent to clients."),
     Metric("diptych_ttft_seconds", "histogram", "Time from acceptance to the first token."),

@@ -2,7 +2,7 @@
 
 A slice is layers times KV heads, over all the positions of a transfer: positions, and the blocks they lie in, are the same on all ranks of
 a worker, so the slices between two layouts are found once, when a lane opens. Where a slice's positions lie at either end, whatever
-the block sizes, is then for `geometry.runs` to say.
+the block sizes, is then for `geometry.runs_between` to say.
 
 Ranks that hold the same layers and heads are replicas. Each replica at the destination is filled by one replica of the source. To share
 its slice out among several would gain nothing, since its own link is the full one; so there are as few slices as there can be: one for

@@ -207,6 +207,7 @@ class Run:
             return self._machine.unplaceable(error)
         if self._held is None:
             log.info("request %s waits: %s", self.request_id, error.message)
+            self._recorder.inc("diptych_requests_held_total")
             self._held = wanted
             self._hold_over = asyncio.get_running_loop().call_later(self._hold_s, self._waited_in_vain, error)
         return []

@@ -8,12 +8,12 @@ import pytest
 from diptych.cluster.cores import Share, share_cores, share_for_newcomer
 from diptych.cluster.headcount import Change, change
 from diptych.cluster.memory import available_bytes
-from diptych.cluster.nodes import Node, Placing, choose, equal_part, fit, free_run
+from diptych.cluster.nodes import Node, choose, equal_part, fit, free_run
 from diptych.cluster.on_node import own_cores
 from diptych.cluster.posts import newcomer_specs, rank_specs, route_spec
 from diptych.cluster.restarts import RestartBudget
 from diptych.cluster.timeline import TimeLine
-from diptych.core.config import load_config
+from diptych.core.config import Placing, load_config
 from diptych.core.fleet import Phase
 from hypothesis import given
 from hypothesis import strategies as st

@@ -71,6 +71,7 @@ def test_a_request_waits_for_the_only_worker_of_a_phase(site, victim):
             await back(s, dead)
             assert (await asked.whole()).attempts == 2
             assert (await late.whole()).attempts == 1
+            assert s.recorder.values[("diptych_requests_held_total",)] == 2
 
     asyncio.run(check())
 
