@@ -33,8 +33,11 @@ class RankSpec(_Spec):
     advertise: str | None = Field(
         None, min_length=1, description="The host by which others reach it, if `listen` names all interfaces; gloo binds to its interface."
     )
-    threads: int = Field(1, ge=1, description="CPU threads of the engine.")
-    cpus: tuple[int, ...] | None = Field(None, min_length=1, description="Cores the process may run on; by default all it has.")
+    rank: int = Field(0, ge=0, description="Which of the worker's ranks: stage * tp + shard; 0 leads.")
+    tp: int = Field(1, ge=1, description="Shards of every pipeline stage.")
+    stages: tuple[int, ...] = Field((), description="Layers of each pipeline stage; () where one has them all.")
+    threads: int = Field(1, ge=1, description="CPU threads of this rank's engine.")
+    cpus: tuple[int, ...] | None = Field(None, min_length=1, description="Cores this rank may run on; by default all it has.")
     kv_tokens: int = Field(8192, ge=BLOCK_SIZE, description="Tokens the KV pool holds.")
     chunk_tokens: int = Field(512, ge=1, description="Prompt tokens computed per step.")
     max_running: int = Field(32, ge=1, description="Attempts in one batch.")
