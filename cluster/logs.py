@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s"
@@ -10,11 +12,17 @@ TIME = "%Y-%m-%dT%H:%M:%S"
 TAIL_BYTES = 1 << 16
 
 
-def log_to(path: Path | None, level: str) -> None:
-    """Send this process's log to `path`, to stderr if None (where the launcher has put a file)."""
-    handler: logging.Handler = logging.FileHandler(path) if path else logging.StreamHandler()
+@contextmanager
+def logging_to(path: Path, level: str) -> Iterator[None]:
+    """Send this process's log to `path`, and to it alone."""
+    handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter(FORMAT, TIME))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)  # one that is only closed would open the file again for the next line
+        handler.close()
 
 
 def last_lines(path: Path, count: int) -> list[str]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from .child import seconds_alive
 from .control import listen
 from .crew import Crew
 from .launch import Launch, Launcher, PlainLauncher, child_environment
-from .logs import log_to
+from .logs import logging_to
 from .models import find_model, prepare_model, source_of
 from .post import Observer, Post, Publisher
 from .posts import Programs, launch_router, rank_specs, route_spec
@@ -170,21 +170,21 @@ class Up:
             raise
         reaper = _start_reaper(record.state)
         failed = True
-        try:
-            logs.mkdir(parents=True, exist_ok=True)
-            for old in logs.glob("*.log"):
-                old.unlink()
-            log_to(logs / "supervisor.log", self.config.log.level)
-            yield record
-            failed = False
-        finally:
-            killed = processes.sweep(self.cluster_id, (scratch,), spare=reaper.pid)
-            _log.info("ended; %d processes had to be killed", killed)
-            logging.shutdown()
-            (home / state.FILE).unlink(missing_ok=True)
-            if not failed:
-                state.forget(self.config.name)
-            reaper.communicate(b"done\n", timeout=REAPER_S)
+        with ExitStack() as log:
+            try:
+                logs.mkdir(parents=True, exist_ok=True)
+                for old in logs.glob("*.log"):
+                    old.unlink()
+                log.enter_context(logging_to(logs / "supervisor.log", self.config.log.level))
+                yield record
+                failed = False
+            finally:
+                killed = processes.sweep(self.cluster_id, (scratch,), spare=reaper.pid)
+                _log.info("ended; %d processes had to be killed", killed)
+                (home / state.FILE).unlink(missing_ok=True)
+                if not failed:
+                    state.forget(self.config.name)
+                reaper.communicate(b"done\n", timeout=REAPER_S)
 
 
 @dataclass(slots=True)
