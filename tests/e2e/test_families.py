@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 from diptych.core.fleet import Phase
 from diptych.core.layout import DType
 from diptych.core.model import read_card
+from diptych.core.request import Request
 from diptych.engine.families import FAMILIES
 from diptych.engine.prepared import prepare
-from e2e_harness import Rank, attached, rank_spec, ranks, request
+from e2e_harness import Rank, Workers, attached, rank_spec, ranks, request
 
 COMMON = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 512}
 COMMON |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
@@ -87,7 +89,18 @@ async def _check(pair: list[Rank], prompts: list[list[int]], wanted: list[tuple[
         assert all(answer.handed_over is not None for answer in apart)
         assert again[-1].first is not None
         assert again[-1].first.cached_tokens == (len(prompts[-1]) - 1) // 16 * 16
+        await _check_choices(workers, request(prompts[-1], max_tokens=COUNT, n=3, temperature=1.0, seed=5))
         await workers.idle()
+
+
+async def _check_choices(workers: Workers, asked: Request) -> None:
+    """Each is what it would be alone, apart and locally."""
+    choices = frozenset(range(asked.sampling.n))
+    alone = {choice: await workers.disaggregated(replace(asked, finished=choices - {choice})) for choice in choices}
+    wanted = {choice: answer.choices[choice].tokens for choice, answer in alone.items()}
+    assert len(set(wanted.values())) == len(choices), "choices draw their own noise"
+    for together in (await workers.disaggregated(asked), await workers.local(asked)):
+        assert {choice: written.tokens for choice, written in together.choices.items()} == wanted
 
 
 @contextmanager

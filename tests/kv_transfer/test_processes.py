@@ -47,7 +47,7 @@ class Peer:
             if line["what"] == what and line.get("id") == transfer_id:
                 return line
         assert self.process.stdout is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):  # a busy machine starts a process that imports torch in 30 s
             while True:
                 line = json.loads(await self.process.stdout.readline())
                 self.lines.append(line)
