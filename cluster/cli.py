@@ -74,6 +74,10 @@ def up(
     dtype: Annotated[Dtype | None, typer.Option(help="Type of weights and KV cache. Default: bfloat16.")] = None,
     prefill: Annotated[int | None, typer.Option(metavar="N", help="Prefill workers. Default: 1.")] = None,
     decode: Annotated[int | None, typer.Option(metavar="N", help="Decode workers. Default: 1.")] = None,
+    prefill_tp: Annotated[int | None, typer.Option(metavar="N", help="Ranks that share each layer of a prefill worker.")] = None,
+    prefill_pp: Annotated[int | None, typer.Option(metavar="N", help="Stages that share out its layers.")] = None,
+    decode_tp: Annotated[int | None, typer.Option(metavar="N", help="Ranks that share each layer of a decode worker.")] = None,
+    decode_pp: Annotated[int | None, typer.Option(metavar="N", help="Stages that share out its layers.")] = None,
     colocated: Annotated[int | None, typer.Option(metavar="N", help="In place of both: workers that read and write.")] = None,
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
@@ -91,6 +95,7 @@ def up(
 
     [bold]diptych up[/]                              the demo model, one prefill and one decode worker
     [bold]diptych up -m ./gemma-3-270m --decode 2[/]  a model of your own
+    [bold]diptych up --prefill-tp 2 --decode-pp 2[/]  workers of two ranks each, shared out differently
     [bold]diptych up -f cluster.yaml -v[/]            from a file (see `diptych config schema`)
     """
     from .up import Up, probe
@@ -101,6 +106,10 @@ def up(
         "model.dtype": dtype.value if dtype else None,
         "prefill.workers": prefill,
         "decode.workers": decode,
+        "prefill.tp": prefill_tp,
+        "prefill.pp": prefill_pp,
+        "decode.tp": decode_tp,
+        "decode.pp": decode_pp,
         "router.http_port": http_port,
         "router.grpc_port": grpc_port,
         "router.host": host,
@@ -162,8 +171,8 @@ def status(
 
 @app.command()
 def scale(
-    prefill: Annotated[int | None, typer.Option(metavar="N", help="Prefill workers. Default: as many as there are.")] = None,
-    decode: Annotated[int | None, typer.Option(metavar="N", help="Decode workers. Default: as many as there are.")] = None,
+    prefill: Annotated[str | None, typer.Option(metavar="N", help="Prefill workers. Default: as many as there are.")] = None,
+    decode: Annotated[str | None, typer.Option(metavar="N", help="Decode workers. Default: as many as there are.")] = None,
     name: Name = "default",
 ) -> None:
     """Have a running cluster take in workers, or let some go, while it serves.
@@ -172,16 +181,27 @@ def scale(
     after a minute goes on elsewhere.
 
     [bold]diptych scale --prefill 2 --decode 3[/]
+    [bold]diptych scale --decode 1,2[/]              with two decode.groups in the config file, so many of each
     """
     from ..core.fleet import Phase
     from .control import ask
     from .state import running
 
-    wanted = {phase: number for phase, number in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)) if number is not None}
+    wanted = {phase: _numbers(phase, text) for phase, text in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)) if text is not None}
     if not wanted:
         raise ConfigError("Say how many workers there shall be: --prefill N, --decode N, or both.", field="decode.workers")
     for what in ask(running(name).id, wanted):
         typer.echo(what)
+
+
+def _numbers(phase: str, text: str) -> tuple[int, ...]:
+    """N, or N,N,… for several groups."""
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise ConfigError(
+            f"--{phase} {text}: is no number of workers, as in 3 (or 1,2 for two groups).", field=f"{phase}.workers"
+        ) from None
 
 
 @app.command()

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ..core.config import ClusterConfig
+from ..core.config import ClusterConfig, section_in
 
 INTRO = """# The config file
 
@@ -38,26 +38,27 @@ def reference() -> str:
 
 def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
     """A table of the section's own keys, then the sections in it."""
-    inner: list[tuple[str, FieldInfo]] = []
+    inner: list[tuple[str, FieldInfo, type[BaseModel]]] = []
     rows = []
     for key, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            inner.append((key, field))
+        if section := section_in(field.annotation):
+            inner.append((key, field, section))
         else:
             rows.append(f"| `{path}{key}` | {_kind(field)} | {_default(field.default)} | {field.description} |")
     if rows:
         yield from ("", "| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows)
-    for key, field in inner:
-        section = field.annotation
-        assert isinstance(section, type)
-        yield f"\n## `{path}{key}`\n\n{field.description}"
-        yield from _section(f"{path}{key}.", section)
+    for key, field, section in inner:
+        name = f"{path}{key}[]" if get_origin(field.annotation) is tuple else f"{path}{key}"
+        yield f"\n## `{name}`\n\n{field.description}"
+        yield from _section(f"{name}.", section)
 
 
 def _kind(field: FieldInfo) -> str:
     """The type in words, with its range."""
     if get_origin(field.annotation) is tuple:
-        return f"list of {_word(get_args(field.annotation)[0])}"
+        entry = get_args(field.annotation)[0]
+        word = _word(get_args(entry)[0] if get_origin(entry) is Annotated else entry)
+        return f"list of {word}" if "`" in word else f"list of {word}s"
     choices = [_word(kind) for kind in get_args(field.annotation) if kind is not NoneType and get_origin(field.annotation) is not Literal]
     words = " or ".join(choices) or _word(field.annotation)
     bounds = [f"{sign} {getattr(rule, name)}" for rule in field.metadata for name, sign in _SIGNS if hasattr(rule, name)]

@@ -1,8 +1,8 @@
 """The supervisor's ear: `diptych scale` asks a running cluster for another number of workers.
 
-One line of JSON goes in, `{"decode": 3}`; lines come back, `{"event": "progress", "what": …}` and last `done`, or `failed` (message,
-field). The socket has no file that could be left behind: its name is made of the cluster's id, in this host's network namespace, and who
-asks must be the user whose cluster it is.
+One line of JSON goes in, `{"decode": [3]}`, with a number for each of the phase's groups; lines come back, `{"event": "progress",
+"what": …}` and last `done`, or `failed` (message, field). The socket has no file that could be left behind: its name is made of the
+cluster's id, in this host's network namespace, and who asks must be the user whose cluster it is.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from ..core.fleet import Phase
 
 LINE_BYTES = 4096
 
+Numbers = Mapping[Phase, tuple[int, ...]]
+"""How many workers there shall be in each group of a phase, by the config's order; a phase without groups is one."""
 Tell = Callable[[str], None]
 """Shows one line to whoever asked for a change."""
-Scale = Callable[[Mapping[Phase, int], Tell], Awaitable[None]]
+Scale = Callable[[Numbers, Tell], Awaitable[None]]
 
 
 def _name(cluster_id: str) -> str:
@@ -59,20 +61,20 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sc
         say("failed", message=error.message, field=error.field)
 
 
-def _read(line: bytes) -> dict[Phase, int]:
+def _read(line: bytes) -> dict[Phase, tuple[int, ...]]:
     try:
-        return {Phase(phase): int(number) for phase, number in json.loads(line).items()}
+        return {Phase(phase): tuple(map(int, numbers)) for phase, numbers in json.loads(line).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{line[:200]!r} is no number of workers by phase: {error}", field="workers") from None
+        raise ConfigError(f"{line[:200]!r} are no numbers of workers by phase: {error}", field="workers") from None
 
 
-def ask(cluster_id: str, wanted: Mapping[Phase, int]) -> Iterator[str]:
+def ask(cluster_id: str, wanted: Numbers) -> Iterator[str]:
     """Ask the supervisor of that cluster on this host for so many workers; what it does, line by line, until that is done.
 
     Raises `ConfigError` for a number that cannot be, `Unavailable` if a worker cannot join or the cluster ends.
     """
     with _connected(cluster_id) as connection, connection.makefile("rw") as lines:
-        lines.write(json.dumps({phase.value: number for phase, number in wanted.items()}) + "\n")
+        lines.write(json.dumps({phase.value: numbers for phase, numbers in wanted.items()}) + "\n")
         lines.flush()
         for event in map(json.loads, lines):
             match event["event"]:

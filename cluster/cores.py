@@ -1,4 +1,4 @@
-"""Which worker computes on which cores. Pure."""
+"""Which rank computes on which cores. Pure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """`threads` of one worker, and the cores it may use (None: any)."""
+    """`threads` of one rank, and the cores it may use (None: any)."""
 
     threads: int
     cpus: tuple[int, ...] | None
 
 
 def share_cores(cores: Sequence[int], wanted: Sequence[int | None]) -> list[Share]:
-    """One share per worker of this host. `wanted[i]`: threads asked for, None for an equal part of what the others leave.
+    """One share per rank on this host. `wanted[i]`: threads asked for, None for an equal part of what the others leave.
 
-    Workers get cores of their own while there are enough for all; then a prefill never takes time from a decode. If there are
+    Ranks get cores of their own while there are enough for all; then a prefill never takes time from a decode. If there are
     not, all may use all cores.
     """
     open_posts = sum(1 for threads in wanted if threads is None)
@@ -34,13 +34,12 @@ def share_cores(cores: Sequence[int], wanted: Sequence[int | None]) -> list[Shar
     return [Share(number, tuple(cores[start : start + number])) for start, number in zip(starts, threads, strict=True)]
 
 
-def share_for_newcomer(cores: Sequence[int], others: Sequence[Share], wanted: int | None) -> Share:
-    """The share of one worker more, beside `others` that keep theirs. Without `wanted`: the cores nobody has, or one thread.
+def shares_for_newcomer(cores: Sequence[int], others: Sequence[Share], wanted: Sequence[int | None]) -> list[Share]:
+    """The shares of the ranks of one worker more, beside `others` that keep theirs: of the cores nobody has, as `share_cores`.
 
-    It gets cores of its own if so many are left, and nobody roams over all of them.
+    They get cores of their own if so many are left, and nobody roams over all of them.
     """
     taken = {cpu for share in others for cpu in share.cpus or ()}
-    free = [cpu for cpu in cores if cpu not in taken]
-    threads = wanted or max(1, len(free))
+    shares = share_cores([cpu for cpu in cores if cpu not in taken], wanted)
     roaming = any(share.cpus is None for share in others)
-    return Share(threads, None if roaming or len(free) < threads else tuple(free[:threads]))
+    return [Share(share.threads, None) for share in shares] if roaming else shares

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.config import ClusterConfig, load_config
-from ..core.errors import Unavailable
+from ..core.config import ClusterConfig, WorkerGroup, load_config
+from ..core.errors import ConfigError, Unavailable
 from ..core.fleet import Phase
 from ..core.model import ModelCard
 from . import preflight
-from .control import Tell
-from .headcount import change
+from .control import Numbers, Tell
+from .headcount import changes
 from .launch import Launch, Launcher
 from .post import Post
-from .posts import Programs, launch_rank, launch_rank_on_a_node, newcomer_specs, worker_number
+from .posts import Name, Programs, launch_on_nodes, launch_worker, newcomers, worker_number
 from .restarts import RestartBudget
-from .spec import RankSpec
+from .spec import Worker
 from .supervisor import Supervisor
 
 
@@ -36,15 +36,15 @@ class Crew:
     budget: Callable[[], RestartBudget] = RestartBudget
     _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def posts(self, specs: Sequence[RankSpec], launcher: Launcher) -> list[Post]:
-        return [Post(self.launch(spec), launcher, spec, self.budget()) for spec in specs]
+    def posts(self, workers: Sequence[Worker], launcher: Launcher) -> list[Post]:
+        return [Post(self.launch(worker), launcher, worker, self.budget()) for worker in workers]
 
-    def launch(self, spec: RankSpec) -> Launch:
+    def launch(self, worker: Worker) -> Launch:
         if self.config.ray.joined:
-            return launch_rank_on_a_node(spec, self.config, self.card, self.source, self.logs)
-        return launch_rank(spec, self.programs, self.logs)
+            return launch_on_nodes(worker, self.config, self.card, self.source, self.logs)
+        return launch_worker(worker, self.programs, self.logs)
 
-    async def scale(self, supervisor: Supervisor, launcher: Launcher, wanted: Mapping[Phase, int], tell: Tell) -> None:
+    async def scale(self, supervisor: Supervisor, launcher: Launcher, wanted: Numbers, tell: Tell) -> None:
         """Have so many workers of each phase named in `wanted`: the new ones join first, then the others leave.
 
         Raises `DiptychError` if a number is not possible or a worker cannot join; those that could stay, and none leaves.
@@ -53,22 +53,24 @@ class Crew:
             raise Unavailable("The cluster is still starting.")
         async with self._changing:
             self.config = _changed(self.config, wanted)
-            present = {phase: {worker_number(post.name): post for post in supervisor.workers if post.phase is phase} for phase in wanted}
-            kept = {phase: [number for number, post in posts.items() if not post.given_up] for phase, posts in present.items()}
-            changes = {phase: change(kept[phase], number) for phase, number in wanted.items()}
-            gone = [post for posts in present.values() for post in posts.values() if post.given_up]
+            gone = [post for post in supervisor.workers if post.given_up and post.phase in wanted]
             await asyncio.gather(*(supervisor.leave(post) for post in gone))
-            names = [(phase, number) for phase in changes for number in changes[phase].join]
+            names: list[Name] = []
+            leaving: list[Post] = []
+            for phase, numbers in wanted.items():
+                present = _present(supervisor, phase, len(numbers))
+                for group, found in enumerate(changes(present, numbers)):
+                    names += [(phase, group, number) for number in found.join]
+                    leaving += [present[group][number] for number in found.leave]
             await self._join(supervisor, self.posts(self._newcomers(supervisor, names), launcher), tell)
-            leaving = [present[phase][number] for phase in changes for number in changes[phase].leave]
             await asyncio.gather(*(self._leave(supervisor, post, tell) for post in leaving))
 
-    def _newcomers(self, supervisor: Supervisor, names: Sequence[tuple[Phase, int]]) -> list[RankSpec]:
-        present = [post.spec for post in supervisor.workers if post.spec]
-        specs = newcomer_specs(self.config, self.model_dir, self.cores, present, names)
-        if specs:
-            preflight.check_memory(self.config, self.card, specs)
-        return specs
+    def _newcomers(self, supervisor: Supervisor, names: Sequence[Name]) -> list[Worker]:
+        present = [post.worker for post in supervisor.workers if post.worker]
+        workers = newcomers(self.config, self.card, self.model_dir, self.cores, present, names)
+        if workers:
+            preflight.check_memory(self.config, self.card, workers)
+        return workers
 
     async def _join(self, supervisor: Supervisor, posts: Sequence[Post], tell: Tell) -> None:
         outcomes = await asyncio.gather(*(self._welcome(supervisor, post, tell) for post in posts), return_exceptions=True)
@@ -87,9 +89,36 @@ class Crew:
         tell(f"{post.name} has left")
 
 
-def _changed(config: ClusterConfig, wanted: Mapping[Phase, int]) -> ClusterConfig:
+def _present(supervisor: Supervisor, phase: Phase, groups: int) -> list[dict[int, Post]]:
+    """The workers of each group of a phase, by number."""
+    present: list[dict[int, Post]] = [{} for _ in range(groups)]
+    for post in supervisor.workers:
+        if post.worker and post.phase is phase:
+            present[post.worker.group][worker_number(post.name)] = post
+    return present
+
+
+def _changed(config: ClusterConfig, wanted: Numbers) -> ClusterConfig:
     """The config with these numbers of workers; `ConfigError` if no cluster could be started with them."""
-    values = config.model_dump(mode="json")
-    for phase, number in wanted.items():
-        values[phase.value]["workers"] = number
+    values = config.model_dump(mode="json", exclude_unset=True)
+    for phase, numbers in wanted.items():
+        groups = config.section(phase).all_groups
+        if len(numbers) != len(groups):
+            raise _not_one_each(phase, groups)
+        section = values.setdefault(phase.value, {})
+        for group, number in zip(section.get("groups") or [section], numbers, strict=True):
+            group["workers"] = number
     return load_config(values)
+
+
+def _not_one_each(phase: Phase, groups: Sequence[WorkerGroup]) -> ConfigError:
+    if len(groups) == 1:
+        return ConfigError(
+            f"{phase.value} workers are of one group: give one number, as in --{phase.value} 2.", field=f"{phase.value}.workers"
+        )
+    key, example = f"{phase.value}.groups", ",".join(str(group.workers) for group in groups)
+    spread = "; ".join(map(str, groups))
+    return ConfigError(
+        f"{key}: {phase.value} workers are of {len(groups)} groups ({spread}): give a number for each, as in --{phase.value} {example}.",
+        field=key,
+    )

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Numbers of the workers of one phase that come and go (`decode-3` has number 3)."""
+    """Numbers of the workers of one group that come and go (`decode-3` has number 3)."""
 
     join: tuple[int, ...]
     leave: tuple[int, ...]
 
 
-def change(present: Collection[int], wanted: int) -> Change:
-    """From the workers `present` to `wanted` of them: the lowest free numbers join, the highest leave."""
-    free = (number for number in range(len(present) + wanted) if number not in present)
-    join = tuple(number for _, number in zip(range(wanted - len(present)), free, strict=False))
-    return Change(join, tuple(sorted(present)[wanted:][::-1]))
+def changes(present: Sequence[Collection[int]], wanted: Sequence[int]) -> list[Change]:
+    """From the workers `present` in each group of one phase to `wanted` of them: the lowest free numbers join, the highest leave."""
+    taken = {number for group in present for number in group}
+    found = []
+    for group, size in zip(present, wanted, strict=True):
+        free = (number for number in count() if number not in taken)
+        join = tuple(islice(free, max(0, size - len(group))))
+        taken.update(join)
+        found.append(Change(join, tuple(sorted(group)[size:][::-1])))
+    return found

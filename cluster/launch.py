@@ -23,13 +23,20 @@ LINE_BYTES = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A process to start. `argv` is the whole command; `log` receives its stderr. What it needs of a node of a Ray cluster: `threads`
-    CPUs (None: what there is), `memory` bytes."""
+    CPUs (None: what there is), `memory` bytes. A worker of many ranks is its leader, rank 0, with the others as `followers`."""
 
     name: str
     argv: tuple[str, ...]
     log: Path
     threads: int | None = None
     memory: int = 0
+    rank: int = 0
+    followers: tuple[Launch, ...] = ()
+
+    @property
+    def ranks(self) -> tuple[Launch, ...]:
+        """All processes of a worker, by rank."""
+        return (self, *self.followers)
 
 
 class Running(Protocol):
@@ -54,7 +61,9 @@ class Running(Protocol):
 
 
 class Launcher(Protocol):
-    async def start(self, launch: Launch) -> Running: ...
+    async def start(self, launch: Launch, leader: Running | None = None) -> Running:
+        """Start this one process (`together.start` does all of a worker); for a follower `leader` is what was started for its rank 0."""
+        ...
 
     async def close(self) -> None:
         """End what the launcher itself has started; everything launched has ended before."""
@@ -125,7 +134,7 @@ class PlainLauncher:
     """Where they run: the scratch directory, never the caller's."""
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
-    async def start(self, launch: Launch) -> PlainProcess:
+    async def start(self, launch: Launch, leader: Running | None = None) -> PlainProcess:
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         with launch.log.open("ab") as log:
             process = await asyncio.create_subprocess_exec(

@@ -1,4 +1,4 @@
-"""Which node of a Ray cluster a worker goes to, and with how many threads. Pure."""
+"""Which nodes of a Ray cluster the ranks of a worker go to, and with how many threads. Pure."""
 
 from __future__ import annotations
 
@@ -7,48 +7,75 @@ from dataclasses import dataclass, replace
 
 from ..core.config import Placing
 
+Need = tuple[int, int]
+"""What a rank takes of a node: threads, and memory in bytes."""
+
+Asked = tuple[int | None, int]
+"""The same before it is known: None asks for an equal part of what there is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node as it can be used now. `cpus`, `memory` (bytes): what is free. `workers`: ours there."""
+    """A node as it can be used now. `cpus`, `memory` (bytes): what is free. `ranks`: ours there."""
 
     node_id: str
     address: str
     cpus: float
     memory: float
-    workers: int = 0
+    ranks: int = 0
 
-    def fits(self, threads: int, memory: int) -> bool:
+    def fits(self, need: Need) -> bool:
+        threads, memory = need
         return self.cpus >= threads and self.memory >= memory
 
-    def with_one_more(self, threads: int, memory: int) -> Node:
-        return replace(self, cpus=self.cpus - threads, memory=self.memory - memory, workers=self.workers + 1)
+    def after(self, need: Need) -> Node:
+        """What it is when one more rank has taken this."""
+        threads, memory = need
+        return replace(self, cpus=self.cpus - threads, memory=self.memory - memory, ranks=self.ranks + 1)
+
+    def room_for(self, needs: Sequence[Need]) -> int:
+        """How many of these ranks fit together, from the first on."""
+        left = self
+        for count, need in enumerate(needs):
+            if not left.fits(need):
+                return count
+            left = left.after(need)
+        return len(needs)
 
 
-def choose(nodes: Sequence[Node], threads: int, memory: int, placing: Placing) -> Node | None:
-    """The node for a worker that needs so much, None if it fits nowhere. Of nodes equally used, the one with most free CPUs."""
-    fitting = [node for node in nodes if node.fits(threads, memory)]
+def choose(nodes: Sequence[Node], ranks: Sequence[Need], placing: Placing) -> list[Node] | None:
+    """A node for each rank of one worker; None if they do not fit.
+
+    One node for all, if there is, for they speak with each other at every step; else as few as can be, the roomiest first. Among nodes with
+    room for equally many `placing` decides, then who has most free CPUs.
+    """
+    left, chosen = list(nodes), list[Node]()
     sign = -1 if placing is Placing.PACK else 1
-    return min(fitting, key=lambda node: (sign * node.workers, -node.cpus, node.address, node.node_id), default=None)
+    while (waiting := ranks[len(chosen) :]) and left:
+        best = min(left, key=lambda node: (-node.room_for(waiting), sign * node.ranks, -node.cpus, node.address, node.node_id))
+        chosen += [best] * best.room_for(waiting)
+        left.remove(best)
+    return None if waiting else chosen
 
 
-def fit(nodes: Sequence[Node], wanted: Sequence[tuple[int, int]], placing: Placing) -> list[Node] | None:
-    """A node for each of `wanted` (threads, memory), in this order; None if they do not all fit."""
+def fit(nodes: Sequence[Node], workers: Sequence[Sequence[Need]], placing: Placing) -> list[list[Node]] | None:
+    """Nodes for the ranks of each worker, in this order; None if they do not all fit."""
     left = {node.node_id: node for node in nodes}
-    chosen = []
-    for threads, memory in wanted:
-        node = choose(list(left.values()), threads, memory, placing)
-        if node is None:
+    places = []
+    for ranks in workers:
+        chosen = choose(list(left.values()), ranks, placing)
+        if chosen is None:
             return None
-        chosen.append(node)
-        left[node.node_id] = node.with_one_more(threads, memory)
-    return chosen
+        places.append(chosen)
+        for node, need in zip(chosen, ranks, strict=True):
+            left[node.node_id] = left[node.node_id].after(need)
+    return places
 
 
-def equal_part(nodes: Sequence[Node], wanted: Sequence[tuple[int | None, int]], placing: Placing) -> int:
-    """Threads for each of `wanted` (threads, memory) that names none: the most with which all fit, at least 1."""
+def equal_part(nodes: Sequence[Node], workers: Sequence[Sequence[Asked]], placing: Placing) -> int:
+    """Threads for each rank of `workers` (threads, memory) that names none: the most with which all fit, at least 1."""
     for threads in range(int(max((node.cpus for node in nodes), default=1)), 1, -1):
-        if fit(nodes, [(threads if asked is None else asked, memory) for asked, memory in wanted], placing):
+        if fit(nodes, [[(threads if asked is None else asked, memory) for asked, memory in ranks] for ranks in workers], placing):
             return threads
     return 1
 

@@ -1,7 +1,7 @@
 """A rank on a node that is perhaps not the supervisor's host: it sees to the model there, and becomes the rank.
 
     python -m diptych.cluster.on_node --spec '<RankSpec as JSON>' --source SOURCE --dtype DTYPE --fingerprint FINGERPRINT
-        --host ADDRESS --threads N [--cores FIRST:COUNT] [--leash]
+        --host ADDRESS --threads N [--cores FIRST:COUNT] [--leader HOST:PORT] [--leash]
 
 The prepared model is the spec's directory if the node has it (the supervisor's own host, or a shared disk); else `source` is found or
 prepared on the node, once for all its ranks, and must be the same model. Then the rank's own command takes the place of this process:
@@ -22,7 +22,7 @@ from ..core.layout import DType
 from ..core.model import CARD, read_card
 from ..rpc.channels import join_address
 from .child import FAILED, hold_leash, log_to_stderr, progress, say
-from .spec import RankSpec, read_spec
+from .spec import RankSpec, rank_name, read_spec
 
 
 def main() -> int:
@@ -33,7 +33,8 @@ def main() -> int:
     parser.add_argument("--fingerprint", required=True, help="of the model the others serve")
     parser.add_argument("--host", required=True, help="the node's address, to listen on")
     parser.add_argument("--threads", required=True, type=int)
-    parser.add_argument("--cores", metavar="FIRST:COUNT", help="which of the node's cores are the worker's own, in order; by default all")
+    parser.add_argument("--cores", metavar="FIRST:COUNT", help="which of the node's cores are the rank's own, in order; by default all")
+    parser.add_argument("--leader", metavar="HOST:PORT", help="where the worker's rank 0 awaits this one")
     parser.add_argument("--leash", action="store_true", help="end with the process that started this one")
     arguments = parser.parse_args()
     if arguments.leash:
@@ -41,7 +42,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # half a model is removed on the way out
     try:
         spec = read_spec(RankSpec, arguments.spec)
-        log_to_stderr(spec.log_level, spec.worker_id)
+        log_to_stderr(spec.log_level, rank_name(spec))
         _become(
             spec.model_copy(
                 update={
@@ -53,6 +54,7 @@ def main() -> int:
                     "cpus": own_cores(sorted(os.sched_getaffinity(0)), arguments.cores),
                 }
             ),
+            ["--leader", arguments.leader] if arguments.leader else [],
             leash=arguments.leash,
         )
     except DiptychError as error:
@@ -96,9 +98,9 @@ def own_cores(cores: list[int], places: str | None) -> tuple[int, ...] | None:
     return tuple(cores[first : first + count]) if first + count <= len(cores) else None
 
 
-def _become(spec: RankSpec, *, leash: bool) -> NoReturn:
+def _become(spec: RankSpec, options: list[str], *, leash: bool) -> NoReturn:
     sys.stdout.flush()
-    command = [sys.executable, "-m", "diptych.cluster.rank", "--spec", spec.model_dump_json()]
+    command = [sys.executable, "-m", "diptych.cluster.rank", "--spec", spec.model_dump_json(), *options]
     os.execv(sys.executable, [*command, "--leash"] if leash else command)
 
 

@@ -14,7 +14,7 @@ from ..core.layout import Layout
 from .launch import Launch, Launcher, Running
 from .logs import last_lines
 from .restarts import RestartBudget
-from .spec import RankSpec
+from .spec import Worker
 
 _LAYOUT = TypeAdapter(Layout)
 
@@ -22,7 +22,7 @@ _LAYOUT = TypeAdapter(Layout)
 class Observer(Protocol):
     """Who watches the cluster start and live: the terminal, the time line, the state file."""
 
-    def started(self, name: str, pid: int | None) -> None: ...
+    def started(self, name: str, pid: int | None, rank: int = 0) -> None: ...
 
     def progress(self, name: str, what: str) -> None: ...
 
@@ -51,11 +51,11 @@ class Publisher(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Post:
-    """`spec` None: the router's."""
+    """`worker` None: the router's."""
 
     launch: Launch
     launcher: Launcher
-    spec: RankSpec | None
+    worker: Worker | None
     budget: RestartBudget = field(default_factory=RestartBudget)
     running: Running | None = None
     ready: dict[str, Any] | None = None
@@ -76,17 +76,17 @@ class Post:
 
     @property
     def phase(self) -> Phase | None:
-        return self.spec.phase if self.spec else None
+        return self.worker.phase if self.worker else None
 
     @property
     def member(self) -> Member | None:
         """The worker as routers know it; None while there is none."""
-        if self.ready is None or self.spec is None:
+        if self.ready is None or self.worker is None:
             return None
         return Member(
             worker_id=self.name,
             address=self.ready["address"],
-            phase=self.spec.phase,
+            phase=self.worker.phase,
             incarnation=int(self.ready["incarnation"]),
             layout=_LAYOUT.validate_python(self.ready["layout"]),
             capacity_tokens=int(self.ready["capacity_tokens"]),
@@ -97,15 +97,18 @@ class Post:
         if self.running is not None:
             (self.running.kill if kill else self.running.terminate)()
 
-    def failure(self, message: str, key: str | None) -> DiptychError:
+    def failure(self, message: str, key: str | None, rank: int = 0) -> DiptychError:
         """What a process says of its own failure, with the config key its spec's key came from."""
         if key is None:
-            return Unavailable(f"{self.name} could not start: {message}\nIts log: {self.launch.log}")
+            launch = self.launch.ranks[rank]
+            return Unavailable(f"{launch.name} could not start: {message}\nIts log: {launch.log}")
         if "." not in key:
-            key = f"{self.phase.value if self.phase else 'router'}.{key}"
+            key = f"{self.worker.section if self.worker else 'router'}.{key}"
         return ConfigError(f"{key}: {message}", field=key)
 
-    def epitaph(self, status: int | None) -> str:
+    def epitaph(self, status: int | None, rank: int = 0) -> str:
+        """How the process (`rank`: of several) ended, and what it said last."""
+        launch = self.launch.ranks[rank]
         how = "ended" if status is None else f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-        lines = "".join(f"\n    {line}" for line in last_lines(self.launch.log, 8))
-        return f"{self.name} {how}. Its log: {self.launch.log}" + (f", which ends with:{lines}" if lines else "")
+        lines = "".join(f"\n    {line}" for line in last_lines(launch.log, 8))
+        return f"{launch.name} {how}. Its log: {launch.log}" + (f", which ends with:{lines}" if lines else "")

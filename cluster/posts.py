@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
-from ..core.config import ClusterConfig, DecodeSection, PrefillSection
+from ..core.config import ClusterConfig
 from ..core.fleet import Phase
 from ..core.model import ModelCard
-from .cores import Share, share_cores, share_for_newcomer
+from .cores import Share, share_cores, shares_for_newcomer
 from .launch import Launch
+from .layouts import Layouts, layouts, pairs_of, section_of
 from .memory import kv_bytes, process_bytes
-from .spec import RankSpec, RouteSpec
+from .spec import RankSpec, RouteSpec, Worker, rank_name
 
 ROUTER = "router"
 
@@ -30,27 +32,45 @@ class Programs:
     route: tuple[str, ...] = field(default_factory=lambda: _module("route"))
 
 
-def rank_specs(config: ClusterConfig, model_dir: Path, cores: Sequence[int]) -> list[RankSpec]:
-    """One spec per worker of the start, prefill first."""
-    names = [(phase, number) for phase in Phase for number in range(section_of(config, phase).workers)]
-    shares = share_cores(cores, [section_of(config, phase).threads for phase, _ in names])
-    return [_rank_spec(config, model_dir, phase, number, share) for (phase, number), share in zip(names, shares, strict=True)]
+Name = tuple[Phase, int, int]
+"""Phase, group and number of a worker to be."""
 
 
-def newcomer_specs(
-    config: ClusterConfig, model_dir: Path, cores: Sequence[int], present: Sequence[RankSpec], names: Iterable[tuple[Phase, int]]
-) -> list[RankSpec]:
-    """Specs of workers that come to `present`, which keep their cores."""
-    specs = list(present)
-    for phase, number in names:
-        others = [Share(spec.threads, spec.cpus) for spec in specs]
-        share = share_for_newcomer(cores, others, section_of(config, phase).threads)
-        specs.append(_rank_spec(config, model_dir, phase, number, share))
-    return specs[len(present) :]
+def workers(config: ClusterConfig, card: ModelCard, model_dir: Path, cores: Sequence[int]) -> list[Worker]:
+    """The workers of the start, prefill first. `ConfigError` if the model cannot be spread as the config says."""
+    spread = layouts(config, card)
+    names = [name for phase in Phase for name in _names(config, phase)]
+    shares = iter(share_cores(cores, [threads for name in names for threads in _threads(config, spread, name)]))
+    return [_worker(config, spread, model_dir, name, list(islice(shares, _ranks(spread, name)))) for name in names]
 
 
-def section_of(config: ClusterConfig, phase: Phase) -> PrefillSection | DecodeSection:
-    return config.prefill if phase is Phase.PREFILL else config.decode
+def newcomers(
+    config: ClusterConfig, card: ModelCard, model_dir: Path, cores: Sequence[int], present: Sequence[Worker], names: Iterable[Name]
+) -> list[Worker]:
+    """Workers that come to `present`, which keep their cores."""
+    spread = layouts(config, card)
+    found = list(present)
+    for name in names:
+        others = [Share(spec.threads, spec.cpus) for worker in found for spec in worker.ranks]
+        shares = shares_for_newcomer(cores, others, _threads(config, spread, name))
+        found.append(_worker(config, spread, model_dir, name, shares))
+    return found[len(present) :]
+
+
+def _names(config: ClusterConfig, phase: Phase) -> Iterator[Name]:
+    groups = [group for group, spread in enumerate(config.section(phase).all_groups) for _ in range(spread.workers)]
+    return ((phase, group, number) for number, group in enumerate(groups))
+
+
+def _threads(config: ClusterConfig, spread: Layouts, name: Name) -> list[int | None]:
+    """What each rank asks for."""
+    phase, group, _ = name
+    return [config.section(phase).all_groups[group].threads] * _ranks(spread, name)
+
+
+def _ranks(spread: Layouts, name: Name) -> int:
+    phase, group, _ = name
+    return spread[phase][group].ranks
 
 
 def worker_name(phase: Phase, number: int) -> str:
@@ -61,24 +81,32 @@ def worker_number(name: str) -> int:
     return int(name.rpartition("-")[2])
 
 
-def _rank_spec(config: ClusterConfig, model_dir: Path, phase: Phase, number: int, share: Share) -> RankSpec:
-    """On a joined Ray cluster threads and cores are chosen on the worker's node, and these are put aside."""
-    section = section_of(config, phase)
-    return RankSpec(
-        worker_id=worker_name(phase, number),
-        phase=phase,
-        model_dir=model_dir,
-        threads=share.threads,
-        cpus=None if config.ray.joined else share.cpus,
-        kv_tokens=section.kv_tokens,
-        chunk_tokens=section.chunk_tokens,
-        max_running=config.decode.max_running,
-        lease_s=config.transfer.lease_s,
-        offer_wait_s=config.transfer.offer_wait_s,
-        peers=section_of(config, Phase.DECODE if phase is Phase.PREFILL else Phase.PREFILL).workers,
-        transports=config.transfer.transports,
-        log_level=config.log.level,
+def _worker(config: ClusterConfig, spread: Layouts, model_dir: Path, name: Name, shares: Sequence[Share]) -> Worker:
+    """`shares`: of its ranks. On a joined Ray cluster threads and cores are chosen on a rank's node, and these are put aside."""
+    phase, group, number = name
+    section, layout = config.section(phase), spread[phase][group]
+    ranks = tuple(
+        RankSpec(
+            worker_id=worker_name(phase, number),
+            phase=phase,
+            model_dir=model_dir,
+            rank=rank,
+            tp=layout.tp,
+            stages=layout.stages,
+            threads=share.threads,
+            cpus=None if config.ray.joined else share.cpus,
+            kv_tokens=section.all_groups[group].kv_tokens or section.kv_tokens,
+            chunk_tokens=section.chunk_tokens,
+            max_running=config.decode.max_running,
+            lease_s=config.transfer.lease_s,
+            offer_wait_s=config.transfer.offer_wait_s,
+            pairs=pairs,
+            transports=config.transfer.transports,
+            log_level=config.log.level,
+        )
+        for rank, (pairs, share) in enumerate(zip(pairs_of(config, spread, phase, group), shares, strict=True))
     )
+    return Worker(ranks, group, section_of(config, phase, group))
 
 
 def route_spec(config: ClusterConfig, model_dir: Path) -> RouteSpec:
@@ -97,22 +125,38 @@ def route_spec(config: ClusterConfig, model_dir: Path) -> RouteSpec:
     )
 
 
-def launch_rank(spec: RankSpec, programs: Programs, logs: Path) -> Launch:
-    """A rank on this host."""
-    argv = (*programs.rank, "--spec", spec.model_dump_json(), "--leash")
-    return Launch(name=spec.worker_id, argv=argv, log=logs / f"{spec.worker_id}.log")
-
-
-def launch_rank_on_a_node(spec: RankSpec, config: ClusterConfig, card: ModelCard, source: str, logs: Path) -> Launch:
-    """A rank on some node of a joined Ray cluster, where the model of `source` is prepared if it is not there."""
-    model = ("--source", source, "--dtype", card.dtype, "--fingerprint", card.fingerprint)
-    return Launch(
-        name=spec.worker_id,
-        argv=(*_module("on_node"), "--spec", spec.model_dump_json(), *model, "--leash"),
-        log=logs / f"{spec.worker_id}.log",
-        threads=section_of(config, spec.phase).threads,
-        memory=kv_bytes(card, spec) + process_bytes(card),
+def launch_worker(worker: Worker, programs: Programs, logs: Path) -> Launch:
+    """A worker on this host."""
+    return _as_one(
+        Launch(
+            name=rank_name(spec),
+            argv=(*programs.rank, "--spec", spec.model_dump_json(), "--leash"),
+            log=logs / f"{rank_name(spec)}.log",
+            rank=spec.rank,
+        )
+        for spec in worker.ranks
     )
+
+
+def launch_on_nodes(worker: Worker, config: ClusterConfig, card: ModelCard, source: str, logs: Path) -> Launch:
+    """A worker on nodes of a joined Ray cluster, where the model of `source` is prepared if it is not there."""
+    model = ("--source", source, "--dtype", card.dtype, "--fingerprint", card.fingerprint)
+    return _as_one(
+        Launch(
+            name=rank_name(spec),
+            argv=(*_module("on_node"), "--spec", spec.model_dump_json(), *model, "--leash"),
+            log=logs / f"{rank_name(spec)}.log",
+            rank=spec.rank,
+            threads=config.section(worker.phase).all_groups[worker.group].threads,
+            memory=kv_bytes(card, spec) + process_bytes(card, spec),
+        )
+        for spec in worker.ranks
+    )
+
+
+def _as_one(ranks: Iterable[Launch]) -> Launch:
+    leader, *followers = ranks
+    return replace(leader, followers=tuple(followers))
 
 
 def launch_router(spec: RouteSpec, programs: Programs, logs: Path) -> Launch:

@@ -9,7 +9,7 @@ from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
 from ..core.model import ModelCard
 from .memory import available_bytes, kv_bytes, process_bytes
-from .spec import RankSpec
+from .spec import Worker
 
 ROUTER_BYTES = 200 << 20
 RAY_ANSWER_S = 5.0
@@ -65,33 +65,36 @@ def check_ray(config: ClusterConfig) -> None:
         ) from None
 
 
-def check_memory(config: ClusterConfig, card: ModelCard, specs: Sequence[RankSpec]) -> None:
+def check_memory(config: ClusterConfig, card: ModelCard, workers: Sequence[Worker]) -> None:
     """`ConfigError` if workers on this host would not fit its memory. A Ray cluster that is joined finds them nodes with enough."""
     if config.ray.joined:
         return
-    pools = [(kv_bytes(card, spec), spec) for spec in specs]
+    kv = {worker.name: sum(kv_bytes(card, spec) for spec in worker.ranks) for worker in workers}
+    own = sum(process_bytes(card, spec) for worker in workers for spec in worker.ranks)
     ray = RAY_BYTES if config.ray.enabled else 0
-    wanted = card.weights_bytes + sum(size + process_bytes(card) for size, _ in pools) + ROUTER_BYTES + ray
+    wanted = card.weights_bytes + sum(kv.values()) + own + ROUTER_BYTES + ray
     available = available_bytes()
     if wanted <= available:
         return
-    largest, spec = max(pools, key=lambda pair: pair[0])
-    key = f"{spec.phase.value}.kv_tokens"
+    largest = max(workers, key=lambda worker: kv[worker.name])
+    key = f"{largest.section}.kv_tokens"
     raise ConfigError(
         f"{key}: not enough memory: {_gib(wanted)} wanted ({_gib(card.weights_bytes)} of weights, once; "
-        f"{_gib(sum(size for size, _ in pools))} of KV pools and staging in {len(specs)} workers; the rest for processes), "
+        f"{_gib(sum(kv.values()))} of KV pools and staging in {len(workers)} workers; the rest for processes), "
         f"{_gib(available)} available. "
-        f"Lower {key} (one pool has {_gib(largest)}), or the number of workers.",
+        f"Lower {key} (one worker has {_gib(kv[largest.name])}), or the number of workers.",
         field=key,
     )
 
 
-def warnings(config: ClusterConfig, card: ModelCard, specs: Sequence[RankSpec], cores: int) -> list[str]:
+def warnings(config: ClusterConfig, card: ModelCard, workers: Sequence[Worker], cores: int) -> list[str]:
     """What will work, but not well."""
     said: list[str] = []
+    specs = [spec for worker in workers for spec in worker.ranks]
     threads = sum(spec.threads for spec in specs)
     if threads > cores and not config.ray.joined:
-        said.append(f"{len(specs)} workers with {threads} threads share {cores} cores: they will slow each other down.")
+        ranks = f" of {len(specs)} ranks" if len(specs) > len(workers) else ""
+        said.append(f"{len(workers)} workers{ranks} with {threads} threads share {cores} cores: they will slow each other down.")
     if len(config.model.chat_template or "") == 0 and not card.has_chat_template:
         said.append(f"{card.name} has no chat template: /v1/chat/completions and `diptych chat` need --chat-template FILE.")
     if card.slow_path:

@@ -2,11 +2,11 @@
 
     python -m diptych.cluster.ray_driver --spec '<RaySpec as JSON>'
 
-It starts a local Ray, or joins one and reserves a place on one of its nodes for each worker. An actor per worker starts its command and
-relays what it says. A process of its own, because a driver whose Ray dies is ended by Ray, and because Ray gives workers the driver's
+It starts a local Ray, or joins one and reserves a place on its nodes for each worker. An actor per rank starts its command and relays
+what it says. A process of its own, because a driver whose Ray dies is ended by Ray, and because Ray gives workers the driver's
 working directory as an import path: this one runs in the scratch directory.
 
-    in   {"do": "start", "id": 3, "name": …, "argv": […], "log": …, "threads": …, "memory": …}
+    in   {"do": "start", "id": 3, "name": …, "argv": […], "log": …, "rank": 0, "leader": 3, "ranks": [[threads, memory], …]}
          {"do": "terminate" | "kill", "id": 3}
     out  {"event": "ready", "address": …}   {"event": "failed", "message": …}
          {"event": "placed" | "refused" | "pid" | "line" | "ended", "id": 3, …}

@@ -15,7 +15,7 @@ from typing import Any
 from ..core.config import Placing
 from ..core.errors import ConfigError, DiptychError, Unavailable
 from . import processes
-from .launch import Launch, PlainLauncher, PlainProcess, parse_line
+from .launch import Launch, PlainLauncher, PlainProcess, Running, parse_line
 from .post import Observer
 from .spec import LogLevel, RaySpec
 
@@ -77,13 +77,13 @@ class RayLauncher:
         *,
         address: str | None,
         cores: int,
-        wanted: Sequence[tuple[int | None, int]],
+        wanted: Sequence[Sequence[tuple[int | None, int]]],
         placing: Placing,
         log: Path,
         log_level: LogLevel,
         observer: Observer,
     ) -> None:
-        """`cores`: for a local Ray. `wanted`: threads and memory of each worker of the start, for one that is joined."""
+        """`cores`: for a local Ray. `wanted`: threads and memory of each rank of each worker of the start, for one that is joined."""
         self._observer = observer
         self._log = log
         self._count = 0
@@ -93,7 +93,7 @@ class RayLauncher:
             address=address,
             directory=plain.directory / "ray",
             cores=cores,
-            wanted=tuple(wanted),
+            wanted=tuple(map(tuple, wanted)),
             placing=placing,
             environment={processes.MARK: plain.cluster_id, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
             log_level=log_level,
@@ -103,14 +103,21 @@ class RayLauncher:
         self._connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._driving = asyncio.create_task(self._drive(own, Launch(DRIVER, argv, log)))
 
-    async def start(self, launch: Launch) -> RayProcess:
-        """Raises `ConfigError` or `Unavailable` if Ray could not be had, or is gone."""
+    async def start(self, launch: Launch, leader: Running | None = None) -> RayProcess:
+        """A leader is placed with all ranks of its worker. Raises `ConfigError` or `Unavailable` if Ray could not be had, or is gone."""
         await asyncio.shield(self._connected)
         process = RayProcess(self._count, self)
         self._count += 1
         self._processes[process.number] = process
         self.order(
-            "start", process.number, name=launch.name, argv=launch.argv, log=str(launch.log), threads=launch.threads, memory=launch.memory
+            "start",
+            process.number,
+            name=launch.name,
+            argv=launch.argv,
+            log=str(launch.log),
+            rank=launch.rank,
+            leader=leader.number if isinstance(leader, RayProcess) else process.number,
+            ranks=[(rank.threads, rank.memory) for rank in launch.ranks],
         )
         try:
             await process.placed.wait()  # or refused: the driver looks for a node for a minute

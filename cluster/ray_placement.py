@@ -34,6 +34,8 @@ class Driver:
         self._actors: dict[int, Any] = {}
         self._cancelled: set[int] = set()
         self._room: Room | None = None
+        self._places: dict[int, Place] = {}
+        """By the number of the process that leads the worker."""
         self._relays: set[asyncio.Task[None]] = set()
 
     def connect(self) -> None:
@@ -85,34 +87,39 @@ class Driver:
                 self._cancelled.add(order["id"])
 
     async def _start(self, order: dict[str, Any]) -> None:
-        number = order["id"]
-        place: Place | None = None
+        number, leader = order["id"], order["leader"]
         try:
-            if self._room is not None:
-                place = await self._room.reserve(order["name"], order["threads"], order["memory"])
+            if self._room is not None and leader == number:
+                self._places[number] = await self._room.reserve(order["name"], order["ranks"])
         except DiptychError as error:
             say("refused", id=number, message=error.message, field=error.field)
             return
+        place = self._places.get(leader)
+        if place is not None:
+            place.holders.add(number)
         try:
-            if number in self._cancelled:
+            if number in self._cancelled or (self._room is not None and place is None):  # its leader has gone
                 say("ended", id=number, status=None)
             else:
                 await self._hold(order, place)
         finally:
             self._cancelled.discard(number)
             if place is not None:
-                place.give_back()
+                place.holders.discard(number)
+                if not place.holders:
+                    self._places.pop(leader).give_back()
 
     async def _hold(self, order: dict[str, Any], place: Place | None) -> None:
         """One process, from its start to its end."""
-        number, status = order["id"], None
+        number, rank, status = order["id"], order["rank"], None
         say("placed", id=number)
         keeper: Any = ray.remote(Keeper)
         if place is None:
             keeper = keeper.options(num_cpus=0, max_concurrency=4, max_restarts=0)
         else:
-            keeper = keeper.options(num_cpus=place.threads, scheduling_strategy=place.strategy, max_concurrency=4, max_restarts=0)
-        log, options = (order["log"], None) if place is None else (None, place.options)
+            where = place.strategy(rank)
+            keeper = keeper.options(num_cpus=place.seats[rank].threads, scheduling_strategy=where, max_concurrency=4, max_restarts=0)
+        log, options = (order["log"], None) if place is None else (None, place.options(rank))
         actor: Any = keeper.remote(order["argv"], log, self._spec.environment, options)
         self._actors[number] = actor
         try:

@@ -1,11 +1,11 @@
-"""Room for workers on the nodes of a Ray cluster that was joined: one placement group for each, with one bundle."""
+"""Room for workers on the nodes of a Ray cluster that was joined: one placement group for each, with a bundle for each of its ranks."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..core.config import Placing
 from ..core.errors import ConfigError
-from .nodes import Node, choose, equal_part, free_run
+from .nodes import Asked, Need, Node, choose, equal_part, free_run
 
 PLACEMENT_S = 60.0
 """How long a worker waits for a node with room: one may be on its way, or its old one not yet known to be dead."""
@@ -25,25 +25,33 @@ PIN = 0.001
 """Of the resource `node:<address>` that Ray gives each node; 1 there is."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Place:
-    """What is reserved for one worker. `cores`: which of the node's cores are its own, None for any."""
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A rank's part of a place. `cores`: which of the node's cores are its own, None for any."""
 
-    room: Room
-    group: Any
     node_id: str
     threads: int
     cores: range | None
 
-    @property
-    def strategy(self) -> PlacementGroupSchedulingStrategy:
-        return PlacementGroupSchedulingStrategy(placement_group=self.group, placement_group_bundle_index=0)
 
-    @property
-    def options(self) -> list[str]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """What is reserved for one worker: a bundle, and a seat, for each rank."""
+
+    room: Room
+    group: Any
+    seats: tuple[Seat, ...]
+    holders: set[int] = field(default_factory=set)
+    """Whoever uses it; it is given back when the last of them has ended."""
+
+    def strategy(self, rank: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(placement_group=self.group, placement_group_bundle_index=rank)
+
+    def options(self, rank: int) -> list[str]:
         """For `on_node`."""
-        cores = ["--cores", f"{self.cores.start}:{len(self.cores)}"] if self.cores else []
-        return ["--threads", str(self.threads), *cores]
+        seat = self.seats[rank]
+        cores = ["--cores", f"{seat.cores.start}:{len(seat.cores)}"] if seat.cores else []
+        return ["--threads", str(seat.threads), *cores]
 
     def give_back(self) -> None:
         self.room.places.remove(self)
@@ -53,36 +61,38 @@ class Place:
 class Room:
     """Knows what our workers have reserved, and asks Ray what is free."""
 
-    def __init__(self, wanted: Sequence[tuple[int | None, int]], placing: Placing) -> None:
-        """`wanted`: threads (None: an equal part of what there is) and memory in bytes of each worker of the start."""
+    def __init__(self, wanted: Sequence[Sequence[Asked]], placing: Placing) -> None:
+        """`wanted`: the ranks of each worker of the start; who names no threads gets an equal part of what there is."""
         self.places: list[Place] = []
         self._placing = placing
         self._each = equal_part(self._nodes(), wanted, placing)
         self._one_by_one = asyncio.Lock()
 
-    async def reserve(self, name: str, threads: int | None, memory: int) -> Place:
+    async def reserve(self, name: str, ranks: Sequence[Asked]) -> Place:
         """A place for the worker `name`; `ConfigError` if there is none within `PLACEMENT_S`."""
         give_up = time.monotonic() + PLACEMENT_S
         while True:
             async with self._one_by_one:
                 nodes = await asyncio.to_thread(self._nodes)
-                count = threads or max(1, min(self._each, int(max((node.cpus for node in nodes), default=1))))
-                node = choose(nodes, count, memory, self._placing)
-                if place := await asyncio.to_thread(self._reserve, node, count, memory):
+                each = min(self._each, equal_part(nodes, [ranks], self._placing))
+                needs = [(threads or each, memory) for threads, memory in ranks]
+                chosen = choose(nodes, needs, self._placing)
+                if place := await asyncio.to_thread(self._reserve, chosen, needs):
                     self.places.append(place)
                     return place
             if time.monotonic() > give_up:
-                raise _no_room(name, count, memory, nodes)
+                raise _no_room(name, needs, nodes)
 
-    def _reserve(self, node: Node | None, threads: int, memory: int) -> Place | None:
-        """Without a node Ray is asked for any: that is how a cluster that can grow learns that it should."""
-        pin = {f"node:{node.address}": PIN} if node else {}
-        group = placement_group([{"CPU": threads, "memory": memory, **pin}])
+    def _reserve(self, nodes: Sequence[Node] | None, needs: Sequence[Need]) -> Place | None:
+        """Without nodes Ray is asked for any: that is how a cluster that can grow learns that it should."""
+        pins: list[dict[str, float]] = [{f"node:{node.address}": PIN} for node in nodes] if nodes else [{} for _ in needs]
+        bundles = [{"CPU": threads, "memory": memory, **pin} for (threads, memory), pin in zip(needs, pins, strict=True)]
+        group = placement_group(bundles, strategy="PACK")
         if not group.wait(LOOK_AGAIN_S):
             remove_placement_group(group)
             return None
-        (node_id,) = placement_group_table(group)["bundles_to_node_id"].values()
-        return Place(self, group, node_id, threads, self._cores(node_id, threads))
+        where = placement_group_table(group)["bundles_to_node_id"]
+        return Place(self, group, self._seats([where[rank] for rank in range(len(needs))], [threads for threads, _ in needs]))
 
     def _nodes(self) -> list[Node]:
         """The living nodes. What Ray says is free lags behind by up to a second: what we have reserved is subtracted by ourselves."""
@@ -91,27 +101,44 @@ class Room:
         for node in _every_node():
             node_id, total = node["NodeID"], node["Resources"]
             if node["Alive"] and node_id in free:
-                ours = [place for place in self.places if place.node_id == node_id]
-                cpus = min(free[node_id].get("CPU", 0.0), total.get("CPU", 0.0) - sum(place.threads for place in ours))
+                ours = self._ours(node_id)
+                cpus = min(free[node_id].get("CPU", 0.0), total.get("CPU", 0.0) - sum(seat.threads for seat in ours))
                 nodes.append(Node(node_id, node["NodeManagerAddress"], cpus, free[node_id].get("memory", 0.0), len(ours)))
         return nodes
 
-    def _cores(self, node_id: str, threads: int) -> range | None:
-        """Cores of the worker's own, as places among the node's; None if others compute there too, or its own workers roam."""
+    def _ours(self, node_id: str) -> list[Seat]:
+        return [seat for place in self.places for seat in place.seats if seat.node_id == node_id]
+
+    def _seats(self, where: Sequence[str], threads: Sequence[int]) -> tuple[Seat, ...]:
+        """For ranks with a bundle each on the nodes `where`."""
+        cores = {
+            node_id: iter(self._cores(node_id, [count for there, count in zip(where, threads, strict=True) if there == node_id]))
+            for node_id in where
+        }
+        return tuple(Seat(node_id, count, next(cores[node_id])) for node_id, count in zip(where, threads, strict=True))
+
+    def _cores(self, node_id: str, threads: Sequence[int]) -> list[range | None]:
+        """Cores of their own for new ranks, as places among the node's; None if others compute there too, or its own ranks roam."""
         node = next(node for node in _every_node() if node["NodeID"] == node_id)
-        total = node["Resources"].get("CPU", 0.0)
-        ours = [place for place in self.places if place.node_id == node_id]
+        total, ours = node["Resources"].get("CPU", 0.0), self._ours(node_id)
         used = total - _free()[node_id].get("CPU", 0.0)
-        if used > threads + sum(place.threads for place in ours) or any(place.cores is None for place in ours):
-            return None
-        return free_run(int(total), [place.cores for place in ours if place.cores is not None], threads)
+        if used > sum(threads) + sum(seat.threads for seat in ours) or any(seat.cores is None for seat in ours):
+            return [None for _ in threads]
+        taken = [seat.cores for seat in ours if seat.cores is not None]
+        found: list[range | None] = []
+        for count in threads:
+            found.append(run := free_run(int(total), taken, count))
+            taken += [run] if run else []
+        return found
 
 
-def _no_room(name: str, threads: int, memory: int, nodes: Sequence[Node]) -> ConfigError:
+def _no_room(name: str, needs: Sequence[Need], nodes: Sequence[Node]) -> ConfigError:
     free = "; ".join(f"{node.address}: {node.cpus:g} CPUs, {node.memory / 2**30:.1f} GiB" for node in nodes)
+    threads, memory = max(needs)
     cpus = f"{threads} CPU" if threads == 1 else f"{threads} CPUs"
+    each = f"each of the {len(needs)} ranks of {name}" if len(needs) > 1 else name
     return ConfigError(
-        f"No node of the Ray cluster has {cpus} and {memory / 2**30:.1f} GiB free for {name} (free are {free or 'none'}). "
+        f"No node of the Ray cluster has {cpus} and {memory / 2**30:.1f} GiB free for {each} (free are {free or 'none'}). "
         "Start fewer workers, give them fewer threads or kv_tokens, or add a node.",
         field="ray.address",
     )

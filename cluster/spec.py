@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -43,13 +44,37 @@ class RankSpec(_Spec):
     max_running: int = Field(32, ge=1, description="Attempts in one batch.")
     lease_s: float = Field(10.0, gt=0, description="A grant without piece or keep-alive ends after this, in seconds.")
     offer_wait_s: float = Field(5.0, gt=0, description="How long an Offer waits for its Decode, in seconds.")
-    peers: int = Field(1, ge=0, description="Workers of the other phase; where gloo is allowed, memory is set aside for a pair with each.")
+    pairs: int = Field(
+        1, ge=0, description="How many ranks of the other phase it exchanges KV with; where gloo is allowed, memory is set aside for each."
+    )
     transports: tuple[Transport, ...] = Field((Transport.SHM, Transport.GLOO), min_length=1, description="How KV may move, the best first.")
     drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running work finish, in seconds.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
     check: bool = Field(
         False, description="Check the books (blocks, leases, transfers) ten times a second and whenever idle; die if they are wrong."
     )
+
+
+def rank_name(spec: RankSpec) -> str:
+    """The process's name for people and for its log; the leader's is the worker's."""
+    return f"{spec.worker_id}.rank{spec.rank}" if spec.rank else spec.worker_id
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One worker: its `ranks`, the leader first. `group`: which of its phase's groups it is of; `section`: where the config has that."""
+
+    ranks: tuple[RankSpec, ...]
+    group: int = 0
+    section: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.ranks[0].worker_id
+
+    @property
+    def phase(self) -> Phase:
+        return self.ranks[0].phase
 
 
 class RouteSpec(_Spec):
@@ -74,8 +99,8 @@ class RaySpec(_Spec):
     address: str | None = Field(None, description="A Ray cluster to join; by default a local one is started.")
     directory: Path = Field(description="For the session files and sockets of a local one.")
     cores: int = Field(ge=1, description="CPUs a local one has to give.")
-    wanted: tuple[tuple[int | None, int], ...] = Field(
-        min_length=1, description="Threads (None: what there is) and bytes of memory of each worker of the start, on a joined one."
+    wanted: tuple[tuple[tuple[int | None, int], ...], ...] = Field(
+        min_length=1, description="Threads (None: what there is) and bytes of each rank of each worker of the start, on a joined one."
     )
     placing: Placing = Field(Placing.PACK, description="Which node of a joined one a worker goes to.")
     environment: dict[str, str] = Field(default_factory=dict, description="Put over the environment of actors and their processes.")

@@ -23,12 +23,15 @@ FILE = "cluster.json"
 
 
 class Started(BaseModel):
-    """A process the supervisor has started. `address` once it is ready."""
+    """A process the supervisor has started. `address`, `tp` and `pp` once it is ready; ranks from 1 on have none of their own."""
 
     model_config = ConfigDict(frozen=True)
     name: str
     pid: int | None
+    rank: int = 0
     address: str | None = None
+    tp: int | None = None
+    pp: int | None = None
 
 
 class ClusterState(BaseModel):

@@ -68,9 +68,12 @@ def _print(found: state.ClusterState) -> None:
         _out.print(f"  HTTP http://{found.http}/v1   gRPC {found.grpc}")
     fleet, answered = _describe(found)
     reports = {report.worker_id: report for report in answered}
-    rows = [("process", "pid", "address", "state", "running", "waiting", "KV used", "leases")]
-    for process in sorted(found.processes, key=lambda process: process.name):
-        rows.append((process.name, str(process.pid or "-"), process.address or "-", *_columns(reports.get(process.name), process)))
+    rows: list[tuple[str, ...]] = [("process", "pid", "address", "state", "tp×pp", "running", "waiting", "KV used", "leases")]
+    for process in sorted(found.processes, key=lambda process: (process.name, process.rank)):
+        if process.rank:
+            rows.append((f"{process.name}.rank{process.rank}", str(process.pid or "-"), *[""] * (len(rows[0]) - 2)))
+        else:
+            rows.append((process.name, str(process.pid or "-"), process.address or "-", *_columns(reports.get(process.name), process)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:  # not a rich table: that would cut columns where there is no terminal
         _out.print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), markup=False)
@@ -91,11 +94,12 @@ def _moved(http: str) -> list[tuple[str, float]]:
     return [(sample.labels["transport"], sample.value) for sample in samples if sample.name == MOVED]
 
 
-def _columns(report: WorkerReport | None, process: state.Started) -> tuple[str, str, str, str, str]:
+def _columns(report: WorkerReport | None, process: state.Started) -> tuple[str, ...]:
+    spread = f"{process.tp}×{process.pp}" if process.tp else ""
     if report is None:
-        return ("ready" if process.address else "starting" if process.pid else "dead", "", "", "", "")
+        return ("ready" if process.address else "starting" if process.pid else "dead", spread, "", "", "", "")
     used = 1 - report.blocks_free / report.blocks_total if report.blocks_total else 0.0
-    return (report.state, str(report.running), str(report.waiting), f"{used:.0%}", str(report.leases))
+    return (report.state, spread, str(report.running), str(report.waiting), f"{used:.0%}", str(report.leases))
 
 
 def _describe(found: state.ClusterState) -> tuple[Fleet, tuple[WorkerReport, ...]]:

@@ -17,6 +17,7 @@ from ..core.clock import Clock, MonotonicClock
 from ..core.errors import DiptychError, Unavailable
 from ..core.fleet import Fleet, Phase
 from .post import Observer, Post, Publisher
+from .together import start
 
 START_S = 900.0
 """A process that is not ready by then is taken for stuck: a disk at 200 MB/s reads 180 GB of weights in that time."""
@@ -162,7 +163,7 @@ class Supervisor:
     async def _fill(self, post: Post) -> DiptychError:
         """One life of a process at `post`; why it ended."""
         try:
-            running = await post.launcher.start(post.launch)
+            running = await start(post.launcher, post.launch)
         except DiptychError as error:
             return error
         post.running = running
@@ -195,7 +196,12 @@ class Supervisor:
                 _log.info("%s is ready: %s", post.name, event.get("address") or event.get("grpc"))
                 self._observer.ready(post.name, event)
             case "failed":
-                return post.failure(str(event.get("message", "no reason given")), event.get("field"))
+                return post.failure(str(event.get("message", "no reason given")), event.get("field"), event.get("rank", 0))
+            case "started":
+                _log.info("%s started its rank %d, pid %s", post.name, event["rank"], event["pid"])
+                self._observer.started(post.name, event["pid"], event["rank"])
+            case "died":
+                return Unavailable(post.epitaph(event["status"], event["rank"]))
         return None
 
     async def _publish(self) -> None:

@@ -69,9 +69,10 @@ class Terminal:
         self._is_up = True
         self.quiet()
 
-    def started(self, name: str, pid: int | None) -> None:
-        self.timeline.mark(name, "process started")
-        self._step(name, "starting")
+    def started(self, name: str, pid: int | None, rank: int = 0) -> None:
+        self.timeline.mark(f"{name}.rank{rank}" if rank else name, "process started")
+        if rank == 0:
+            self._step(name, "starting")
 
     def progress(self, name: str, what: str) -> None:
         self.timeline.mark(name, what)
@@ -86,7 +87,9 @@ class Terminal:
         if not self._is_up:
             self.doing(name, None)
         if "capacity_tokens" in event:
-            detail = f"at {event['address']}, KV for {event['capacity_tokens']:,} tokens"
+            ranks = event["layout"]["tp"] * max(1, len(event["layout"]["stages"]))
+            several = f" on {ranks} ranks" if ranks > 1 else ""
+            detail = f"at {event['address']}, KV for {event['capacity_tokens']:,} tokens{several}"
         elif "http" in event:
             detail = f"at http://{event['http']} and grpc {event['grpc']}"
         else:

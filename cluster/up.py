@@ -31,11 +31,11 @@ from .launch import Launch, Launcher, PlainLauncher, child_environment
 from .logs import logging_to
 from .models import find_model, prepare_model, source_of
 from .post import Observer, Post, Publisher
-from .posts import Programs, launch_router, rank_specs, route_spec
+from .posts import Programs, launch_router, route_spec, workers
 from .publish import RouterConnection, drain_worker
 from .ray_launcher import RayLauncher
 from .restarts import RestartBudget
-from .spec import RankSpec
+from .spec import Worker
 from .supervisor import Supervisor
 from .terminal import Terminal
 from .timeline import TimeLine
@@ -88,16 +88,16 @@ class Up:
             if model_dir is None:  # told to end meanwhile
                 return
             card = read_card(model_dir)
-            specs = rank_specs(self.config, model_dir, self.cores)
-            preflight.check_memory(self.config, card, specs)
-            for note in preflight.warnings(self.config, card, specs, len(self.cores)):
+            first = workers(self.config, card, model_dir, self.cores)
+            preflight.check_memory(self.config, card, first)
+            for note in preflight.warnings(self.config, card, first, len(self.cores)):
                 terminal.warn(note)
-            await self._serve(model_dir, card, specs, terminal, stop, kill)
+            await self._serve(model_dir, card, first, terminal, stop, kill)
         finally:
             terminal.quiet()
 
     async def _serve(
-        self, model_dir: Path, card: ModelCard, specs: Sequence[RankSpec], terminal: Terminal, stop: asyncio.Event, kill: asyncio.Event
+        self, model_dir: Path, card: ModelCard, first: Sequence[Worker], terminal: Terminal, stop: asyncio.Event, kill: asyncio.Event
     ) -> None:
         name = self.config.model.name or card.name
         with self._claimed(name) as record:
@@ -105,20 +105,20 @@ class Up:
             observer = _Both(terminal, record)
             router = launch_router(route_spec(self.config, model_dir), self.programs, record.state.logs)
             crew = Crew(self.config, card, model_dir, source_of(self.config), self.cores, self.programs, record.state.logs, self.budget)
-            workers = self._worker_launcher(plain, [crew.launch(spec) for spec in specs], observer)
-            posts = [Post(router, plain, None, self.budget()), *crew.posts(specs, workers)]
+            launcher = self._worker_launcher(plain, [crew.launch(worker) for worker in first], observer)
+            posts = [Post(router, plain, None, self.budget()), *crew.posts(first, launcher)]
             supervisor = Supervisor(posts, connect=self.connect, drain=self.drain, observer=observer)
             greeting = asyncio.create_task(self._greet(supervisor, record, card, terminal, stop))
-            ear = await listen(self.cluster_id, partial(crew.scale, supervisor, workers))
+            ear = await listen(self.cluster_id, partial(crew.scale, supervisor, launcher))
             try:
-                terminal.say(f"Serving {name} ({card.dtype}): {_count(specs)}. Cluster {self.config.name!r}, logs in {record.state.logs}")
+                terminal.say(f"Serving {name} ({card.dtype}): {_count(first)}. Cluster {self.config.name!r}, logs in {record.state.logs}")
                 await supervisor.run(stop, kill)
             finally:
                 ear.close()
                 greeting.cancel()
                 with suppress(asyncio.CancelledError):
                     await greeting
-                await workers.close()
+                await launcher.close()
 
     def _worker_launcher(self, plain: PlainLauncher, launches: Sequence[Launch], observer: Observer) -> Launcher:
         if not self.config.ray.enabled:
@@ -127,7 +127,7 @@ class Up:
             plain,
             address=self.config.ray.address,
             cores=len(self.cores),
-            wanted=[(launch.threads, launch.memory) for launch in launches],
+            wanted=[[(rank.threads, rank.memory) for rank in launch.ranks] for launch in launches],
             placing=self.config.ray.placement,
             log=launches[0].log.with_name("ray.log"),
             log_level=self.config.log.level,
@@ -197,24 +197,26 @@ class _Record:
         self.state = self.state.model_copy(update=changes)
         state.write(self.state)
 
-    def _process(self, name: str, pid: int | None, address: str | None = None) -> None:
-        others = tuple(process for process in self.state.processes if process.name != name)
-        self.update(processes=(*others, state.Started(name=name, pid=pid, address=address)))
-
-    def started(self, name: str, pid: int | None) -> None:
-        self._process(name, pid)
+    def started(self, name: str, pid: int | None, rank: int = 0) -> None:
+        """A worker's leader is the first of its ranks to start: others of that name are those of its last life."""
+        others = [process for process in self.state.processes if process.name != name or (rank and process.rank != rank)]
+        self.update(processes=(*others, state.Started(name=name, pid=pid, rank=rank)))
 
     def progress(self, name: str, what: str) -> None:
         return None
 
     def ready(self, name: str, event: dict[str, Any]) -> None:
-        pid = next((process.pid for process in self.state.processes if process.name == name), None)
-        self._process(name, pid, event.get("address") or event.get("grpc"))
+        known: dict[str, Any] = {"address": event.get("address") or event.get("grpc")}
+        if "layout" in event:
+            known |= {"tp": event["layout"]["tp"], "pp": max(1, len(event["layout"]["stages"]))}
+        leader = next(process for process in self.state.processes if (process.name, process.rank) == (name, 0))
+        others = (process for process in self.state.processes if process is not leader)
+        self.update(processes=(*others, leader.model_copy(update=known)))
         if "http" in event:
             self.update(http=event["http"], grpc=event["grpc"], control=event["control"])
 
     def lost(self, name: str, reason: str, restart_in: float | None) -> None:
-        self._process(name, None)
+        self.started(name, None)
 
     def left(self, name: str) -> None:
         self.update(processes=tuple(process for process in self.state.processes if process.name != name))
@@ -227,9 +229,9 @@ class _Both:
     first: Observer
     second: Observer
 
-    def started(self, name: str, pid: int | None) -> None:
-        self.first.started(name, pid)
-        self.second.started(name, pid)
+    def started(self, name: str, pid: int | None, rank: int = 0) -> None:
+        self.first.started(name, pid, rank)
+        self.second.started(name, pid, rank)
 
     def progress(self, name: str, what: str) -> None:
         self.first.progress(name, what)
@@ -289,9 +291,15 @@ async def probe(served: Served) -> bool:
     return False
 
 
-def _count(specs: Sequence[RankSpec]) -> str:
-    numbers = {phase: sum(1 for spec in specs if spec.phase == phase) for phase in dict.fromkeys(spec.phase for spec in specs)}
-    return " and ".join(f"{number} {phase} worker{'s' if number > 1 else ''}" for phase, number in numbers.items())
+def _count(workers: Sequence[Worker]) -> str:
+    """How many workers of each phase, and how those are spread that have many ranks."""
+    said = []
+    for phase in dict.fromkeys(worker.phase for worker in workers):
+        leaders = [worker.ranks[0] for worker in workers if worker.phase is phase]
+        spread = dict.fromkeys(f"tp {spec.tp} × pp {max(1, len(spec.stages))}" for spec in leaders)
+        several = f" ({', '.join(spread)})" if any(len(worker.ranks) > 1 for worker in workers if worker.phase is phase) else ""
+        said.append(f"{len(leaders)} {phase} worker{'s' if len(leaders) > 1 else ''}{several}")
+    return " and ".join(said)
 
 
 def _addresses(http: str, grpc: str, model: str) -> str:

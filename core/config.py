@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from .errors import ConfigError
-from .fleet import LocalPrefill
+from .fleet import LocalPrefill, Phase
+from .layout import even_stages
 from .transfer import Transport
 
 
@@ -29,22 +30,65 @@ class ModelSection(_Section):
 
 
 _THREADS = (
-    "CPU threads per worker. By default the host's cores shared among its workers; on a joined Ray cluster the most with which all "
+    "CPU threads of each rank. By default the host's cores shared among its ranks; on a joined Ray cluster the most with which all "
     "workers find a node, so leave room there by a number if workers shall join later."
 )
+_TP = "Tensor parallelism: ranks that share every layer of a worker, each with a part of its heads."
+_PP = "Pipeline parallelism: stages that the layers of a worker are cut into. A worker has tp × pp ranks, each a process."
 
 
-class PrefillSection(_Section):
-    workers: int = Field(1, ge=0, description="Number of prefill workers.")
+class WorkerGroup(_Section):
+    """Workers of one phase that are alike."""
+
+    workers: int = Field(1, ge=0, description="Number of workers of this group.")
+    tp: int = Field(1, ge=1, description=_TP)
+    pp: int = Field(1, ge=1, description=_PP)
+    stages: tuple[PositiveInt, ...] = Field(
+        (), min_length=2, description="How many layers each stage has, in place of pp; by default as even as can be, the first longer."
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of each rank; by default as for the other groups.")
+    kv_tokens: int | None = Field(None, ge=256, description="Tokens the KV pool of one worker holds; by default as for the other groups.")
+
+    def stages_of(self, layers: int) -> tuple[int, ...]:
+        """`Layout.stages` for a model of so many layers, at least `pp`."""
+        return self.stages or even_stages(layers, self.pp)
+
+    def __str__(self) -> str:
+        stages = f"stages of {', '.join(map(str, self.stages))} layers" if self.stages else f"pp {self.pp}"
+        return f"tp {self.tp}, {stages}"
+
+
+class _PhaseSection(_Section):
+    workers: int = Field(1, ge=0, description="Number of workers.")
+    tp: int = Field(1, ge=1, description=_TP)
+    pp: int = Field(1, ge=1, description=_PP)
+    groups: tuple[WorkerGroup, ...] = Field(
+        (), description="In place of workers, tp and pp: groups of workers, each with a parallelism of its own."
+    )
     threads: int | None = Field(None, ge=1, description=_THREADS)
-    kv_tokens: int = Field(8192, ge=256, description="Tokens the KV pool of one worker holds.")
+    kv_tokens: int = Field(8192, ge=256, description="Tokens the KV pool of one worker holds, over all its ranks.")
+
+    @property
+    def all_groups(self) -> tuple[WorkerGroup, ...]:
+        """The groups, or the one that this section describes by itself; each with the `kv_tokens` and `threads` that hold for it."""
+        groups = self.groups or (WorkerGroup(workers=self.workers, tp=self.tp, pp=self.pp),)
+        ours = {"kv_tokens": self.kv_tokens, "threads": self.threads}
+        return tuple(group.model_copy(update={key: getattr(group, key) or value for key, value in ours.items()}) for group in groups)
+
+    @property
+    def all_workers(self) -> int:
+        """How many workers the phase has."""
+        return sum(group.workers for group in self.all_groups)
+
+
+class PrefillSection(_PhaseSection):
+    workers: int = Field(1, ge=0, description="Number of prefill workers.")
     chunk_tokens: int = Field(512, ge=16, description="Prompt tokens computed per step, over all requests of the batch.")
 
 
-class DecodeSection(_Section):
+class DecodeSection(_PhaseSection):
     workers: int = Field(1, ge=1, description="Number of decode workers.")
-    threads: int | None = Field(None, ge=1, description=_THREADS)
-    kv_tokens: int = Field(16384, ge=256, description="Tokens the KV pool of one worker holds.")
+    kv_tokens: int = Field(16384, ge=256, description="Tokens the KV pool of one worker holds, over all its ranks.")
     max_running: int = Field(32, ge=1, le=1024, description="Requests decoded in one batch.")
     chunk_tokens: int = Field(
         64, ge=16, description="Prompt tokens a decode worker computes beside one step of its decodes (local prefill)."
@@ -84,7 +128,7 @@ class RouterSection(_Section):
 
 
 class Placing(StrEnum):
-    """`pack` fills a node before it takes another; `spread` takes the node with the fewest workers."""
+    """`pack` fills a node before it takes another; `spread` takes the node with the fewest of our ranks."""
 
     PACK = "pack"
     SPREAD = "spread"
@@ -96,7 +140,7 @@ class RaySection(_Section):
     placement: Placing = Field(
         Placing.PACK,
         description="On a joined cluster of several nodes: pack fills a node before it takes another (within a node KV moves through "
-        "shared memory), spread takes the node with the fewest workers.",
+        "shared memory), spread takes the node with the fewest ranks. The ranks of one worker share a node if one has room for all.",
     )
 
     @property
@@ -126,6 +170,9 @@ class ClusterConfig(_Section):
     ray: RaySection = Field(default_factory=RaySection, description="Placement.")
     log: LogSection = Field(default_factory=LogSection, description="Logs.")
 
+    def section(self, phase: Phase) -> PrefillSection | DecodeSection:
+        return self.prefill if phase is Phase.PREFILL else self.decode
+
 
 def load_config(values: dict[str, Any]) -> ClusterConfig:
     """A validated config from parsed YAML; `ConfigError` names the first wrong key by its path."""
@@ -133,14 +180,34 @@ def load_config(values: dict[str, Any]) -> ClusterConfig:
         config = ClusterConfig.model_validate(values)
     except ValidationError as error:
         raise _first_of(error) from None
-    if config.prefill.workers == 0 and config.router.local_prefill is LocalPrefill.NEVER:
-        raise ConfigError("prefill.workers is 0 and router.local_prefill is never: nobody could read a prompt.", field="prefill.workers")
-    if config.prefill.workers > 0 and config.router.local_prefill is LocalPrefill.ALWAYS:
+    for phase in Phase:
+        _check_groups(phase.value, config.section(phase))
+    counted = "prefill.groups" if config.prefill.groups else "prefill.workers"
+    if config.prefill.all_workers == 0 and config.router.local_prefill is LocalPrefill.NEVER:
+        raise ConfigError(f"{counted}: there are none, and router.local_prefill is never: nobody could read a prompt.", field=counted)
+    if config.prefill.all_workers > 0 and config.router.local_prefill is LocalPrefill.ALWAYS:
+        instead = ", in place of prefill.groups" if config.prefill.groups else ""
         raise ConfigError(
-            "router.local_prefill is always, so prefill workers would have nothing to do: set prefill.workers to 0 as well.",
-            field="prefill.workers",
+            f"router.local_prefill is always, so prefill workers would have nothing to do: set prefill.workers to 0 as well{instead}.",
+            field=counted,
         )
+    if config.decode.all_workers == 0:
+        raise ConfigError("decode.groups have no worker: nobody could write an answer.", field="decode.groups")
     return config
+
+
+def _check_groups(name: str, section: _PhaseSection) -> None:
+    """`ConfigError` for what contradicts itself in how workers are spread over ranks."""
+    for key in ("workers", "tp", "pp"):
+        if section.groups and key in section.model_fields_set:
+            raise ConfigError(
+                f"{name}.{key} and {name}.groups are both given; each group has its own {key}, so leave {name}.{key} out.",
+                field=f"{name}.{key}",
+            )
+    for number, group in enumerate(section.groups):
+        if group.stages and "pp" in group.model_fields_set and group.pp != len(group.stages):
+            path = f"{name}.groups.{number}.pp"
+            raise ConfigError(f"{path} is {group.pp}, and its stages are {len(group.stages)}: leave pp out.", field=path)
 
 
 def _first_of(error: ValidationError) -> ConfigError:
@@ -156,11 +223,16 @@ def _first_of(error: ValidationError) -> ConfigError:
     return ConfigError(f"{path}: {message} (got {first['input']!r}).", field=path)
 
 
-def _keys(sections: list[str]) -> list[str]:
-    """The keys of the section at this path."""
+def _keys(path: list[str]) -> list[str]:
+    """The keys of the section at this path; a list's entries have numbers."""
     model: type[BaseModel] = ClusterConfig
-    for name in sections:
-        section = model.model_fields[name].annotation
-        assert isinstance(section, type)
-        model = section
+    for name in path:
+        if not name.isdecimal():
+            model = section_in(model.model_fields[name].annotation) or model
     return list(model.model_fields)
+
+
+def section_in(kind: Any) -> type[BaseModel] | None:
+    """The section that a key of this type holds, or a list of it; None for a plain value."""
+    inner = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None

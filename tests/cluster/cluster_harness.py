@@ -10,10 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from diptych.cluster import processes
+from diptych.cluster.control import Numbers, ask
 from diptych.core.layout import DType
 from diptych.core.model import CARD, Decoder, ModelCard, Rope
 
@@ -33,17 +34,17 @@ def write_card(directory: Path, *, name: str = "tiny", weights_bytes: int = 1000
     directory.mkdir(parents=True, exist_ok=True)
     decoder = Decoder(
         family="llama",
-        layers=2,
+        layers=4,
         hidden=8,
-        heads=1,
-        kv_heads=1,
+        heads=4,
+        kv_heads=2,
         head_dim=8,
         intermediate=16,
         activation="silu",
         norm_eps=1e-6,
         query_scale=1.0,
         tied_head=True,
-        windows=(0, 0),
+        windows=(0,) * 4,
         rope_full=Rope(theta=10000.0),
     )
     card = ModelCard(
@@ -112,6 +113,10 @@ class Cluster:
         return state
 
 
+Start = Callable[..., AbstractContextManager[Cluster]]
+"""Starts a cluster of fake programs; sections of its config by name."""
+
+
 @contextmanager
 def running(argv: list[str], environment: dict[str, str], cwd: Path = Path("/"), prefix: tuple[str, ...] = ()) -> Iterator[Cluster]:
     """Run it, elsewhere by a `prefix` (`hosts.Host.prefix`); whatever the test does, nothing runs afterwards."""
@@ -127,6 +132,19 @@ def running(argv: list[str], environment: dict[str, str], cwd: Path = Path("/"),
         cluster.wait()
         for state in states:
             processes.sweep(str(state["id"]), (Path(str(state["scratch"])),))
+
+
+def fleets(orders: Path) -> list[tuple[int, dict[str, int]]]:
+    path = orders / "fleet"
+    return [(version, members) for version, members in map(json.loads, path.read_text().splitlines())] if path.exists() else []
+
+
+def pid_of(orders: Path, name: str) -> int:
+    return int((orders / f"pid-{name}").read_text())
+
+
+def scaled(cluster: Cluster, wanted: Numbers) -> list[str]:
+    return list(ask(str(cluster.state()["id"]), wanted))
 
 
 def nothing_left(state: dict[str, object]) -> bool:

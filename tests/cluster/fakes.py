@@ -13,7 +13,7 @@ from pathlib import Path
 
 LAYOUT = {
     "fingerprint": "f" * 64,
-    "groups": [{"kind": "full", "layers": [0, 1], "kv_heads": 1, "head_dim": 8, "dtype": "float32", "window": 0}],
+    "groups": [{"kind": "full", "layers": [0, 1, 2, 3], "kv_heads": 2, "head_dim": 8, "dtype": "float32", "window": 0}],
     "block_size": 16,
     "num_blocks": [64],
     "tp": 1,
@@ -34,11 +34,40 @@ def hold_leash() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def end(channels: list[socket.socket]) -> None:
+    for channel in channels:
+        channel.sendall(b"end")
+    sys.exit(0)
+
+
+def lead(others: int) -> list[socket.socket]:
+    """Meet the followers; this rank dies with any of them."""
+    if others == 0:
+        return []
+    listener = socket.create_server(("127.0.0.1", 0))
+    say(event="meeting", address=f"127.0.0.1:{listener.getsockname()[1]}")
+    channels = [listener.accept()[0] for _ in range(others)]
+    for channel in channels:
+        threading.Thread(target=listen, args=(channel,), daemon=True).start()
+    return channels
+
+
+def follow() -> None:
+    """Until the leader says that it is over, or dies."""
+    host, port = sys.argv[sys.argv.index("--leader") + 1].split(":")
+    listen(socket.create_connection((host, int(port))))
+
+
+def listen(channel: socket.socket) -> None:
+    os._exit(0 if channel.recv(64) == b"end" else 70)
+
+
 def main() -> None:
     """`kind` rank or route, then the options of the real ones. What goes wrong is told by files in $FAKES: `crash-<name>` (crash
     while starting), `refuse-<name>` (say why), `stubborn-<name>` (SIGTERM is ignored), `slow-<name>` (never ready)."""
     kind, spec = sys.argv[1], json.loads(sys.argv[sys.argv.index("--spec") + 1])
-    name = spec.get("worker_id", "router")
+    rank, tp, stages = spec.get("rank", 0), spec.get("tp", 1), spec.get("stages", [])
+    name = spec.get("worker_id", "router") + (f".rank{rank}" if rank else "")
     orders = Path(os.environ["FAKES"])
     hold_leash()
     print("a library's greeting", flush=True)
@@ -52,16 +81,26 @@ def main() -> None:
         sys.exit(2)
     if (orders / f"slow-{name}").exists():
         time.sleep(100)
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        follow()
+    channels = lead(tp * max(1, len(stages)) - 1)
     if (orders / f"stubborn-{name}").exists():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: end(channels))
     listener = socket.create_server(("127.0.0.1", 0))
     address = f"127.0.0.1:{listener.getsockname()[1]}"
     if kind == "route":
         say(event="ready", http=address, grpc=address, control=address)
     else:
-        say(event="ready", address=address, incarnation=time.monotonic_ns(), layout=LAYOUT, capacity_tokens=1024)
+        say(
+            event="ready",
+            address=address,
+            incarnation=time.monotonic_ns(),
+            layout={**LAYOUT, "tp": tp, "stages": stages},
+            capacity_tokens=1024,
+        )
     while True:
         time.sleep(100)
 

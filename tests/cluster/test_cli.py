@@ -48,6 +48,12 @@ def test_every_command_has_help(command: str) -> None:
         (["up", "-f", "/nowhere.yaml"], 2, "There is no config file /nowhere.yaml."),
         (["up", "--decode", "0"], 2, "decode.workers"),
         (["up", "--prefill", "-1"], 2, "prefill.workers"),
+        (["up", "--decode-tp", "0"], 2, "decode.tp"),
+        (["up", "--prefill-pp", "-2"], 2, "prefill.pp"),
+        (["scale"], 2, "Say how many workers there shall be"),
+        (["scale", "--decode", "two"], 2, "--decode two: is no number of workers"),
+        (["scale", "--prefill", "1,"], 2, "--prefill 1,: is no number of workers"),
+        (["scale", "--decode", "1,2"], 1, "Start one with `diptych up`"),
         (["up", "--http-port", "70000"], 2, "router.http_port"),
         (["up", "--colocated", "1", "--prefill", "1"], 2, "--colocated takes the place of --prefill and --decode"),
         (["up", "--address", "x:1", "--no-ray"], 2, "--address joins a Ray cluster and --no-ray does without"),
@@ -66,6 +72,22 @@ def test_a_mistake_gets_one_plain_line(arguments: list[str], status: int, says: 
     code, _, err = diptych(*arguments)
     assert (code, says in err) == (status, True), err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--prefill-tp", "3"), "prefill.tp: tp 3 does not split tiny"),
+        (("--decode-pp", "9"), "decode.pp: pp 9 is more than the 4 layers of tiny"),
+    ],
+)
+def test_a_parallelism_the_model_cannot_have_is_refused_before_anything_starts(tmp_path: Path, flags: tuple[str, ...], says: str) -> None:
+    ports = ("--http-port", "0", "--grpc-port", "0")
+    code, out, err = diptych("up", "--model", str(write_card(tmp_path / "model")), *ports, *flags)
+    assert code == 2
+    assert says in err
+    assert out == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_status_and_down_of_nothing() -> None:

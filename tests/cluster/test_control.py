@@ -5,22 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from diptych.cluster.control import Tell, _connected, ask, listen
+from diptych.cluster.control import Numbers, Tell, _connected, ask, listen
 from diptych.core.errors import ConfigError, Unavailable
 from diptych.core.fleet import Phase
 
-MALFORMED = [b"\n", b"[]\n", b"3\n", b'{"decode": null}\n', b'{"router": 1}\n', b'{"decode": "many"}\n', b"\xff\n"]
+MALFORMED = [b'{"decode": 3}\n', b"\n", b"[]\n", b"3\n", b'{"decode": null}\n', b'{"router": 1}\n', b'{"decode": "many"}\n', b"\xff\n"]
 
 
-async def no_change(wanted: Mapping[Phase, int], tell: Tell) -> None:
+async def no_change(wanted: Numbers, tell: Tell) -> None:
     raise AssertionError(wanted)
 
 
-async def broken(wanted: Mapping[Phase, int], tell: Tell) -> None:
+async def broken(wanted: Numbers, tell: Tell) -> None:
     tell("One line before the fault.")
     raise RuntimeError("a fault of ours")
 
@@ -44,17 +43,17 @@ def test_a_malformed_line_is_answered(line: bytes) -> None:
 
 
 def test_what_was_asked_and_said_crosses_and_a_no_names_its_field() -> None:
-    async def scale(wanted: Mapping[Phase, int], tell: Tell) -> None:
+    async def scale(wanted: Numbers, tell: Tell) -> None:
         tell(f"{wanted[Phase.DECODE]} wanted")
-        if wanted[Phase.DECODE] > 3:
+        if wanted[Phase.DECODE] > (3,):
             raise ConfigError("Too many.", field="decode.workers")
 
     async def check() -> None:
         cluster_id = secrets.token_hex(4)
         async with await listen(cluster_id, scale):
-            assert await asyncio.to_thread(lambda: list(ask(cluster_id, {Phase.DECODE: 3}))) == ["3 wanted"]
+            assert await asyncio.to_thread(lambda: list(ask(cluster_id, {Phase.DECODE: (3,)}))) == ["(3,) wanted"]
             with pytest.raises(ConfigError, match="Too many") as no:
-                await asyncio.to_thread(lambda: list(ask(cluster_id, {Phase.DECODE: 4})))
+                await asyncio.to_thread(lambda: list(ask(cluster_id, {Phase.DECODE: (4,)})))
             assert no.value.field == "decode.workers"
 
     asyncio.run(check())
@@ -66,6 +65,6 @@ def test_whoever_asked_does_not_wait_for_ever_when_the_supervisor_is_at_fault() 
         cluster_id = secrets.token_hex(4)
         async with await listen(cluster_id, broken):
             with pytest.raises(Unavailable, match="has ended"):
-                await asyncio.wait_for(asyncio.to_thread(lambda: list(ask(cluster_id, {Phase.DECODE: 3}))), 10)
+                await asyncio.wait_for(asyncio.to_thread(lambda: list(ask(cluster_id, {Phase.DECODE: (3,)}))), 10)
 
     asyncio.run(check())

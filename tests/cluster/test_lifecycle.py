@@ -2,58 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cluster_harness import Cluster, killed_at_once, nothing_left, running, shared_memory, sockets_below, wait_for, write_card
+from cluster_harness import (
+    Start,
+    fleets,
+    killed_at_once,
+    nothing_left,
+    pid_of,
+    scaled,
+    shared_memory,
+    sockets_below,
+    wait_for,
+)
 from diptych.cluster import processes
 from diptych.cluster.control import ask
 from diptych.core.errors import ConfigError, Unavailable
 from diptych.core.fleet import Phase
-
-HERE = Path(__file__).parent
-Start = Callable[..., AbstractContextManager[Cluster]]
-
-
-@pytest.fixture
-def orders(tmp_path: Path) -> Path:
-    """Files here tell the fake programs what to do wrong; they write their pids and the fleets here."""
-    (tmp_path / "orders").mkdir()
-    return tmp_path / "orders"
-
-
-@pytest.fixture
-def start(tmp_path: Path, orders: Path) -> Start:
-    model = write_card(tmp_path / "model")
-
-    def start(**config: Any) -> AbstractContextManager[Cluster]:
-        whole = {
-            "model": {"source": str(model)},
-            "router": {"http_port": 0, "grpc_port": 0},
-            "ray": {"enabled": False},
-            "prefill": {"kv_tokens": 256},
-            "decode": {"kv_tokens": 256},
-            **config,
-        }
-        environment = {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "FAKES": str(orders)}
-        return running([str(HERE / "fake_up.py"), json.dumps(whole)], environment)
-
-    return start
-
-
-def fleets(orders: Path) -> list[tuple[int, dict[str, int]]]:
-    path = orders / "fleet"
-    return [(version, members) for version, members in map(json.loads, path.read_text().splitlines())] if path.exists() else []
-
-
-def pid_of(orders: Path, name: str) -> int:
-    return int((orders / f"pid-{name}").read_text())
 
 
 def test_up_shows_each_process_and_the_addresses_and_ends_cleanly(start: Start, orders: Path, tmp_path: Path) -> None:
@@ -96,29 +64,25 @@ def test_a_router_that_dies_comes_back_and_is_told_the_fleet(start: Start, order
         assert cluster.end() == 0
 
 
-def scaled(cluster: Cluster, wanted: dict[Phase, int]) -> list[str]:
-    return list(ask(str(cluster.state()["id"]), wanted))
-
-
 def test_workers_join_and_leave_while_it_serves(start: Start, orders: Path) -> None:
     with start() as cluster:
         cluster.expect("Ctrl-C ends it.")
         before = fleets(orders)[-1][1]
-        said = scaled(cluster, {Phase.PREFILL: 2, Phase.DECODE: 3})
+        said = scaled(cluster, {Phase.PREFILL: (2,), Phase.DECODE: (3,)})
         assert sorted(line for line in said if "joined" in line) == [f"{name} has joined" for name in ("decode-1", "decode-2", "prefill-1")]
         version, now = fleets(orders)[-1]
         assert now.keys() == {"prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"}
         assert before.items() <= now.items(), "nobody else was disturbed"
 
         leaving = pid_of(orders, "decode-2")
-        said = scaled(cluster, {Phase.PREFILL: 0, Phase.DECODE: 1})
+        said = scaled(cluster, {Phase.PREFILL: (0,), Phase.DECODE: (1,)})
         assert said[-1].endswith("has left")
         assert processes.start_ticks(leaving) is None
         assert len((orders / "drained").read_text().splitlines()) == 4, "each was drained first"
         wait_for("the fleet", lambda: fleets(orders)[-1][1] == {"decode-0": before["decode-0"]})
         assert fleets(orders)[-1][0] > version
         assert {process["name"] for process in cluster.state()["processes"]} == {"router", "decode-0"}  # type: ignore[attr-defined]
-        assert scaled(cluster, {Phase.PREFILL: 1})[-1] == "prefill-0 has joined"
+        assert scaled(cluster, {Phase.PREFILL: (1,)})[-1] == "prefill-0 has joined"
         assert cluster.end() == 0
     assert "decode-2 has left" in cluster.output
     assert "Starting it again" not in cluster.output
@@ -128,7 +92,7 @@ def test_a_number_that_cannot_be_is_refused_by_key(start: Start, orders: Path) -
     with start() as cluster:
         cluster.expect("Ctrl-C ends it.")
         with pytest.raises(ConfigError) as caught:
-            scaled(cluster, {Phase.DECODE: 0})
+            scaled(cluster, {Phase.DECODE: (0,)})
         assert caught.value.field == "decode.workers"
         assert len(fleets(orders)[-1][1]) == 2
 
@@ -142,7 +106,7 @@ def test_another_user_is_not_heard(start: Start, orders: Path) -> None:
         if child == 0:
             os.setresuid(65534, 65534, 65534)
             try:
-                list(ask(cluster_id, {Phase.DECODE: 2}))
+                list(ask(cluster_id, {Phase.DECODE: (2,)}))
             except Unavailable:
                 os._exit(0)
             finally:
@@ -157,12 +121,12 @@ def test_a_worker_that_cannot_join_says_why_and_changes_nothing(start: Start, or
     with start() as cluster:
         cluster.expect("Ctrl-C ends it.")
         with pytest.raises(ConfigError, match=r"prefill.kv_tokens: 8192 tokens are too few"):
-            scaled(cluster, {Phase.PREFILL: 2})
+            scaled(cluster, {Phase.PREFILL: (2,)})
         with pytest.raises(Unavailable, match="the disk is on fire"):
-            scaled(cluster, {Phase.DECODE: 2})
+            scaled(cluster, {Phase.DECODE: (2,)})
         assert {process["name"] for process in cluster.state()["processes"]} == {"router", "prefill-0", "decode-0"}  # type: ignore[attr-defined]
         (orders / "crash-decode-1").unlink()
-        assert scaled(cluster, {Phase.DECODE: 2})[-1] == "decode-1 has joined"
+        assert scaled(cluster, {Phase.DECODE: (2,)})[-1] == "decode-1 has joined"
         assert cluster.end() == 0
 
 
@@ -173,7 +137,7 @@ def test_one_that_was_given_up_is_replaced_when_as_many_are_asked_for(start: Sta
         os.kill(pid_of(orders, "decode-1"), signal.SIGKILL)
         cluster.expect("It died too often and is not started again.")
         (orders / "crash-decode-1").unlink()
-        assert scaled(cluster, {Phase.DECODE: 2})[-1] == "decode-1 has joined"
+        assert scaled(cluster, {Phase.DECODE: (2,)})[-1] == "decode-1 has joined"
         os.kill(pid_of(orders, "decode-1"), signal.SIGKILL)
         wait_for("it to come back", lambda: cluster.output.count("decode-1 is ready") == 3)
         assert cluster.end() == 0
@@ -182,7 +146,7 @@ def test_one_that_was_given_up_is_replaced_when_as_many_are_asked_for(start: Sta
 def test_a_worker_that_has_joined_is_kept_like_the_others(start: Start, orders: Path) -> None:
     with start() as cluster:
         cluster.expect("Ctrl-C ends it.")
-        scaled(cluster, {Phase.DECODE: 2})
+        scaled(cluster, {Phase.DECODE: (2,)})
         os.kill(pid_of(orders, "decode-1"), signal.SIGKILL)
         wait_for("it to come back", lambda: cluster.output.count("decode-1 is ready") == 2)
         os.kill(pid_of(orders, "decode-0"), signal.SIGKILL)
@@ -194,7 +158,7 @@ def test_a_cluster_that_ends_tells_who_waits_for_a_change(start: Start, orders: 
     (orders / "slow-decode-1").touch()
     with start() as cluster:
         cluster.expect("Ctrl-C ends it.")
-        waiting = ask(str(cluster.state()["id"]), {Phase.DECODE: 2})
+        waiting = ask(str(cluster.state()["id"]), {Phase.DECODE: (2,)})
         assert next(waiting) == "decode-1 is starting"
         state = cluster.state()
         assert cluster.end() == 0

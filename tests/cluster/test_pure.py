@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from diptych.cluster.cores import Share, share_cores, share_for_newcomer
-from diptych.cluster.headcount import Change, change
+from cluster_harness import write_card
+from diptych.cluster.cores import Share, share_cores, shares_for_newcomer
+from diptych.cluster.headcount import Change, changes
 from diptych.cluster.memory import available_bytes
 from diptych.cluster.nodes import Node, choose, equal_part, fit, free_run
 from diptych.cluster.on_node import own_cores
-from diptych.cluster.posts import newcomer_specs, rank_specs, route_spec
+from diptych.cluster.posts import newcomers, route_spec, workers
 from diptych.cluster.restarts import RestartBudget
 from diptych.cluster.timeline import TimeLine
 from diptych.core.config import Placing, load_config
 from diptych.core.fleet import Phase
+from diptych.core.model import read_card
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,14 +59,21 @@ def test_shares_never_overlap_and_keep_what_was_asked(cores: int, wanted: list[i
     ],
 )
 def test_a_newcomer_gets_cores_that_nobody_has(others: list[Share], wanted: int | None, share: Share) -> None:
-    assert share_for_newcomer([0, 1, 2, 3], others, wanted) == share
+    assert shares_for_newcomer([0, 1, 2, 3], others, [wanted]) == [share]
+
+
+def test_the_ranks_of_a_newcomer_share_the_cores_that_nobody_has() -> None:
+    assert shares_for_newcomer(range(5), [Share(1, (0,))], [None, None]) == [Share(2, (1, 2)), Share(2, (3, 4))]
+    assert shares_for_newcomer(range(2), [Share(1, (0,))], [None, None]) == [Share(1, None), Share(1, None)]
 
 
 def test_newcomers_leave_each_other_their_cores(tmp_path: Path) -> None:
     config = load_config({"prefill": {"threads": 1}, "decode": {"threads": 1}})
-    present = rank_specs(config, tmp_path, range(4))
-    specs = newcomer_specs(config, tmp_path, range(4), present, [(Phase.PREFILL, 1), (Phase.DECODE, 4), (Phase.DECODE, 5)])
-    assert [(spec.worker_id, spec.cpus) for spec in specs] == [("prefill-1", (2,)), ("decode-4", (3,)), ("decode-5", None)]
+    model = write_card(tmp_path / "model")
+    present = workers(config, read_card(model), model, range(4))
+    names = [(Phase.PREFILL, 0, 1), (Phase.DECODE, 0, 4), (Phase.DECODE, 0, 5)]
+    joining = newcomers(config, read_card(model), model, range(4), present, names)
+    assert [(worker.name, worker.ranks[0].cpus) for worker in joining] == [("prefill-1", (2,)), ("decode-4", (3,)), ("decode-5", None)]
 
 
 @pytest.mark.parametrize(
@@ -79,39 +88,107 @@ def test_newcomers_leave_each_other_their_cores(tmp_path: Path) -> None:
     ],
 )
 def test_the_highest_leave_and_the_lowest_free_join(present: list[int], wanted: int, expected: Change) -> None:
-    assert change(present, wanted) == expected
+    assert changes([present], [wanted]) == [expected]
+
+
+def test_groups_take_their_numbers_from_one_row() -> None:
+    assert changes([[0, 1], [2]], [3, 3]) == [Change((3,), ()), Change((4, 5), ())]
+    assert changes([[0, 1], [2, 4]], [0, 3]) == [Change((), (1, 0)), Change((3,), ())]
+
+
+@given(st.lists(st.sets(st.integers(0, 9)), max_size=3), st.data())
+def test_afterwards_each_group_has_as_many_as_asked_and_no_number_twice(groups: list[set[int]], data: st.DataObject) -> None:
+    present = [numbers - set().union(*groups[:at]) for at, numbers in enumerate(groups)]
+    wanted = [data.draw(st.integers(0, 6)) for _ in present]
+    after = [(numbers | set(change.join)) - set(change.leave) for numbers, change in zip(present, changes(present, wanted), strict=True)]
+    assert [len(numbers) for numbers in after] == wanted
+    assert sum(wanted) == len(set().union(*after))
 
 
 def nodes(*cpus: float) -> list[Node]:
     return [Node(f"n{index}", f"10.0.0.{index}", free, 100) for index, free in enumerate(cpus)]
 
 
+def where(places: list[list[Node]] | None) -> list[str]:
+    """Of workers with one rank each."""
+    return [node.node_id for (node,) in places or []]
+
+
 def test_packing_fills_a_node_and_spreading_takes_the_emptiest() -> None:
-    places = {placing: fit(nodes(4, 4), [(1, 0)] * 4, placing) or [] for placing in Placing}
-    assert [node.node_id for node in places[Placing.PACK]] == ["n0"] * 4
-    assert [node.node_id for node in places[Placing.SPREAD]] == ["n0", "n1", "n0", "n1"]
+    four = [[(1, 0)]] * 4
+    assert where(fit(nodes(4, 4), four, Placing.PACK)) == ["n0"] * 4
+    assert where(fit(nodes(4, 4), four, Placing.SPREAD)) == ["n0", "n1", "n0", "n1"]
 
 
 def test_a_worker_goes_where_its_threads_and_memory_are_free() -> None:
     small = Node("small", "10.0.0.9", 8, 10)
-    assert choose([small, *nodes(2, 3)], 3, 50, Placing.PACK) == nodes(2, 3)[1]
-    assert choose([small, *nodes(2, 2)], 3, 50, Placing.PACK) is None
-    assert fit(nodes(1, 1), [(1, 60), (1, 60)], Placing.PACK) is not None
-    assert fit(nodes(2), [(1, 60), (1, 60)], Placing.PACK) is None
+    assert choose([small, *nodes(2, 3)], [(3, 50)], Placing.PACK) == [nodes(2, 3)[1]]
+    assert choose([small, *nodes(2, 2)], [(3, 50)], Placing.PACK) is None
+    assert fit(nodes(1, 1), [[(1, 60)], [(1, 60)]], Placing.PACK) is not None
+    assert fit(nodes(2), [[(1, 60)], [(1, 60)]], Placing.PACK) is None
 
 
 @pytest.mark.parametrize(
-    ("free", "wanted", "threads"), [([4], [None, None], 2), ([4, 4], [None, None], 4), ([4, 2], [None, None, 2], 2), ([1], [None] * 3, 1)]
+    ("free", "ranks", "expected"),
+    [
+        ([1, 4, 2], 3, ["n1"] * 3),
+        ([2, 1, 2], 3, ["n0", "n0", "n2"]),
+        ([2, 3, 2], 5, ["n1", "n1", "n1", "n0", "n0"]),
+        ([1, 1, 1], 3, ["n0", "n1", "n2"]),
+        ([1, 1, 1], 4, None),
+    ],
 )
-def test_workers_that_name_no_threads_share_what_the_nodes_have(free: list[float], wanted: list[int | None], threads: int) -> None:
-    assert equal_part(nodes(*free), [(asked, 0) for asked in wanted], Placing.PACK) == threads
+@pytest.mark.parametrize("placing", Placing)
+def test_the_ranks_of_a_worker_share_a_node_or_as_few_as_can_be(
+    free: list[float], ranks: int, expected: list[str] | None, placing: Placing
+) -> None:
+    chosen = choose(nodes(*free), [(1, 0)] * ranks, placing)
+    assert (None if chosen is None else [node.node_id for node in chosen]) == expected
 
 
-@given(st.lists(st.integers(0, 8), min_size=1, max_size=4), st.lists(st.integers(1, 4), max_size=6), st.sampled_from(Placing))
-def test_no_node_is_given_more_than_it_has(free: list[int], wanted: list[int], placing: Placing) -> None:
-    chosen = fit(nodes(*free), [(threads, 1) for threads in wanted], placing)
-    for node in nodes(*free) if chosen else []:
-        assert sum(threads for threads, place in zip(wanted, chosen or [], strict=True) if place.node_id == node.node_id) <= node.cpus
+@pytest.mark.parametrize(
+    ("free", "wanted", "threads"),
+    [
+        ([4], [[None], [None]], 2),
+        ([4, 4], [[None], [None]], 4),
+        ([4, 2], [[None], [None], [2]], 2),
+        ([1], [[None]] * 3, 1),
+        ([4, 4], [[None, None], [None, None]], 2),
+        ([6, 2], [[None] * 4], 2),
+    ],
+)
+def test_ranks_that_name_no_threads_share_what_the_nodes_have(free: list[float], wanted: list[list[int | None]], threads: int) -> None:
+    assert equal_part(nodes(*free), [[(asked, 0) for asked in ranks] for ranks in wanted], Placing.PACK) == threads
+
+
+NEEDS = st.tuples(st.integers(1, 4), st.sampled_from([1, 30, 60]))
+
+
+@given(
+    st.lists(st.integers(0, 8), min_size=1, max_size=4),
+    st.lists(st.lists(NEEDS, min_size=1, max_size=4), max_size=5),
+    st.sampled_from(Placing),
+)
+def test_no_node_is_given_more_than_it_has(free: list[int], wanted: list[list[tuple[int, int]]], placing: Placing) -> None:
+    chosen = fit(nodes(*free), wanted, placing)
+    given = [
+        (node.node_id, need)
+        for places, ranks in zip(chosen or [], wanted, strict=bool(chosen))
+        for node, need in zip(places, ranks, strict=True)
+    ]
+    for node in nodes(*free):
+        assert sum(threads for there, (threads, _) in given if there == node.node_id) <= node.cpus
+        assert sum(memory for there, (_, memory) in given if there == node.node_id) <= node.memory
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=4), NEEDS, st.integers(1, 6), st.sampled_from(Placing))
+def test_equal_ranks_find_room_if_there_is_any_and_one_node_if_one_has_it(
+    free: list[int], need: tuple[int, int], count: int, placing: Placing
+) -> None:
+    room = sorted((node.room_for([need] * count) for node in nodes(*free)), reverse=True)
+    chosen = choose(nodes(*free), [need] * count, placing)
+    fewest = next((used for used in range(1, len(room) + 1) if sum(room[:used]) >= count), None)
+    assert (None if chosen is None else len({node.node_id for node in chosen})) == fewest
 
 
 def test_cores_of_a_node_are_given_once() -> None:
@@ -144,21 +221,58 @@ def test_specs_follow_the_config(tmp_path: Path) -> None:
             "log": {"level": "debug"},
         }
     )
-    specs = rank_specs(config, tmp_path, range(3))
-    assert [(spec.worker_id, spec.phase, spec.cpus) for spec in specs] == [
-        ("prefill-0", Phase.PREFILL, (0,)),
-        ("decode-0", Phase.DECODE, (1,)),
-        ("decode-1", Phase.DECODE, (2,)),
+    model = write_card(tmp_path / "model")
+    found = workers(config, read_card(model), model, range(3))
+    specs = [worker.ranks[0] for worker in found]
+    assert [(worker.name, worker.phase, worker.section, len(worker.ranks)) for worker in found] == [
+        ("prefill-0", Phase.PREFILL, "prefill", 1),
+        ("decode-0", Phase.DECODE, "decode", 1),
+        ("decode-1", Phase.DECODE, "decode", 1),
     ]
+    assert [spec.cpus for spec in specs] == [(0,), (1,), (2,)]
     assert [(spec.kv_tokens, spec.chunk_tokens) for spec in specs] == [(512, 32), (1024, 48), (1024, 48)]
     assert {(spec.max_running, spec.lease_s, spec.log_level) for spec in specs} == {(7, 3.0, "debug")}
     route = route_spec(config, tmp_path)
     assert (route.http_port, route.grpc_port, route.limits.running) == (0, 50051, 9)
 
 
+GROUPS = {
+    "prefill": {"tp": 2, "pp": 2, "threads": 1},
+    "decode": {"kv_tokens": 1024, "groups": [{"workers": 2, "tp": 4}, {"stages": [1, 3], "kv_tokens": 512, "threads": 2}]},
+}
+
+
+def test_each_rank_has_a_spec_of_its_own(tmp_path: Path) -> None:
+    model = write_card(tmp_path / "model")
+    found = workers(load_config(GROUPS), read_card(model), model, range(16))
+    assert [(worker.name, worker.group, worker.section) for worker in found] == [
+        ("prefill-0", 0, "prefill"),
+        ("decode-0", 0, "decode.groups.0"),
+        ("decode-1", 0, "decode.groups.0"),
+        ("decode-2", 1, "decode.groups.1"),
+    ]
+    prefill, tensor, _, pipeline = (worker.ranks for worker in found)
+    assert [(spec.rank, spec.tp, spec.stages, spec.threads) for spec in prefill] == [(rank, 2, (2, 2), 1) for rank in range(4)]
+    assert [(spec.rank, spec.tp, spec.stages, spec.kv_tokens) for spec in tensor] == [(rank, 4, (), 1024) for rank in range(4)]
+    assert [(spec.rank, spec.tp, spec.stages, spec.kv_tokens) for spec in pipeline] == [(rank, 1, (1, 3), 512) for rank in range(2)]
+    cores = [cpu for worker in found for spec in worker.ranks for cpu in spec.cpus or ()]
+    assert sorted(cores) == list(range(16)), "each rank has its own"
+
+
+def test_staging_is_for_the_ranks_that_a_rank_has_a_route_to(tmp_path: Path) -> None:
+    """To a decode worker of tp 4 over two KV heads each of two shards sends to two, from both its stages."""
+    model = write_card(tmp_path / "model")
+    found = workers(load_config(GROUPS), read_card(model), model, range(16))
+    prefill, tensor, _, pipeline = (worker.ranks for worker in found)
+    assert [spec.pairs for spec in tensor] == [2, 2, 2, 2], "one shard of each stage"
+    assert [spec.pairs for spec in pipeline] == [2, 4], "both shards of stage 0; of stages 0 and 1"
+    assert [spec.pairs for spec in prefill] == [2 * 2 + 2, 2 * 2 + 2, 2 * 2 + 1, 2 * 2 + 1]
+
+
 def test_cores_are_not_chosen_on_a_ray_cluster_that_is_joined(tmp_path: Path) -> None:
-    specs = rank_specs(load_config({"ray": {"address": "somewhere:6379"}}), tmp_path, range(8))
-    assert [spec.cpus for spec in specs] == [None, None]
+    model = write_card(tmp_path / "model")
+    found = workers(load_config({"ray": {"address": "somewhere:6379"}}), read_card(model), model, range(8))
+    assert [worker.ranks[0].cpus for worker in found] == [None, None]
 
 
 def test_available_memory_is_what_the_container_leaves(tmp_path: Path) -> None:

@@ -7,45 +7,21 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from cluster_harness import killed_at_once, nothing_left, running, shared_memory, sockets_below, wait_for
+from cluster_harness import killed_at_once, nothing_left, shared_memory, sockets_below, wait_for
 from diptych.cluster import processes
 from diptych.cluster.launch import Launch, PlainLauncher
 from diptych.cluster.ray_launcher import ray_environment
+from real_harness import PROMPT, ROOT, UP_S, diptych, ray_of_others, up
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-UP_S = 90.0
-"""For a cluster to be up, on two cores that other tests use too; alone it takes 5 s plain and 10 s with Ray."""
 
-
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
-    return tmp_path / "run"
-
-
-def up(model: Path, runtime: Path, *flags: str) -> Any:
-    ports = ("--http-port", "0", "--grpc-port", "0")
-    argv = ["-m", "diptych.cluster.cli", "up", "--model", str(model), *ports, *flags]
-    return running(argv, {"XDG_RUNTIME_DIR": str(runtime), "PYTHONSAFEPATH": "1"}, cwd=ROOT)
-
-
-def diptych(*arguments: str, stdin: str | None = None, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "diptych.cluster.cli", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False)
-
-
-PROMPT = "the thin man and the other thing in the inn; then another one, and the end of it all there"
+pytestmark = pytest.mark.usefixtures("runtime")
 
 
 def test_a_plain_cluster_from_up_to_down(tiny_gemma3_dir: Path, runtime: Path) -> None:
@@ -158,29 +134,11 @@ def test_a_cluster_on_ray_serves_heals_and_leaves_nothing(tiny_gemma3_dir: Path,
         assert "No cluster runs here" in diptych("status").stdout
 
 
-@contextmanager
-def ray_of_others(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A Ray cluster of one node with three CPUs that somebody else has started; its address."""
-    mark = f"others-{directory.name}"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    for name, value in ray_environment({}, local=True).items():
-        monkeypatch.setenv(name, value)
-    where = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=3", f"--temp-dir={directory}"]
-    command = [str(Path(sys.executable).with_name("ray")), "start", *where, "--include-dashboard=false", "--object-store-memory=83886080"]
-    try:
-        started = subprocess.run(command, env={**os.environ, processes.MARK: mark}, capture_output=True, text=True, timeout=90, check=False)
-        assert started.returncode == 0, started.stdout + started.stderr
-        yield f"127.0.0.1:{port}"
-    finally:
-        processes.sweep(mark, ())
-
-
 @pytest.mark.timeout(240)
 def test_a_ray_cluster_that_runs_already_is_joined_and_left(
     tiny_gemma3_dir: Path, runtime: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ray_of_others(scratch, monkeypatch) as address:
+    with ray_of_others(scratch, monkeypatch, 3) as address:
         threads = runtime.parent / "threads.yaml"
         threads.write_text("prefill: {threads: 1}\ndecode: {threads: 1}\n")
         with up(tiny_gemma3_dir, runtime, "-f", str(threads), "--address", address) as cluster:
@@ -207,7 +165,7 @@ def test_a_ray_cluster_that_runs_already_is_joined_and_left(
 def test_a_worker_that_finds_no_node_is_refused_with_what_is_free(
     tiny_gemma3_dir: Path, runtime: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ray_of_others(scratch, monkeypatch) as address, up(tiny_gemma3_dir, runtime, "--address", address) as cluster:
+    with ray_of_others(scratch, monkeypatch, 3) as address, up(tiny_gemma3_dir, runtime, "--address", address) as cluster:
         cluster.expect("Ctrl-C ends it.", UP_S)
         refused = diptych("scale", "--prefill", "2", "--decode", "2", timeout_s=150)
         assert refused.returncode == 2
@@ -228,15 +186,6 @@ def test_down_cleans_up_after_a_supervisor_and_reaper_that_were_killed(tiny_gemm
         assert cleaned.returncode == 0
         assert "had been killed; cleaned up after it" in cleaned.stdout
         assert nothing_left(state)
-
-
-@pytest.fixture
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Short: a path to a Unix socket has at most 107 bytes."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="diptych-") as directory:
-        yield Path(directory)
 
 
 def test_a_ray_worker_started_from_the_root_imports_other_peoples_proto(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
