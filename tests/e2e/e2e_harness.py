@@ -1,18 +1,11 @@
-"""Real rank processes, and a stand-in for the router that speaks to them over rpc's own client."""
+"""Workers as real processes, and a stand-in for the router that speaks to them over rpc's own client."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from diptych.cluster.spec import RankSpec
@@ -33,102 +26,23 @@ from diptych.core.errors import DiptychError
 from diptych.core.fleet import Phase, WorkerReport
 from diptych.core.request import FinishReason, Request, Token, Tokens, new_attempt_id
 from diptych.core.sampling import SamplingParams
-from diptych.core.stages import Stage
 from diptych.rpc.worker import WorkerClient, WorkerStream
-from diptych.worker.timeline import read_stamps
+from rank_process import START_S, Rank
 
-START_S = 60.0
 ANSWER_S = 60.0
 IDLE_S = 20.0
 TERMINAL = (HandedOver, Finished, Failed)
 
 
-@dataclass
-class Rank:
-    """A rank process of ours: started with a leash, its log in a file."""
-
-    spec: RankSpec
-    process: subprocess.Popen[bytes]
-    log: Path
-    events: list[dict[str, object]] = field(default_factory=list)
-    unread: bytes = b""
-
-    @classmethod
-    def start(
-        cls,
-        spec: RankSpec,
-        directory: Path,
-        *,
-        environment: dict[str, str] | None = None,
-        prefix: tuple[str, ...] = (),
-        program: tuple[str, ...] = ("-m", "diptych.cluster.rank"),
-    ) -> Rank:
-        """`prefix`: what runs the command elsewhere (`hosts.Host.prefix`); `program`: what Python runs."""
-        log = directory / f"{spec.worker_id}.log"
-        with log.open("ab") as sink:
-            process = subprocess.Popen(
-                [*prefix, sys.executable, *program, "--spec", spec.model_dump_json(), "--leash"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=sink,
-                cwd=directory,
-                env={**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})},
-            )
-        return cls(spec, process, log)
-
-    def wait_for(self, *names: str, timeout_s: float = START_S) -> dict[str, object]:
-        """The first event so called; fails with the log if the process ends or is silent before."""
-        end = time.monotonic() + timeout_s
-        assert self.process.stdout is not None
-        while True:
-            for event in self.events:
-                if event["event"] in names:
-                    return event
-            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))
-            chunk = os.read(self.process.stdout.fileno(), 1 << 16) if ready else b""
-            assert chunk, f"{self.spec.worker_id} says {self.events} and no more:\n{self.log.read_text()}"
-            *lines, self.unread = (self.unread + chunk).split(b"\n")
-            self.events += [json.loads(line) for line in lines]
-
-    @property
-    def address(self) -> str:
-        return str(self.wait_for("ready")["address"])
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def stop(self) -> int:
-        """SIGTERM, and the exit status."""
-        if self.alive:
-            self.process.send_signal(signal.SIGTERM)
-        return self._ended()
-
-    def kill(self) -> int:
-        if self.alive:
-            self.process.send_signal(signal.SIGKILL)
-        return self._ended()
-
-    def _ended(self) -> int:
-        status = self.process.wait(timeout=30)
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
-        return status
-
-    def stamps(self, attempt_id: str) -> dict[Stage, float]:
-        """Stage → seconds of the host's monotonic clock, from a rank that logs at debug level."""
-        return {stage: at for stage, attempt, at in read_stamps(self.log.read_text().splitlines()) if attempt == attempt_id}
-
-
 @contextmanager
-def ranks(directory: Path, *specs: RankSpec) -> Iterator[list[Rank]]:
-    """Ranks started side by side and ready; killed at the end."""
+def ranks(directory: Path, *specs: RankSpec, start_s: float = START_S) -> Iterator[list[Rank]]:
+    """Workers, each of as many ranks as its spec says, started side by side and ready; killed at the end. The spec's `rank` is 0."""
     started = [Rank.start(spec, directory) for spec in specs]
     try:
+        for rank in started:  # those that follow start, and import torch, beside those of the other workers
+            rank.bring_followers(start_s)
         for rank in started:
-            rank.wait_for("ready")
+            rank.wait_for("ready", timeout_s=start_s)
         yield started
     finally:
         for rank in started:
