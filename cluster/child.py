@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -20,6 +21,8 @@ FAILED = 2
 """Exit status of a child that could not start and has said why."""
 UNLEASHED = 3
 """Exit status of a child whose parent has gone."""
+DIED = 70
+"""Exit status of a rank whose books or engine could no longer be trusted, or that lost another rank of its worker (EX_SOFTWARE)."""
 
 
 def say(event: str, **values: object) -> None:
@@ -29,6 +32,12 @@ def say(event: str, **values: object) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         logging.getLogger(__name__).warning("Nobody reads this process's stdout any more.")
+
+
+def claim_stdout() -> None:
+    """Keep stdout for `say`: what libraries print (gloo does) goes to the log."""
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
 
 def seconds_alive() -> float:
@@ -57,6 +66,13 @@ def _watch_stdin() -> None:
     sys.stderr.write("The process that started this one has gone; ending.\n")
     sys.stderr.flush()
     os._exit(UNLEASHED)
+
+
+def died(error: BaseException) -> None:
+    """End the process at once and say why: whoever is connected to it sees that, and takes its work elsewhere."""
+    traceback.print_exception(error, file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(DIED)
 
 
 def log_to_stderr(level: str, name: str) -> None:

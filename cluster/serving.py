@@ -1,91 +1,79 @@
-"""What a rank process runs: one engine over one pool, in one role, behind one gRPC port."""
+"""What the process of a worker's first rank, its leader, runs: an engine over a pool, a role, and a gRPC port."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import ipaddress
 import logging
-import os
 import signal
-import sys
-import traceback
+import socket
+from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-
 from ..core.clock import Clock, MonotonicClock
-from ..core.errors import ConfigError
 from ..core.fleet import Phase
 from ..core.layout import Layout
-from ..core.model import ModelCard
+from ..core.model import ModelCard, read_card
 from ..core.prefix import root_hash
 from ..core.request import Request, new_incarnation
 from ..decode_worker.role import DecodeRole
 from ..decode_worker.scheduler import DecodeScheduler
 from ..engine.block_pool import BlockPool
-from ..engine.engine import Engine
-from ..engine.prepared import PreparedModel, open_prepared
 from ..kv_transfer.destination import Destination
-from ..kv_transfer.pool import Pool
 from ..kv_transfer.source import Source
 from ..prefill_worker.role import PrefillRole
 from ..prefill_worker.scheduler import PrefillScheduler
-from ..rpc.channels import join_address, split_address
+from ..rpc.channels import join_address
 from ..rpc.lane import dial_lane
 from ..rpc.server import serve as serve_faces
 from ..worker.face import Face
-from ..worker.loop import EngineLoop, Inbox
+from ..worker.leader import FollowerRank, Leader
+from ..worker.loop import BROKEN_AFTER, DEPTH, EngineLoop, Inbox, at_once
+from ..worker.meeting import meet
 from ..worker.outbox import Call, Delivery
 from ..worker.report import Reporter
-from .child import progress, say
+from .child import died, progress, say
+from .identity import hello, reachable_host, worker_layout
+from .loading import Loaded, load
 from .spec import BLOCK_SIZE, RankSpec
 
 log = logging.getLogger(__name__)
 
-DIED = 70
-"""Exit status of a rank whose books or engine could no longer be trusted (EX_SOFTWARE)."""
 GRACE_S = 0.25
 """How long what was said last may take to reach the routers after the drain, in seconds; their streams would never end by themselves."""
 
 
-async def serve(spec: RankSpec) -> None:
-    """Load, say that all is ready, serve until SIGTERM, drain. Raises `DiptychError` if it cannot start."""
+async def serve(spec: RankSpec, listener: socket.socket | None = None) -> None:
+    """Load, say that all is ready, serve until SIGTERM, drain. `listener`: where the other ranks of this worker come to, if there are any.
+    Raises `DiptychError` if it cannot start."""
     host = reachable_host(spec)
-    torch.set_num_threads(spec.threads)
-    model = open_prepared(spec.model_dir)
-    if model.card.slow_path:
-        log.warning(model.card.slow_path)
-    pool = Pool.allocate(model.card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens))
-    progress("model mapped, pool allocated")
-    engine = Engine(model, pool.caches, block_size=BLOCK_SIZE, max_slots=spec.max_running)
-    engine.warm_up()
-    progress("warm")
-    worker = _Worker(spec, host, model, pool, engine)
-    await worker.run()
-
-
-def reachable_host(spec: RankSpec) -> str:
-    """The host by which routers and peers reach this rank. Raises `ConfigError` for an address that stands for all interfaces: nobody
-    can come to it, and a transport that binds to it would listen where nobody asked it to."""
-    host = spec.advertise or split_address(spec.listen)[0]
+    leader = None if listener is None else _meet(spec, listener)
+    loaded = load(spec, host, leader.store if leader else None)
+    if leader is not None:
+        leader.wait_ready()
+        progress("all ranks are ready")
     try:
-        everywhere = ipaddress.ip_address(host).is_unspecified
-    except ValueError:  # a name
-        everywhere = False
-    if everywhere:
-        raise ConfigError(f"Others cannot come to {host}, which names all interfaces; say which host they shall ask.", field="advertise")
-    return host
+        await _Worker(spec, host, loaded, leader).run()
+    finally:
+        loaded.disconnect()
+
+
+def _meet(spec: RankSpec, listener: socket.socket) -> Leader:
+    layout = worker_layout(spec, read_card(spec.model_dir))
+    connections = meet(listener, hello(spec, layout))
+    progress("all ranks are there")
+    return Leader(connections, layout, died)
 
 
 class _Worker:
     """The parts of one rank, joined; lives on the asyncio thread."""
 
-    def __init__(self, spec: RankSpec, host: str, model: PreparedModel, pool: Pool, engine: Engine) -> None:
-        """`host`: by which others reach it."""
-        self._spec, self._host, self._card, self._pool, self._layout = spec, host, model.card, pool, pool.layout
+    def __init__(self, spec: RankSpec, host: str, loaded: Loaded, leader: Leader | None) -> None:
+        """`host`: by which others reach it. `leader`: its way to the other ranks, if there are any."""
+        self._spec, self._host, self._card, self._pool, self._layout = spec, host, loaded.card, loaded.pool, loaded.layout
+        self._leader = leader
         self._clock: Clock = MonotonicClock()
         self._incarnation = new_incarnation()
         self._asyncio = asyncio.get_running_loop()
@@ -99,13 +87,22 @@ class _Worker:
             check=self._check_transfers if spec.check else None,
         )
         self._loop: EngineLoop[Any] = EngineLoop(
-            engine.run, self._role, inbox=self._inbox, clock=self._clock, deliver=self._deliver, died=died, check=spec.check
+            at_once(loaded.engine.run) if leader is None else leader.steps(loaded.engine),
+            self._role,
+            inbox=self._inbox,
+            clock=self._clock,
+            deliver=self._deliver,
+            died=died,
+            check=spec.check,
+            depth=depth(spec.phase, self._layout.pp),
+            broken_after=BROKEN_AFTER if leader is None else 1,  # of many ranks none repairs a step that failed at one
         )
 
     async def run(self) -> None:
         self._loop.start()
         server = await serve_faces(self._spec.listen, worker=self._face)
         progress("serving")
+        asked = _asked_to_end(self._asyncio)
         say(
             "ready",
             address=join_address(self._host, server.port) if self._spec.advertise else server.address,
@@ -113,13 +110,16 @@ class _Worker:
             layout=dataclasses.asdict(self._layout),
             capacity_tokens=capacity_tokens(self._layout, self._card),
         )
-        await _terminated(self._asyncio)
+        await asked.wait()
+        _end_at_the_next(self._asyncio)
         unfinished = await self._face.drain(self._spec.drain_s)
         if unfinished:
             log.warning("%d attempts are unfinished after %g s; ending.", unfinished, self._spec.drain_s)
         await server.stop(GRACE_S)
         await self._role.transfers.close()
         self._loop.stop()
+        if self._leader is not None:
+            self._leader.end()
         self._pool.close()
 
     def _check_transfers(self) -> None:
@@ -145,7 +145,7 @@ class _Worker:
         spec = self._spec
         return PrefillRole(
             PrefillScheduler(**self._scheduling()),
-            layers=self._card.decoder.layers,
+            layers=[tuple(self._layout.stage(rank // self._layout.tp)) for rank in range(self._layout.ranks)],
             vocab_size=self._card.vocab_size,
             reporter=Reporter(spec.worker_id, self._incarnation),
             clock=self._clock,
@@ -162,6 +162,7 @@ class _Worker:
                 transports=spec.transports,
                 host=self._host,
                 dial=dial_lane,
+                others=self._others,
             ),
         )
 
@@ -184,8 +185,13 @@ class _Worker:
                 events,
                 transports=spec.transports,
                 host=self._host,
+                others=self._others,
             ),
         )
+
+    def _others(self, answer: Callable[[Any], None]) -> Sequence[FollowerRank]:
+        """Ranks 1.. for the transfers."""
+        return () if self._leader is None else self._leader.others(answer, self._call_soon)
 
     def _scheduling(self) -> dict[str, Any]:
         """What both schedulers are made of."""
@@ -200,6 +206,12 @@ class _Worker:
         }
 
 
+def depth(phase: Phase, stages: int) -> int:
+    """Steps in flight. With several stages each has one; at a prefill worker one more waits, as with one stage. A decode step of several
+    stages is not decided before its rows' last tokens are known, so that no more than one for each stage could be."""
+    return DEPTH if stages == 1 else stages + (phase is Phase.PREFILL)
+
+
 def capacity_tokens(layout: Layout, card: ModelCard) -> int:
     """The longest sequence the empty pool holds. Every group has blocks for as many tokens."""
     return min(card.max_context, min(layout.num_blocks) * layout.block_size)
@@ -209,19 +221,16 @@ def _root_hash(card: ModelCard, request: Request) -> bytes:
     return root_hash(fingerprint=card.fingerprint, dtype=card.dtype, tenant=request.tenant, adapter=request.adapter)
 
 
-def died(error: BaseException) -> None:
-    """End the process at once and say why: routers see the streams break and take their attempts elsewhere."""
-    traceback.print_exception(error, file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(DIED)
-
-
-async def _terminated(loop: asyncio.AbstractEventLoop) -> None:
-    """Returns at the first SIGTERM or SIGINT; another ends the process at once."""
+def _asked_to_end(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT from now on."""
     asked = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
-    await asked.wait()
+    return asked
+
+
+def _end_at_the_next(loop: asyncio.AbstractEventLoop) -> None:
+    """Another ends the process at once."""
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_DFL)

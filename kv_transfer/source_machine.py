@@ -93,10 +93,9 @@ class SourceMachine:
         if transfer is None or transfer.state is State.FENCING:
             return False
         try:
-            transfer.computed[rank].extend(layers, start, stop)
+            transfer.stored(rank, layers, start, stop, tables)
         except ValueError as error:
             raise Internal(f"Transfer {transfer_id}: computed out of order: {error}.") from error
-        transfer.tables = tables
         nearly_done = stop == transfer.prompt_tokens and not transfer.nearly_done
         transfer.nearly_done |= nearly_done
         if transfer.state is State.GRANTED or (nearly_done and self._lanes[transfer.lane].opened_by is None):

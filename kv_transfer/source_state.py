@@ -31,6 +31,8 @@ class Transfer:
     """By each rank."""
     state: State = State.OFFERED
     tables: tuple[tuple[int, ...], ...] = ()
+    """As they were when position `reached` was computed, the last one of which any rank has stored something."""
+    reached: int = 0
     nearly_done: bool = False
     """Whether a layer is stored up to the prompt's end."""
     epoch: Epoch | None = None
@@ -41,6 +43,13 @@ class Transfer:
     pieces: int = 0
     first_tokens: tuple[Token, ...] | None = None
     acked_by: float | None = None
+
+    def stored(self, rank: int, layers: tuple[int, ...], start: int, stop: int, tables: tuple[tuple[int, ...], ...]) -> None:
+        """As `SourceMachine.computed`; `ValueError` if positions come out of order. A rank may be a step behind another: its tables lack
+        what of a window group that other has stored, and hold nothing that is announced and not in the newer ones."""
+        self.computed[rank].extend(layers, start, stop)
+        if stop >= self.reached:
+            self.tables, self.reached = tables, stop
 
     def opening(self) -> list[LaneMessage]:
         """What is said of it on a lane that has just opened."""

@@ -1,4 +1,4 @@
-"""From the engine's thread to the source: which layers of which rows are stored."""
+"""From the ranks' engines to the source: which layers of which rows are stored."""
 
 from __future__ import annotations
 
@@ -23,23 +23,27 @@ class Stretch:
 class Computed(Protocol):
     """`Source.computed`."""
 
-    def __call__(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: Tables) -> None: ...
+    def __call__(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: Tables, rank: int = 0) -> None: ...
 
 
 class Announcer:
-    """Tells the source what one step has stored, layer by layer, waking the asyncio thread once for all layers it has not yet seen.
+    """Tells the source what one rank has stored in one step, layer by layer, waking the asyncio thread once for all layers it has not yet
+    seen.
 
     One announcer per step: its first call follows what was told the asyncio thread before the step was submitted, the Offer among it.
+    And one per rank: of two ranks one may be a step ahead, and what the other stores must be told in the order of its own steps.
     """
 
-    def __init__(self, stretches: tuple[Stretch, ...], computed: Computed, call_soon: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self, stretches: tuple[Stretch, ...], computed: Computed, call_soon: Callable[[Callable[[], None]], None], rank: int = 0
+    ) -> None:
         """`call_soon` has a call made on the asyncio thread, in order, from any thread."""
-        self._stretches, self._computed, self._call_soon = stretches, computed, call_soon
+        self._stretches, self._computed, self._call_soon, self._rank = stretches, computed, call_soon, rank
         self._stored: deque[int] = deque()
         self._woken = False
 
     def stored(self, layer: int) -> None:
-        """On the engine's thread, after the layer's KV is stored."""
+        """On the rank's one thread, after the layer's KV is stored."""
         self._stored.append(layer)
         if not self._woken:
             self._woken = True
@@ -53,4 +57,4 @@ class Announcer:
             layers.append(self._stored.popleft())
         if layers:  # else an earlier call has taken them between the append and the wake-up
             for stretch in self._stretches:
-                self._computed(stretch.transfer_id, tuple(layers), stretch.start, stretch.stop, stretch.tables)
+                self._computed(stretch.transfer_id, tuple(layers), stretch.start, stretch.stop, stretch.tables, self._rank)

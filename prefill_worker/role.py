@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -28,7 +28,7 @@ class Transfers(Protocol):
     """What the role asks of `kv_transfer.source.Source`, on the asyncio thread."""
 
     def offer(self, transfer_id: str, destination_address: str, prompt_tokens: int) -> None: ...
-    def computed(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: Tables) -> None: ...
+    def computed(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: Tables, rank: int = 0) -> None: ...
     def commit(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None: ...
     def cancel(self, transfer_id: str, reason: str) -> None: ...
     def check(self) -> None: ...
@@ -45,7 +45,7 @@ class PrefillRole:
         self,
         scheduler: PrefillScheduler,
         *,
-        layers: int,
+        layers: Sequence[tuple[int, ...]],
         vocab_size: int,
         reporter: Reporter,
         clock: Clock,
@@ -53,10 +53,10 @@ class PrefillRole:
         call_soon: Callable[[Callable[[], None]], None],
         source: Callable[[SourceEvents], Transfers],
     ) -> None:
-        """`layers` of the model. `source` makes the transfers' end from the events it shall call."""
+        """`layers` that each rank of this worker holds. `source` makes the transfers' end from the events it shall call."""
         self.outbox = Outbox()
         self._scheduler, self._clock, self._reporter = scheduler, clock, reporter
-        self._vocab_size, self._layers = vocab_size, tuple(range(layers))
+        self._vocab_size, self._layers = vocab_size, layers
         self._attempts = Attempts(self.outbox)
         self._draining = False
         self._offered: set[str] = set()
@@ -121,8 +121,8 @@ class PrefillRole:
                 continue
             self._offered.add(started.attempt_id)
             self.outbox.call(partial(self.transfers.offer, started.attempt_id, started.destination, started.prompt_tokens))
-            if started.cached_tokens:
-                cached = partial(self.transfers.computed, started.attempt_id, self._layers, 0, started.cached_tokens, started.tables)
+            for rank, layers in enumerate(self._layers) if started.cached_tokens else ():
+                cached = partial(self.transfers.computed, started.attempt_id, layers, 0, started.cached_tokens, started.tables, rank)
                 self.outbox.call(cached)
         return decision
 
@@ -133,15 +133,20 @@ class PrefillRole:
         )
         if not stretches:
             return None
-        announce = Announcer(stretches, self.transfers.computed, self._call_soon).stored
-        return self._stamped(announce, decision) if stamping() else announce
+        announcers = [Announcer(stretches, self.transfers.computed, self._call_soon, rank) for rank in range(len(self._layers))]
+
+        def stored(layer: int, rank: int = 0) -> None:
+            announcers[rank].stored(layer)
+
+        return self._stamped(stored, decision) if stamping() else stored
 
     def _stamped(self, announce: OnLayer, decision: Decision) -> OnLayer:
         drawing = [a for a, row in zip(decision.attempts, decision.batch.rows, strict=True) if row.draws]
+        last = self._layers[-1][-1], len(self._layers) - 1
 
-        def stored(layer: int) -> None:
-            announce(layer)
-            if layer == self._layers[-1]:
+        def stored(layer: int, rank: int = 0) -> None:
+            announce(layer, rank)
+            if (layer, rank) == last:
                 for attempt_id in drawing:
                     stamp(Stage.KV_STORED, attempt_id, self._clock.now())
 

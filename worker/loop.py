@@ -25,18 +25,33 @@ from ..engine.batch import Batch, StepOutput
 from .outbox import Call, Delivery, Outbox
 
 DEPTH = 2
-"""Steps decided and not yet completed: one runs, one waits behind it."""
+"""Steps decided and not yet completed, at an engine of one stage: one runs, one waits behind it."""
 CHECK_EVERY_S = 0.1
 """How often the books are checked while there is work, if they are checked at all (tests): at 0.5 ms each, half a percent of the time."""
 BROKEN_AFTER = 3
-"""Failed steps in a row after which the engine counts as broken and the process ends."""
+"""Failed steps in a row after which an engine counts as broken and the process ends."""
 
 Inbox = SimpleQueue[Call]
 """Calls to be made on the loop's thread; put into it from any thread, which never blocks."""
-OnLayer = Callable[[int], None]
-RunStep = Callable[[Batch, OnLayer | None], StepOutput]
+Ran = Callable[[StepOutput], None]
 
 log = logging.getLogger(__name__)
+
+
+class OnLayer(Protocol):
+    """Called when `rank` has stored a layer's KV of a step: by the engine's thread for this rank, 0, by one thread for each other."""
+
+    def __call__(self, layer: int, rank: int = 0) -> None: ...
+
+
+RunStep = Callable[[Batch, OnLayer | None, Ran], None]
+"""Computes a batch; its output is given to the third argument on any thread, now or later, in the order of the steps. Raises if the step
+has failed."""
+
+
+def at_once(run: Callable[[Batch, OnLayer | None], StepOutput]) -> RunStep:
+    """An engine whose output is there when it returns."""
+    return lambda batch, on_layer, ran: ran(run(batch, on_layer))
 
 
 class HasBatch(Protocol):
@@ -58,7 +73,7 @@ class StepTimes:
 
 
 class Role(Protocol[D]):
-    """A phase's policy joined to its transfers. All calls come from the loop's thread, but for the hook `on_layer` returns."""
+    """A phase's policy joined to its transfers. All calls come from the loop's thread, but for the one `on_layer` returns."""
 
     outbox: Outbox
 
@@ -71,7 +86,7 @@ class Role(Protocol[D]):
         ...
 
     def on_layer(self, decision: D) -> OnLayer | None:
-        """What the engine's thread calls when a layer's KV of this step is stored."""
+        """What is to be called when a layer's KV of this step is stored; None if nobody wants to know."""
         ...
 
     def complete(self, decision: D, output: StepOutput, times: StepTimes) -> None: ...
@@ -94,6 +109,7 @@ class Role(Protocol[D]):
 class EngineLoop(Generic[D]):
     """Runs `role` over an engine (`run`) until stopped; with `check` its books are checked, always when idle and now and then when not.
 
+    `depth`: steps decided and not yet completed. `broken_after`: failed steps in a row after which it ends the process.
     `deliver` is called on the loop's thread, once a turn at most, and must only pass its argument on. `died` is called with the
     error, on the thread that met it, when the books or the engine can no longer be trusted; it must end the process.
     """
@@ -108,9 +124,11 @@ class EngineLoop(Generic[D]):
         deliver: Callable[[Delivery], None],
         died: Callable[[BaseException], None],
         check: bool = False,
+        depth: int = DEPTH,
+        broken_after: int = BROKEN_AFTER,
     ) -> None:
         self._run_step, self._role, self._clock, self._deliver, self._died, self._check = run, role, clock, deliver, died, check
-        self._inbox = inbox
+        self._inbox, self._depth, self._broken_after = inbox, depth, broken_after
         self._steps: SimpleQueue[tuple[D, OnLayer | None] | None] = SimpleQueue()
         self._in_flight = 0
         self._failures = 0
@@ -150,7 +168,7 @@ class EngineLoop(Generic[D]):
             self._take_the_rest()
             self._role.settle()
             self._tell()
-            while self._running and self._in_flight < DEPTH and (decision := self._role.decide()) is not None:
+            while self._running and self._in_flight < self._depth and (decision := self._role.decide()) is not None:
                 # Told before submitted: an attempt is offered before its first layer can be announced.
                 self._tell()
                 self._in_flight += 1
@@ -182,13 +200,13 @@ class EngineLoop(Generic[D]):
     def _engine(self) -> None:
         while (step := self._steps.get()) is not None:
             decision, on_layer = step
-            began = self._clock.now()
             try:
-                output = self._run_step(decision.batch, on_layer)
+                self._run_step(decision.batch, on_layer, partial(self._ran, decision, self._clock.now()))
             except Exception as error:  # noqa: BLE001 - any defect of the engine must end its attempts, not hang them
                 self._inbox.put(partial(self._step_failed, decision, error))
-            else:
-                self._inbox.put(partial(self._step_ran, decision, output, StepTimes(began, self._clock.now())))
+
+    def _ran(self, decision: D, began: float, output: StepOutput) -> None:
+        self._inbox.put(partial(self._step_ran, decision, output, StepTimes(began, self._clock.now())))
 
     def _step_ran(self, decision: D, output: StepOutput, times: StepTimes) -> None:
         self._in_flight -= 1
@@ -199,6 +217,7 @@ class EngineLoop(Generic[D]):
         self._in_flight -= 1
         self._failures += 1
         log.error("Step %d failed.", decision.batch.step, exc_info=error)
-        if self._failures >= BROKEN_AFTER:
-            raise Internal(f"The engine is broken: {self._failures} steps in a row failed.") from error
+        if self._failures >= self._broken_after:
+            what = f"{self._failures} steps in a row" if self._failures > 1 else "a step"
+            raise Internal(f"The engine is broken: {what} failed.") from error
         self._role.abandon(decision, Internal(f"The engine failed: {type(error).__name__}: {error}"))

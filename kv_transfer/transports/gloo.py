@@ -27,7 +27,7 @@ from ..crossing import Crossing
 from ..packing import checksum, pack, unpack
 from ..pool import Pool
 from ..staging import SLOTS_PER_PAIR
-from .rendezvous import LaneStore
+from .rendezvous import ToldStore
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Pair:
         self._peer = 1 - rank
         self._silence = timedelta(seconds=ground.silence_s)
         self._loop = asyncio.get_running_loop()
-        self._store = LaneStore(lambda key, value: self._call_soon(events.say, key, value), CONNECT_S)
+        self._store = ToldStore(lambda key, value: self._call_soon(events.say, key, value), CONNECT_S)
         self._slots = torch.empty(SLOTS_PER_PAIR, ground.slot_bytes, dtype=torch.uint8)
         self._group: Any = None
         self._lost = False

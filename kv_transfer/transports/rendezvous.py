@@ -1,6 +1,6 @@
-"""The store through which the two ends of a gloo pair find each other: every key set here is told to the peer over the lane.
+"""The store through which the ends of a torch process group find each other: every key set here is told to the others.
 
-So a pair opens no port but its own, needs none guessed, and its rendezvous ends with the lane.
+So a group opens no port but its own, needs none guessed, and its rendezvous ends with the lane, or the worker's channel, that carries it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from threading import Condition
 from torch.distributed.distributed_c10d import Store
 
 
-class LaneStore(Store):
-    """What torch needs of a store to make one pair. torch calls from its own thread; `heard` and `close` come from another."""
+class ToldStore(Store):
+    """What torch needs of a store to make a group. torch calls from its own thread; `heard` and `close` come from another."""
 
     def __init__(self, tell: Callable[[str, bytes], None], wait_s: float) -> None:
-        """`tell(key, value)`: say it to the peer, from any thread. `wait_s`: how long to wait for what the peer has not yet said."""
+        """`tell(key, value)`: say it to the other ends, from any thread. `wait_s`: how long to wait for what they have not yet said."""
         super().__init__()
         self._tell = tell
         self._wait_s = wait_s
@@ -25,7 +25,7 @@ class LaneStore(Store):
         self._closed = False
 
     def heard(self, key: str, value: bytes) -> None:
-        """The peer has set `key`."""
+        """Another end has set `key`."""
         with self._changed:
             self._values[key] = value
             self._changed.notify_all()
@@ -49,7 +49,7 @@ class LaneStore(Store):
         with self._changed:
             there = self._changed.wait_for(lambda: self._closed or all(key in self._values for key in keys), self._wait_s)
         if self._closed or not there:
-            raise ConnectionError("the pair was given up" if self._closed else f"the peer said nothing within {self._wait_s:g} s")
+            raise ConnectionError("it was given up" if self._closed else f"the other end said nothing within {self._wait_s:g} s")
 
     def has_extended_api(self) -> bool:
         return False

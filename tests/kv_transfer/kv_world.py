@@ -17,6 +17,7 @@ from typing import Any
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout, RankLayout
 from diptych.core.request import Token
 from diptych.core.transfer import GroupGrant, Hello, RefusedReason, ShmEndpoint, Transport
+from diptych.engine.batch import NO_BLOCK
 from diptych.kv_transfer.actions import (
     Attach,
     Connect,
@@ -137,6 +138,14 @@ class Prompt:
         self.stored = {(rank.rank, layer): 0 for rank, _, layer, _ in held(layout)}
         self.committed = False
 
+    def tables_at(self, start: int, stop: int, layout: Layout) -> tuple[tuple[int, ...], ...]:
+        """As the step has them that computes [start, stop): of a window group only what its queries see and store."""
+        size, tables = layout.block_size, []
+        for group, table in zip(layout.groups, self.tables, strict=True):
+            first, end = (group.first_needed(start) // size, -(-stop // size)) if group.window else (0, len(table))
+            tables.append((NO_BLOCK,) * first + table[first:end])
+        return tuple(tables)
+
 
 class SourceSide:
     def __init__(self, incarnation: int, transports: tuple[Transport, ...], layout: Layout) -> None:
@@ -212,7 +221,7 @@ class World:
                 block = prompt.tables[group][position // size]
                 self.source.memory.rows[rank, layer, head, block, position % size] = (prompt.transfer_id, layer, head, position)
             prompt.stored[rank, layer] = stop
-        self.source.machine.computed(prompt.transfer_id, layers, start, stop, prompt.tables, rank)
+        self.source.machine.computed(prompt.transfer_id, layers, start, stop, prompt.tables_at(start, stop, self.here), rank)
 
     def announce(self) -> None:
         self.at_source(self.source.machine.announce(self.now))

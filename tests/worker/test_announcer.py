@@ -20,7 +20,7 @@ def test_layers_stored_before_the_wake_up_are_one_call() -> None:
         announcer.stored(layer)
     assert len(queue) == 1
     queue.pop()()
-    assert calls == [("a", (0, 1, 2), 0, 32, ((1, 2),)), ("b", (0, 1, 2), 16, 20, ((3,),))]
+    assert calls == [("a", (0, 1, 2), 0, 32, ((1, 2),), 0), ("b", (0, 1, 2), 16, 20, ((3,),), 0)]
     announcer.stored(3)
     queue.pop()()
     assert [call[:2] for call in calls[2:]] == [("a", (3,)), ("b", (3,))]
@@ -38,6 +38,24 @@ def test_a_step_is_announced_after_what_was_told_before_it_began() -> None:
     for call in queue:
         call()
     assert order == ["a", "offer b", "b"]
+
+
+def test_each_rank_is_told_of_in_the_order_of_its_steps_when_another_is_ahead() -> None:
+    told: list[tuple[str, int]] = []
+    queue: list[Callable[[], None]] = []
+
+    def of_each_rank(name: str) -> list[Announcer]:
+        return [Announcer((A,), lambda *arguments: told.append((name, arguments[-1])), queue.append, rank) for rank in range(2)]
+
+    before, behind = of_each_rank("first step"), of_each_rank("second step")
+    before[0].stored(0)
+    queue.pop()()
+    behind[0].stored(0)  # rank 0 is a step ahead, and the asyncio thread has not looked yet
+    before[1].stored(0)
+    behind[1].stored(0)
+    for call in queue:
+        call()
+    assert [step for step, rank in told if rank == 1] == ["first step", "second step"]
 
 
 def test_no_layer_is_lost_between_two_threads() -> None:

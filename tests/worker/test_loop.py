@@ -16,7 +16,7 @@ from diptych.core.errors import DiptychError, Internal
 from diptych.core.fleet import WorkerReport, WorkerState
 from diptych.engine.batch import Batch, Drawn, Row, StepOutput
 from diptych.worker import loop
-from diptych.worker.loop import BROKEN_AFTER, EngineLoop, Inbox, StepTimes
+from diptych.worker.loop import BROKEN_AFTER, EngineLoop, Inbox, Ran, StepTimes, at_once
 from diptych.worker.outbox import Delivery, Outbox
 
 WAIT_S = 10.0
@@ -127,7 +127,7 @@ def stage() -> Iterator[Stage]:
     deliveries: list[Delivery] = []
     deaths: SimpleQueue[BaseException] = SimpleQueue()
     loop: EngineLoop[FakeDecision] = EngineLoop(
-        engine.run, role, inbox=inbox, clock=MonotonicClock(), deliver=deliveries.append, died=deaths.put, check=True
+        at_once(engine.run), role, inbox=inbox, clock=MonotonicClock(), deliver=deliveries.append, died=deaths.put, check=True
     )
     loop.start()
     yield Stage(role, engine, inbox, deliveries, deaths, loop)
@@ -170,6 +170,54 @@ def test_an_engine_that_fails_again_and_again_ends_the_process(stage: Stage) -> 
     error = stage.deaths.get(timeout=WAIT_S)
     assert isinstance(error, Internal)
     assert isinstance(error.__cause__, ArithmeticError)
+
+
+@dataclass
+class Pipeline:
+    """An engine that has its outputs later: it keeps what takes them."""
+
+    taken: SimpleQueue[tuple[int, Ran]] = field(default_factory=SimpleQueue)
+
+    def run(self, batch: Batch, on_layer, ran: Ran) -> None:
+        self.taken.put((batch.step, ran))
+
+
+def test_outputs_may_come_later_and_as_many_steps_are_in_flight_as_asked_for() -> None:
+    role, engine, inbox = FakeRole(), Pipeline(), SimpleQueue()
+    loop: EngineLoop[FakeDecision] = EngineLoop(
+        engine.run, role, inbox=inbox, clock=MonotonicClock(), deliver=lambda _: None, died=lambda _: None, depth=4
+    )
+    loop.start()
+    inbox.put(partial(role.want, 6))
+    flying = [engine.taken.get(timeout=WAIT_S) for _ in range(4)]
+    seen = threading.Event()
+    inbox.put(seen.set)
+    assert seen.wait(WAIT_S)
+    assert (role.decided, role.completed, engine.taken.empty()) == (4, [], True)
+    for step in range(6):
+        number, ran = flying.pop(0)
+        assert number == step
+        ran(StepOutput(number, (Drawn(7),)))
+        if step < 2:
+            flying.append(engine.taken.get(timeout=WAIT_S))
+    assert role.done.wait(WAIT_S)
+    assert role.completed == [0, 1, 2, 3, 4, 5]
+    loop.stop()
+
+
+def test_one_failed_step_ends_a_process_that_may_have_none() -> None:
+    def slip(batch: Batch, on_layer, ran: Ran) -> None:
+        raise ArithmeticError("a rank slipped")
+
+    role, inbox, deaths = FakeRole(), SimpleQueue(), SimpleQueue()
+    loop: EngineLoop[FakeDecision] = EngineLoop(
+        slip, role, inbox=inbox, clock=MonotonicClock(), deliver=lambda _: None, died=deaths.put, broken_after=1
+    )
+    loop.start()
+    inbox.put(partial(role.want, 1))
+    assert isinstance(deaths.get(timeout=WAIT_S).__cause__, ArithmeticError)
+    assert role.abandoned == []
+    loop.stop()
 
 
 def test_an_error_in_the_policy_ends_the_process(stage: Stage) -> None:

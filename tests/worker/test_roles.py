@@ -54,7 +54,8 @@ class Notes:
 class Desk:
     """One role and all around it; `turn` does what the loop does between two waits."""
 
-    def __init__(self, *, prefill: bool) -> None:
+    def __init__(self, *, prefill: bool, layers: tuple[tuple[int, ...], ...] = (tuple(range(LAYERS)),)) -> None:
+        """`layers` of each rank."""
         self.notes, self.ear, self.clock = Notes(), Ear(), ManualClock()
         self.inbox: Inbox = SimpleQueue()
         self.said: list[Any] = []
@@ -71,7 +72,7 @@ class Desk:
         self.role: Any
         if prefill:
             self.role = PrefillRole(
-                PrefillScheduler(**scheduling), layers=LAYERS, call_soon=lambda call: call(), source=self.notes, **common
+                PrefillScheduler(**scheduling), layers=layers, call_soon=lambda call: call(), source=self.notes, **common
             )
         else:
             self.role = DecodeRole(DecodeScheduler(**scheduling), destination=self.notes, **common)
@@ -134,7 +135,7 @@ def test_a_prompt_is_offered_computed_told_and_committed_in_this_order() -> None
     desk.ran()
     said = desk.ran()
     computed = desk.notes.named("computed")
-    assert [(layers, start, stop) for _, layers, start, stop, _ in computed] == [
+    assert [(layers, start, stop) for _, layers, start, stop, _, _ in computed] == [
         ((layer,), start, stop) for start, stop in ((0, 32), (32, 40)) for layer in range(LAYERS)
     ]
     (first,) = said
@@ -163,6 +164,38 @@ def test_what_the_prefix_cache_holds_is_reported_at_once() -> None:
     assert desk.said[-1].cached_tokens == 32
     desk.notes.events.released("b")
     desk.role.command(desk.ear, Stop("b"))
+    desk.clean()
+
+
+def test_what_each_rank_stores_is_reported_for_it_and_what_is_cached_for_all() -> None:
+    stages = ((0, 1), (2,))
+    desk = Desk(prefill=True, layers=stages)
+
+    def store(decision: Any) -> None:
+        hook = desk.role.on_layer(decision)
+        for rank, layers in enumerate(stages):
+            for layer in layers:
+                hook(layer, rank)
+        batch: Batch = decision.batch
+        output = StepOutput(batch.step, tuple((Drawn(7),) * len(row.draws) for row in batch.rows))
+        desk.role.complete(decision, output, StepTimes(0.0, 0.0))
+
+    for attempt_id in ("a", "b"):
+        desk.notes.calls.clear()
+        desk.role.command(desk.ear, Prefill(attempt_id, asked(), "d:1"))
+        desk.turn()
+        while desk.flying:
+            store(desk.flying.pop(0))
+            desk.turn()
+        said = [(*call[1:4], call[5]) for call in desk.notes.named("computed")]
+        if attempt_id == "a":
+            assert said[:3] == [((0,), 0, 32, 0), ((1,), 0, 32, 0), ((2,), 0, 32, 1)]
+        else:
+            assert said[:2] == [((0, 1), 0, 32, 0), ((2,), 0, 32, 1)]
+        assert said[-3:] == [((0,), 32, 40, 0), ((1,), 32, 40, 0), ((2,), 32, 40, 1)]
+        desk.notes.events.handed_over(attempt_id, 1, 0.1, "shm")
+        desk.notes.events.released(attempt_id)
+        desk.turn()
     desk.clean()
 
 
