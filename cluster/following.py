@@ -32,6 +32,7 @@ async def follow(spec: RankSpec, leader: str) -> None:
     finally:
         loaded.disconnect()
     loaded.pool.close()
+    follower.close()
 
 
 def _transfers(spec: RankSpec, host: str, loaded: Loaded) -> Callable[[Callable[[Any], None]], TransferRank]:

@@ -94,6 +94,11 @@ class Channel:
         """From now on the end of the stream is no loss; silence still is."""
         self._over = True
 
+    def close(self) -> None:
+        """After `end`: end the stream, as the other end expects."""
+        self._connection.shutdown(socket.SHUT_RDWR)
+        self.wait_ended()
+
     def wait_ended(self) -> None:
         """After `end`: returns when the other end has closed the stream; closes this one."""
         self._reader.join()

@@ -102,9 +102,8 @@ def test_an_end_that_both_agree_on_is_no_loss(sockets: tuple[socket.socket, sock
     one.channel.send(Kind.END)
     assert other.heard.get(timeout=WAIT_S) == (Kind.END, b"")
     other.channel.end()
-    sockets[1].shutdown(socket.SHUT_RDWR)
+    other.channel.close()
     one.channel.wait_ended()
-    other.channel.wait_ended()
     assert one.deaths.empty()
     assert other.deaths.empty()
 

@@ -18,9 +18,9 @@ from diptych.cluster.spec import RankSpec
 from diptych.core.fleet import Phase
 from e2e_harness import Rank, attached, rank_spec, request
 
-ENDS_S = 30.0
+START_S, ENDS_S = 150.0, 30.0
 """For a machine that does other things too."""
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(300)  # processes that import torch first, on a machine that may be busy
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def started(*processes: Rank) -> Iterator[None]:
 def refused(spec: RankSpec, *arguments: str) -> dict[str, Any]:
     """What a rank says that cannot start."""
     command = [sys.executable, "-m", "diptych.cluster.rank", "--spec", spec.model_dump_json(), *arguments]
-    run = subprocess.run(command, capture_output=True, timeout=60, cwd="/", check=False)
+    run = subprocess.run(command, capture_output=True, timeout=START_S, cwd="/", check=False)
     assert run.returncode == child.FAILED, run.stderr.decode()
     assert b"Traceback" not in run.stderr
     event: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
@@ -65,26 +65,26 @@ def test_a_follower_that_is_another_is_refused_by_name_and_the_right_one_comes(
     spec = rank_spec(tiny_llama_dir, Phase.DECODE, "d0", tp=2)
     leader = Rank.start(spec, tmp_path)
     with started(leader):
-        address = str(leader.wait_for("meeting")["address"])
+        address = str(leader.wait_for("meeting", timeout_s=START_S)["address"])
         other = leader.start_follower(spec.model_copy(update={"rank": 1, "model_dir": tiny_gemma3_dir}), address)
         with started(other):
-            event = other.wait_for("failed", "ready")
+            event = other.wait_for("failed", "ready", timeout_s=START_S)
             assert event["field"] == "fingerprint"
             assert "at its leader" in str(event["message"])
             assert other.ended(ENDS_S) == child.FAILED
-        leader.bring_followers()
-        leader.wait_for("ready")
+        leader.bring_followers(START_S)
+        leader.wait_for("ready", timeout_s=START_S)
         assert leader.stop() == 0
 
 
 def test_who_waits_for_others_ends_with_the_leader(tiny_llama_dir: Path, tmp_path: Path) -> None:
     spec = rank_spec(tiny_llama_dir, Phase.PREFILL, "p0", tp=2, stages=(2, 1))
     leader = Rank.start(spec, tmp_path)
-    follower = leader.start_follower(spec.model_copy(update={"rank": 3}), str(leader.wait_for("meeting")["address"]))
+    follower = leader.start_follower(spec.model_copy(update={"rank": 3}), str(leader.wait_for("meeting", timeout_s=START_S)["address"]))
     with started(leader, follower):
-        follower.wait_for("progress")
+        follower.wait_for("progress", timeout_s=START_S)
         leader.process.kill()
-        assert "leader" in str(follower.wait_for("failed")["message"])
+        assert "leader" in str(follower.wait_for("failed", timeout_s=START_S)["message"])
         assert follower.ended(ENDS_S) == child.FAILED
 
 
@@ -94,9 +94,9 @@ def workers(tiny_llama_dir: Path, tmp_path: Path) -> Iterator[list[Rank]]:
     leaders = [Rank.start(rank_spec(tiny_llama_dir, Phase.DECODE, f"d{number}", tp=2), tmp_path) for number in range(2)]
     with started(*leaders):
         for leader in leaders:
-            leader.bring_followers()
+            leader.bring_followers(START_S)
         for leader in leaders:
-            leader.wait_for("ready")
+            leader.wait_for("ready", timeout_s=START_S)
         yield leaders
 
 
