@@ -7,11 +7,12 @@ that ends. Of the others only two things are told: that they have started, and w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..core.errors import DiptychError
+from .child import DIED
 from .launch import Launch, Launcher, Running
 
 MOMENT_S = 5.0
@@ -24,6 +25,15 @@ async def start(launcher: Launcher, launch: Launch) -> Running:
     """Start a process, and those that follow it; raises `DiptychError` as the launcher does."""
     leader = await launcher.start(launch)
     return Together(launcher, launch, leader) if launch.followers else leader
+
+
+def first_fault(ends: Sequence[tuple[int, int | None]]) -> tuple[int, int | None]:
+    """Whose end (rank, exit status) is the reason of the others', of ends in the order in which they were seen; (0, 0) if all ended well.
+
+    A rank that loses another ends with `DIED`, and perhaps is seen first: on Ray their ends come by ways of their own.
+    """
+    bad = [end for end in ends if end[1] != 0]
+    return next((end for end in bad if end[1] != DIED), bad[0] if bad else (0, 0))
 
 
 class Together:
@@ -73,7 +83,7 @@ class Together:
         await asyncio.wait(self._lives, timeout=MOMENT_S)
         self.kill()
         await asyncio.wait(self._lives)
-        rank, status = next((end for end in self._ends if end[1] != 0), (0, 0))
+        rank, status = first_fault(self._ends)
         if reason := self._reasons.get(rank):
             self._events.put_nowait({**reason, "rank": rank})
         elif rank:

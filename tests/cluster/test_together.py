@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from diptych.cluster import together
+from diptych.cluster.child import DIED
 from diptych.cluster.launch import Launch, Running
-from diptych.cluster.together import start
+from diptych.cluster.together import first_fault, start
 from diptych.core.errors import ConfigError, DiptychError
 
 LAUNCH = Launch(
@@ -197,6 +198,20 @@ def test_a_follower_that_is_killed_is_told_of_before_those_it_drew_with_it() -> 
     events, status = asyncio.run(told(story))
     assert events[-1] == {"event": "died", "rank": 1, "status": -9}
     assert status == 70
+
+
+@pytest.mark.parametrize(
+    ("ends", "fault"),
+    [
+        ([(0, 0), (1, 0)], (0, 0)),
+        ([(0, DIED), (1, DIED)], (0, DIED)),
+        ([(2, DIED), (0, DIED), (1, -9)], (1, -9)),
+        ([(1, 1), (0, -9)], (1, 1)),
+        ([(0, 0), (1, None)], (1, None)),
+    ],
+)
+def test_who_only_lost_another_is_not_the_reason(ends: list[tuple[int, int | None]], fault: tuple[int, int | None]) -> None:
+    assert first_fault(ends) == fault
 
 
 def test_a_leader_that_is_killed_is_the_worker_that_is() -> None:
