@@ -19,9 +19,10 @@ class Decision:
 
 @dataclass(slots=True)
 class Draft:
-    """A step in the making. `budget`: prompt positions it may still compute. `short`: a request waits for blocks, so none younger
-    takes any."""
+    """A step in the making. `budget`: prompt positions it may still compute; `share`: sequences that decode it may still take. `short`: a
+    request waits for blocks, so none younger takes any."""
 
     budget: int
+    share: int
     short: bool = False
     chosen: list[tuple[Sequence, Row]] = field(default_factory=list)

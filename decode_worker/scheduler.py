@@ -32,9 +32,10 @@ from ..worker.load import Load
 from .admission import Admission
 from .choices import DecodeOutcome, Said, draws_of, part
 from .decision import Decision, Draft
+from .growth import Growth
 from .roster import Roster
 from .sequence import Sequence, sequence_of
-from .steady import advance_blocks, steady_steps
+from .steady import advance_blocks, steady_rounds
 from .totals import Totals
 
 
@@ -43,6 +44,12 @@ class DecodeScheduler:
 
     `max_running`: slots of the engine; choices running and transfers granted. `watermark`: share of each group's blocks kept free of
     new work for the growth of what runs. `step` counts from 0, as the engine does. Attempt id and transfer id are the same.
+
+    `stages`: how many steps the engine's pipeline computes at once. With one, a sequence may be in the next step before its last token
+    is known. With several it is not, and a step takes at most ceil(n / stages) of the n that decode, the oldest that are in no step, so
+    that `stages` steps in flight share them evenly. If the loop keeps that many in flight, a sequence with its blocks is left out by
+    fewer than `stages` steps in a row (twice that, where several complete at once), as long as those older than it stay the same: so
+    many steps in flight hold more than these.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class DecodeScheduler:
         max_context: int,
         eos_token_ids: tuple[int, ...],
         watermark: float = 0.05,
+        stages: int = 1,
     ) -> None:
         self._pool = pool
         self._root_hash_of = root_hash_of
@@ -70,8 +78,10 @@ class DecodeScheduler:
         self._forked: list[str] = []
         self._in_flight: deque[tuple[Batch, tuple[tuple[Sequence, BlockTable], ...]]] = deque()
         self._step = 0
+        self._stages = stages
         self._short = False
         self._totals = Totals()
+        self._growth = Growth(pool, self._slots, self._roster, self._admission, self._totals)
 
     def expect(self, decode: Decode, now: float) -> None:
         """An attempt: its transfer will be offered, or (`local_prefill`) it is queued at once. Raises `ContextExceeded` if it can
@@ -208,7 +218,7 @@ class DecodeScheduler:
     def decide(self, now: float) -> Decision | None:
         """The next step, or None if nothing can be computed before something else happens. May be called with steps in flight: a
         row whose last token is not yet known has empty `token_ids`."""
-        draft = Draft(self._chunk_tokens)
+        draft = Draft(self._chunk_tokens, self._share())
         index = 0
         while index < len(self._roster.running):  # a preemption takes the last away
             self._add_row(draft, self._roster.running[index], may_preempt=True)
@@ -225,18 +235,27 @@ class DecodeScheduler:
         forked, self._forked = tuple(self._forked), []
         return Decision(batch, tuple(sequence.attempt_id for sequence, _ in draft.chosen), forked)
 
+    def _share(self) -> int:
+        """How many of those that decode a step takes."""
+        return -(-sum(sequence.decoding for sequence in self._roster.running) // self._stages)
+
     def _add_row(self, draft: Draft, sequence: Sequence, *, may_preempt: bool) -> None:
-        """The sequence's next row, if it has one and there are a slot, budget and blocks for it."""
+        """The sequence's next row, if it has one and there are a slot, budget and blocks for it. One that decodes takes its blocks in order
+        of age too, be this its step or one of the next."""
         start, length = sequence.decided, sequence.length
-        if length >= sequence.limit or (sequence.shared and sequence.pending):
+        if length >= sequence.limit or (sequence.pending and (sequence.shared or self._stages > 1)):
             return
         chunked = not sequence.decoding
         stop = chunk_stop(start, length, draft.budget, self._pool.block_size) if chunked else length
-        if stop == start or not self._has_slot(sequence) or not self._grow(draft, sequence, stop, may_preempt):
+        if stop == start or not self._growth.provide(draft, sequence, stop, may_preempt=may_preempt):
             return
         if chunked:
             draft.budget -= stop - start
             self._count_computed(sequence, stop - start)
+        elif draft.share:
+            draft.share -= 1
+        else:
+            return
         token_ids = () if sequence.pending else tuple(sequence.tokens[start:stop])
         draws: tuple[Draw, ...] = ()
         if stop == length:
@@ -244,49 +263,6 @@ class DecodeScheduler:
             sequence.pending += 1
         sequence.decided = stop
         draft.chosen.append((sequence, Row(sequence.slot, start, token_ids, sequence.table.tables, draws)))
-
-    def _has_slot(self, sequence: Sequence) -> bool:
-        if sequence.slot < 0:
-            slot = self._slots.take()
-            sequence.slot = -1 if slot is None else slot
-        return sequence.slot >= 0
-
-    def _grow(self, draft: Draft, sequence: Sequence, stop: int, may_preempt: bool) -> bool:
-        """Blocks for positions up to `stop`, if need be from the youngest. False: it waits for blocks that will come, by a step in
-        flight, a transfer under way or an older request that ends."""
-        table, start = sequence.table, sequence.decided
-        if table.ready(start, stop):
-            return True
-        table.slide(start)
-        lacks = table.lacks(stop, start)
-        if not any(lacks):
-            return True
-        while not draft.short:
-            if table.extend(stop, start):
-                return True
-            youngest = self._roster.running[-1]
-            coming = all(lack <= part.available + part.fenced for lack, part in zip(lacks, self._pool.parts, strict=True))
-            if coming or youngest is sequence or not may_preempt:
-                draft.short = True
-            else:
-                self._preempt(youngest)
-        return False
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take its blocks and slot. A token it has in flight still counts; everything else is computed again when memory allows."""
-        self._roster.running.remove(sequence)
-        self._vacate(sequence)
-        sequence.table = self._pool.open(sequence.table.hashes)
-        sequence.decided = sequence.done = 0
-        sequence.preempted = True
-        self._totals.preemptions += 1
-        self._admission.preempt(sequence)
-
-    def _vacate(self, sequence: Sequence) -> None:
-        sequence.table.close()
-        if sequence.slot >= 0:
-            self._slots.give_back(sequence.slot, self._pool.fence)
-            sequence.slot = -1
 
     def _count_computed(self, sequence: Sequence, positions: int) -> None:
         if sequence.preempted:
@@ -351,29 +327,32 @@ class DecodeScheduler:
         if sequence in self._admission.preempted:
             self._admission.preempted.remove(sequence)
         sequence.ended = True
-        self._vacate(sequence)
+        self._growth.vacate(sequence)
         if self._roster.leave(sequence):
             cached, tally = min(sequence.cached, sequence.prompt_tokens), sequence.tally
             said.finished.append(Finished(sequence.attempt_id, cached, tally.local_prefill_tokens, tally.recomputed_tokens))
 
     def steady(self) -> int:
-        """For how many steps from now the decision stays the same rows, each one position on, and no choice ends, if no message
-        comes and no end token is drawn. 0 with a step in flight, or when the next has blocks to copy."""
+        """For how many rounds from now the decision stays the same rows, each one position on, and no choice ends, if no message comes and
+        no end token is drawn. A round is as many steps, all in flight at once, as it takes until each row was in one; with one stage it
+        is a step. 0 with a step in flight, or when the next has blocks to copy."""
         if self._in_flight or self._pool.copying or (self._admission.waiting and self._seats()):
             return 0
-        return steady_steps(self._pool, self._roster.running)
+        return steady_rounds(self._pool, self._roster.running)
 
-    def advance(self, steps: int, token_id: int, now: float) -> tuple[str, ...]:
-        """As `steps` (at most `steady()`) times `decide` and `complete`, where every row draws `token_id`: one choice of each
-        attempt returned, in row order, has `steps` tokens more."""
-        if not 0 <= steps <= self.steady():
-            raise ValueError(f"{steps} steps; {self.steady()} are steady")
-        for sequence in self._roster.running:
-            sequence.tokens += [token_id] * steps
-        advance_blocks(self._pool, self._roster.running, self._step, steps)
-        self._step += steps
-        self._short &= not steps
-        return tuple(sequence.attempt_id for sequence in self._roster.running)
+    def advance(self, rounds: int, token_id: int, now: float) -> tuple[str, ...]:
+        """As `rounds` (at most `steady()`) times `decide` for all steps of a round, then `complete` for each, where every row draws
+        `token_id`: one choice of each attempt returned, in row order, has `rounds` tokens more."""
+        if not 0 <= rounds <= self.steady():
+            raise ValueError(f"{rounds} rounds; {self.steady()} are steady")
+        running = self._roster.running
+        for sequence in running:
+            sequence.tokens += [token_id] * rounds
+        steps = -(-len(running) // self._share()) if rounds else 0
+        advance_blocks(self._pool, running, self._step, rounds, steps)
+        self._step += rounds * steps
+        self._short &= not rounds
+        return tuple(sequence.attempt_id for sequence in running)
 
     def load(self, now: float) -> Load:
         """What the worker's report says of this scheduler."""
@@ -398,3 +377,5 @@ class DecodeScheduler:
         self._slots.check({sequence.slot for sequence in self._roster.running if sequence.slot >= 0})
         assert len(self._roster.running) + self._leases.granted <= self._slots.count, "more may run than there are slots"
         self._roster.check(self._admission.preempted)
+        pending = max((sequence.pending for choices in self._roster.started.values() for sequence in choices), default=0)
+        assert self._stages == 1 or pending <= 1, "a sequence with a token in flight is in another step"

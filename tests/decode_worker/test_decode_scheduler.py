@@ -1,255 +1,20 @@
-"""The decode scheduler: its rules one by one, and all of them at once against a fake engine and fake transfers."""
+"""The decode scheduler: its rules one by one."""
 
 from __future__ import annotations
 
 from collections import deque
 
 import pytest
-from diptych.core.commands import Decode, Finished
+from decode_harness import Worker, name_of, prompt
 from diptych.core.errors import ContextExceeded, InvalidRequest
-from diptych.core.request import FinishReason, Request, Token
-from diptych.core.transfer import GroupGrant, RefusedReason
+from diptych.core.request import FinishReason, Request
+from diptych.core.transfer import RefusedReason
 from diptych.decode_worker.admission import MAX_PASSES
-from diptych.decode_worker.choices import DecodeOutcome
-from diptych.decode_worker.decision import Decision
-from diptych.decode_worker.scheduler import DecodeScheduler
-from diptych.engine.batch import NO_BLOCK, Drawn, StepOutput
+from diptych.engine.batch import Drawn, StepOutput
 from diptych.engine.block_pool import BlockPool
-from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, draw, groups, request, root_of
+from fake_engine import BLOCK, answer, request
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
-CONTEXT = 160
-
-
-class Worker:
-    """A decode worker without shells: scheduler, fake engine, a source that fills what is granted, what came of each attempt."""
-
-    def __init__(
-        self,
-        *,
-        windows: tuple[int, ...] = (0, 24),
-        blocks: int = 14,
-        chunk_tokens: int = 32,
-        max_running: int = 4,
-        context: int = CONTEXT,
-        watermark: float = 0.05,
-    ) -> None:
-        self.groups = groups(*windows)
-        counts = (blocks,) * len(windows)
-        self.pool = BlockPool(counts, self.groups, BLOCK)
-        self.longest = min(context, self.pool.longest(chunk_tokens))
-        self.engine = FakeEngine(self.groups, counts, max_running)
-        self.scheduler = DecodeScheduler(
-            self.pool,
-            root_hash_of=root_of,
-            chunk_tokens=chunk_tokens,
-            max_running=max_running,
-            max_context=context,
-            eos_token_ids=EOS,
-            watermark=watermark,
-        )
-        self.decided: deque[Decision] = deque()
-        self.outputs: deque[StepOutput] = deque()
-        self.decodes: dict[str, Decode] = {}
-        self.expected: set[str] = set()
-        self.offered: set[str] = set()
-        self.granted: dict[str, tuple[GroupGrant, ...]] = {}
-        self.lost: dict[str, tuple[GroupGrant, ...]] = {}
-        self.tokens: dict[str, list[int]] = {}
-        self.ends: dict[str, FinishReason] = {}
-        self.stopped: set[str] = set()
-        self.finished: dict[str, Finished] = {}
-        self.context = context
-        self.now = 0.0
-
-    def expect(self, attempt_id: str, token_ids: list[int], *, local: bool = False, **sampling: object) -> None:
-        decode = Decode(attempt_id, request(token_ids, **sampling), local)
-        self.scheduler.expect(decode, self.now)
-        self.decodes[attempt_id] = decode
-        for choice in decode.request.live:
-            self.tokens[name_of(attempt_id, choice)] = list(decode.request.generated_by(choice))
-        if not local:
-            self.expected.add(attempt_id)
-
-    def offer(self, attempt_id: str) -> None:
-        self.expected.remove(attempt_id)
-        assert self.scheduler.on_offer(attempt_id, len(self.decodes[attempt_id].request.token_ids), self.now) is None
-        self.offered.add(attempt_id)
-
-    def grant(self) -> list[str]:
-        grants = self.scheduler.grants(self.now)
-        for attempt_id, blocks in grants:
-            self.offered.remove(attempt_id)
-            self.granted[attempt_id] = blocks
-            self._check_grant(attempt_id, blocks)
-        return [attempt_id for attempt_id, _ in grants]
-
-    def _check_grant(self, attempt_id: str, grants: tuple[GroupGrant, ...]) -> None:
-        end = len(self.decodes[attempt_id].request.token_ids)
-        for group, grant in zip(self.groups, grants, strict=True):
-            assert grant.first_position % BLOCK == 0
-            assert NO_BLOCK not in grant.blocks
-            assert grant.first_position >= group.first_needed(end) // BLOCK * BLOCK, "only what the window will show is sent"
-            assert len(grant.blocks) == max(0, -(-(end - grant.first_position) // BLOCK))
-
-    def fill(self, attempt_id: str, grants: tuple[GroupGrant, ...], *, garbage: bool = False) -> None:
-        """Copy the prompt's KV into the granted blocks."""
-        values = digests(self.decodes[attempt_id].request.token_ids)
-        for g, grant in enumerate(grants):
-            for position in range(grant.first_position, len(values)):
-                block = grant.blocks[(position - grant.first_position) // BLOCK]
-                self.engine.cells[g, block, position % BLOCK] = (-1, 0) if garbage else (position, values[position])
-
-    def commit(self, attempt_id: str) -> None:
-        self.fill(attempt_id, self.granted[attempt_id])
-        del self.granted[attempt_id]
-        asked = self.decodes[attempt_id].request
-        self._take(self.scheduler.committed(attempt_id, tuple(self._first(attempt_id, choice) for choice in asked.opening), self.now))
-
-    def _first(self, attempt_id: str, choice: int) -> Token:
-        """As a source draws it, and tells the router if it is the end."""
-        asked = self.decodes[attempt_id].request
-        values, end = digests(asked.token_ids), len(asked.token_ids) - 1
-        seen = [values[group.first_needed(end) :] for group in self.groups]
-        token = Token(
-            len(asked.generated_by(choice)), draw(self.groups, seen, asked.sampling, len(asked.generated_by(choice)), choice), choice=choice
-        )
-        if token.id in asked.sampling.ends(frozenset(EOS)):
-            self._end(attempt_id, choice, FinishReason.STOP)
-            return token
-        self.tokens[name_of(attempt_id, choice)].append(token.id)
-        if token.index + 1 >= asked.sampling.max_tokens or end + 2 >= self.context:
-            self._end(attempt_id, choice, FinishReason.LENGTH)
-        return token
-
-    def lose(self, attempt_id: str) -> None:
-        """The transfer fails before its commit."""
-        assert self.scheduler.transfer_failed(attempt_id, self.now)
-        self._forget(attempt_id)
-
-    def _forget(self, attempt_id: str) -> None:
-        self.expected.discard(attempt_id)
-        self.offered.discard(attempt_id)
-        if attempt_id in self.granted:
-            self.lost[attempt_id] = self.granted.pop(attempt_id)
-        del self.decodes[attempt_id]
-
-    def cancel(self, attempt_id: str) -> None:
-        transfer = attempt_id in self.expected | self.offered | self.granted.keys()
-        assert self.scheduler.cancel(attempt_id, self.now) == transfer
-        if attempt_id in self.granted:
-            self.fill(attempt_id, self.granted[attempt_id], garbage=True)
-        self._forget(attempt_id)
-
-    def fence(self, attempt_id: str, *, committed: bool = False) -> None:
-        """Until now the source may have written anything there."""
-        for g, grant in enumerate(self.lost.pop(attempt_id)):
-            for block in grant.blocks:
-                for offset in range(BLOCK):
-                    self.engine.cells[g, block, offset] = (-1, 0)
-        if committed:
-            assert self.scheduler.committed(attempt_id, (Token(0, 1),), self.now) == DecodeOutcome()
-        else:
-            self.scheduler.fenced(attempt_id, self.now)
-
-    def decide(self) -> Decision | None:
-        decision = self.scheduler.decide(self.now)
-        if decision is not None:
-            users = {slot: name for step in self.decided for slot, name in slots_of(step)}
-            for slot, name in slots_of(decision):
-                assert users.get(slot, name) == name, "a slot in flight belongs to another"
-            self.decided.append(decision)
-        return decision
-
-    def run(self) -> None:
-        self.outputs.append(self.engine.run(self.decided[len(self.outputs)].batch))
-
-    def complete(self) -> None:
-        self.decided.popleft()
-        self._take(self.scheduler.complete(self.outputs.popleft(), self.now))
-
-    def step(self) -> Decision | None:
-        decision = self.decide()
-        if decision is not None:
-            self.run()
-            self.complete()
-        return decision
-
-    def _take(self, outcome: DecodeOutcome) -> None:
-        for new in outcome.new_tokens:
-            assert new.attempt_id in self.decodes, "nothing after the end"
-            assert new.attempt_id not in self.finished, "nothing after the end"
-            for token in new.tokens:
-                name = name_of(new.attempt_id, token.choice)
-                assert name not in self.ends.keys() | self.stopped, "nothing after the end"
-                assert token.index == len(self.tokens[name])
-                self.tokens[name].append(token.id)
-        for ended in outcome.choices:
-            self._end(ended.attempt_id, ended.choice, ended.finish)
-        for finished in outcome.finished:
-            assert finished.attempt_id not in self.finished, "one end"
-            self.finished[finished.attempt_id] = finished
-            names = {name_of(finished.attempt_id, choice) for choice in self.decodes[finished.attempt_id].request.live}
-            assert names <= self.ends.keys() | self.stopped, "it ended before its choices"
-
-    def _end(self, attempt_id: str, choice: int, finish: FinishReason) -> None:
-        name = name_of(attempt_id, choice)
-        if name in self.stopped:
-            return  # by the source, which heard of no stop
-        assert name not in self.ends, "one end"
-        self.ends[name] = finish
-        expected = answer(self.decodes[attempt_id].request, self.groups, self.longest, choice)
-        assert (self.tokens[name], finish) == expected
-
-    def stop(self, attempt_id: str, choice: int) -> None:
-        self.stopped.add(name_of(attempt_id, choice))
-        self._take(self.scheduler.stop(attempt_id, choice, self.now))
-
-    def finished_request(self, attempt_id: str) -> Request:
-        assert attempt_id in self.finished
-        return self.decodes[attempt_id].request
-
-    def drain(self) -> None:
-        """Let everything go through. Whoever is left starves."""
-        idle = 0
-        while idle < 3:
-            idle += 1
-            for attempt_id in list(self.expected):
-                self.offer(attempt_id)
-            for attempt_id in list(self.lost):
-                self.fence(attempt_id)
-            for attempt_id in (*self.grant(), *list(self.granted)):
-                if attempt_id in self.granted:
-                    self.commit(attempt_id)
-            self.scheduler.check()
-            if self.decided:
-                if not self.outputs:
-                    self.run()
-                self.complete()
-                idle = 0
-            elif self.decide() is not None:
-                idle = 0
-        assert self.finished.keys() >= self.decodes.keys(), "an attempt starved"
-        load = self.scheduler.load(self.now)
-        assert (load.waiting, load.running, load.leases, load.prompt_tokens_waiting) == (0, 0, 0, 0)
-        assert load.blocks_free == load.blocks_total
-        self.scheduler.check()
-        assert self.pool.unused
-
-
-def slots_of(decision: Decision) -> list[tuple[int, str]]:
-    return [(row.slot, name) for name, row in zip(decision.attempts, decision.batch.rows, strict=True)]
-
-
-def name_of(attempt_id: str, choice: int) -> str:
-    return f"{attempt_id}/{choice}" if choice else attempt_id
-
-
-def prompt(length: int, family: int = 1) -> list[int]:
-    """Prompts of one family share what they have in common."""
-    return [1 + (family * 7 + i * i) % 38 for i in range(length)]
 
 
 def test_a_transfer_decodes_from_the_step_after_its_commit() -> None:
@@ -666,35 +431,41 @@ def test_choices_that_end_at_once_are_told_once() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@example(lengths=[(40, 3)], windows=(24,), before=2, share=1.0, n=1)  # a chunk has passed the position where a block leaves the window
-@example(lengths=[(20, 30)], windows=(0, 24), before=1, share=1.0, n=3)  # blocks are still to be copied
-@example(lengths=[(1, 2), (49, 2), (49, 2)], windows=(0,), before=4, share=1.0, n=1)  # the last token of a prompt is not yet decoding
+@example(
+    lengths=[(40, 3)], windows=(24,), before=2, share=1.0, n=1, stages=1
+)  # a chunk has passed the position where a block leaves the window
+@example(lengths=[(20, 30)], windows=(0, 24), before=1, share=1.0, n=3, stages=1)  # blocks are still to be copied
+@example(
+    lengths=[(1, 2), (49, 2), (49, 2)], windows=(0,), before=4, share=1.0, n=1, stages=1
+)  # the last token of a prompt is not yet decoding
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(2, 90)), min_size=1, max_size=4),
     windows=st.sampled_from([(0,), (24,), (0, 24), (0, 5), (0, 16, 33)]),
     before=st.integers(0, 12),
     share=st.floats(0, 1),
     n=st.integers(1, 3),
+    stages=st.integers(1, 4),
 )
-def test_advance_is_that_many_single_steps(
-    lengths: list[tuple[int, int]], windows: tuple[int, ...], before: int, share: float, n: int
+def test_advance_is_that_many_rounds_of_single_steps(
+    lengths: list[tuple[int, int]], windows: tuple[int, ...], before: int, share: float, n: int, stages: int
 ) -> None:
-    twins = [Worker(windows=windows, blocks=16), Worker(windows=windows, blocks=16)]
+    twins = [Worker(windows=windows, blocks=16, stages=stages) for _ in range(2)]
     for worker in twins:
         for i, (length, max_tokens) in enumerate(lengths):
             worker.expect(f"a{i}", prompt(length, i), local=True, max_tokens=max_tokens, ignore_eos=True, n=n if i == 0 else 1)
         for _ in range(before):
-            worker.step()
+            worker.finish(len(worker.fill()))
     fast, slow = (worker.scheduler for worker in twins)
-    steps = int(fast.steady() * share)
-    advanced = fast.advance(steps, 7, 0.0)
-    for _ in range(steps):
-        decision = slow.decide(0.0)
-        assert decision is not None
-        assert decision.attempts == advanced
-        outcome = slow.complete(StepOutput(decision.batch.step, ((Drawn(7),),) * len(advanced)), 0.0)
-        assert outcome.finished == ()
-        assert sorted(new.attempt_id for new in outcome.new_tokens for _ in new.tokens) == sorted(advanced)
+    rounds = int(fast.steady() * share)
+    advanced = fast.advance(rounds, 7, 0.0)
+    for _ in range(rounds):
+        steps = twins[1].fill()
+        twins[1].decided.clear()
+        assert tuple(name for step in steps for name in step.attempts) == advanced
+        for step in steps:
+            outcome = slow.complete(StepOutput(step.batch.step, ((Drawn(7),),) * len(step.attempts)), 0.0)
+            assert outcome.finished == ()
+            assert sorted(new.attempt_id for new in outcome.new_tokens for _ in new.tokens) == sorted(step.attempts)
     fast.check()
     assert state(fast) == state(slow)
 
@@ -734,118 +505,3 @@ def state(scheduler: object) -> str:
         return value if isinstance(value, int | float | str | bytes | None) else repr(value) if isinstance(value, frozenset | set) else None
 
     return repr(plain(vars(scheduler)))
-
-
-class Decodes(RuleBasedStateMachine):
-    """Transfers and local prompts, steps (up to two in flight, run late), failures and cancels at any time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.worker = Worker()
-        self.count = 0
-
-    @rule(
-        family=st.integers(1, 3),
-        length=st.integers(1, CONTEXT - 1),
-        local=st.booleans(),
-        max_tokens=st.integers(1, 120),
-        generated=st.lists(st.integers(0, 20), min_size=1, max_size=4),
-        resumed=st.booleans(),
-        finished=st.sets(st.integers(0, 3)),
-    )
-    def expect(
-        self, family: int, length: int, local: bool, max_tokens: int, generated: list[int], resumed: bool, finished: set[int]
-    ) -> None:
-        n = len(generated)
-        had = [min(count, max_tokens - 1, length - 1) for count in generated] if resumed else [0]
-        ids = prompt(length, family)
-        cut = length - max(had)
-        sampling = {"max_tokens": max_tokens, "ignore_eos": family == 2, "n": n}
-        if resumed:  # of choices that ended something else may be known
-            finished = finished & set(range(n)) if finished & set(range(n)) != set(range(n)) else set()
-            sampling |= {"generated": [ids[cut : cut + count] for count in had], "finished": sorted(finished)}
-        sampling |= {"min_tokens": max_tokens // 3, "repetition_penalty": 1.0 + self.count % 2}
-        self.worker.expect(f"a{self.count}", ids[:cut], local=local, **sampling)
-        self.count += 1
-
-    @precondition(lambda self: self.worker.decodes.keys() - self.worker.finished.keys())
-    @rule(data=st.data(), choice=st.integers(0, 3))
-    def stop(self, data: st.DataObject, choice: int) -> None:
-        alive = self.worker.decodes.keys() - self.worker.finished.keys()
-        self.worker.stop(data.draw(st.sampled_from(sorted(alive))), choice)
-
-    @precondition(lambda self: self.worker.expected)
-    @rule(data=st.data())
-    def offer(self, data: st.DataObject) -> None:
-        self.worker.offer(data.draw(st.sampled_from(sorted(self.worker.expected))))
-
-    @rule()
-    def grant(self) -> None:
-        self.worker.grant()
-
-    @precondition(lambda self: self.worker.offered)
-    @rule(data=st.data())
-    def nearly_done(self, data: st.DataObject) -> None:
-        self.worker.scheduler.nearly_done(data.draw(st.sampled_from(sorted(self.worker.offered))), self.worker.now)
-
-    @precondition(lambda self: self.worker.granted)
-    @rule(data=st.data())
-    def commit(self, data: st.DataObject) -> None:
-        self.worker.commit(data.draw(st.sampled_from(sorted(self.worker.granted))))
-
-    @precondition(lambda self: self.worker.expected | self.worker.offered | self.worker.granted.keys())
-    @rule(data=st.data())
-    def lose(self, data: st.DataObject) -> None:
-        self.worker.grant()
-        transfers = self.worker.expected | self.worker.offered | self.worker.granted.keys()
-        self.worker.lose(data.draw(st.sampled_from(sorted(transfers))))
-
-    @precondition(lambda self: self.worker.lost)
-    @rule(data=st.data(), committed=st.booleans())
-    def fence(self, data: st.DataObject, committed: bool) -> None:
-        self.worker.fence(data.draw(st.sampled_from(sorted(self.worker.lost))), committed=committed)
-
-    @precondition(lambda self: self.worker.decodes.keys() - self.worker.finished.keys())
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        self.worker.grant()
-        alive = self.worker.decodes.keys() - self.worker.finished.keys()
-        self.worker.cancel(data.draw(st.sampled_from(sorted(alive))))
-
-    @precondition(lambda self: len(self.worker.decided) < 3)
-    @rule()
-    def decide(self) -> None:
-        self.worker.decide()
-
-    @precondition(lambda self: len(self.worker.outputs) < len(self.worker.decided))
-    @rule()
-    def run(self) -> None:
-        self.worker.run()
-
-    @precondition(lambda self: self.worker.outputs)
-    @rule()
-    def complete(self) -> None:
-        self.worker.complete()
-
-    @rule(count=st.integers(1, 60), depth=st.integers(1, 3))
-    def steps(self, count: int, depth: int) -> None:
-        for _ in range(count):
-            self.worker.grant()
-            if len(self.worker.decided) < depth:
-                self.worker.decide()
-            if len(self.worker.outputs) < len(self.worker.decided):
-                self.worker.run()
-            if len(self.worker.outputs) and len(self.worker.decided) >= depth:
-                self.worker.complete()
-            self.worker.scheduler.check()
-
-    @invariant()
-    def sound(self) -> None:
-        self.worker.scheduler.check()
-
-    def teardown(self) -> None:
-        self.worker.drain()
-
-
-TestDecodes = Decodes.TestCase
-TestDecodes.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)

@@ -14,11 +14,11 @@ POLICIES = {
     "engine": "batch block_pool group_blocks last_drawn step_codec",
     "worker": "admit attempts chunks load",
     "prefill_worker": "leases prompt scheduler",
-    "decode_worker": "admission choices decision leases roster scheduler sequence steady totals",
+    "decode_worker": "admission choices decision growth leases roster scheduler sequence steady totals",
     "kv_transfer": "actions announcing answers closed_ids coverage crossing destination_machine destination_state faults geometry ranks "
     "receipt slices source_machine source_state staging",
     "router": "admission budget machine openapi outputs placement times",
-    "cluster": "cores headcount nodes restarts",
+    "cluster": "cores headcount layouts nodes restarts",
     "cluster.load": "agreement answer arrivals choice dialect goodput lengths prompts report slo sse summary workload",
 }
 MODULES = [f"diptych.{room}.{name}" for room, names in POLICIES.items() for name in names.split()]

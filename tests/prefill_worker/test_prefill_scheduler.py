@@ -14,7 +14,7 @@ from diptych.prefill_worker.scheduler import Decision, PrefillScheduler
 from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, groups, request, root_of
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 CONTEXT = 160
 
@@ -158,6 +158,28 @@ def test_a_prompt_is_computed_in_chunks_and_offered_with_the_first() -> None:
         worker.run()
         worker.complete()
     assert spans == [(0, 32), (32, 64), (64, 70)]
+    worker.drain()
+    assert "a" in worker.first_tokens
+
+
+def test_with_four_stages_five_chunks_of_a_prompt_are_in_flight() -> None:
+    """What a window has passed is free for the sixth when the last step that reads it has completed, and no sooner; what is published has
+    been computed."""
+    worker = Worker(windows=(24,), blocks=10, context=400)
+    worker.add("a", prompt(300))
+    spans = [(row.start, row.length) for step in iter(worker.decide, None) for row in step.batch.rows]
+    assert spans == [(0, 32), (32, 32), (64, 32), (96, 32), (128, 32)]
+    assert worker.pool.parts[0].fenced == 8, "all but what the sixth still needs; it was looked at, and found no block"
+    hashes = worker.scheduler._running["a"].table.hashes
+    assert [worker.pool.parts[0].find(each) for each in hashes[1:]] == [None] * 18
+    worker.run()
+    worker.complete()
+    assert worker.decide() is None, "the second step reads what the first has stored"
+    worker.run()
+    worker.complete()
+    step = worker.decide()
+    assert step is not None
+    assert (step.batch.rows[0].start, worker.pool.parts[0].fenced) == (160, 6)
     worker.drain()
     assert "a" in worker.first_tokens
 
@@ -327,14 +349,19 @@ def test_choices_draw_from_one_row_each_its_own() -> None:
 
 
 class Prefills(RuleBasedStateMachine):
-    """Commands, steps (up to two in flight, run late) and transfers that end at any time."""
+    """Commands, steps (up to two in flight, or five, as with four stages; run late) and transfers that end at any time."""
 
     attempts = Bundle("attempts")
 
     def __init__(self) -> None:
         super().__init__()
         self.worker = Worker()
+        self.depth = 2
         self.cancelled: set[str] = set()
+
+    @initialize(depth=st.integers(2, 5), blocks=st.integers(10, 20), windows=st.sampled_from([(0, 24), (24,), (40, 7)]))
+    def set_up(self, depth: int, blocks: int, windows: tuple[int, ...]) -> None:
+        self.worker, self.depth = Worker(blocks=blocks, windows=windows), depth
 
     @rule(
         target=attempts,
@@ -350,7 +377,7 @@ class Prefills(RuleBasedStateMachine):
         self.worker.add(attempt_id, prompt(length, family), destination, max_tokens=max_tokens, tenant=tenant, n=n)
         return attempt_id
 
-    @precondition(lambda self: len(self.worker.decided) < 2)
+    @precondition(lambda self: len(self.worker.decided) < self.depth)
     @rule()
     def decide(self) -> None:
         self.worker.decide()
@@ -368,8 +395,8 @@ class Prefills(RuleBasedStateMachine):
     @rule(count=st.integers(1, 8))
     def steps(self, count: int) -> None:
         for _ in range(count):
-            if len(self.worker.decided) < 2:
-                self.worker.decide()
+            while len(self.worker.decided) < self.depth and self.worker.decide() is not None:
+                pass
             if len(self.worker.outputs) < len(self.worker.decided):
                 self.worker.run()
             if self.worker.outputs:

@@ -41,7 +41,6 @@ from diptych.kv_transfer.source_machine import SourceMachine
 from diptych.prefill_worker.scheduler import PrefillScheduler
 from fake_engine import BLOCK, EOS, FakeEngine, answer, groups, root_of
 
-DEPTH = 2
 CHECK_EVERY = 3
 """Events between two checks of all books."""
 SLOTS = 64
@@ -51,7 +50,7 @@ CONTEXT = 160
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that things take."""
+    """Seconds that things take; a step, through all stages of its worker."""
 
     message: float = 0.001
     copy: float = 0.002
@@ -84,7 +83,7 @@ class Life:
 
 
 class World:
-    """`blocks` of every group: of each prefill worker, and of each decode worker. `ended` is called with each life that ends."""
+    """`blocks` of every group, and `stages`: of each prefill and of each decode worker. `ended` is called with each life that ends."""
 
     def __init__(
         self,
@@ -93,6 +92,7 @@ class World:
         *,
         windows: tuple[int, ...] = (0,),
         blocks: tuple[int, int] = (12, 12),
+        stages: tuple[int, int] = (1, 1),
         chunk_tokens: int = 32,
         max_running: int = 4,
         watermark: float = 0.05,
@@ -106,8 +106,9 @@ class World:
         self._entries = 0
         scheduling: dict[str, Any] = {"root_hash_of": root_of, "chunk_tokens": chunk_tokens, "max_running": max_running}
         scheduling |= {"max_context": CONTEXT, "eos_token_ids": EOS}
-        self.decodes = [DecodeWorker(self, i, blocks[1], scheduling | {"watermark": watermark}) for i in range(decodes)]
-        self.prefills = [PrefillWorker(self, i, blocks[0], scheduling) for i in range(prefills)]
+        here = scheduling | {"watermark": watermark, "stages": stages[1]}
+        self.decodes = [DecodeWorker(self, i, blocks[1], stages[1], here) for i in range(decodes)]
+        self.prefills = [PrefillWorker(self, i, blocks[0], stages[0], scheduling) for i in range(prefills)]
 
     def after(self, seconds: float, call: Callable[[], None]) -> None:
         """What falls on one moment is done in the order in which it was asked for."""
@@ -171,10 +172,13 @@ class World:
 
 
 class Worker:
-    """Steps of one engine: while one runs, the next is decided."""
+    """Steps of one engine, at most `depth` at once: each stage computes one, and they follow each other through all stages."""
 
-    def __init__(self, world: World, number: int, blocks: int, scheduler: Callable[[BlockPool], Any], step_s: float) -> None:
-        self.world, self.number, self._step_s = world, number, step_s
+    def __init__(
+        self, world: World, number: int, blocks: int, scheduler: Callable[[BlockPool], Any], step_s: float, stages: int, depth: int
+    ) -> None:
+        self.world, self.number, self.depth = world, number, depth
+        self._step_s, self._stage_s = step_s, step_s / stages
         counts = (blocks,) * len(world.groups)
         self.pool = BlockPool(counts, world.groups, BLOCK)
         self.engine = FakeEngine(world.groups, counts, 64)
@@ -183,7 +187,8 @@ class Worker:
         self.machine: Any
         self.steps = 0
         self._flying: deque[Any] = deque()
-        self._running = False
+        self._outputs: deque[StepOutput] = deque()
+        self._free_at = 0.0
 
     def hello(self, name: str, incarnation: int) -> Hello:
         return Hello(f"{name}{self.number}", incarnation, self.layout, (ShmEndpoint("socket", b"n" * 16),), (Transport.SHM,))
@@ -193,25 +198,25 @@ class Worker:
         return self.world.clock.now()
 
     def pump(self) -> None:
-        """Decide what can be decided, run what can be run."""
-        while len(self._flying) < DEPTH and (decision := self.decide()) is not None:
+        """Decide what can be decided; it runs when the first stage is free."""
+        while len(self._flying) < self.depth and (decision := self.decide()) is not None:
             self._flying.append(decision)
+            begins = max(self.now, self._free_at)
+            self._free_at = begins + self._stage_s
+            ends = begins + self._step_s - self.now
+            self.world.after(ends - self._stage_s / 2, partial(self._half, decision))
+            self.world.after(ends, self._ran)
             self.decided(decision)
-        if self._flying and not self._running:
-            self._running = True
-            self.world.after(self._step_s / 2, self._half)
 
-    def _half(self) -> None:
-        """KV is stored before the step ends, as layers are."""
-        output = self.engine.run(self._flying[0].batch)
-        self.stored(self._flying[0])
-        self.world.after(self._step_s / 2, partial(self._ran, output))
+    def _half(self, decision: Any) -> None:
+        """KV is stored before the last stage ends, as layers are."""
+        self._outputs.append(self.engine.run(decision.batch))
+        self.stored(decision)
 
-    def _ran(self, output: StepOutput) -> None:
-        self._running = False
+    def _ran(self) -> None:
         self._flying.popleft()
         self.steps += 1
-        self.complete(output)
+        self.complete(self._outputs.popleft())
         self.turn()
 
     def turn(self) -> None:
@@ -238,8 +243,8 @@ class PrefillWorker(Worker):
     """`waiting_for[d]`: blocks per group of the prompts that decode worker d has not granted, by name. `queue`: not started, in order;
     `passes`: how many later ones for the same decode worker were started before each."""
 
-    def __init__(self, world: World, number: int, blocks: int, scheduling: dict[str, Any]) -> None:
-        super().__init__(world, number, blocks, partial(PrefillScheduler, **scheduling), world.costs.prefill_step)
+    def __init__(self, world: World, number: int, blocks: int, stages: int, scheduling: dict[str, Any]) -> None:
+        super().__init__(world, number, blocks, partial(PrefillScheduler, **scheduling), world.costs.prefill_step, stages, stages + 1)
         self.chunk_tokens: int = scheduling["chunk_tokens"]
         self.machine = SourceMachine(self.hello("P", 1000 + number), LEASE_S, SLOTS)
         self.words = dict.fromkeys(range(SLOTS), 0)
@@ -359,8 +364,8 @@ class DecodeWorker(Worker):
     """`queue`: offered and not granted, in order; `passes`: how many later ones were granted before each. `below`: grants that left less
     than the watermark. Who is given memory is checked at every grant."""
 
-    def __init__(self, world: World, number: int, blocks: int, scheduling: dict[str, Any]) -> None:
-        super().__init__(world, number, blocks, partial(DecodeScheduler, **scheduling), world.costs.decode_step)
+    def __init__(self, world: World, number: int, blocks: int, stages: int, scheduling: dict[str, Any]) -> None:
+        super().__init__(world, number, blocks, partial(DecodeScheduler, **scheduling), world.costs.decode_step, stages, max(2, stages))
         self.machine = DestinationMachine(self.hello("D", 1 + number), LEASE_S, OFFER_WAIT_S, SLOTS)
         self.lanes: dict[int, Lane] = {}
         self.queue: list[str] = []
@@ -423,7 +428,7 @@ class DecodeWorker(Worker):
         life = lives[name]
         life.waited = self.steps - life.waited
         work = sum(lives[other].work for other in life.ahead)
-        assert life.waited <= 2 * work + DEPTH, f"{name} waited {life.waited} steps for {len(life.ahead)} others, {work} steps of work"
+        assert life.waited <= 2 * work + self.depth, f"{name} waited {life.waited} steps for {len(life.ahead)} others, {work} steps of work"
 
     def stored(self, decision: Any) -> None:
         return None

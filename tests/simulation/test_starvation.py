@@ -63,6 +63,7 @@ def counter(world: World, name: str) -> float:
     shape=st.sampled_from([(1, 1), (2, 2), (3, 1), (1, 3)]),
     windows=st.sampled_from([(0,), (0, 24), (40, 7)]),
     blocks=st.tuples(st.integers(11, 30), st.integers(11, 30)),
+    stages=st.sampled_from([(1, 1), (1, 1), (2, 3), (4, 2)]),
     watermark=st.sampled_from([0.0, 0.05, 0.3]),
     at_once=st.integers(4, 30),
     local=st.sampled_from([0.0, 0.0, 0.2]),
@@ -74,6 +75,7 @@ def test_every_request_ends_and_waits_no_longer_than_its_bound(
     shape: tuple[int, int],
     windows: tuple[int, ...],
     blocks: tuple[int, int],
+    stages: tuple[int, int],
     watermark: float,
     at_once: int,
     local: float,
@@ -81,15 +83,16 @@ def test_every_request_ends_and_waits_no_longer_than_its_bound(
     slow_prefill: bool,
 ) -> None:
     costs = Costs(prefill_step=0.2 if slow_prefill else 0.01)
-    world = World(*shape, windows=windows, blocks=blocks, watermark=watermark, max_running=6, costs=costs)
+    world = World(*shape, windows=windows, blocks=blocks, stages=stages, watermark=watermark, max_running=6, costs=costs)
     keep_busy(world, Random(seed), at_once=at_once, asked=40, local=local, leave=leave)
     world.run()
     world.assert_over()
 
 
-def test_a_load_that_fills_both_pools_does_all_that_the_bounds_are_for() -> None:
+@pytest.mark.parametrize("stages", [(1, 1), (2, 3)])
+def test_a_load_that_fills_both_pools_does_all_that_the_bounds_are_for(stages: tuple[int, int]) -> None:
     """Else the test above might never have met a full pool."""
-    world = World(2, 2, windows=(0, 24), blocks=(24, 24), watermark=0.1, max_running=8)
+    world = World(2, 2, windows=(0, 24), blocks=(24, 24), stages=stages, watermark=0.1, max_running=8)
     keep_busy(world, Random(1), at_once=30, asked=200)
     world.run()
     world.assert_over()
