@@ -27,7 +27,7 @@ from diptych.core.fleet import Phase, WorkerReport
 from diptych.core.request import FinishReason, Request, Token, Tokens, new_attempt_id
 from diptych.core.sampling import SamplingParams
 from diptych.rpc.worker import WorkerClient, WorkerStream
-from rank_process import START_S, Rank
+from rank_process import Rank
 
 ANSWER_S = 60.0
 IDLE_S = 20.0
@@ -35,14 +35,14 @@ TERMINAL = (HandedOver, Finished, Failed)
 
 
 @contextmanager
-def ranks(directory: Path, *specs: RankSpec, start_s: float = START_S) -> Iterator[list[Rank]]:
+def ranks(directory: Path, *specs: RankSpec) -> Iterator[list[Rank]]:
     """Workers, each of as many ranks as its spec says, started side by side and ready; killed at the end. The spec's `rank` is 0."""
     started = [Rank.start(spec, directory) for spec in specs]
     try:
         for rank in started:  # those that follow start, and import torch, beside those of the other workers
-            rank.bring_followers(start_s)
+            rank.bring_followers()
         for rank in started:
-            rank.wait_for("ready", timeout_s=start_s)
+            rank.wait_for("ready")
         yield started
     finally:
         for rank in started:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from diptych.cluster.spec import RankSpec
 from diptych.core.fleet import Fleet, LocalPrefill, Phase, WorkerReport
 from diptych.core.generate import Generate, Timing
 from diptych.core.sampling import SamplingParams
@@ -27,9 +26,9 @@ from diptych.core.transfer import Transport
 from diptych.router.server import Router
 from diptych.worker.timeline import read_stamps
 from e2e_harness import Rank, rank_spec, ranks
+from pausing import arm, start, stopped
 from router_harness import idle, member, router, until
 
-HERE = Path(__file__).parent
 LEASE_S = 2.0
 SEEDED = SamplingParams(max_tokens=40, temperature=1.0, seed=11, ignore_eos=True)
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, seed=1, ignore_eos=True)
@@ -49,17 +48,11 @@ class Crew:
 
     def arm(self, point: str, passes: int) -> None:
         """The first to have passed `point` so often stops there."""
-        path = self.directory / "points" / point
-        path.with_suffix(".new").write_text(str(passes))
-        path.with_suffix(".new").rename(path)
+        arm(self.directory, point, passes)
 
     async def stopped(self) -> Rank:
         """Who has stopped itself."""
-        while True:
-            for rank in self.members:
-                if os.waitid(os.P_PID, rank.process.pid, os.WSTOPPED | os.WNOHANG):  # noqa: ASYNC222  it does not wait
-                    return rank
-            await asyncio.sleep(0.005)
+        return await stopped(self.members)
 
     def latest(self, phase: Phase) -> Rank:
         """Who of this phase has stamped a stage last."""
@@ -83,15 +76,10 @@ class Crew:
         return self.answers[prompt, sampling]
 
 
-def start(spec: RankSpec, directory: Path) -> Rank:
-    return Rank.start(spec, directory, program=(str(HERE / "pausing_rank.py"), str(directory / "points")))
-
-
 @pytest.fixture(scope="module")
 def crew(request: pytest.FixtureRequest, tiny_gemma3_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     transport: Transport = request.param
     directory = tmp_path_factory.mktemp(f"kills-{transport}")
-    (directory / "points").mkdir()
     # A chunk of one block makes a long prompt slow enough to be met half way.
     names = [("p0", Phase.PREFILL), ("p1", Phase.PREFILL), ("d0", Phase.DECODE), ("d1", Phase.DECODE)]
     common = {"kv_tokens": 2048, "chunk_tokens": 16, "lease_s": LEASE_S, "transports": (transport,)}
@@ -223,7 +211,7 @@ def test_a_killed_worker_changes_no_answer(crew: Crew, stage: Stage) -> None:
                 await until(running, lambda: len(asked[0].tokens) >= 2)
             if stage.name == "P after the hand-over":
                 await until(running, lambda: report(running, victim).leases == report(running, victim).running == 0)
-            lost = mapped(victim) if stage.victim is Phase.PREFILL else set()  # nobody maps what is D's
+            lost = victim.mapped_pools() if stage.victim is Phase.PREFILL else set()  # nobody maps what is D's
             killed_at = time.monotonic()
             victim.kill()
             await until(running, lambda: victim.spec.worker_id not in seen(running))
@@ -233,7 +221,7 @@ def test_a_killed_worker_changes_no_answer(crew: Crew, stage: Stage) -> None:
                 stopped.process.send_signal(signal.SIGCONT)
             await asked[0].whole()
             print(f"{stage.name}: a pause of {asked[0].pause_after(killed_at):.3f} s")
-            await until(running, lambda: not any(lost & mapped(rank) for rank in survivors))
+            await until(running, lambda: not any(lost & rank.mapped_pools() for rank in survivors))
         assert all(rank.alive for rank in crew.members)
 
     asyncio.run(main())
@@ -294,7 +282,10 @@ def test_a_request_waits_for_the_only_worker_to_come_back(crew: Crew, stage: Sta
 @OVER_EACH
 def test_nothing_is_left_of_workers_that_were_all_killed(crew: Crew) -> None:
     before = set(os.listdir("/dev/shm"))
-    sockets = {name for rank in crew.members for name in sockets_of(rank)}
+    sockets = set()
+    for rank in crew.members:
+        rank.wait_for("ready")
+        sockets |= rank.sockets()
     assert len(sockets) >= 4, "each rank listens on an abstract socket of its pool"
 
     async def main() -> None:
@@ -314,17 +305,3 @@ def test_nothing_is_left_of_workers_that_were_all_killed(crew: Crew) -> None:
         assert not Path(f"/proc/{rank.process.pid}").exists()
     assert set(os.listdir("/dev/shm")) <= before
     assert not sockets & {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
-
-
-def mapped(rank: Rank) -> set[int]:
-    """The inodes of all pools it maps: its own, and those it copies from."""
-    maps = Path(f"/proc/{rank.process.pid}/maps").read_text().splitlines()
-    return {int(line.split()[4]) for line in maps if "memfd:diptych-kv" in line}
-
-
-def sockets_of(rank: Rank) -> set[str]:
-    """Names of the abstract sockets on which the process hands out its pool."""
-    rank.wait_for("ready")
-    links = {os.readlink(entry) for entry in Path(f"/proc/{rank.process.pid}/fd").iterdir() if entry.is_symlink()}
-    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines() if "@diptych-kv" in line]
-    return {fields[7] for fields in lines if f"socket:[{fields[6]}]" in links}
