@@ -1,0 +1,126 @@
+"""How near does a KV transfer come to its link, and what of it does a request wait for?
+
+    python -m diptych.benchmarks.links [--passes 5] [--transport shm] [--output 256] [--runs 5]
+
+Per transport, two processes with a pool of 512 MiB each, of a model of 32 layers and 4 KiB a token and layer: the whole pool is handed
+over in pieces of one size, by `Source` and `Destination` over a lane, and moved in pieces of that size by torch alone; in turn, so that
+both meet the same machine. Then one 16-token block of the demo model; then the demo model served, for the share of transfer in a request's
+time (`--runs 0`: not). `machines`: a 1,024-token prompt through the hinge's own code, no byte moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diptych.benchmarks.links.ends import Here, rate, two_workers
+from diptych.benchmarks.links.machines import machines_alone
+from diptych.benchmarks.links.share import share_of_requests
+from diptych.benchmarks.record import describe, keep, percentile, surroundings
+from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
+from diptych.core.transfer import Transport
+
+PIECES = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20]
+WIDE = Layout("wide", (CacheGroup(CacheKind.FULL, tuple(range(32)), kv_heads=8, head_dim=128, dtype=DType.BFLOAT16),), 16, (256,))
+"""A block of a layer is 64 KiB, the smallest piece; a layer is 16 MiB, the largest."""
+FULL = (5, 11, 17)
+DEMO = Layout(
+    "demo",
+    (
+        CacheGroup(CacheKind.FULL, FULL, kv_heads=1, head_dim=256, dtype=DType.BFLOAT16),
+        CacheGroup(CacheKind.WINDOW, tuple(set(range(18)) - set(FULL)), kv_heads=1, head_dim=256, dtype=DType.BFLOAT16, window=512),
+    ),
+    16,
+    (64, 64),
+)
+PROMPT = 1024
+
+
+async def moved(transport: Transport, passes: int) -> dict[str, Any]:
+    """By piece size: GB/s of the hinge and of the raw link, and their ratio."""
+    found = {}
+    async with two_workers(WIDE, transport) as here:
+        with tempfile.TemporaryDirectory(prefix="diptych-benchmark-") as scratch:
+            await join(here, transport, Path(scratch, "store"))
+            for piece in PIECES:
+                tokens = piece // WIDE.groups[0].token_bytes
+                count = WIDE.num_blocks[0] * WIDE.block_size // tokens
+                ours, raw = [], []
+                for number in range(1 + passes):
+                    times = await raw_pass(here, transport, piece), await here.pass_over(tokens, count)
+                    if number:  # the first meets pages that nobody has touched
+                        raw.append(times[0])
+                        ours.append(times[1])
+                figures = {"gb_per_s": rate(WIDE, ours), "raw_gb_per_s": rate(WIDE, raw)}
+                found[f"{piece >> 10} KiB"] = figures | {"ratio": figures["gb_per_s"] / figures["raw_gb_per_s"]}
+    return found
+
+
+async def join(here: Here, transport: Transport, store: Path) -> None:
+    """Make the raw link."""
+    if transport is Transport.SHM:
+        await here.ask("map", here.pool.endpoint)
+    else:
+        here.tell("join", str(store))
+        await asyncio.to_thread(here.raw.join, str(store))
+
+
+async def raw_pass(here: Here, transport: Transport, piece: int) -> float:
+    """Seconds to move the whole pool over it."""
+    if transport is Transport.SHM:
+        return float(await here.ask("copy", piece))
+    here.tell("receive", piece)
+    await asyncio.to_thread(here.raw.send, piece)
+    return float(await here.hear())
+
+
+async def one_block(transport: Transport, runs: int = 300) -> float:
+    """Median microseconds."""
+    async with two_workers(DEMO, transport) as here:
+        taken = [await here.last_block() for _ in range(runs)]
+    return 1e6 * percentile(taken[runs // 10 :], 0.5)
+
+
+def measure(transport: Transport, options: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {"pieces": asyncio.run(moved(transport, options.passes)), "block_us": asyncio.run(one_block(transport))}
+    if options.runs:
+        found["share"] = share_of_requests(transport, prompt=PROMPT, output=options.output, runs=options.runs)
+    return found
+
+
+def show(transport: Transport, found: dict[str, Any]) -> None:
+    print(f"\n{transport.value}: one 16-token block of the demo model (288 KiB) {found['block_us']:.0f} µs")
+    for piece, figures in found["pieces"].items():
+        print(f"{piece:>10}{figures['gb_per_s']:8.2f} GB/s{figures['raw_gb_per_s']:8.2f} raw{figures['ratio']:8.2f}")
+    if share := found.get("share"):
+        parts = ", ".join(f"{name} {share[f'{name}_percent']:.4f} %" for name in ("exposed", "overlapped"))
+        print(f"of a request of {share['request']:.1f} s: {parts}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m diptych.benchmarks.links", description="How near does a KV transfer come to its link?")
+    parser.add_argument("--passes", type=int, default=5, help="over the whole pool, of each piece size")
+    parser.add_argument("--transport", action="append", choices=[each.value for each in Transport], help="by default each of them")
+    parser.add_argument("--output", type=int, default=256, help="output tokens of a request")
+    parser.add_argument("--runs", type=int, default=5, help="requests of the demo model; 0: none")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    where = surroundings()
+    print(describe(where))
+    chosen = [each for each in Transport if options.transport is None or each.value in options.transport]
+    layers = CacheGroup(CacheKind.FULL, tuple(range(18)), kv_heads=4, head_dim=64, dtype=DType.BFLOAT16)
+    alone = machines_alone(Layout("model", (layers,), 16, (PROMPT // 16,)), PROMPT, 200)
+    results: dict[str, Any] = {"machines_us": 1e6 * percentile(alone[20:], 0.5)}
+    print(f"machines: {results['machines_us']:.0f} µs for a prompt of {PROMPT} tokens and 18 layers")
+    for transport in chosen:
+        results[transport.value] = measure(transport, options)
+        show(transport, results[transport.value])
+    print(f"kept in {keep('links', where, vars(options), results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The two processes of the links benchmark: a whole pool is handed over, and the raw link moves what it says."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from diptych.benchmarks.links.__main__ import DEMO, join, raw_pass
+from diptych.benchmarks.links.ends import rate, two_workers
+from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
+from diptych.core.transfer import Transport
+
+SMALL = Layout("small", (CacheGroup(CacheKind.FULL, (0, 1, 2), kv_heads=2, head_dim=64, dtype=DType.BFLOAT16),), 16, (16,))
+
+
+@pytest.mark.parametrize("transport", list(Transport))
+def test_a_pool_is_handed_over_and_moved(transport: Transport, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with two_workers(SMALL, transport) as here:
+            await join(here, transport, tmp_path / "store")
+            assert await raw_pass(here, transport, 8 << 10) > 0
+            assert await here.pass_over(64, 4) > 0
+            assert await here.last_block() > 0
+
+    asyncio.run(run())
+
+
+def test_the_rate_is_that_of_the_median_pass() -> None:
+    assert rate(SMALL, [1.0, 2e-6, 3e-6]) == pytest.approx(16 * 16 * 3 * 512 / 3e-6 / 1e9)
+
+
+def test_the_demo_layout_is_the_demo_models() -> None:
+    assert sum(len(group.layers) * group.token_bytes for group in DEMO.groups) * 16 == 288 << 10
+    assert sorted(layer for group in DEMO.groups for layer in group.layers) == list(range(18))
