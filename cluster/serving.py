@@ -169,7 +169,7 @@ class _Worker:
     def _decode_role(self) -> DecodeRole:
         spec = self._spec
         return DecodeRole(
-            DecodeScheduler(**self._scheduling()),
+            DecodeScheduler(**self._scheduling(), stages=self._layout.pp),
             vocab_size=self._card.vocab_size,
             reporter=Reporter(spec.worker_id, self._incarnation),
             clock=self._clock,

@@ -15,8 +15,8 @@ POLICIES = {
     "worker": "admit attempts chunks load",
     "prefill_worker": "leases prompt scheduler",
     "decode_worker": "admission choices decision growth leases roster scheduler sequence steady totals",
-    "kv_transfer": "actions announcing answers closed_ids coverage crossing destination_machine destination_state faults geometry ranks "
-    "receipt slices source_machine source_state staging",
+    "kv_transfer": "actions announcing answers closed_ids coverage crossing destination_machine destination_state faults geometry "
+    "order_codec ranks receipt slices source_machine source_state staging",
     "router": "admission budget machine openapi outputs placement times",
     "cluster": "cores headcount layouts nodes restarts",
     "cluster.load": "agreement answer arrivals choice dialect goodput lengths prompts report slo sse summary workload",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pickle
 import threading
 import zlib
 from collections import Counter, deque
@@ -28,6 +27,7 @@ from diptych.core.transfer import GroupGrant, LaneMessage, Transport
 from diptych.kv_transfer.destination import Destination
 from diptych.kv_transfer.destination_rank import DestinationRank
 from diptych.kv_transfer.lanes import DialLane, Lane
+from diptych.kv_transfer.order_codec import decode, encode
 from diptych.kv_transfer.pool import Pool
 from diptych.kv_transfer.slices import first_positions
 from diptych.kv_transfer.source import Source
@@ -124,9 +124,9 @@ class Channel:
         await self._rank.close()
         assert not self._rank.lanes
 
-    def _send(self, take: Callable[[Any], None], value: object) -> None:
-        data = pickle.dumps(value)
-        self._loop.call_soon(lambda: take(pickle.loads(data)))
+    def _send(self, take: Callable[[Any], None], value: Any) -> None:
+        data = encode(value)
+        self._loop.call_soon(lambda: take(decode(data)))
 
 
 def behind_channels(kind: Any, layout: Layout, pools: list[Pool], silence_s: float) -> Callable[[Callable[[Any], None]], list[Channel]]:
