@@ -1,36 +1,51 @@
-"""Step times of the engine on the demo model, against what the machine could do.
+"""Step times of the engine on the demo model, against what the machine could do, and where a decode step's time goes.
 
-    python -P benchmarks/engine.py [--threads 1] [--dtype bfloat16] [--model DIRECTORY]
+    python -m diptych.benchmarks.engine [--threads 1] [--dtype bfloat16] [--model DIRECTORY] [--torch]
 
-Prefill is bound by arithmetic, decode by reading the weights (and the KV) once; both bounds are measured first, with one large
-matrix product and one pass over the weights. Times are the least of several runs, in milliseconds.
+A step is bound by arithmetic or by reading the weights (and the KV) once; both speeds are measured first, with a large matrix product
+and with passes over the weights. Times are the least of several runs, in milliseconds. On a shared machine: `taskset -c 1`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from diptych.benchmarks.record import describe, keep, surroundings
 from diptych.core.layout import DType
 from diptych.core.sampling import SamplingParams
+from diptych.engine import decoder as decoder_module
+from diptych.engine import engine as engine_module
 from diptych.engine.batch import Batch, Draw, Row
 from diptych.engine.engine import Engine
 from diptych.engine.location import demo_source
 from diptych.engine.prepared import PreparedModel, find_or_prepare, open_prepared
 from diptych.engine.weights import TORCH_DTYPE
+from diptych.kernels.linear import linear
 
 BLOCK = 16
-SEQUENCE = 1024
+SEQUENCE = 512
+ROWS = (1, 2, 4, 8, 16, 32)
+PREFILLS = ((0, 16), (0, 64), (0, 256), (256, 256), (0, 512))
 SAMPLINGS = {
     "greedy": SamplingParams(temperature=0.0),
     "temperature 1": SamplingParams(temperature=1.0, seed=1),
     "top-k 50, top-p 0.9": SamplingParams(temperature=1.0, seed=1, top_k=50, top_p=0.9),
 }
+PARTS = {
+    decoder_module: ("linear", "linear_in_parts", "attend", "rotary_store", "residual_norm", "rms_norm", "gated", "rotary_angles"),
+    engine_module: ("make_inputs", "sample"),
+}
+"""What a step's time is divided among; what is left is the rest."""
 
 
 def least(run: Callable[[], object], times: int = 9) -> float:
@@ -48,67 +63,138 @@ def peak_flops(dtype: torch.dtype) -> float:
     """Floating-point operations per second of one large matrix product."""
     size = 1536
     left, right = torch.randn(2, size, size).to(dtype)
-    return 2 * size**3 / least(lambda: left @ right, 5) * 1e3
+    return 2 * size**3 / least(lambda: left @ right) * 1e3
 
 
 def peak_read(model: PreparedModel) -> float:
-    """Bytes per second of one pass over the largest weight."""
-    weights = model.tensors["embed"].view(torch.int32)
-    return weights.nbytes / least(lambda: weights.amax(dim=1), 5) * 1e3
+    """Bytes per second of the fastest of several passes over the largest weight, as it is mapped."""
+    weights = model.tensors["embed"]
+    words, row = weights.view(torch.int32), torch.ones(1, weights.shape[1]).to(weights.dtype)
+    passes = (lambda: words.amax(dim=1), lambda: words.view(torch.float32).sum(), lambda: linear(row, weights))
+    return weights.nbytes / min(least(each) for each in passes) * 1e3
 
 
 class Bench:
-    """An engine with 16 sequences of 1,024 tokens."""
+    """An engine with sequences of 512 tokens."""
 
     def __init__(self, model: PreparedModel) -> None:
-        layout = model.card.layout(block_size=BLOCK, kv_tokens=16 * SEQUENCE)
+        count = max(ROWS)
+        layout = model.card.layout(block_size=BLOCK, kv_tokens=count * SEQUENCE)
         dtype = TORCH_DTYPE[model.card.dtype]
-        shapes = [(count, g.kv_heads, 2, BLOCK, g.head_dim) for g, count in zip(layout.groups, layout.num_blocks, strict=True)]
+        shapes = [(blocks, g.kv_heads, 2, BLOCK, g.head_dim) for g, blocks in zip(layout.groups, layout.num_blocks, strict=True)]
         caches = [[torch.zeros(shape, dtype=dtype) for _ in g.layers] for g, shape in zip(layout.groups, shapes, strict=True)]
-        self.engine = Engine(model, caches, block_size=BLOCK, max_slots=16)
+        self.engine = Engine(model, caches, block_size=BLOCK, max_slots=count)
         order = random.Random(0)
         per_sequence = SEQUENCE // BLOCK
-        scattered = [order.sample(range(count), count) for count in layout.num_blocks]
-        self.tables = [tuple(tuple(each[i * per_sequence : (i + 1) * per_sequence]) for each in scattered) for i in range(16)]
+        scattered = [order.sample(range(blocks), blocks) for blocks in layout.num_blocks]
+        self.tables = [tuple(tuple(each[i * per_sequence : (i + 1) * per_sequence]) for each in scattered) for i in range(count)]
         self.prompt = tuple(order.randrange(3, model.card.vocab_size) for _ in range(SEQUENCE))
-        for slot in range(16):
-            self.prefill(slot, 0, 384)
+        for slot in range(count):
+            self.prefill(slot, 0, 8)
+        self.prefill(0, 0, 256)
 
     def prefill(self, slot: int, start: int, length: int) -> None:
         draw = Draw(SAMPLINGS["greedy"], 0)
         self.engine.run(Batch(0, (Row(slot, start, self.prompt[start : start + length], self.tables[slot], (draw,)),)))
 
     def decode(self, rows: int, sampling: SamplingParams) -> None:
-        """One token for `rows` sequences that hold 256 to 376 tokens."""
-        self.engine.run(Batch(0, tuple(Row(slot, 256 + 8 * slot, (), self.tables[slot], (Draw(sampling, 1),)) for slot in range(rows))))
+        """One token for `rows` sequences that hold 256 to 504 tokens."""
+        self.engine.run(Batch(0, tuple(Row(slot, place(slot), (), self.tables[slot], (Draw(sampling, 1),)) for slot in range(rows))))
+
+
+def place(slot: int) -> int:
+    """The position a slot decodes at."""
+    return 256 + 8 * slot
+
+
+@contextmanager
+def timed(vocab_size: int) -> Iterator[dict[str, float]]:
+    """Seconds spent in each of `PARTS`; the head apart from the other products."""
+    spent: dict[str, float] = defaultdict(float)
+
+    def timing(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            out = run(*args, **options)
+            part = ("head" if len(args[1]) == vocab_size else "products") if name.startswith("linear") else name
+            spent[part] += time.perf_counter() - start
+            return out
+
+        return call
+
+    kept = {(module, name): getattr(module, name) for module, names in PARTS.items() for name in names}
+    for (module, name), run in kept.items():
+        setattr(module, name, timing(name, run))
+    try:
+        yield spent
+    finally:
+        for (module, name), run in kept.items():
+            setattr(module, name, run)
+
+
+def profile(bench: Bench, rows: int, vocab_size: int, times: int = 15) -> dict[str, float]:
+    """Milliseconds of a greedy decode step by part: of each part the least of several steps."""
+    best: dict[str, float] = {}
+    for _ in range(times):
+        with timed(vocab_size) as spent:
+            start = time.perf_counter()
+            bench.decode(rows, SAMPLINGS["greedy"])
+            spent["rest"] = time.perf_counter() - start - sum(spent.values())
+        best = {part: min(best.get(part, float("inf")), 1e3 * seconds) for part, seconds in spent.items()}
+    return dict(sorted(best.items(), key=lambda each: -each[1]))
+
+
+def measure(model: PreparedModel) -> dict[str, Any]:
+    card, tensors = model.card, model.tensors
+    read, flops = peak_read(model), peak_flops(TORCH_DTYPE[card.dtype])
+    print(f"{card.name} {card.dtype}, {torch.get_num_threads()} thread(s): reads {read / 1e9:.1f} GB/s, computes {flops / 1e9:.0f} GFLOP/s")
+    bench = Bench(model)
+    matrices = sum(t.numel() for name, t in tensors.items() if t.dim() == 2 and name not in ("embed", "head"))
+    head = tensors.get("head", tensors["embed"])
+    results: dict[str, Any] = {"read_gb_s": read / 1e9, "gflop_s": flops / 1e9, "prefill": [], "decode": []}
+    for start, length in PREFILLS:
+        took = least(partial(bench.prefill, 0, start, length))
+        bound = 2 * matrices * length / flops * 1e3 + head.nbytes / read * 1e3
+        print(f"prefill {length:4d} tokens from {start:3d}: {took:7.1f} ms, {bound / took:4.0%} of the bound")
+        results["prefill"].append({"tokens": length, "start": start, "ms": took, "bound_ms": bound})
+    for rows in ROWS:
+        held = sum(place(slot) + 1 for slot in range(rows))
+        kv = sum(2 * g.kv_heads * g.head_dim * g.dtype.itemsize * len(g.layers) for g in card.cache_groups()) * held
+        bytes_read = (matrices + head.numel()) * head.itemsize + kv
+        reading, computing = bytes_read / read * 1e3, 2 * (matrices + head.numel()) * rows / flops * 1e3
+        bound = max(reading, computing)
+        times = {name: least(partial(bench.decode, rows, sampling), 15) for name, sampling in SAMPLINGS.items()}
+        parts = profile(bench, rows, card.vocab_size)
+        step = took["greedy"]
+        print(
+            f"decode {rows:2d} rows: {step:6.1f} ms, {bound / step:4.0%} of the bound ({reading:.1f} ms reading, {computing:.1f} computing)"
+        )
+        print("    " + ", ".join(f"{part} {ms:.2f}" for part, ms in parts.items()))
+        print("    " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items()))
+        results["decode"].append({"rows": rows, "ms": times, "reading_ms": reading, "computing_ms": computing, "parts_ms": parts})
+    return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m diptych.benchmarks.engine", description="What does a step of the engine take?")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--model", help="a prepared model or a source of one; by default the demo model")
+    parser.add_argument("--torch", action="store_true", help="without the C++ kernels")
+    parser.add_argument("--keep", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
+    where = surroundings()
+    print(describe(where))
     torch.set_num_threads(options.threads)
     source = options.model or demo_source()
     if source is None:
         parser.error("the demo model's package is not installed; name a --model")
     model = open_prepared(Path(find_or_prepare(source, dtype=DType(options.dtype))))
-    read, flops = peak_read(model), peak_flops(TORCH_DTYPE[model.card.dtype])
-    print(f"{model.card.name} {model.card.dtype}, {options.threads} thread(s): {read / 1e9:.1f} GB/s, {flops / 1e9:.0f} GFLOP/s")
-    bench = Bench(model)
-    matrices = sum(t.numel() for name, t in model.tensors.items() if t.dim() == 2 and name not in ("embed", "head"))
-    head_ms = model.tensors["embed"].nbytes / read * 1e3
-    for start, length in ((0, 16), (0, 64), (0, 256), (256, 256), (0, 512)):
-        took = least(partial(bench.prefill, 0, start, length))
-        bound = 2 * matrices * length / flops * 1e3 + head_ms
-        print(f"prefill {length:4d} tokens from {start:3d}: {took:7.1f} ms, {bound / took:4.0%} of the bound")
-    for rows in (1, 4, 16):
-        for name, sampling in SAMPLINGS.items():
-            took = least(partial(bench.decode, rows, sampling))
-            kv = sum(2 * g.kv_heads * g.head_dim * g.dtype.itemsize * len(g.layers) * 316 for g in model.card.cache_groups()) * rows
-            bound = (model.card.weights_bytes + kv) / read * 1e3
-            print(f"decode {rows:2d} rows, {name:20s}: {took:7.1f} ms, {bound / took:4.0%} of the bound")
+    if options.torch:
+        os.environ["CXX"] = "none"
+    results = measure(model)
+    if options.keep:
+        print(f"kept in {keep(options.keep, where, vars(options), results)}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from ..core.layout import Layout
+from ..core.layout import DType, Layout
 from ..core.model import ModelCard
 from ..engine.engine import Engine
 from ..engine.parallel import Parallel, connect, gloo
 from ..engine.prepared import PreparedModel, open_prepared
+from ..kernels.native import native
 from ..kv_transfer.pool import Pool
 from ..worker.leader import STEP_S
 from .child import progress
@@ -48,6 +49,8 @@ def load(spec: RankSpec, host: str, store: Store | None) -> Loaded:
     layout = worker_layout(spec, model.card)
     pool = Pool.allocate(layout.on(spec.rank).layout)
     progress("model mapped, pool allocated")
+    if model.card.dtype is DType.BFLOAT16 and native() is not None:  # compiled now if this host has not done so: 3 s
+        progress("kernels loaded")
     parallel = None if store is None else connect(layout, spec.rank, store, gloo(host), timeout_s=STEP_S)
     try:
         engine = _warm(spec, model, pool, parallel)

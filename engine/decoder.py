@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..core.model import Decoder, ModelCard
 from ..kernels.gated import gated
-from ..kernels.kv_store import store_kv
 from ..kernels.layer_norm import layer_norm
 from ..kernels.linear import linear, linear_in_parts
 from ..kernels.paged_attention import attend
+from ..kernels.residual_norm import residual_norm
 from ..kernels.rms_norm import rms_norm
-from ..kernels.rotary import rotary_angles, rotate
+from ..kernels.rotary import rotary_angles
+from ..kernels.rotary_store import rotary_store
 from ..kernels.softcap import softcap_
 from .inputs import GroupInputs, Inputs
 from .parallel import Parallel
@@ -27,7 +28,8 @@ from .weights import TORCH_DTYPE
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer's weights (in weights.py, of which a shard has a part), its cache, and the index of its cache group."""
+    """One layer's weights (in weights.py, of which a shard has a part), the norm that comes next, its cache, and the index of its cache
+    group."""
 
     attention_norm: Tensor
     qkv: tuple[Part, ...]
@@ -38,6 +40,7 @@ class Layer:
     gate_up: tuple[Part, ...]
     down: Part
     mlp_out_norm: Tensor | None
+    next_norm: Tensor
     cache: Tensor
     group: int
 
@@ -59,7 +62,7 @@ class LoadedDecoder:
         self.frequencies = [None if rope is None else frequencies(rope, self.decoder.head_dim) for rope in ropes]
         self.vocabularies = [shard.vocabulary(card.vocab_size) for shard in shards]
         self.vocabulary = self.vocabularies[parallel.shard]
-        self.embed, self.norm = tensors["embed"][self.vocabulary], tensors["norm"]
+        self.embed = tensors["embed"][self.vocabulary]
         self.positions = tensors.get("positions")
         self.head = self.embed if self.decoder.tied_head else tensors["head"][self.vocabulary]
         # transformers rounds the scale to the model's dtype before multiplying; at bf16 and hidden 640 that is 25.25 for 25.298.
@@ -73,8 +76,9 @@ class LoadedDecoder:
         x = self._embedded(inputs) if self.parallel.first else self.parallel.receive(len(inputs.token_ids), self.decoder.hidden, self.dtype)
         angles = [None if each is None else rotary_angles(inputs.positions, *each) for each in self.frequencies]
         last = self.decoder.layers - 1
+        normed = self._normed(x, self.layers[self.parallel.layers[0]].attention_norm)
         for number, layer in self.layers.items():
-            query, spans = self._store(layer, x, inputs.groups[layer.group], angles[layer.group]), inputs.groups[layer.group].spans
+            query, spans = self._store(layer, normed, inputs.groups[layer.group], angles[layer.group]), inputs.groups[layer.group].spans
             if on_layer:
                 on_layer(number)
             if number == last:
@@ -83,11 +87,13 @@ class LoadedDecoder:
                 # Only what is drawn is still needed: after a chunk of 512 the first token comes in 18 ms instead of 40.
                 x, query, spans = x.index_select(0, inputs.drawn), query.index_select(0, inputs.drawn), inputs.last_spans
             mixed = attend(query, layer.cache, spans, self.decoder.query_scale, self.decoder.attention_softcap)
-            x = self._mlp(layer, self._residual(x, self.parallel.sum(linear(mixed, *layer.o)), layer.attention_out_norm))
+            attended = self.parallel.sum(linear(mixed, *layer.o))
+            x, normed = self._joined(x, attended, layer.attention_out_norm, layer.mlp_norm)
+            x, normed = self._joined(x, self._mlp(layer, normed), layer.mlp_out_norm, layer.next_norm)
         if not self.parallel.last:
             self.parallel.send(x)
             return None
-        logits = softcap_(linear(self._normed(x, self.norm), self.head), self.decoder.logit_softcap)
+        logits = softcap_(linear(normed, self.head), self.decoder.logit_softcap)
         return self.parallel.gather(logits, [ids.stop - ids.start for ids in self.vocabularies])
 
     def _embedded(self, inputs: Inputs) -> Tensor:
@@ -104,25 +110,28 @@ class LoadedDecoder:
         part = F.embedding(places.masked_fill_(elsewhere, 0), self.embed)
         return self.parallel.sum(part.masked_fill_(elsewhere[:, None], 0.0))
 
-    def _store(self, layer: Layer, x: Tensor, group: GroupInputs, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _store(self, layer: Layer, normed: Tensor, group: GroupInputs, angles: tuple[Tensor, Tensor] | None) -> Tensor:
         """Store keys and values of [tokens, hidden]; the rotated queries, [tokens, heads, head_dim]."""
-        heads, kv_heads = self.shard.heads, self.shard.kv_heads
-        qkv = linear_in_parts(self._normed(x, layer.attention_norm), layer.qkv)
-        qkv = qkv.view(len(x), heads + 2 * kv_heads, self.decoder.head_dim)
-        qk, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if layer.qk_norm is not None:
-            qk = rms_norm(qk, layer.qk_norm, self.decoder.norm_eps)
-        if angles is not None:
-            qk = rotate(qk, *angles)
-        store_kv(layer.cache, qk[:, heads:], values, group.store)
-        return qk[:, :heads]
+        return rotary_store(
+            linear_in_parts(normed, layer.qkv),
+            layer.cache,
+            group.store,
+            heads=self.shard.heads,
+            qk_norm=layer.qk_norm,
+            angles=angles,
+            eps=self.decoder.norm_eps,
+        )
 
-    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        opened = gated(linear_in_parts(self._normed(x, layer.mlp_norm), layer.gate_up), self.decoder.activation)
-        return self._residual(x, self.parallel.sum(linear(opened, *layer.down)), layer.mlp_out_norm)
+    def _mlp(self, layer: Layer, normed: Tensor) -> Tensor:
+        opened = gated(linear_in_parts(normed, layer.gate_up), self.decoder.activation)
+        return self.parallel.sum(linear(opened, *layer.down))
 
-    def _residual(self, x: Tensor, change: Tensor, norm: Tensor | None) -> Tensor:
-        return x + (change if norm is None else self._normed(change, norm))
+    def _joined(self, x: Tensor, change: Tensor, out_norm: Tensor | None, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual sum, and it normed for what comes next."""
+        if self.decoder.layer_norm:
+            total = x + change
+            return total, self._normed(total, norm)
+        return residual_norm(x, change, out_norm, norm, self.decoder.norm_eps)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.decoder.layer_norm:
@@ -141,6 +150,7 @@ def _layer(tensors: Mapping[str, Tensor], number: int, shard: Shard, group: int,
         gate_up=shard.gate_up(tensors, number),
         down=shard.down(tensors, number),
         mlp_out_norm=tensors.get(f"{number}.mlp_out_norm"),
+        next_norm=tensors.get(f"{number + 1}.attention_norm", tensors["norm"]),
         cache=cache,
         group=group,
     )

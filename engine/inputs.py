@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..core.layout import CacheGroup
+from ..kernels.attend_singles import fits, make_paged_singles
 from ..kernels.kv_store import store_rows
-from ..kernels.paged_attention import Chunk, Paging, Singles, make_chunk, make_singles
+from ..kernels.paged_attention import Span, make_chunk, make_singles
+from ..kernels.paging import Paging
 from .batch import Row
 
 
@@ -20,7 +22,7 @@ class GroupInputs:
     """What one cache group's layers need. store: rows of the cache the new keys go to. spans: what is attended."""
 
     store: Tensor
-    spans: tuple[Chunk | Singles, ...]
+    spans: tuple[Span, ...]
 
 
 _NOTHING = GroupInputs(store=torch.empty(0, dtype=torch.int64), spans=())
@@ -38,7 +40,7 @@ class Inputs:
     positions: Tensor
     groups: tuple[GroupInputs, ...]
     drawn: Tensor
-    last_spans: tuple[Chunk | Singles, ...]
+    last_spans: tuple[Span, ...]
 
 
 def make_inputs(
@@ -65,10 +67,10 @@ def make_inputs(
     )
 
 
-def _ends(rows: Sequence[Row], index: int, group: CacheGroup, block_size: int, dtype: torch.dtype) -> tuple[Singles, ...]:
+def _ends(rows: Sequence[Row], index: int, group: CacheGroup, block_size: int, dtype: torch.dtype) -> tuple[Span, ...]:
     """The last token of each row that draws."""
     ends = [replace(row, start=row.start + row.length - 1, token_ids=()) for row in rows if row.draws]
-    return tuple(_singles(ends, range(len(ends)), index, _paging(group, block_size), dtype))
+    return tuple(_singles(ends, range(len(ends)), index, group, block_size, dtype))
 
 
 def _paging(group: CacheGroup, block_size: int) -> Paging:
@@ -92,21 +94,31 @@ def _group_inputs(
         block_size=block_size,
     )
     paging = _paging(group, block_size)
-    spans: list[Chunk | Singles] = [
+    spans: list[Span] = [
         make_chunk(place, row.start, row.length, row.tables[index], paging)
         for place, row in zip(places, rows, strict=False)
         if row.length > 1
     ]
-    spans.extend(_singles(rows, places, index, paging, dtype))
+    spans.extend(_singles(rows, places, index, group, block_size, dtype))
     return GroupInputs(store=store, spans=tuple(spans))
 
 
-def _singles(rows: Sequence[Row], places: Sequence[int], index: int, paging: Paging, dtype: torch.dtype) -> Iterator[Singles]:
+def _singles(
+    rows: Sequence[Row], places: Sequence[int], index: int, group: CacheGroup, block_size: int, dtype: torch.dtype
+) -> Iterator[Span]:
     """The rows with one token, each at its place, over their tables of group `index`."""
-    for members in _alike(rows, paging.window):
+    paging = _paging(group, block_size)
+    paged = fits(dtype, group.head_dim)
+    for members in _together(rows) if paged else _alike(rows, paging.window):
         picked = [rows[row] for row in members]
-        tables = [row.tables[index] for row in picked]
-        yield make_singles([places[row] for row in members], [row.start for row in picked], tables, paging, dtype)
+        tokens, starts, tables = [places[row] for row in members], [row.start for row in picked], [row.tables[index] for row in picked]
+        yield make_paged_singles(tokens, starts, tables, paging) if paged else make_singles(tokens, starts, tables, paging, dtype)
+
+
+def _together(rows: Sequence[Row]) -> list[list[int]]:
+    """Indices of the rows with one token, in order, at once: none is padded."""
+    single = [index for index, row in enumerate(rows) if row.length == 1]
+    return [single] if single else []
 
 
 def _alike(rows: Sequence[Row], window: int) -> list[list[int]]:

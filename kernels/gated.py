@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .native import native, threads_for
 
 ACTIVATIONS = ("gelu_tanh", "silu")
 UNGATED = ("relu",)
 
 
 def gated(gate_up: Tensor, activation: str) -> Tensor:
-    """`activation(gate) * up` where `gate_up` is [tokens, 2 * intermediate], gate first; [tokens, intermediate].
+    """`activation(gate) * up` where `gate_up` is [tokens, 2 * intermediate], gate first, contiguous; [tokens, intermediate].
 
     The activations of `UNGATED` have no gate: [tokens, intermediate] in and out.
     """
+    if gate_up.dtype is not torch.bfloat16 or activation in UNGATED or (kernels := native()) is None:
+        return gated_torch(gate_up, activation)
+    tokens, width = len(gate_up), gate_up.shape[1] // 2
+    out = torch.empty(tokens, width, dtype=gate_up.dtype)
+    kernels.gated(out.data_ptr(), gate_up.data_ptr(), tokens, width, ACTIVATIONS.index(activation), threads_for(out.numel()))
+    return out
+
+
+def gated_torch(gate_up: Tensor, activation: str) -> Tensor:
+    """The same by torch."""
     if activation == "relu":
         return F.relu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)

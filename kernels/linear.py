@@ -8,9 +8,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .native import native
+
+NATIVE_ROWS = 64
+"""Up to so many rows of bf16 linear.cpp is at least as fast as oneDNN: 31 GB/s against 21 with one row, 1.6 times as fast with 16."""
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`: x [rows, in], weight [out, in], bias [out], the same dtype.
+
+    bf16, up to `NATIVE_ROWS` rows: each row's sums are in one order, so they do not depend on how many rows there are.
+    """
+    if x.dtype is torch.bfloat16 and len(x) <= NATIVE_ROWS and (kernels := native()) is not None:
+        out = torch.empty(len(x), len(weight), dtype=x.dtype)
+        kernels.linear(
+            out.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            len(x),
+            x.shape[1],
+            len(weight),
+            x.stride(0),
+            weight.stride(0),
+            torch.get_num_threads(),
+        )
+        return out
+    return linear_torch(x, weight, bias)
+
+
+def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same by torch.
 
     A single bf16 row reads the weights at 18 to 23 GB/s through torch's own matrix-vector product and at 14 through
     oneDNN's, so oneDNN is left out there; from two rows on, and in fp32, oneDNN is faster.

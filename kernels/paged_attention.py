@@ -2,8 +2,8 @@
 
 Everything that depends on tables and positions is computed once per step and cache group, and shared by the layers of the
 group: which blocks to gather into contiguous keys and values, and who may see what. A row with several new tokens is a `Chunk`
-and computed alone, tile by tile; rows with one new token that have about as much context are computed together as `Singles`,
-padded to the longest.
+and computed alone, tile by tile. Rows with one new token are `PagedSingles` where there is a kernel for them, which gathers nothing;
+elsewhere those that have about as much context are computed together as `Singles`, padded to the longest.
 """
 
 from __future__ import annotations
@@ -17,28 +17,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .attend_singles import PagedSingles, attend_singles
+from .paging import Paging
 from .softcap import softcap_
 
 TILE = 128
 """Queries of a chunk computed at once: a tile reads no key that all its queries are forbidden to see."""
-
-
-@dataclass(frozen=True, slots=True)
-class Paging:
-    """The shape of a cache group: `window` 0 is full attention, w lets query q see keys k with q - w < k <= q."""
-
-    kv_heads: int
-    block_size: int
-    window: int
-
-    def first_block(self, position: int) -> int:
-        """The first block with a key that a query at `position` sees."""
-        return max(0, position - self.window + 1) // self.block_size if self.window else 0
-
-    def sees(self, queries: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which queries see which keys; positions, broadcast against each other."""
-        causal = keys <= queries
-        return causal & (keys > queries - self.window) if self.window else causal
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +50,9 @@ class Singles:
     tokens: Tensor
     blocks: Tensor
     mask: Tensor
+
+
+Span = Chunk | Singles | PagedSingles
 
 
 def make_chunk(token: int, start: int, length: int, table: Sequence[int], paging: Paging) -> Chunk:
@@ -115,18 +102,20 @@ def _mask(seen: NDArray[np.bool_], dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(torch.from_numpy(~seen), -torch.inf)
 
 
-def attend(query: Tensor, cache: Tensor, spans: Sequence[Chunk | Singles], scale: float, softcap: float = 0.0) -> Tensor:
+def attend(query: Tensor, cache: Tensor, spans: Sequence[Span], scale: float, softcap: float = 0.0) -> Tensor:
     """Attention of the step's queries over one layer's cache: [tokens, heads * head_dim], in `query`'s dtype.
 
     query: [tokens, heads, head_dim]; cache: [num_blocks, kv_heads, 2, block_size, head_dim]. The queries' own keys and values
     are already stored. Softmax is over `scale * q·k`, soft-capped (0 is no cap), in fp32.
     """
+    if len(spans) == 1 and isinstance(spans[0], PagedSingles) and len(spans[0].tokens) == len(query):
+        return attend_singles(query.contiguous(), cache, spans[0], scale, softcap).view(len(query), -1)
     out = torch.empty(query.shape, dtype=query.dtype)
     for span in spans:
         if isinstance(span, Chunk):
             _attend_chunk(query[span.tokens], cache, span, scale, softcap, out[span.tokens])
         else:
-            out.index_copy_(0, span.tokens, _attend_singles(query.index_select(0, span.tokens), cache, span, scale, softcap))
+            out.index_copy_(0, span.tokens, _attend_rows(query.index_select(0, span.tokens), cache, span, scale, softcap))
     return out.view(len(query), -1)
 
 
@@ -148,6 +137,12 @@ def _attend_chunk(query: Tensor, cache: Tensor, chunk: Chunk, scale: float, soft
         shares = scores.view(kv_heads, group, count, seen).add_(tile.mask).softmax(-1).to(query.dtype)
         mixed = torch.bmm(shares.view(kv_heads, group * count, seen), values[:, tile.keys])
         out[tile.queries] = mixed.view(kv_heads, group, count, head_dim).permute(2, 0, 1, 3).reshape(count, -1, head_dim)
+
+
+def _attend_rows(query: Tensor, cache: Tensor, span: Singles | PagedSingles, scale: float, softcap: float) -> Tensor:
+    if isinstance(span, PagedSingles):
+        return attend_singles(query, cache, span, scale, softcap)
+    return _attend_singles(query, cache, span, scale, softcap)
 
 
 def _attend_singles(query: Tensor, cache: Tensor, span: Singles, scale: float, softcap: float) -> Tensor:

@@ -11,6 +11,7 @@ from diptych.core.layout import DType
 from diptych.core.sampling import SamplingParams
 from diptych.engine.batch import Draw, Row
 from diptych.engine.prepared import prepare
+from diptych.kernels.native import native
 from diptych.kernels.noise import Noise
 from diptych.kernels.tolerance import LOGIT_TOLERANCE, may_differ
 from tokenizers import Tokenizer
@@ -81,6 +82,23 @@ def test_in_other_company(narrow, bench, prompt):
         for slot, drawn in enumerate(together.step(*rows, chunk)[:3]):
             out[slot].append(drawn.token_id)
     assert sum(map(reference.agreed, prompts, alone, out)) > 12
+
+
+def test_what_is_decoded_does_not_depend_on_who_else_is(narrow, bench, prompt):
+    """Steps of decodes alone: the same log-probabilities, to the bit, alone and among four others."""
+    if native() is None:
+        pytest.skip("the products of torch depend on the number of rows")
+    directory = narrow[1]
+    wanting = SamplingParams(temperature=0.0, logprobs=5)
+    prompts = [prompt(length, seed=length) for length in (40, 150, 6, 33, 90)]
+    alone = [bench(directory).generate(ids, 12, sampling=wanting)[1:] for ids in prompts]
+    together = bench(directory, seed=3)
+    tables = [together.table(len(ids) + 12) for ids in prompts]
+    for slot, (ids, table) in enumerate(zip(prompts, tables, strict=True)):
+        together.prefill(ids, table, slot=slot)
+    for index in range(11):
+        rows = [Row(slot, len(ids) + index, (), tables[slot], (Draw(wanting, index + 1),)) for slot, ids in enumerate(prompts)]
+        assert together.step(*rows) == tuple(each[index] for each in alone)
 
 
 TEXT = "The village lies between the river and the hills, and in winter the road is closed for weeks. "

@@ -1,0 +1,152 @@
+"""The kernels in C++: compiled once for this machine's processor, kept, loaded.
+
+They are generic C++ in GCC's and clang's vector types. Where AVX512-BF16 is there, products use it. The library takes threads from the
+OpenMP runtime that torch has loaded, so the two share one pool. Without a compiler every op computes with torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("linear", "residual_norm", "rotary_store", "gated", "attend_singles")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
+COMPILE_S = 120.0
+"""Longest a compiler may take, in seconds; it takes 3 where it has a core."""
+
+Kernel = Callable[..., None]
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """The loaded kernels; arguments as in the C++ files, tensors as `data_ptr()`.
+
+    `linear` and `attend_singles` let other Python threads run meanwhile. The others take microseconds, less than it takes to get the
+    interpreter back from a thread that has it.
+    """
+
+    linear: Kernel
+    residual_norm: Kernel
+    rotary_store: Kernel
+    gated: Kernel
+    attend_singles: Kernel
+
+
+@cache
+def native() -> Native | None:
+    """The kernels, compiled if this machine has not done so yet; None where that is not possible, after a warning that says why."""
+    try:
+        path = build(kernels_dir())
+        return _load(path)
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        log.warning("No C++ kernels, all is computed with torch, and a bf16 decode step takes about twice as long: %s", _reason(error))
+        return None
+
+
+def threads_for(elements: int) -> int:
+    """Threads for an op that does little with each of `elements`: below 64 Ki waking another takes longer than it saves."""
+    return 1 if elements < 1 << 16 else torch.get_num_threads()
+
+
+def kernels_dir() -> Path:
+    """$DIPTYCH_HOME/kernels, by default ~/.cache/diptych/kernels."""
+    return Path(os.environ.get("DIPTYCH_HOME") or Path.home() / ".cache" / "diptych") / "kernels"
+
+
+def build(directory: Path) -> Path:
+    """The library for this processor, sources and compiler, below `directory`; compiled if it is not there.
+
+    Of processes that ask at once one compiles and the others wait. `RuntimeError` or `SubprocessError` says what is lacking.
+    """
+    compiler = _compiler()
+    library = directory / _key(compiler) / "kernels.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with (library.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(compiler, library)
+    return library
+
+
+def _compile(compiler: str, library: Path) -> None:
+    """All sources as one: the compiler reads the headers once. It appears under its name when it is whole."""
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        unit, compiled, linked = (Path(scratch) / name for name in ("all.cpp", "all.o", "all.so"))
+        unit.write_text("".join(f'#include "{here / name}.cpp"\n' for name in SOURCES))
+        _run(compiler, *FLAGS, "-c", str(unit), "-o", str(compiled))
+        # Linked without -fopenmp: its symbols are then those of the runtime that torch has, not of a second one with its own threads.
+        _run(compiler, "-shared", str(compiled), "-o", str(linked))
+        linked.rename(library)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_S)
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    for name in (named,) if named else COMPILERS:
+        if path := shutil.which(name):
+            return os.path.realpath(path)
+    raise RuntimeError(f"no C++ compiler ({named or ', '.join(COMPILERS)}) was found")
+
+
+def _key(compiler: str) -> str:
+    """Everything the library depends on: sources, flags, compiler, processor."""
+    here, stat = Path(__file__).parent, os.stat(compiler)
+    parts = [(here / file).read_bytes() for file in ("vectors.h", *(f"{name}.cpp" for name in SOURCES))]
+    parts += [repr((FLAGS, compiler, stat.st_size, stat.st_mtime_ns, platform.machine(), _processor())).encode()]
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+
+
+def _processor() -> list[str]:
+    """Model and instructions of the first processor, as the kernel names them."""
+    names = ("vendor_id", "cpu family", "model\t", "flags", "CPU part", "Features")
+    first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    return [line for line in first.splitlines() if line.startswith(names)]
+
+
+def _load(path: Path) -> Native:
+    # torch's OpenMP runtime: already loaded, here only made visible to the library.
+    if (openmp := Path(torch.__file__).parent / "lib" / "libgomp.so.1").exists():
+        ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
+    alone, together = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
+    return Native(
+        linear=_kernel(together.diptych_linear, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
+        residual_norm=_kernel(alone.diptych_residual_norm, _P, _P, _P, _P, _P, _P, _I, _I, _F, _I),
+        rotary_store=_kernel(alone.diptych_rotary_store, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _I),
+        gated=_kernel(alone.diptych_gated, _P, _P, _I, _I, _I, _I),
+        attend_singles=_kernel(together.diptych_attend_singles, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, _F, _I),
+    )
+
+
+def _kernel(function: ctypes._NamedFuncPointer, *arguments: type) -> Kernel:
+    function.argtypes, function.restype = arguments, None
+    return function
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        said = [line for line in error.stderr.splitlines() if "error" in line]
+        return f"{error.cmd[0]} failed: {(said or ['it said nothing'])[0]}"
+    return str(error)

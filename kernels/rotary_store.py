@@ -1,0 +1,63 @@
+"""From the qkv product to queries that can attend: norms of queries and keys, rotation, keys and values into the paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kv_store import store_kv
+from .native import native, threads_for
+from .rms_norm import rms_norm
+from .rotary import rotate
+
+LARGEST_HEAD = 1024
+
+Angles = tuple[Tensor, Tensor]
+"""Cosine and sine, of `rotary_angles`."""
+
+
+def rotary_store(
+    qkv: Tensor, cache: Tensor, rows: Tensor, *, heads: int, qk_norm: Tensor | None, angles: Angles | None, eps: float
+) -> Tensor:
+    """Normed and rotated queries [tokens, heads, head_dim]; keys, likewise, and values are stored in `rows` of `cache` (`store_kv`).
+
+    qkv: [tokens, (heads + 2 * kv_heads) * head_dim], contiguous; qk_norm: fp32 [heads + kv_heads, head_dim].
+    """
+    kv_heads, block_size, head_dim = cache.shape[1], cache.shape[3], cache.shape[4]
+    narrow = qkv.dtype is torch.bfloat16 and cache.dtype is torch.bfloat16
+    if not narrow or head_dim > LARGEST_HEAD or (kernels := native()) is None:
+        return rotary_store_torch(qkv, cache, rows, heads=heads, qk_norm=qk_norm, angles=angles, eps=eps)
+    queries = torch.empty(len(qkv), heads, head_dim, dtype=qkv.dtype)
+    kernels.rotary_store(
+        queries.data_ptr(),
+        cache.data_ptr(),
+        qkv.data_ptr(),
+        qkv.stride(0),
+        None if qk_norm is None else qk_norm.data_ptr(),
+        None if angles is None else angles[0].data_ptr(),
+        None if angles is None else angles[1].data_ptr(),
+        rows.data_ptr(),
+        len(qkv),
+        heads,
+        kv_heads,
+        head_dim,
+        block_size,
+        eps,
+        threads_for(qkv.numel()),
+    )
+    return queries
+
+
+def rotary_store_torch(
+    qkv: Tensor, cache: Tensor, rows: Tensor, *, heads: int, qk_norm: Tensor | None, angles: Angles | None, eps: float
+) -> Tensor:
+    """The same by torch."""
+    kv_heads, head_dim = cache.shape[1], cache.shape[4]
+    qkv = qkv.view(len(qkv), heads + 2 * kv_heads, head_dim)
+    qk, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    if qk_norm is not None:
+        qk = rms_norm(qk, qk_norm, eps)
+    if angles is not None:
+        qk = rotate(qk, *angles)
+    store_kv(cache, qk[:, heads:], values, rows)
+    return qk[:, :heads]
