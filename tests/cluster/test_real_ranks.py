@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 from pathlib import Path
@@ -45,6 +46,12 @@ def pids(cluster: Cluster) -> dict[tuple[str, int], int]:
     """Of the workers' ranks."""
     found = {(one["name"], one["rank"]): one["pid"] for one in cluster.state()["processes"]}  # type: ignore[attr-defined]
     return {key: pid for key, pid in found.items() if key in RANKS and pid is not None}
+
+
+def listens(pid: int) -> str:
+    """The address of the node that a rank was started on."""
+    arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return str(json.loads(arguments[arguments.index("--spec") + 1])["listen"])
 
 
 def killed_and_back(cluster: Cluster, worker: str, rank: int) -> None:
@@ -130,5 +137,8 @@ def test_ranks_that_no_node_has_room_for_go_to_several(
         up(tiny_gemma3_dir, runtime, "-f", str(file), "--address", address, *SPREAD) as cluster,
     ):
         cluster.expect("Ctrl-C ends it.", UP_S)
+        hosts = {key: listens(pid) for key, pid in pids(cluster).items()}
+        assert hosts["prefill-0", 0] == hosts["prefill-0", 1]
+        assert len(set(hosts.values())) == 3
         assert answer(cluster) == alone
         assert cluster.end() == 0
