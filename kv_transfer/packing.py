@@ -45,10 +45,10 @@ def checksum(slot: Tensor, length: int) -> int:
     """Of the first `length` bytes of `slot` (uint8, a multiple of `ROW` long): CRC-32 over the sums of all rows and all columns of its
     table of 64-bit words.
 
-    A word that changes changes a row and a column, so does one that moves. Twice a sum runs at 4.5 GB/s on one core here, CRC-32 over
-    everything at 0.3.
+    A word that changes changes a row and a column, so does one that moves. Twice a sum runs at 28 GB/s on one core here (numpy adds up
+    columns twice as fast as torch, torch rows), CRC-32 over everything at 0.3.
     """
     whole = -(-length // ROW) * ROW
     slot[length:whole] = 0
     table = slot[:whole].view(torch.int64).view(-1, WORDS)
-    return zlib.crc32(table.sum(1).numpy().data, zlib.crc32(table.sum(0).numpy().data))
+    return zlib.crc32(table.sum(1).numpy().data, zlib.crc32(table.numpy().sum(0).data))

@@ -473,3 +473,28 @@ def test_interleaved_transfers_of_many_ranks(transport: Transport, here: Layout,
 @pytest.mark.parametrize("seed", range(100, 140))
 def test_interleaved_at_length(transport: Transport, seed: int) -> None:
     asyncio.run(interleaved(transport, seed, grpc=seed % 2 == 0))
+
+
+def test_what_is_stored_soon_after_an_announcement_is_announced_together(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the Commit at the latest, which waits for nothing."""
+    if transport is not Transport.SHM:
+        pytest.skip("what a two-sided transport announces is bounded by its slots")
+    monkeypatch.setattr("diptych.kv_transfer.source.ANNOUNCE_EVERY_S", 3600.0)
+
+    async def run() -> None:
+        async with rig(transport) as (prefill, decode, address, _):
+            decode.destination.expect("a")
+            prefill.offer("a", address, 100)
+            await prefill.diary.wait("granted", "a")
+            prefill.source._announced_at = -3600.0
+            pieces = []
+            for layer in LAYERS:
+                prefill.compute("a", (layer,), 0, 100)
+                await asyncio.sleep(0)
+                pieces.append(prefill.source._machine._transfers["a"].pieces)
+            assert pieces == [1] * len(LAYERS), "the first at once, the others with the Commit"
+            prefill.source.commit("a", TOKENS)
+            await prefill.diary.wait("handed over", "a")
+            await decode.diary.wait("committed", "a")
+
+    asyncio.run(run())
