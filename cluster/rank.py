@@ -25,7 +25,7 @@ from ..worker.meeting import address_of, listen
 from .child import FAILED, claim_stdout, hold_leash, log_to_stderr, progress, say
 from .identity import reachable_host, worker_layout
 from .memory import available_bytes, require_memory
-from .spec import RankSpec, read_spec
+from .spec import RankSpec, rank_name, read_spec
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def _run(spec: RankSpec, leader: str | None) -> None:
-    log_to_stderr(spec.log_level, f"{spec.worker_id}.rank{spec.rank}" if spec.rank else spec.worker_id)
+    log_to_stderr(spec.log_level, rank_name(spec))
     card = read_card(spec.model_dir)
     ranks = worker_layout(spec, card).ranks
     if (spec.rank > 0) != (leader is not None):
