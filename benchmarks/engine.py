@@ -12,7 +12,6 @@ import argparse
 import os
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,7 +29,6 @@ from diptych.engine.engine import Engine
 from diptych.engine.location import demo_source
 from diptych.engine.prepared import PreparedModel, find_or_prepare, open_prepared
 from diptych.engine.weights import TORCH_DTYPE
-from diptych.kernels.linear import linear
 
 BLOCK = 16
 SEQUENCE = 512
@@ -61,17 +59,23 @@ def least(run: Callable[[], object], times: int = 9) -> float:
 
 def peak_flops(dtype: torch.dtype) -> float:
     """Floating-point operations per second of one large matrix product."""
-    size = 1536
+    size = 768
     left, right = torch.randn(2, size, size).to(dtype)
-    return 2 * size**3 / least(lambda: left @ right) * 1e3
+    return 2 * size**3 / least(lambda: left @ right, 200) * 1e3
 
 
 def peak_read(model: PreparedModel) -> float:
-    """Bytes per second of the fastest of several passes over the largest weight, as it is mapped."""
+    """Bytes per second of passes over the largest weight, as it is mapped: the least time of each of its parts, of 2,048 rows."""
     weights = model.tensors["embed"]
-    words, row = weights.view(torch.int32), torch.ones(1, weights.shape[1]).to(weights.dtype)
-    passes = (lambda: words.amax(dim=1), lambda: words.view(torch.float32).sum(), lambda: linear(row, weights))
-    return weights.nbytes / min(least(each) for each in passes) * 1e3
+    words = weights.view(torch.float32)
+    parts = [words[start : start + 2048] for start in range(0, words.shape[0], 2048)]
+    best = [float("inf")] * len(parts)
+    for _ in range(20):
+        for number, part in enumerate(parts):
+            start = time.perf_counter()
+            part.sum()
+            best[number] = min(best[number], time.perf_counter() - start)
+    return weights.nbytes / sum(best)
 
 
 class Bench:
@@ -108,16 +112,16 @@ def place(slot: int) -> int:
 
 
 @contextmanager
-def timed(vocab_size: int) -> Iterator[dict[str, float]]:
-    """Seconds spent in each of `PARTS`; the head apart from the other products."""
-    spent: dict[str, float] = defaultdict(float)
+def timed(vocab_size: int) -> Iterator[list[tuple[str, float]]]:
+    """Every call of `PARTS`, in order: its part and its milliseconds; the head apart from the other products."""
+    calls: list[tuple[str, float]] = []
 
     def timing(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             start = time.perf_counter()
             out = run(*args, **options)
             part = ("head" if len(args[1]) == vocab_size else "products") if name.startswith("linear") else name
-            spent[part] += time.perf_counter() - start
+            calls.append((part, 1e3 * (time.perf_counter() - start)))
             return out
 
         return call
@@ -126,22 +130,26 @@ def timed(vocab_size: int) -> Iterator[dict[str, float]]:
     for (module, name), run in kept.items():
         setattr(module, name, timing(name, run))
     try:
-        yield spent
+        yield calls
     finally:
         for (module, name), run in kept.items():
             setattr(module, name, run)
 
 
-def profile(bench: Bench, rows: int, vocab_size: int, times: int = 15) -> dict[str, float]:
-    """Milliseconds of a greedy decode step by part: of each part the least of several steps."""
-    best: dict[str, float] = {}
+def profile(bench: Bench, rows: int, vocab_size: int, times: int = 40) -> dict[str, float]:
+    """Milliseconds of a greedy decode step by part: the sum over the part's calls of the least each took in several steps."""
+    best: list[tuple[str, float]] = []
+    rest = float("inf")
     for _ in range(times):
-        with timed(vocab_size) as spent:
+        with timed(vocab_size) as calls:
             start = time.perf_counter()
             bench.decode(rows, SAMPLINGS["greedy"])
-            spent["rest"] = time.perf_counter() - start - sum(spent.values())
-        best = {part: min(best.get(part, float("inf")), 1e3 * seconds) for part, seconds in spent.items()}
-    return dict(sorted(best.items(), key=lambda each: -each[1]))
+            rest = min(rest, 1e3 * (time.perf_counter() - start) - sum(ms for _, ms in calls))
+        best = [min(pair) for pair in zip(best, calls, strict=True)] if best else calls
+    parts = {"rest": rest}
+    for part, ms in best:
+        parts[part] = parts.get(part, 0.0) + ms
+    return dict(sorted(parts.items(), key=lambda each: -each[1]))
 
 
 def measure(model: PreparedModel) -> dict[str, Any]:
@@ -163,15 +171,14 @@ def measure(model: PreparedModel) -> dict[str, Any]:
         bytes_read = (matrices + head.numel()) * head.itemsize + kv
         reading, computing = bytes_read / read * 1e3, 2 * (matrices + head.numel()) * rows / flops * 1e3
         bound = max(reading, computing)
-        times = {name: least(partial(bench.decode, rows, sampling), 15) for name, sampling in SAMPLINGS.items()}
         parts = profile(bench, rows, card.vocab_size)
-        step = took["greedy"]
-        print(
-            f"decode {rows:2d} rows: {step:6.1f} ms, {bound / step:4.0%} of the bound ({reading:.1f} ms reading, {computing:.1f} computing)"
-        )
+        step = sum(parts.values())
+        print(f"decode {rows:2d} rows: {step:6.1f} ms, {bound / step:4.0%} of the bound ({reading:.1f} reading, {computing:.1f} computing)")
         print("    " + ", ".join(f"{part} {ms:.2f}" for part, ms in parts.items()))
-        print("    " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items()))
-        results["decode"].append({"rows": rows, "ms": times, "reading_ms": reading, "computing_ms": computing, "parts_ms": parts})
+        whole = {name: least(partial(bench.decode, rows, sampling), 15) for name, sampling in SAMPLINGS.items()}
+        print("    whole steps: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in whole.items()))
+        figures = {"rows": rows, "ms": step, "parts_ms": parts, "whole_ms": whole, "reading_ms": reading, "computing_ms": computing}
+        results["decode"].append(figures)
     return results
 
 

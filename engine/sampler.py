@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.argmax import argmax
 from ..kernels.noise import Noise
 from ..kernels.penalties import Seen, penalise
 from ..kernels.sampling import draw, log_probabilities
@@ -17,7 +18,7 @@ def sample(logits: Tensor, draws: Sequence[Sequence[Draw]], seen: Sequence[Seque
     """The tokens drawn from each row of logits [rows, vocab] (any dtype; all arithmetic on them is fp32), one for each of `draws[row]`.
     `seen[row][i]`: what the penalties of `draws[row][i]` count, if it has any."""
     greedy = any(draw_.sampling.greedy for each in draws for draw_ in each)
-    likeliest = logits.max(dim=-1).indices.tolist() if greedy else [0] * len(draws)
+    likeliest = argmax(logits).tolist() if greedy else [0] * len(draws)
     rows = zip(logits, draws, seen, likeliest, strict=True)
     return [
         tuple(_sample(row, draw_, counted, best) for draw_, counted in zip(each, counts, strict=True)) for row, each, counts, best in rows

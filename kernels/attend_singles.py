@@ -48,7 +48,7 @@ def attend_singles(query: Tensor, cache: Tensor, span: PagedSingles, scale: floa
     kernels = native()
     assert kernels is not None, "a span that `fits` did not allow"
     out = torch.empty_like(query)
-    rows, heads, head_dim = query.shape
+    (rows, heads, head_dim), (_, kv_heads, _, block_size, _) = query.shape, cache.shape
     kernels.attend_singles(
         out.data_ptr(),
         query.data_ptr(),
@@ -59,8 +59,8 @@ def attend_singles(query: Tensor, cache: Tensor, span: PagedSingles, scale: floa
         rows,
         span.tables.shape[1],
         heads,
-        cache.shape[1],
-        cache.shape[3],
+        kv_heads,
+        block_size,
         head_dim,
         scale,
         softcap,

@@ -19,9 +19,9 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     """
     if gate_up.dtype is not torch.bfloat16 or activation in UNGATED or (kernels := native()) is None:
         return gated_torch(gate_up, activation)
-    tokens, width = len(gate_up), gate_up.shape[1] // 2
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, width, dtype=gate_up.dtype)
-    kernels.gated(out.data_ptr(), gate_up.data_ptr(), tokens, width, ACTIVATIONS.index(activation), threads_for(out.numel()))
+    kernels.gated(out.data_ptr(), gate_up.data_ptr(), tokens, width, ACTIVATIONS.index(activation), threads_for(tokens * width))
     return out
 
 

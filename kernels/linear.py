@@ -19,16 +19,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     bf16, up to `NATIVE_ROWS` rows: each row's sums are in one order, so they do not depend on how many rows there are.
     """
-    if x.dtype is torch.bfloat16 and len(x) <= NATIVE_ROWS and (kernels := native()) is not None:
-        out = torch.empty(len(x), len(weight), dtype=x.dtype)
+    (rows, n_in), n_out = x.shape, weight.shape[0]  # not len(): of a tensor it costs 0.4 us, 500 times a step
+    if x.dtype is torch.bfloat16 and rows <= NATIVE_ROWS and (kernels := native()) is not None:
+        out = torch.empty(rows, n_out, dtype=x.dtype)
         kernels.linear(
             out.data_ptr(),
             x.data_ptr(),
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            len(x),
-            x.shape[1],
-            len(weight),
+            rows,
+            n_in,
+            n_out,
             x.stride(0),
             weight.stride(0),
             torch.get_num_threads(),

@@ -24,7 +24,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("linear", "residual_norm", "rotary_store", "gated", "attend_singles")
+SOURCES = ("linear", "residual_norm", "rotary_store", "gated", "attend_singles", "argmax")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 COMPILE_S = 120.0
@@ -47,6 +47,7 @@ class Native:
     rotary_store: Kernel
     gated: Kernel
     attend_singles: Kernel
+    argmax: Kernel
 
 
 @cache
@@ -137,6 +138,7 @@ def _load(path: Path) -> Native:
         rotary_store=_kernel(alone.diptych_rotary_store, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _I),
         gated=_kernel(alone.diptych_gated, _P, _P, _I, _I, _I, _I),
         attend_singles=_kernel(together.diptych_attend_singles, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, _F, _I),
+        argmax=_kernel(alone.diptych_argmax, _P, _P, _I, _I, _I),
     )
 
 

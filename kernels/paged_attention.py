@@ -108,8 +108,8 @@ def attend(query: Tensor, cache: Tensor, spans: Sequence[Span], scale: float, so
     query: [tokens, heads, head_dim]; cache: [num_blocks, kv_heads, 2, block_size, head_dim]. The queries' own keys and values
     are already stored. Softmax is over `scale * q·k`, soft-capped (0 is no cap), in fp32.
     """
-    if len(spans) == 1 and isinstance(spans[0], PagedSingles) and len(spans[0].tokens) == len(query):
-        return attend_singles(query.contiguous(), cache, spans[0], scale, softcap).view(len(query), -1)
+    if len(spans) == 1 and isinstance(spans[0], PagedSingles) and spans[0].tokens.shape[0] == query.shape[0]:
+        return attend_singles(query.contiguous(), cache, spans[0], scale, softcap).flatten(1)
     out = torch.empty(query.shape, dtype=query.dtype)
     for span in spans:
         if isinstance(span, Chunk):

@@ -16,6 +16,7 @@ def residual_norm(x: Tensor, change: Tensor, change_weight: Tensor | None, weigh
     """
     if x.dtype is not torch.bfloat16 or (kernels := native()) is None:
         return residual_norm_torch(x, change, change_weight, weight, eps)
+    rows, n = x.shape
     total, normed = torch.empty_like(x), torch.empty_like(x)
     kernels.residual_norm(
         total.data_ptr(),
@@ -24,10 +25,10 @@ def residual_norm(x: Tensor, change: Tensor, change_weight: Tensor | None, weigh
         change.data_ptr(),
         None if change_weight is None else change_weight.data_ptr(),
         weight.data_ptr(),
-        len(x),
-        x.shape[1],
+        rows,
+        n,
         eps,
-        threads_for(x.numel()),
+        threads_for(rows * n),
     )
     return total, normed
 

@@ -23,11 +23,11 @@ def rotary_store(
 
     qkv: [tokens, (heads + 2 * kv_heads) * head_dim], contiguous; qk_norm: fp32 [heads + kv_heads, head_dim].
     """
-    kv_heads, block_size, head_dim = cache.shape[1], cache.shape[3], cache.shape[4]
+    tokens, (_, kv_heads, _, block_size, head_dim) = qkv.shape[0], cache.shape
     narrow = qkv.dtype is torch.bfloat16 and cache.dtype is torch.bfloat16
     if not narrow or head_dim > LARGEST_HEAD or (kernels := native()) is None:
         return rotary_store_torch(qkv, cache, rows, heads=heads, qk_norm=qk_norm, angles=angles, eps=eps)
-    queries = torch.empty(len(qkv), heads, head_dim, dtype=qkv.dtype)
+    queries = torch.empty(tokens, heads, head_dim, dtype=qkv.dtype)
     kernels.rotary_store(
         queries.data_ptr(),
         cache.data_ptr(),
@@ -37,13 +37,13 @@ def rotary_store(
         None if angles is None else angles[0].data_ptr(),
         None if angles is None else angles[1].data_ptr(),
         rows.data_ptr(),
-        len(qkv),
+        tokens,
         heads,
         kv_heads,
         head_dim,
         block_size,
         eps,
-        threads_for(qkv.numel()),
+        threads_for(tokens * qkv.shape[1]),
     )
     return queries
 

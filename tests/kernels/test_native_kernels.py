@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from diptych.kernels.argmax import argmax, argmax_torch
 from diptych.kernels.attend_singles import attend_singles, make_paged_singles
 from diptych.kernels.gated import gated, gated_torch
 from diptych.kernels.kv_store import store_kv, store_rows
@@ -127,6 +128,22 @@ def test_rotary_store(tokens, kv_heads, group, half, normed, turned, seed):
     close = {"rtol": ULP, "atol": 2 * ULP * float(expected.abs().max()) if normed and turned else ULP * 2.0**-6}
     torch.testing.assert_close(queries, expected, **close)
     torch.testing.assert_close(caches[0], caches[1], **close)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 4), st.integers(1, 3000), st.integers(1, 4), st.booleans(), seeds)
+def test_argmax(rows, n, values, below, seed):
+    """With few different values, so that many are the largest: the first of them, in fp64 as in bf16."""
+    x = torch.randint(1, values + 1, (rows, n), generator=torch.Generator().manual_seed(seed)).bfloat16()
+    x = -x if below else x - 2.0
+    expected = [row.index(max(row)) for row in x.tolist()]
+    assert argmax(x).tolist() == argmax_torch(x).tolist() == expected
+
+
+def test_argmax_next_to_infinity():
+    x = torch.full((2, 100), -torch.inf).bfloat16()
+    x[0, 70], x[1, 3] = -1e30, torch.inf
+    assert argmax(x).tolist() == [70, 3]
 
 
 def slow_attend(query, keys, values, first, last, scale, softcap):
