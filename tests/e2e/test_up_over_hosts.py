@@ -69,9 +69,10 @@ class Site:
         assert done.returncode == 0, done.stderr
         return done
 
-    def begin(self, host: Host, *arguments: str) -> subprocess.Popen[str]:
+    def begin(self, host: Host, *arguments: str) -> subprocess.Popen[bytes]:
         command = [*host.prefix, sys.executable, "-m", "diptych.cluster.cli", *arguments]
-        return subprocess.Popen(command, env={**os.environ, **self.environment}, stdout=subprocess.PIPE, text=True)
+        # Without a buffer: `communicate` would leave out what had been read into one.
+        return subprocess.Popen(command, env={**os.environ, **self.environment}, stdout=subprocess.PIPE, bufsize=0)
 
     def prepared(self, host: Host) -> list[str]:
         """The models on the host's own disk."""
