@@ -133,9 +133,19 @@ def _gone(process: subprocess.Popen[bytes], patience: float) -> bool:
     end = time.monotonic() + patience
     while time.monotonic() < end:
         process.poll()
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
+        if not _runs(process.pid):
             return True
         time.sleep(0.1)  # the group's other processes are nobody's children here
+    return False
+
+
+def _runs(group: int) -> bool:
+    """Whether a process of the group runs. One that has ended and that nobody has waited for does not, though it can be signalled."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group, _ = stat.read_text().rpartition(")")[2].split(maxsplit=3)
+        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            continue
+        if int(its_group) == group and state != "Z":
+            return True
     return False

@@ -56,7 +56,7 @@ class Crew:
         return self.workers[Phase.PREFILL], self.workers[Phase.DECODE]
 
 
-@pytest.fixture(scope="module", params=list(Transport))
+@pytest.fixture(scope="module", params=[Transport.SHM, pytest.param(Transport.GLOO, marks=pytest.mark.nightly)])
 def crew(request: pytest.FixtureRequest, tiny_gemma3_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     transport: Transport = request.param
     directory = tmp_path_factory.mktemp(f"lost-ranks-{transport}")

@@ -374,7 +374,16 @@ class DecodeWorker(Worker):
         self.holders: set[str] = set()
         self.below = 0
         self._mark = max(1, int(blocks * scheduling["watermark"]))
+        self._left = blocks
+        admission = self.scheduler._admission
+        self._admit, admission.admit = admission.admit, self._admitted
         self._copying_until = 0.0
+
+    def _admitted(self, seats: int) -> Any:
+        """What memory is left by it: who starts again takes blocks for its rows only behind it."""
+        started = self._admit(seats)
+        self._left = min(self.pool.available())
+        return started
 
     def expect(self, decode: Decode) -> None:
         self.scheduler.expect(decode, self.now)
@@ -408,7 +417,7 @@ class DecodeWorker(Worker):
         if not grants:
             return
         assert not self.scheduler._admission.preempted, "preempted requests go before grants"
-        if min(self.pool.available()) < self._mark:
+        if self._left < self._mark:
             self.below += 1
             load = self.scheduler.load(self.now)
             alone = load.running == 0 and load.leases == 1
