@@ -105,6 +105,7 @@ def test_ranks_answer_as_one_does_and_a_killed_one_brings_its_worker_back_whole(
     assert shared_memory() == before
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(500)
 def test_on_ray_the_ranks_of_a_worker_have_a_placement_group_with_cores_each(
     tiny_gemma3_dir: Path, runtime: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, file: Path, alone: tuple[int, ...]

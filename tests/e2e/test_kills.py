@@ -173,7 +173,7 @@ STAGES = [
     Stage("D while it decodes", "step", 5, Phase.DECODE),
 ]
 BY_NAME = {stage.name: stage for stage in STAGES}
-OVER_EACH = pytest.mark.parametrize("crew", list(Transport), indirect=True)
+OVER_EACH = pytest.mark.parametrize("crew", [Transport.SHM, pytest.param(Transport.GLOO, marks=pytest.mark.nightly)], indirect=True)
 OVER_SHM = pytest.mark.parametrize("crew", [Transport.SHM], indirect=True)
 """For what is not the transport's to find out."""
 

@@ -18,8 +18,9 @@ from diptych.core.commands import Decode, Prefill
 from diptych.core.layout import Layout
 from diptych.core.request import FinishReason, Request, Token
 from diptych.core.transfer import GroupGrant, Hello, LaneMessage, ShmEndpoint, Transport
-from diptych.decode_worker.admission import MAX_PASSES
+from diptych.decode_worker.admission import MAX_PASSES, Admission
 from diptych.decode_worker.scheduler import DecodeOutcome, DecodeScheduler
+from diptych.decode_worker.sequence import Sequence
 from diptych.engine.batch import StepOutput
 from diptych.engine.block_pool import BlockPool
 from diptych.kv_transfer.actions import (
@@ -360,6 +361,17 @@ class Lane:
         self.source.do(self.source.machine.received(self.at_source, message, self.source.now))
 
 
+class NotingAdmission(Admission):
+    """Notes how many blocks it leaves of the scarcest group: who starts again takes more, for its rows, only behind it."""
+
+    left: int
+
+    def admit(self, seats: int) -> list[Sequence]:
+        started = super().admit(seats)
+        self.left = min(self._pool.available())
+        return started
+
+
 class DecodeWorker(Worker):
     """`queue`: offered and not granted, in order; `passes`: how many later ones were granted before each. `below`: grants that left less
     than the watermark. Who is given memory is checked at every grant."""
@@ -374,16 +386,8 @@ class DecodeWorker(Worker):
         self.holders: set[str] = set()
         self.below = 0
         self._mark = max(1, int(blocks * scheduling["watermark"]))
-        self._left = blocks
-        admission = self.scheduler._admission
-        self._admit, admission.admit = admission.admit, self._admitted
+        self.scheduler._admission.__class__ = NotingAdmission
         self._copying_until = 0.0
-
-    def _admitted(self, seats: int) -> Any:
-        """What memory is left by it: who starts again takes blocks for its rows only behind it."""
-        started = self._admit(seats)
-        self._left = min(self.pool.available())
-        return started
 
     def expect(self, decode: Decode) -> None:
         self.scheduler.expect(decode, self.now)
@@ -417,7 +421,7 @@ class DecodeWorker(Worker):
         if not grants:
             return
         assert not self.scheduler._admission.preempted, "preempted requests go before grants"
-        if self._left < self._mark:
+        if self.scheduler._admission.left < self._mark:
             self.below += 1
             load = self.scheduler.load(self.now)
             alone = load.running == 0 and load.leases == 1
