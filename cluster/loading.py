@@ -49,8 +49,8 @@ def load(spec: RankSpec, host: str, store: Store | None) -> Loaded:
     layout = worker_layout(spec, model.card)
     pool = Pool.allocate(layout.on(spec.rank).layout)
     progress("model mapped, pool allocated")
-    if model.card.dtype is DType.BFLOAT16 and native() is not None:  # compiled now if this host has not done so: 3 s
-        progress("kernels loaded")
+    if model.card.dtype is DType.BFLOAT16:  # compiled now if this host has not done so: 3 s
+        progress("kernels loaded" if native() else "no C++ kernels, slower: see the log")
     parallel = None if store is None else connect(layout, spec.rank, store, gloo(host), timeout_s=STEP_S)
     try:
         engine = _warm(spec, model, pool, parallel)

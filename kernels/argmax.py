@@ -18,5 +18,5 @@ def argmax(x: Tensor) -> Tensor:
 
 
 def argmax_torch(x: Tensor) -> Tensor:
-    """The same by torch, which takes 170 us for 262,144 in bf16; argmax.cpp takes 20."""
+    """The same by torch, which takes 145 us for 262,144 in bf16; argmax.cpp takes 8."""
     return x.max(dim=-1).indices

@@ -123,7 +123,7 @@ void attend(const Paged& p, int64_t row, int64_t kv_head) {
     const int64_t queries = p.heads / p.kv_heads, size = p.block_size;
     const int64_t blocks = p.lasts[row] / size - p.firsts[row] / size + 1, count = p.lasts[row] - p.firsts[row] + 1;
     const int64_t stride = (count + LANES - 1) / LANES * LANES, place = (row * p.heads + kv_head * queries) * p.head_dim;
-    thread_local std::vector<float> scores, mixed;
+    thread_local std::vector<float> scores, mixed, totals;
     scores.resize(queries * stride);
     mixed.assign(queries * p.head_dim, 0.0f);
     for (int64_t block = 0, at = 0; block < blocks; block++) {
@@ -132,7 +132,7 @@ void attend(const Paged& p, int64_t row, int64_t kv_head) {
         at += s.count;
     }
     std::vector<float>& shares = scores;
-    float totals[1024];
+    totals.resize(queries);
     for (int64_t q = 0; q < queries; q++) totals[q] = soften(p, shares.data() + q * stride, count);
     for (int64_t block = 0, at = 0; block < blocks; block++) {
         const Seen s = seen(p, row, kv_head, block);
@@ -146,7 +146,7 @@ void attend(const Paged& p, int64_t row, int64_t kv_head) {
 
 }  // namespace
 
-// head_dim is a multiple of 16; at most 1024 query heads share a KV head. Softmax of scale * q.k, soft-capped unless softcap is 0.
+// head_dim is a multiple of 16. Softmax of scale * q.k, soft-capped unless softcap is 0.
 extern "C" void diptych_attend_singles(bf16* out, const bf16* query, const bf16* cache, const int64_t* tables, const int64_t* firsts,
                                        const int64_t* lasts, int64_t rows, int64_t table_width, int64_t heads, int64_t kv_heads,
                                        int64_t block_size, int64_t head_dim, float scale, float softcap, int64_t threads) {

@@ -1,11 +1,10 @@
-"""Orders to a rank behind a channel, and its answers, as bytes."""
+"""Orders to a rank behind a channel, and its answers, as bytes: the kind's name, a line's end, its JSON."""
 
 from __future__ import annotations
 
-import json
 from typing import Any, get_args
 
-from ..core.plain_json import reader, to_json
+from ..core.plain_json import from_json, to_json
 from .answers import DestinationAnswer, SourceAnswer
 from .ranks import DestinationOrder, SourceOrder
 
@@ -14,10 +13,10 @@ _KINDS = {kind.__name__: kind for said in (SourceOrder, DestinationOrder, Source
 
 def encode(value: SourceOrder | DestinationOrder | SourceAnswer | DestinationAnswer) -> bytes:
     """`decode` is the exact inverse."""
-    return to_json((type(value).__name__, value))
+    return type(value).__name__.encode() + b"\n" + to_json(value)
 
 
 def decode(data: bytes) -> Any:
-    """The order or answer. Raises `KeyError`, `ValueError` or `TypeError` if it is none."""
-    name, values = json.loads(data)
-    return reader(_KINDS[name])(values)
+    """The order or answer. Raises `KeyError` or `ValueError` if it is none."""
+    name, _, values = data.partition(b"\n")
+    return from_json(_KINDS[name.decode()], values)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from enum import IntEnum
 from struct import Struct, pack
 
@@ -65,7 +66,7 @@ class Channel:
     """One end. What is sent by one thread arrives in order; `heard` is called on a thread of the channel's own and must not wait."""
 
     def __init__(self, connection: socket.socket, peer: str, heard: Heard, died: Died, *, silence_s: float = SILENCE_S) -> None:
-        """`peer`: what the other end is called. `silence_s`: 2.0 s more than `PING_EVERY_S` at least."""
+        """`peer`: what the other end is called. `silence_s`: longer than `PING_EVERY_S`, or no end would be heard in time."""
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # For reading alone, so that a send may take as long as the watch lets it.
@@ -96,7 +97,8 @@ class Channel:
 
     def close(self) -> None:
         """After `end`: end the stream, as the other end expects."""
-        self._connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # it has ended it already
+            self._connection.shutdown(socket.SHUT_RDWR)
         self.wait_ended()
 
     def wait_ended(self) -> None:

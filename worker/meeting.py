@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 
-from ..core.errors import ConfigError, Unavailable
+from ..core.errors import ConfigError, DiptychError, Unavailable
 from ..core.layout import Layout
 from ..core.plain_json import from_json, to_json
 from ..rpc.channels import join_address, split_address
@@ -132,7 +132,7 @@ def _receive(listener: socket.socket, ours: Hello, there: dict[int, socket.socke
             return hello.rank, connection
         log.warning("refused a rank that came from %s: %s", host, refusal.message)
         say(connection, Kind.REFUSED, to_json(refusal))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, DiptychError) as error:
         log.warning("somebody came from %s to where the ranks of this worker meet, and is none: %s", join_address(host, port), error)
     connection.close()
     return None

@@ -28,7 +28,7 @@ class Everything:
     [
         Everything(-(2**63), 0.1, DType.FLOAT16, bytes(range(256)), None, (((1, 2), ()), ()), LAYOUT),
         Everything(2**64, -1e300, DType.BFLOAT16, b"", (), (), LAYOUT),
-        ShmEndpoint('é\n"\udcff', b"\xff\x00"),
+        ShmEndpoint('é\n"', b"\xff\x00"),
     ],
 )
 def test_it_comes_back_as_it_was(value: object) -> None:
@@ -37,9 +37,9 @@ def test_it_comes_back_as_it_was(value: object) -> None:
     assert repr(back) == repr(value), "words are words and tuples are tuples"
 
 
-@pytest.mark.parametrize("data", [b"", b"[1]", b"{}", b"[1,2,3]", b'["a",1]', b"null"])
+@pytest.mark.parametrize("data", [b"", b"[1]", b"{}", b"[1,2,3]", b'[{"socket":"a","nonce":1}]', b"null"])
 def test_what_is_none_is_refused(data: bytes) -> None:
-    with pytest.raises((ValueError, TypeError, AttributeError)):
+    with pytest.raises(ValueError, match="tuple"):
         from_json(ShmEndpoint, data)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from decode_harness import CONTEXT, Worker, prompt
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
+from step_rules import StepRules
 
 
-class Decodes(RuleBasedStateMachine):
+class Decodes(StepRules):
     """Transfers and local prompts, steps (several in flight, run late), failures and cancels at any time."""
 
     depth = 3
@@ -86,21 +87,6 @@ class Decodes(RuleBasedStateMachine):
         self.worker.grant()
         alive = self.worker.decodes.keys() - self.worker.finished.keys()
         self.worker.cancel(data.draw(st.sampled_from(sorted(alive))))
-
-    @precondition(lambda self: len(self.worker.decided) < self.depth)
-    @rule()
-    def decide(self) -> None:
-        self.worker.decide()
-
-    @precondition(lambda self: len(self.worker.outputs) < len(self.worker.decided))
-    @rule()
-    def run(self) -> None:
-        self.worker.run()
-
-    @precondition(lambda self: self.worker.outputs)
-    @rule()
-    def complete(self) -> None:
-        self.worker.complete()
 
     @rule(count=st.integers(1, 60), data=st.data())
     def steps(self, count: int, data: st.DataObject) -> None:

@@ -27,7 +27,7 @@ from pausing import arm, start, stopped
 from spread_harness import prompt
 
 ENDS_S = 5.0
-"""For a machine that does other things too; on a quiet one all ranks have ended within a second (seen: 0.1)."""
+"""For a machine that does other things too."""
 SHARDS: dict[str, Any] = {"tp": 2}
 STAGES: dict[str, Any] = {"stages": (3, 1)}
 SPREADS = {Transport.SHM: (SHARDS, STAGES), Transport.GLOO: (STAGES, SHARDS)}

@@ -36,4 +36,4 @@ def test_what_is_decoded_is_what_was_encoded(kind: type) -> None:
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(KeyError):
-        decode(b'["Popen",["ls"]]')
+        decode(b'Popen\n[["ls"]]')

@@ -14,7 +14,8 @@ from diptych.prefill_worker.scheduler import Decision, PrefillScheduler
 from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, groups, request, root_of
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis.stateful import Bundle, consumes, initialize, invariant, rule
+from step_rules import StepRules
 
 CONTEXT = 160
 
@@ -348,7 +349,7 @@ def test_choices_draw_from_one_row_each_its_own() -> None:
     assert len({token.id for token in worker.first_tokens["many"].tokens}) > 4
 
 
-class Prefills(RuleBasedStateMachine):
+class Prefills(StepRules):
     """Commands, steps (up to two in flight, or five, as with four stages; run late) and transfers that end at any time."""
 
     attempts = Bundle("attempts")
@@ -376,21 +377,6 @@ class Prefills(RuleBasedStateMachine):
         attempt_id = f"a{len(self.worker.prefills)}"
         self.worker.add(attempt_id, prompt(length, family), destination, max_tokens=max_tokens, tenant=tenant, n=n)
         return attempt_id
-
-    @precondition(lambda self: len(self.worker.decided) < self.depth)
-    @rule()
-    def decide(self) -> None:
-        self.worker.decide()
-
-    @precondition(lambda self: len(self.worker.outputs) < len(self.worker.decided))
-    @rule()
-    def run(self) -> None:
-        self.worker.run()
-
-    @precondition(lambda self: self.worker.outputs)
-    @rule()
-    def complete(self) -> None:
-        self.worker.complete()
 
     @rule(count=st.integers(1, 8))
     def steps(self, count: int) -> None:
