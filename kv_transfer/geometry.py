@@ -21,8 +21,12 @@ Runs = list[tuple[int, int, int]]
 """What is copied: offset at the source, offset at the destination, length."""
 
 
-def _paged(size: int) -> int:
+def padded(size: int) -> int:
+    """Up to a page's end."""
     return -(-size // PAGE) * PAGE
+
+
+HEADER_BYTES = padded(NONCE_BYTES + SLOTS * WORD_BYTES)
 
 
 class Geometry:
@@ -30,11 +34,11 @@ class Geometry:
 
     def __init__(self, layout: Layout) -> None:
         self.offsets: dict[int, int] = {}
-        end = _paged(NONCE_BYTES + SLOTS * WORD_BYTES)
+        end = HEADER_BYTES
         for group, blocks in zip(layout.groups, layout.num_blocks, strict=True):
             for layer in group.layers:
                 self.offsets[layer] = end
-                end += _paged(blocks * layout.block_size * group.token_bytes)
+                end += padded(blocks * layout.block_size * group.token_bytes)
         self.size = end
 
 

@@ -23,7 +23,8 @@ from ..actions import Copy
 from ..crossing import Crossing
 from ..geometry import NONCE_BYTES, SLOTS, WORD_BYTES, Geometry
 from ..memory import address_of, cast_runs, copy_runs
-from ..pool import DTYPES, SEALS, Pool
+from ..pool import DTYPES, Pool
+from ..shared_file import SEALS
 
 log = logging.getLogger(__name__)
 

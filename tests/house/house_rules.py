@@ -22,7 +22,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "proto": (set(), {"google"}),
     "rpc": ({"core", "proto"}, {"grpc", "grpc_health", "grpc_reflection", "google"}),
     "engine": ({"core", "kernels"}, {"torch", "transformers", "safetensors", "numpy", "tokenizers", "huggingface_hub"}),
-    "kv_transfer": ({"core", "kernels", "rpc"}, {"torch", "nccl"}),
+    "kv_transfer": ({"core", "kernels", "rpc"}, {"torch", "nccl", "cuda"}),
     "worker": ({"core", "rpc", "engine", "kv_transfer"}, set()),
     "prefill_worker": ({"core", "rpc", "engine", "kv_transfer", "worker"}, set()),
     "decode_worker": ({"core", "rpc", "engine", "kv_transfer", "worker"}, set()),

@@ -59,25 +59,25 @@ def test_a_peer_reads_what_the_owner_writes_and_cannot_write(pool: Pool) -> None
     assert peer.word(8) == 0
     assert peer.word(SLOTS - 1) == 0
     offset = peer.geometry.offsets[LAYOUT.groups[1].layers[2]]
-    with mmap.mmap(pool._fd, pool.geometry.size, prot=mmap.PROT_READ) as again:
+    with mmap.mmap(pool.memory.shared.fd, pool.geometry.size, prot=mmap.PROT_READ) as again:
         assert again[offset : offset + 2] == torch.tensor([3], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
     with pytest.raises(PermissionError):
-        mmap.mmap(pool._fd, pool.geometry.size)
+        mmap.mmap(pool.memory.shared.fd, pool.geometry.size)
     with pytest.raises(PermissionError):
-        os.pwrite(pool._fd, b"x", 0)
+        os.pwrite(pool.memory.shared.fd, b"x", 0)
     peer.close()
 
 
 def test_the_memory_can_neither_shrink_nor_grow(pool: Pool) -> None:
     for size in (0, pool.geometry.size * 2):
         with pytest.raises(PermissionError):
-            os.ftruncate(pool._fd, size)
+            os.ftruncate(pool.memory.shared.fd, size)
     with pytest.raises(PermissionError):
-        fcntl.fcntl(pool._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        fcntl.fcntl(pool.memory.shared.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
 
 
 def test_nothing_of_it_has_a_name_in_a_directory(pool: Pool) -> None:
-    assert os.readlink(f"/proc/self/fd/{pool._fd}") == "/memfd:diptych-kv (deleted)"
+    assert os.readlink(f"/proc/self/fd/{pool.memory.shared.fd}") == "/memfd:diptych-kv (deleted)"
     assert pool.listener.getsockname().startswith(b"\0")
 
 
@@ -141,7 +141,7 @@ def test_tensors_outlive_the_pool() -> None:
 def test_pages_are_there_before_they_are_used() -> None:
     pool = Pool.allocate(layout_with(2048))
     end = time.monotonic() + 20
-    while os.fstat(pool._fd).st_blocks * 512 < pool.geometry.size:
+    while os.fstat(pool.memory.shared.fd).st_blocks * 512 < pool.geometry.size:
         assert time.monotonic() < end
         time.sleep(0.005)
     pool.close()

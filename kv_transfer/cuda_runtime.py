@@ -1,0 +1,61 @@
+"""GPU memory of our own, and another process's, by NVIDIA's bindings: what torch does not offer.
+
+torch's allocator cuts its tensors out of larger allocations, and a CUDA IPC handle is that of a whole allocation; torch's own sharing
+(`UntypedStorage._share_cuda_`) is private and counts references in a named file in /dev/shm. So a pool is one cudaMalloc, and its
+handle is the pool's alone. Nothing is imported before a GPU is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from ..core.errors import TransferFailed
+
+HANDLE_BYTES = 64
+"""CUDA_IPC_HANDLE_SIZE."""
+
+
+def allocate(size: int) -> int:
+    """The address of `size` bytes of zeros on the current device. Raises `TransferFailed` if it has not so many."""
+    runtime = _runtime()
+    address = int(_done(runtime.cudaMalloc(size)))
+    _done(runtime.cudaMemset(address, 0, size))
+    return address
+
+
+def free(address: int) -> None:
+    _done(_runtime().cudaFree(address))
+
+
+def handle_of(address: int) -> bytes:
+    """Of the allocation that begins at `address`, for `open_handle` in another process of the host."""
+    return ctypes.string_at(_done(_runtime().cudaIpcGetMemHandle(address)).getPtr(), HANDLE_BYTES)
+
+
+def open_handle(handle: bytes) -> int:
+    """Where the allocation of another process lies in the address space of the current device, which may be another than the
+    allocation's if the two reach each other. Raises `TransferFailed` if they do not, or in the process that made it."""
+    runtime = _runtime()
+    opaque = runtime.cudaIpcMemHandle_t()
+    ctypes.memmove(opaque.getPtr(), handle, HANDLE_BYTES)
+    return int(_done(runtime.cudaIpcOpenMemHandle(opaque, runtime.cudaIpcMemLazyEnablePeerAccess)))
+
+
+def close_handle(address: int) -> None:
+    _done(_runtime().cudaIpcCloseMemHandle(address))
+
+
+def _runtime() -> Any:
+    from cuda.bindings import runtime  # type: ignore[import-not-found,unused-ignore]  # not where there is no GPU
+
+    return runtime
+
+
+def _done(answer: tuple[Any, ...]) -> Any:
+    """The value in an answer of the runtime."""
+    runtime = _runtime()
+    error, *values = answer
+    if error != runtime.cudaError_t.cudaSuccess:
+        raise TransferFailed(f"CUDA says {runtime.cudaGetErrorString(error)[1].decode()} ({error.name}).")
+    return values[0] if values else None

@@ -1,0 +1,54 @@
+"""A pool's bytes in host memory: the shared file itself, which a peer on the same host maps and copies from."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+
+from ..core.errors import ConfigError
+from .memory import address_of, take_pages
+from .shared_file import SharedFile
+
+PAGES_AT_ONCE = 4 << 20
+
+
+class HostMemory:
+    """`kv_transfer.pool.Memory`. Its pages are taken in the background, since the first touch of a page costs ten times its copy (here
+    0.25 against 15 GB/s)."""
+
+    def __init__(self, size: int) -> None:
+        """Raises `ConfigError` (field `kv_tokens`) if the host has not that much memory available."""
+        _check_available(size)
+        self.shared = SharedFile(size)
+        self.whole = torch.frombuffer(self.shared.mapped, dtype=torch.uint8)
+        self._size = size
+        self._address = address_of(self.shared.mapped)
+        self._closing = threading.Event()
+        self._pages = threading.Thread(target=self._take_pages, name="diptych-kv-pages", daemon=True)
+        self._pages.start()
+
+    def stored(self, layer: int) -> None:
+        """What is stored in host memory is there when the store has returned."""
+
+    def close(self) -> None:
+        self._closing.set()
+        self._pages.join()
+        del self.whole
+        self.shared.close()
+
+    def _take_pages(self) -> None:
+        for start in range(0, self._size, PAGES_AT_ONCE):
+            length = min(PAGES_AT_ONCE, self._size - start)
+            if self._closing.is_set() or not take_pages(self._address + start, length):
+                return
+
+
+def _check_available(size: int) -> None:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, amount = line.partition(":")
+        if name == "MemAvailable" and size > (available := int(amount.split()[0]) << 10):
+            raise ConfigError(
+                f"The KV pool needs {size >> 20} MiB and the host has {available >> 20} MiB available; lower kv_tokens.", field="kv_tokens"
+            )
