@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from types import TracebackType
 from typing import Self, Unpack
 
+from ..core.access import Access
 from ..core.generate import Chunk, Model
 from ..rpc.inference import InferenceClient
 from .call import Answer, Options, Prompt, gather, make_call
@@ -21,9 +23,13 @@ class AsyncClient:
     Raises what `diptych.client.sync.Client` raises. Cancelling the task that waits for an answer cancels the request.
     """
 
-    def __init__(self, address: str) -> None:
-        """`address`: host:port of the router's gRPC face. Connects when first used, and again after the connection was lost."""
-        self._inference = InferenceClient(address)
+    def __init__(self, address: str, *, api_key: str | None = None, tls: bool = False, ca: str | None = None) -> None:
+        """`address`: host:port of the router's gRPC face. Connects when first used, and again after the connection was lost.
+
+        `api_key`: by default that of the environment's DIPTYCH_API_KEY, if there is one. `tls`: the router is known by the system's
+        authorities, or by the one in the file `ca` (PEM), which asks for TLS by itself.
+        """
+        self._inference = InferenceClient(address, Access(api_key or os.environ.get("DIPTYCH_API_KEY"), tls, ca))
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
         """The whole answer to `prompt` (text, or token ids), when it is complete. See `Options` for what may be asked."""

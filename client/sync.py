@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from types import TracebackType
 from typing import Self, Unpack
 
+from ..core.access import Access
 from ..core.generate import Chunk, Model
 from ..rpc.inference import SyncInferenceClient
 from .call import Answer, Options, Prompt, gather, make_call
@@ -18,12 +20,17 @@ class Client:
             print(client.generate("Once upon a time", max_tokens=32).text)
 
     Every method raises the errors of `diptych.core.errors` and no others: `InvalidRequest` names the `field` that is wrong,
-    `Overloaded` and `Unavailable` are worth another try, `DeadlineExceeded` says that `timeout_s` has passed.
+    `Unauthenticated` asks for another API key, `Overloaded` and `Unavailable` are worth another try, `DeadlineExceeded` says that
+    `timeout_s` has passed.
     """
 
-    def __init__(self, address: str) -> None:
-        """`address`: host:port of the router's gRPC face. Connects when first used, and again after the connection was lost."""
-        self._inference = SyncInferenceClient(address)
+    def __init__(self, address: str, *, api_key: str | None = None, tls: bool = False, ca: str | None = None) -> None:
+        """`address`: host:port of the router's gRPC face. Connects when first used, and again after the connection was lost.
+
+        `api_key`: by default that of the environment's DIPTYCH_API_KEY, if there is one. `tls`: the router is known by the system's
+        authorities, or by the one in the file `ca` (PEM), which asks for TLS by itself.
+        """
+        self._inference = SyncInferenceClient(address, Access(api_key or os.environ.get("DIPTYCH_API_KEY"), tls, ca))
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
         """The whole answer to `prompt` (text, or token ids), when it is complete. See `Options` for what may be asked."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import ConfigError, Unavailable
+from ..core.tls import TlsFiles
 from . import processes
 
 FILE = "cluster.json"
@@ -36,7 +37,8 @@ class Started(BaseModel):
 
 class ClusterState(BaseModel):
     """`pid` and `started` (see `processes.start_ticks`) are the supervisor's. `http`, `grpc`, `control` are the
-    router's, host:port, once ready."""
+    router's, host:port, once ready. `tls`: whether its public faces speak it, `ca` the authority (if not the system's) that vouches for
+    them; `internal_tls`: what `control` is asked with."""
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -50,6 +52,9 @@ class ClusterState(BaseModel):
     grpc: str | None = None
     control: str | None = None
     ready: bool = False
+    tls: bool = False
+    ca: str | None = None
+    internal_tls: TlsFiles | None = None
     processes: tuple[Started, ...] = ()
 
     @property

@@ -4,6 +4,7 @@
     ├── InvalidRequest        the caller's fault; `field` names what is wrong        400 INVALID_ARGUMENT
     │   ├── ContextExceeded   prompt (or prompt + max_tokens) cannot ever fit        400 INVALID_ARGUMENT
     │   └── TooLarge          the body is larger than the limit                      413 INVALID_ARGUMENT
+    ├── Unauthenticated       no API key, or not a good one                          401 UNAUTHENTICATED
     ├── NotFound              no such model                                          404 NOT_FOUND
     ├── Overloaded            queues are full; try again later                       429 RESOURCE_EXHAUSTED
     ├── Unavailable           no worker can take it now                              503 UNAVAILABLE
@@ -51,6 +52,10 @@ class TooLarge(InvalidRequest):
     code, http_status = "too_large", 413
 
 
+class Unauthenticated(DiptychError):
+    code, http_status, grpc_status = "invalid_api_key", 401, "UNAUTHENTICATED"
+
+
 class NotFound(DiptychError):
     code, http_status, grpc_status = "not_found", 404, "NOT_FOUND"
 
@@ -93,6 +98,7 @@ _BY_CODE: dict[str, type[DiptychError]] = {
         InvalidRequest,
         ContextExceeded,
         TooLarge,
+        Unauthenticated,
         NotFound,
         Overloaded,
         Unavailable,

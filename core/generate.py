@@ -14,7 +14,8 @@ MAX_STOP_STRINGS = 16
 class Generate:
     """Continue `prompt` (text, or token ids taken as they are). An empty `model` means the one the cluster serves.
 
-    `stop`: at most `MAX_STOP_STRINGS` strings that end the text and are not part of it.
+    `stop`: at most `MAX_STOP_STRINGS` strings that end the text and are not part of it. `tenant`: whose request it is; the router's faces
+    know it by the API key, and no message carries it.
     """
 
     prompt: str | tuple[int, ...]
@@ -22,6 +23,7 @@ class Generate:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     request_id: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,6 +12,8 @@ import grpc.aio
 from google.protobuf.descriptor import MethodDescriptor
 
 from ..core.errors import Cancelled, ConfigError, Unavailable
+from ..core.tls import TlsFiles
+from .credentials import INTERNAL_OPTIONS, internal_credentials
 from .errors import from_grpc
 
 INTERNAL_MESSAGE_BYTES = 64 << 20
@@ -30,6 +32,10 @@ KEEPALIVE_MS = 2_000
 PING_TIMEOUT_MS = 4_000
 """A server that has not answered a probe by then is lost: a host that vanished, a process that was stopped. (grpc waits a minute.)
 Its threads need microseconds of a core, which a host with 30 busy threads a core still gives within a tenth of a second."""
+HANDSHAKE_MS = 10_000
+"""Who connects has said that it speaks HTTP/2, and ended its TLS handshake, by then. (grpc waits two minutes.)"""
+CLIENT_IDLE_MS = 65_000
+"""A client's connection without a call is ended after this long; it connects again when it has one."""
 CLIENT_KEEPALIVE_MS = 10_000
 CLIENT_PING_TIMEOUT_MS = 20_000
 """A client's connection may be slow, and the answer waits behind megabytes of text."""
@@ -65,6 +71,7 @@ def channel_options(max_message_bytes: int) -> Options:
 def server_options(max_message_bytes: int) -> Options:
     return [
         *_keepalive(CLIENT_KEEPALIVE_MS, CLIENT_PING_TIMEOUT_MS),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         # Otherwise two servers share a port in silence and each gets half of the calls.
         ("grpc.so_reuseport", 0),
         # Our own clients' probes (every 2 s, above) must not count as abuse.
@@ -72,6 +79,11 @@ def server_options(max_message_bytes: int) -> Options:
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
     ]
+
+
+def public_options(streams: int) -> Options:
+    """Of a server that anybody can reach. `streams`: calls under way on one connection."""
+    return [("grpc.max_connection_idle_ms", CLIENT_IDLE_MS), ("grpc.max_concurrent_streams", streams)]
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -86,20 +98,36 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def open_channel(address: str, max_message_bytes: int = INTERNAL_MESSAGE_BYTES) -> grpc.aio.Channel:
-    """A channel of the running event loop that connects when first used, and again after the connection was lost."""
+def open_channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None, more: Sequence[tuple[str, str]] = ()
+) -> grpc.aio.Channel:
+    """A channel of the running event loop that connects when first used, and again after the connection was lost; a plain one without
+    `credentials`."""
     split_address(address)
     asyncio.get_running_loop()  # RuntimeError here, where grpc would take a loop that nobody runs
-    return grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
+    options = [*channel_options(INTERNAL_MESSAGE_BYTES), *more]
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def open_internal_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
+    """A channel to a process of the cluster, with the certificates of the files as they are now; plain without. Raises `ConfigError`."""
+    return open_channel(address, internal_credentials(tls), INTERNAL_OPTIONS if tls else ())
+
+
+Metadata = tuple[tuple[str, str], ...]
 
 
 def path_of(method: MethodDescriptor) -> str:
     return f"/{method.containing_service.full_name}/{method.name}"
 
 
-async def call_unary(channel: grpc.aio.Channel, method: MethodDescriptor, request: bytes, *, timeout_s: float, peer: str) -> bytes:
+async def call_unary(
+    channel: grpc.aio.Channel, method: MethodDescriptor, request: bytes, *, timeout_s: float, peer: str, metadata: Metadata = ()
+) -> bytes:
     """The answer to `request`; raises only `DiptychError`."""
-    call = _start(lambda: channel.unary_unary(path_of(method), None, None)(request, timeout=timeout_s), peer)
+    call = _start(lambda: channel.unary_unary(path_of(method), None, None)(request, timeout=timeout_s, metadata=metadata), peer)
     try:
         return cast(bytes, await call)
     except grpc.RpcError as error:
@@ -110,10 +138,10 @@ async def call_unary(channel: grpc.aio.Channel, method: MethodDescriptor, reques
 
 
 async def call_stream(
-    channel: grpc.aio.Channel, method: MethodDescriptor, request: bytes, *, timeout_s: float | None, peer: str
+    channel: grpc.aio.Channel, method: MethodDescriptor, request: bytes, *, timeout_s: float | None, peer: str, metadata: Metadata = ()
 ) -> AsyncGenerator[bytes, None]:
     """The messages that answer `request`; closing the generator cancels the call; raises only `DiptychError`."""
-    call = _start(lambda: channel.unary_stream(path_of(method), None, None)(request, timeout=timeout_s), peer)
+    call = _start(lambda: channel.unary_stream(path_of(method), None, None)(request, timeout=timeout_s, metadata=metadata), peer)
     try:
         while (data := await call.read()) is not EOF:
             yield data

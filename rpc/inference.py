@@ -7,12 +7,14 @@ from contextlib import aclosing, closing, suppress
 from types import TracebackType
 from typing import Protocol, Self
 
+from ..core.access import OPEN, Access
 from ..core.errors import DiptychError, Unavailable
 from ..core.generate import Chunk, Generate, Model
 from ..proto.inference_pb2 import DESCRIPTOR, ListModelsRequest
 from .blocking import ask, iterate, open_blocking_channel
 from .channels import ANSWER_S, call_stream, call_unary, open_channel
 from .codec_inference import decode_chunk, decode_models, encode_generate
+from .credentials import client_credentials
 
 _METHODS = DESCRIPTOR.services_by_name["Inference"].methods_by_name
 
@@ -35,10 +37,12 @@ class InferenceFace(Protocol):
 class InferenceClient:
     """A connection to the router at `address` (host:port), for asyncio."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: Access = OPEN) -> None:
+        """Raises `ConfigError` for an authority that cannot be read."""
         self.address = address
+        self._metadata = tuple(access.headers.items())
         self._peer = f"Diptych at {address}"
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, client_credentials(access))
 
     async def generate(self, call: Generate, *, timeout_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         """The answer in chunks, the last with `finish`, which is given when the call has ended. Closing the generator before that
@@ -48,7 +52,9 @@ class InferenceClient:
         `timeout_s` seconds.
         """
         request, method = encode_generate(call), _METHODS["Generate"]
-        async with aclosing(call_stream(self._channel, method, request, timeout_s=timeout_s, peer=self._peer)) as messages:
+        async with aclosing(
+            call_stream(self._channel, method, request, timeout_s=timeout_s, peer=self._peer, metadata=self._metadata)
+        ) as messages:
             async for message in messages:
                 chunk = decode_chunk(message)
                 if chunk.finish is not None:
@@ -64,7 +70,9 @@ class InferenceClient:
     async def models(self) -> tuple[Model, ...]:
         """What is served."""
         request = ListModelsRequest().SerializeToString()
-        return decode_models(await call_unary(self._channel, _METHODS["ListModels"], request, timeout_s=ANSWER_S, peer=self._peer))
+        return decode_models(
+            await call_unary(self._channel, _METHODS["ListModels"], request, timeout_s=ANSWER_S, peer=self._peer, metadata=self._metadata)
+        )
 
     async def close(self) -> None:
         """End everything on this connection."""
@@ -80,15 +88,17 @@ class InferenceClient:
 class SyncInferenceClient:
     """`InferenceClient` for code without asyncio; safe to use from several threads."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: Access = OPEN) -> None:
+        """Raises `ConfigError` for an authority that cannot be read."""
         self.address = address
+        self._metadata = tuple(access.headers.items())
         self._peer = f"Diptych at {address}"
-        self._channel = open_blocking_channel(address)
+        self._channel = open_blocking_channel(address, client_credentials(access))
 
     def generate(self, call: Generate, *, timeout_s: float | None = None) -> Generator[Chunk, None, None]:
         """As `InferenceClient.generate`."""
         request, method = encode_generate(call), _METHODS["Generate"]
-        with closing(iterate(self._channel, method, request, timeout_s=timeout_s, peer=self._peer)) as messages:
+        with closing(iterate(self._channel, method, request, timeout_s=timeout_s, peer=self._peer, metadata=self._metadata)) as messages:
             for message in messages:
                 chunk = decode_chunk(message)
                 if chunk.finish is not None:
@@ -103,7 +113,7 @@ class SyncInferenceClient:
     def models(self) -> tuple[Model, ...]:
         """What is served."""
         request, method = ListModelsRequest().SerializeToString(), _METHODS["ListModels"]
-        return decode_models(ask(self._channel, method, request, timeout_s=ANSWER_S, peer=self._peer))
+        return decode_models(ask(self._channel, method, request, timeout_s=ANSWER_S, peer=self._peer, metadata=self._metadata))
 
     def close(self) -> None:
         """End everything on this connection."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from ..core.errors import Unavailable
+from ..core.tls import TlsFiles
 from ..core.transfer import LaneMessage
 from ..proto.worker_pb2 import DESCRIPTOR
-from .channels import ClientCall, open_channel
+from .channels import ClientCall, open_internal_channel
 from .codec_lane import decode_lane_message, encode_lane_message
 from .stream import ByteCall, Stream
 
@@ -25,13 +26,13 @@ class Lane(Stream[LaneMessage, LaneMessage]):
         super().__init__(call, encode_lane_message, decode_lane_message, peer=peer)
 
 
-async def dial_lane(address: str, *, timeout_s: float = DIAL_S) -> Lane:
+async def dial_lane(address: str, *, tls: TlsFiles | None = None, timeout_s: float = DIAL_S) -> Lane:
     """A lane to the worker at `address` (host:port), accepted by that worker; on a connection of its own, closed with the lane.
 
-    Raises `Unavailable` if nobody accepts within `timeout_s` seconds.
+    `tls`: what this process shows, and by what it knows the other. Raises `Unavailable` if nobody accepts within `timeout_s` seconds.
     """
     peer = f"worker at {address}"
-    call = ClientCall(open_channel(address), METHOD, peer=peer, owns_channel=True)
+    call = ClientCall(open_internal_channel(address, tls), METHOD, peer=peer, owns_channel=True)
     try:
         async with asyncio.timeout(timeout_s):
             await call.accepted()

@@ -6,8 +6,9 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from ..core.fleet import Fleet, WorkerReport
+from ..core.tls import TlsFiles
 from ..proto.worker_pb2 import DESCRIPTOR, DescribeFleetRequest, PublishFleetResponse
-from .channels import ANSWER_S, call_unary, open_channel
+from .channels import ANSWER_S, call_unary, open_internal_channel
 from .codec_fields import parse
 from .codec_fleet import decode_fleet_status, encode_fleet
 
@@ -29,10 +30,10 @@ class RouterFace(Protocol):
 class RouterClient:
     """A connection to the router at `address` (host:port)."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: TlsFiles | None = None) -> None:
         self.address = address
         self._peer = f"router at {address}"
-        self._channel = open_channel(address)
+        self._channel = open_internal_channel(address, tls)
 
     async def publish(self, fleet: Fleet) -> int:
         """Publish `fleet`; the highest version the router knows. Raises `Unavailable` when it cannot be reached, `DeadlineExceeded`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from types import TracebackType
@@ -9,11 +10,13 @@ from typing import Protocol, Self
 
 from ..core.commands import Command, StepEvents
 from ..core.fleet import WorkerReport
+from ..core.tls import TlsFiles
 from ..proto.worker_pb2 import DESCRIPTOR, DrainRequest, DrainResponse, WatchRequest
-from .channels import ANSWER_S, ClientCall, call_stream, call_unary, open_channel
+from .channels import ANSWER_S, ClientCall, call_stream, call_unary, open_internal_channel
 from .codec_commands import decode_command, decode_step_events, encode_command, encode_step_events
 from .codec_fields import parse
 from .codec_fleet import decode_report
+from .credentials import current
 from .lane import Lane
 from .stream import ByteCall, Stream
 
@@ -63,14 +66,26 @@ class WorkerFace(Protocol):
 class WorkerClient:
     """A connection to the worker at `address` (host:port). Connects when first used, and again after it was lost."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: TlsFiles | None = None) -> None:
+        """`tls`: what this process shows, and by what it knows the other."""
         self.address = address
         self._peer = f"worker at {address}"
-        self._channel = open_channel(address)
+        self._tls = tls
+        self._shown = None if tls is None else current(tls)
+        self._channel = open_internal_channel(address, tls)
 
     def attach(self) -> WorkerStream:
         """Open the stream of commands and events. A worker that cannot be reached shows as `Unavailable` in the iteration."""
+        if self._tls is not None and current(self._tls) is not self._shown:
+            self._renew(self._tls)
         return WorkerStream(ClientCall(self._channel, _METHODS["Attach"], peer=self._peer), peer=self._peer)
+
+    def _renew(self, tls: TlsFiles) -> None:
+        """A channel with the certificates as they are now: one keeps those it was opened with, which may have expired when it must connect
+        again."""
+        self._shown = current(tls)
+        old, self._channel = self._channel, open_internal_channel(self.address, tls)
+        self._closing = asyncio.get_running_loop().create_task(old.close(None))
 
     async def watch(self) -> AsyncGenerator[WorkerReport, None]:
         """The worker's reports, until closed; raises `Unavailable` when the worker is gone."""

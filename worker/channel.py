@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from enum import IntEnum
 from struct import Struct, pack
+from typing import Protocol
 
 from ..core.errors import Unavailable
 
@@ -57,6 +58,24 @@ class Kind(IntEnum):
     """Leader: compute what was said, and end. The answer is the end of the stream."""
 
 
+class Connection(Protocol):
+    """What a channel needs of a socket. One thread may read while another writes."""
+
+    def settimeout(self, value: float | None, /) -> None: ...
+
+    def setsockopt(self, level: int, option: int, value: int | bytes, /) -> None: ...
+
+    def recv(self, count: int, /) -> bytes: ...
+
+    def sendall(self, data: bytes, /) -> None: ...
+
+    def fileno(self) -> int: ...
+
+    def shutdown(self, how: int, /) -> None: ...
+
+    def close(self) -> None: ...
+
+
 Heard = Callable[[Kind, bytes], None]
 Died = Callable[[BaseException], None]
 """Called with why this process is lost, on the thread that found it; must end the process."""
@@ -65,7 +84,7 @@ Died = Callable[[BaseException], None]
 class Channel:
     """One end. What is sent by one thread arrives in order; `heard` is called on a thread of the channel's own and must not wait."""
 
-    def __init__(self, connection: socket.socket, peer: str, heard: Heard, died: Died, *, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, connection: Connection, peer: str, heard: Heard, died: Died, *, silence_s: float = SILENCE_S) -> None:
         """`peer`: what the other end is called. `silence_s`: longer than `PING_EVERY_S`, or no end would be heard in time."""
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -171,12 +190,12 @@ def unpack_entry(payload: bytes) -> tuple[str, bytes]:
     return payload[_KEY.size : end].decode(), payload[end:]
 
 
-def say(connection: socket.socket, kind: Kind, payload: bytes) -> None:
+def say(connection: Connection, kind: Kind, payload: bytes) -> None:
     """One frame, before there is a channel."""
     connection.sendall(_HEADER.pack(kind, len(payload)) + payload)
 
 
-def hear(connection: socket.socket, most_bytes: int) -> tuple[Kind, bytes] | None:
+def hear(connection: Connection, most_bytes: int) -> tuple[Kind, bytes] | None:
     """The next frame, and not a byte more, before there is a channel; None at the end of the stream. Raises `ValueError` for what is none,
     or longer than `most_bytes`."""
     header = _exactly(connection, _HEADER.size)
@@ -189,7 +208,7 @@ def hear(connection: socket.socket, most_bytes: int) -> tuple[Kind, bytes] | Non
     return None if payload is None else (Kind(kind), payload)
 
 
-def _exactly(connection: socket.socket, count: int) -> bytes | None:
+def _exactly(connection: Connection, count: int) -> bytes | None:
     data = b""
     while len(data) < count:
         if not (chunk := connection.recv(count - len(data))):

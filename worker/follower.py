@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
@@ -14,7 +13,7 @@ from ..core.plain_json import to_json
 from ..core.transfer import ShmEndpoint
 from ..kv_transfer.order_codec import decode, encode
 from ..kv_transfer.transports.rendezvous import ToldStore
-from .channel import Channel, Died, Kind, pack_entry, unpack_entry
+from .channel import Channel, Connection, Died, Kind, pack_entry, unpack_entry
 from .leader import STEP_S
 from .outbox import Call
 from .stepping import Part, StepEngine
@@ -33,7 +32,7 @@ class Follower:
     """Lives on the asyncio thread; its engine has a thread of its own. `died` ends the process: it is called when the leader is lost, or
     anything fails, since its worker would be out of step."""
 
-    def __init__(self, connection: socket.socket, died: Died) -> None:
+    def __init__(self, connection: Connection, died: Died) -> None:
         self._died = died
         self._loop = asyncio.get_running_loop()
         self._steps: SimpleQueue[bytes | None] = SimpleQueue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 from threading import Event
@@ -15,7 +14,7 @@ from ..core.transfer import ShmEndpoint
 from ..kv_transfer.order_codec import decode, encode
 from ..kv_transfer.ranks import DestinationOrder, SourceOrder
 from ..kv_transfer.transports.rendezvous import ToldStore
-from .channel import Channel, Died, Kind, pack_entry, unpack_entry
+from .channel import Channel, Connection, Died, Kind, pack_entry, unpack_entry
 from .loop import RunStep
 from .outbox import Call
 from .stepping import StepEngine, Steps
@@ -28,7 +27,7 @@ milliseconds or `channel.SILENCE_S`; this ends only what no rank is to blame for
 class Leader:
     """Made when all followers are there. `died` ends the process: it is called when one of them is lost."""
 
-    def __init__(self, connections: Mapping[int, socket.socket], layout: Layout, died: Died) -> None:
+    def __init__(self, connections: Mapping[int, Connection], layout: Layout, died: Died) -> None:
         self._layout = layout
         self.store = ToldStore(self._tell_all, STEP_S)
         """For `engine.parallel.connect`."""

@@ -15,8 +15,10 @@ from dataclasses import dataclass, fields
 from ..core.errors import ConfigError, DiptychError, Unavailable
 from ..core.layout import Layout
 from ..core.plain_json import from_json, to_json
+from ..core.tls import TlsFiles
 from ..rpc.channels import join_address, split_address
-from .channel import Kind, hear, say
+from .channel import Connection, Kind, hear, say
+from .secure import accepted, connected
 
 MEETING_S = 300.0
 """Longest time until all ranks are there: on a host with many busy threads a core, importing torch takes a minute."""
@@ -59,12 +61,12 @@ def address_of(listener: socket.socket, host: str) -> str:
     return join_address(host, listener.getsockname()[1])
 
 
-def meet(listener: socket.socket, ours: Hello, *, within_s: float = MEETING_S) -> dict[int, socket.socket]:
-    """The leader's: connections to all other ranks, which know it; closes `listener`. Raises `Unavailable` if one leaves again, or
-    does not come."""
-    there: dict[int, socket.socket] = {}
+def meet(listener: socket.socket, ours: Hello, *, tls: TlsFiles | None = None, within_s: float = MEETING_S) -> dict[int, Connection]:
+    """The leader's: connections to all other ranks, which know it; closes `listener`. With `tls` who has no certificate of the cluster is
+    no rank. Raises `Unavailable` if one leaves again, or does not come."""
+    there: dict[int, Connection] = {}
     try:
-        _await_all(listener, ours, there, within_s)
+        _await_all(listener, ours, there, tls, within_s)
         for rank, connection in there.items():
             _welcome(rank, connection)
     except BaseException:
@@ -74,7 +76,7 @@ def meet(listener: socket.socket, ours: Hello, *, within_s: float = MEETING_S) -
     return there
 
 
-def _await_all(listener: socket.socket, ours: Hello, there: dict[int, socket.socket], within_s: float) -> None:
+def _await_all(listener: socket.socket, ours: Hello, there: dict[int, Connection], tls: TlsFiles | None, within_s: float) -> None:
     late = time.monotonic() + within_s
     with listener, selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
@@ -85,13 +87,13 @@ def _await_all(listener: socket.socket, ours: Hello, there: dict[int, socket.soc
             for key, _ in ready:
                 if key.fileobj is not listener:  # it is to say no more until it is welcome
                     raise _gone(key.data)
-                if (come := _receive(listener, ours, there)) is not None:
+                if (come := _receive(listener, ours, there, tls)) is not None:
                     rank, connection = come
                     there[rank] = connection
                     selector.register(connection, selectors.EVENT_READ, rank)
 
 
-def _welcome(rank: int, connection: socket.socket) -> None:
+def _welcome(rank: int, connection: Connection) -> None:
     try:
         say(connection, Kind.WELCOME, b"")
     except OSError:
@@ -102,12 +104,12 @@ def _gone(rank: int) -> Unavailable:
     return Unavailable(f"Rank {rank} of this worker has gone before the others were there.")
 
 
-def join(leader: str, ours: Hello, *, within_s: float = MEETING_S) -> socket.socket:
+def join(leader: str, ours: Hello, *, tls: TlsFiles | None = None, within_s: float = MEETING_S) -> Connection:
     """A follower's: a connection to its leader, when all ranks are there. Raises `ConfigError` if it is refused, `Unavailable` if there
     is no leader, or no longer."""
     host, port = split_address(leader)
     try:
-        connection = socket.create_connection((host, port), timeout=within_s)
+        connection = connected(socket.create_connection((host, port), timeout=within_s), tls)
         say(connection, Kind.HELLO, GREETING + to_json(ours))
         heard = hear(connection, HELLO_BYTES)
     except (OSError, ValueError) as error:
@@ -121,11 +123,12 @@ def join(leader: str, ours: Hello, *, within_s: float = MEETING_S) -> socket.soc
     raise Unavailable(f"The leader of {ours.worker_id} at {leader} has gone.")
 
 
-def _receive(listener: socket.socket, ours: Hello, there: dict[int, socket.socket]) -> tuple[int, socket.socket] | None:
+def _receive(listener: socket.socket, ours: Hello, there: dict[int, Connection], tls: TlsFiles | None) -> tuple[int, Connection] | None:
     """Who has come, if it is one of ours."""
-    connection, (host, port, *_) = listener.accept()
+    plain, (host, port, *_) = listener.accept()
     try:
-        connection.settimeout(HELLO_S)
+        plain.settimeout(HELLO_S)
+        connection = accepted(plain, tls)
         hello = _hello(hear(connection, HELLO_BYTES))
         refusal = refused(ours, hello, there)
         if refusal is None:
@@ -134,7 +137,7 @@ def _receive(listener: socket.socket, ours: Hello, there: dict[int, socket.socke
         say(connection, Kind.REFUSED, to_json(refusal))
     except (OSError, ValueError, DiptychError) as error:
         log.warning("somebody came from %s to where the ranks of this worker meet, and is none: %s", join_address(host, port), error)
-    connection.close()
+    plain.close()
     return None
 
 

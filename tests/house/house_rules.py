@@ -30,7 +30,21 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "client": ({"core", "rpc"}, set()),
     "cluster": (
         {"core", "kernels", "proto", "rpc", "engine", "kv_transfer", "worker", "prefill_worker", "decode_worker", "router", "client"},
-        {"ray", "typer", "click", "rich", "yaml", "prometheus_client", "httpx", "h11", "matplotlib", "pydantic", "torch"},
+        {
+            "ray",
+            "typer",
+            "click",
+            "rich",
+            "yaml",
+            "prometheus_client",
+            "cryptography",
+            "httpx",
+            "h11",
+            "matplotlib",
+            "pydantic",
+            "torch",
+            "numpy",
+        },
     ),
 }
 

@@ -1,0 +1,62 @@
+"""The config's section on who may come in, and what is encrypted."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PublicTls(_Section):
+    cert: str = Field(description="The router's certificate and what is between it and the authority, PEM. Read again when it changes.")
+    key: str = Field(description="Its private key, PEM. Read again when it changes.")
+    ca: str | None = Field(
+        None, description="The authority by which `diptych` itself, on this host, knows the router; by default those of the system."
+    )
+
+
+class InternalTls(_Section):
+    ca: str = Field(
+        description="The cluster's own authority, PEM: whoever has a certificate from it is of the cluster. Read again when it changes."
+    )
+    cert: str = Field(description="The certificate of the cluster's processes, for the name diptych.internal, PEM.")
+    key: str = Field(description="Its private key, PEM.")
+
+
+class Internal(StrEnum):
+    """What processes of the cluster say to each other: `plain`, under `mutual` TLS, or `auto`: mutual wherever it leaves the host."""
+
+    AUTO = "auto"
+    MUTUAL = "mutual"
+    PLAIN = "plain"
+
+
+class SecuritySection(_Section):
+    api_keys: str | None = Field(
+        None,
+        description="A file made by `diptych keys`. With it every request needs a key, and is of the key's tenant. Read again when it "
+        "changes.",
+    )
+    open_metrics: bool = Field(False, description="With API keys: whether `/metrics` answers without one. `/health` always does.")
+    tls: PublicTls | None = Field(None, description="TLS on both public faces, HTTP and gRPC.")
+    internal: Internal = Field(
+        Internal.AUTO,
+        description="Mutual TLS between router, workers and their ranks: auto (when workers may be on several hosts, or internal_tls is "
+        "given), mutual (always), plain (never). Without internal_tls `up` makes an authority of its own, which ends with the cluster.",
+    )
+    internal_tls: InternalTls | None = Field(
+        None, description="Files for that, at the same paths on every host; `diptych certs` makes them."
+    )
+    allow_unauthenticated: bool = Field(
+        False, description="Let the cluster listen beyond loopback although who comes is not asked who he is."
+    )
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> SecuritySection:
+        if self.internal is Internal.PLAIN and self.internal_tls is not None:
+            raise ValueError("internal is plain, and internal_tls is given: leave one of them out")
+        return self
