@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from ..core.errors import ConfigError, DiptychError
 from . import knobs
 from .bench import bench
+from .plan_commands import plan, profile, simulate
 
 
 class _Commands(TyperGroup):
@@ -41,6 +42,8 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="The config file: its keys, and whether one is right.")
 app.add_typer(config_app, name="config")
 app.command()(bench)
+for each in (profile, simulate, plan):
+    app.command()(each)
 
 
 class Dtype(StrEnum):

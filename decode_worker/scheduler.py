@@ -354,6 +354,11 @@ class DecodeScheduler:
         self._short &= not rounds
         return tuple(sequence.attempt_id for sequence in running)
 
+    @property
+    def running(self) -> tuple[int, int]:
+        """How many sequences run, and how many tokens they have together: what a step of all of them attends to."""
+        return len(self._roster.running), sum(len(sequence.tokens) for sequence in self._roster.running)
+
     def load(self, now: float) -> Load:
         """What the worker's report says of this scheduler."""
         free, total = self._pool.scarcest()

@@ -15,6 +15,8 @@ def steady_rounds(pool: BlockPool, running: Seq[Sequence]) -> int:
     if not running or not all(sequence.decoding and sequence.slot >= 0 for sequence in running):
         return 0
     rounds = min(sequence.limit - len(sequence.tokens) for sequence in running) - 1
+    if len(running) * (max(0, rounds) // pool.block_size + 2) <= min(pool.available()):
+        return max(0, rounds)  # more than they can need, and nobody has to be asked
 
     def exceeds(rounds: int) -> bool:
         lacks = zip(*(sequence.table.lacks(sequence.decided + rounds, 0) for sequence in running), strict=True)
@@ -36,13 +38,12 @@ def advance_blocks(pool: BlockPool, running: Seq[Sequence], first_step: int, rou
     changing: list[list[Sequence]] = [[] for _ in range(size)]
     filling: list[list[Sequence]] = [[] for _ in range(size)]
     for sequence in running:
-        for ahead in range(size):
-            position = (sequence.decided + ahead) % size
-            behind = ahead == 0 and not sequence.table.ready(sequence.decided, sequence.decided + 1)  # after a chunk
-            if position in opens or behind:
-                changing[ahead].append(sequence)
-            if position == size - 1:
-                filling[ahead].append(sequence)
+        turns = {(place - sequence.decided) % size for place in opens}
+        if not sequence.table.ready(sequence.decided, sequence.decided + 1):  # after a chunk
+            turns.add(0)
+        for ahead in turns:
+            changing[ahead].append(sequence)
+        filling[(size - 1 - sequence.decided) % size].append(sequence)
     for ahead in range(rounds):
         for sequence in changing[ahead % size]:
             sequence.table.slide(sequence.decided + ahead)

@@ -18,10 +18,12 @@ class Lease:
 
 class Leases:
     """Two bounds. The charges of all attempts fit the pool, so whoever has started gets every block it needs without waiting for
-    another attempt. And KV that one destination has not granted fills at most half of the pool."""
+    another attempt. And KV that one destination has not granted fills at most `ungranted` of the pool: half, that others be served while it
+    waits; all of it where there is no other."""
 
-    def __init__(self, num_blocks: tuple[int, ...]) -> None:
+    def __init__(self, num_blocks: tuple[int, ...], ungranted: float = 0.5) -> None:
         self._num_blocks = num_blocks
+        self._ungranted_most = tuple(ungranted * count for count in num_blocks)
         self._leases: dict[str, Lease] = {}
         self._charged = (0,) * len(num_blocks)
         self._ungranted: dict[str, tuple[int, ...]] = {}
@@ -37,7 +39,7 @@ class Leases:
         """Whether `destination` may be sent `blocks` more before it grants. One prompt alone may be larger than the share: it
         could never start otherwise."""
         waiting = self._ungranted.get(destination) if destination is not None else None
-        return waiting is None or all(2 * (a + b) <= limit for a, b, limit in zip(waiting, blocks, self._num_blocks, strict=True))
+        return waiting is None or all(a + b <= most for a, b, most in zip(waiting, blocks, self._ungranted_most, strict=True))
 
     def begin(self, attempt_id: str, lease: Lease) -> None:
         self._leases[attempt_id] = lease

@@ -181,11 +181,19 @@ def _decodes(snapshot: Snapshot, demand: Demand) -> list[Candidate]:
 
 
 def _pick_pair(decodes: Sequence[Candidate], prefills: Sequence[Candidate], demand: Demand, turn: int) -> Placement | None:
-    """The best decode worker that any prefill worker can hand KV to, and the best of those prefill workers."""
-    able = {d.member.worker_id: [p for p in prefills if p.member.layout.difference(d.member.layout) is None] for d in decodes}
-    decode = _pick([d for d in decodes if able[d.member.worker_id]], decode_score, demand, turn)
-    prefill = _pick(able[decode.worker_id], prefill_score, demand, turn) if decode else None
-    return Placement(prefill, decode) if prefill else None
+    """The best decode worker that any prefill worker can hand KV to, and the best of those prefill workers.
+
+    Layouts are compared only as far as that takes: to compare all of 500 with all of 500 took half a second.
+    """
+    left = list(decodes)
+    while (decode := _pick(left, decode_score, demand, turn)) is not None:
+        left = [candidate for candidate in left if candidate.member is not decode]
+        able = list(prefills)
+        while (prefill := _pick(able, prefill_score, demand, turn)) is not None:
+            if prefill.layout.difference(decode.layout) is None:
+                return Placement(prefill, decode)
+            able = [candidate for candidate in able if candidate.member is not prefill]
+    return None
 
 
 def _pick(candidates: Sequence[Candidate], score: Callable[[Candidate], float], demand: Demand, turn: int) -> Member | None:

@@ -16,13 +16,19 @@ from .lengths import Pair
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request to send. `at`: seconds from the load's begin. `variant`: of the load; another one has other prompts."""
+    """One request to send. `at`: seconds from the load's begin. `variant`: of the load; another one has other prompts.
+
+    The first `prefix_tokens` of the prompt are those of every other request with this `prefix` and `tenant`.
+    """
 
     number: int
     at: float
     prompt_tokens: int
     output_tokens: int
     variant: int = 0
+    tenant: str = ""
+    prefix: int = 0
+    prefix_tokens: int = 0
 
 
 def arrivals_of(times: Iterable[float], pairs: Iterable[Pair], variant: int = 0) -> Iterator[Arrival]:

@@ -1,0 +1,31 @@
+"""Simulated time: what is to happen when. Pure."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import Any
+
+
+class Agenda:
+    """`now` in seconds from the begin; it moves only in `run`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._entries: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._made = 0
+
+    def at(self, when: float, call: Callable[..., None], *arguments: Any) -> None:
+        """What falls on one moment is done in the order in which it was asked for; what is asked for too late, at once."""
+        self._made += 1
+        heapq.heappush(self._entries, (max(when, self.now), self._made, call, arguments))
+
+    def after(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
+        self.at(self.now + seconds, call, *arguments)
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Until nothing is left to do, or `stop` says so."""
+        entries = self._entries
+        while entries and not stop():
+            self.now, _, call, arguments = heapq.heappop(entries)
+            call(*arguments)

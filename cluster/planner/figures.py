@@ -1,0 +1,107 @@
+"""Figures of a simulation, in memory that does not grow with it: histograms, and time lines of bounded length. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+STEP = 1.005
+"""Width of a histogram's bins, as a factor: a percentile is right to half a percent."""
+LENGTH = 256
+"""Entries of a time line; when it is full, two become one."""
+_SMALLEST = 1e-6
+
+
+class Histogram:
+    """Of seconds, in bins of equal ratio."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = 0.0
+        self.most = 0.0
+        self._bins: Counter[int] = Counter()
+
+    def add(self, seconds: float, times: int = 1) -> None:
+        self.count += times
+        self.total += seconds * times
+        self.most = max(self.most, seconds)
+        self._bins[int(math.log(max(seconds, _SMALLEST) / _SMALLEST) / math.log(STEP))] += times
+
+    def percentile(self, share: float) -> float:
+        """Nearest rank, to the middle of its bin; 0 of nothing."""
+        wanted, seen = max(1, math.ceil(share * self.count)), 0
+        for number in sorted(self._bins):
+            seen += self._bins[number]
+            if seen >= wanted:
+                return min(self.most, _SMALLEST * STEP ** (number + 0.5))
+        return 0.0
+
+    def as_json(self) -> dict[str, float] | None:
+        if not self.count:
+            return None
+        shares = {f"p{round(100 * share)}": self.percentile(share) for share in (0.5, 0.9, 0.99)}
+        return {"count": self.count, "mean": self.total / self.count, **shares, "max": self.most}
+
+
+@dataclass(slots=True)
+class Course:
+    """A value over time, as means of equal stretches. It is set whenever it changes."""
+
+    width: float = 1.0
+    sums: list[float] = field(default_factory=lambda: [0.0])
+    value: float = 0.0
+    since: float = 0.0
+
+    def put(self, now: float, value: float) -> None:
+        self._spread(now)
+        self.value = value
+
+    def _spread(self, now: float) -> None:
+        while now >= self.width * LENGTH:
+            self.sums = [sum(self.sums[i : i + 2]) for i in range(0, len(self.sums), 2)]
+            self.width *= 2
+        while self.since < now:
+            index = min(int(self.since / self.width), LENGTH - 1)
+            end = min(now, (index + 1) * self.width)
+            if end <= self.since:  # a border that floating point puts on both sides
+                end = min(now, (index + 2) * self.width)
+            while len(self.sums) <= index:
+                self.sums.append(0.0)
+            self.sums[index] += self.value * (end - self.since)
+            self.since = end
+
+    def mean(self, end: float) -> float:
+        self._spread(end)
+        return sum(self.sums) / end if end else 0.0
+
+    def as_json(self, end: float) -> dict[str, object]:
+        self._spread(end)
+        return {"every_s": self.width, "mean": [round(total / self.width, 4) for total in self.sums]}
+
+
+@dataclass(slots=True)
+class WorkerCourse:
+    """What a worker's time went by with: steps (share of the time), requests that wait and that run, and the share of KV in use."""
+
+    busy: float = 0.0
+    steps: int = 0
+    queued: Histogram = field(default_factory=Histogram)
+    waiting: Course = field(default_factory=Course)
+    running: Course = field(default_factory=Course)
+    kv: Course = field(default_factory=Course)
+
+    def put(self, now: float, waiting: int, running: int, kv: float) -> None:
+        self.waiting.put(now, waiting)
+        self.running.put(now, running)
+        self.kv.put(now, kv)
+
+    def as_json(self, end: float) -> dict[str, object]:
+        return {
+            "utilisation": min(1.0, self.busy / end) if end else 0.0,
+            "steps": self.steps,
+            "queue_time": self.queued.as_json(),
+            "waiting": self.waiting.as_json(end),
+            "running": self.running.as_json(end),
+            "kv_in_use": self.kv.as_json(end),
+        }

@@ -1,0 +1,60 @@
+"""One simulated request: what was asked, where it went, and when what became of it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ...core.request import Request, Tokens
+from ...core.sampling import SamplingParams
+from ..load.workload import Arrival
+
+TOKEN = 1
+"""What every simulated step draws."""
+MODEL = "simulated"
+
+
+@dataclass(slots=True, eq=False)
+class Life:
+    """Times are seconds from the load's begin; None until it has come to that. `granted`: when the destination lent its blocks."""
+
+    name: str
+    arrival: Arrival
+    prefill: str | None = None
+    decode: str | None = None
+    first: float | None = None
+    second: float | None = None
+    last: float | None = None
+    granted: float | None = None
+    refused: str | None = None
+
+    @property
+    def ttft(self) -> float | None:
+        return None if self.first is None else self.first - self.arrival.at
+
+    @property
+    def tpot(self) -> float | None:
+        """Mean seconds per output token after the first; None of one token."""
+        if self.first is None or self.last is None or self.arrival.output_tokens < 2:
+            return None
+        return (self.last - self.first) / (self.arrival.output_tokens - 1)
+
+    @property
+    def gap(self) -> float | None:
+        return None if self.first is None or self.second is None else self.second - self.first
+
+
+@lru_cache(maxsize=8192)
+def _sampling(output_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=output_tokens, ignore_eos=True, seed=0)
+
+
+def request_of(arrival: Arrival) -> Request:
+    """Prompts share no token but those of a prefix that their arrivals name alike."""
+    shared = min(arrival.prefix_tokens, arrival.prompt_tokens)
+    ids = (arrival.prefix + 2,) * shared + (_OWN + arrival.number,) * (arrival.prompt_tokens - shared)
+    return Request(f"r{arrival.number}", MODEL, (Tokens(ids),), _sampling(arrival.output_tokens), tenant=arrival.tenant)
+
+
+_OWN = 1 << 24
+"""Ids from here on are one request's; those below are of prefixes."""

@@ -1,0 +1,79 @@
+"""What a cluster's config decides, as the simulation needs it, and what a plan makes of a profile: workers with their times. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...core.config import ClusterConfig
+from ...core.errors import ConfigError
+from ...core.fleet import LocalPrefill, Phase
+from .profile import Hardware, Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """The settings of the production schedulers and of the router; defaults are the config file's.
+
+    `ungranted`: share of a prefill worker's pool that one destination may leave waiting. `ahead`: steps a prefill worker decides beyond
+    those that run. `most_running`: requests at once, more are refused; None: any number.
+    """
+
+    chunk_tokens: int = 512
+    decode_chunk_tokens: int = 64
+    prefill_running: int = 32
+    decode_running: int = 32
+    watermark: float = 0.05
+    ungranted: float = 0.5
+    ahead: int = 1
+    local_prefill: LocalPrefill = LocalPrefill.AUTO
+    local_prefill_below: int = 16
+    lease_s: float = 10.0
+    offer_wait_s: float = 5.0
+    most_running: int | None = 1024
+
+    @classmethod
+    def of(cls, config: ClusterConfig) -> Policies:
+        return cls(
+            chunk_tokens=config.prefill.chunk_tokens,
+            decode_chunk_tokens=config.decode.chunk_tokens,
+            prefill_running=config.decode.max_running,  # one setting for the slots of both, as workers are started
+            decode_running=config.decode.max_running,
+            local_prefill=config.router.local_prefill,
+            local_prefill_below=config.router.local_prefill_below,
+            lease_s=config.transfer.lease_s,
+            offer_wait_s=config.transfer.offer_wait_s,
+            most_running=config.router.limits.running,
+        )
+
+
+def workers_of(config: ClusterConfig, profile: Profile) -> list[Hardware]:
+    """Every worker of a plan. `ConfigError` names the key of one that the profile does not know, or has no memory for."""
+    found = []
+    for phase in Phase:
+        section = config.section(phase)
+        for number, group in enumerate(section.all_groups):
+            pp = len(group.stages) or group.pp
+            key = f"{phase.value}.groups.{number}" if section.groups else phase.value
+            hardware = hardware_of(profile, phase, group.tp, pp, group.kv_tokens, key)
+            found += [hardware] * group.workers
+    return found
+
+
+def hardware_of(profile: Profile, phase: Phase, tp: int, pp: int, kv_tokens: int | None, key: str) -> Hardware:
+    """`kv_tokens` None: as many as fit."""
+    known = profile.parallelism(tp)
+    if known is None:
+        tps = ", ".join(str(each.tp) for each in profile.parallelisms)
+        raise ConfigError(
+            f"{key}.tp: the profile of {profile.model.name} on {profile.device.name} has no times for tp {tp}; it has tp {tps}.",
+            field=f"{key}.tp",
+        )
+    most = profile.kv_tokens(tp, pp)
+    kv_tokens = most if kv_tokens is None else kv_tokens
+    if not 256 <= kv_tokens <= most:
+        fits = f"{most} do" if most >= 256 else "its weights alone fill it"
+        raise ConfigError(
+            f"{key}.kv_tokens: {kv_tokens} tokens of KV do not fit beside the weights on {tp * pp} × {profile.device.name}; {fits}.",
+            field=f"{key}.kv_tokens",
+        )
+    return Hardware(phase, tp, pp, known.times, kv_tokens)

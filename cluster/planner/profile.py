@@ -1,0 +1,133 @@
+"""What is known of a model on a device: the file that `diptych profile` writes, or a person. Versioned JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...core.errors import ConfigError
+from ...core.fleet import Phase
+from .latency import StepTimes
+
+VERSION = 1
+SHARE_OF_MEMORY = 0.9
+"""Of a device's memory, for weights and KV, where a profile does not say how many tokens fit."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(_Part):
+    """`kv_token_bytes`: of one token over all layers; `weight_bytes`: of all weights. `windows`: how many layers attend to so many
+    positions (0: to all); empty if all attend to all."""
+
+    name: str
+    dtype: str
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    max_context: int = Field(ge=2)
+    windows: dict[int, int] = {}
+    kv_token_bytes: float = Field(gt=0)
+    weight_bytes: float = Field(gt=0)
+
+
+class DeviceShare(_Part):
+    """One device of a worker. `memory_bytes`: of which SHARE_OF_MEMORY can be filled."""
+
+    name: str
+    memory_bytes: float = Field(gt=0)
+    cost_per_hour: float = Field(1.0, gt=0, description="In any currency; plans are compared by it.")
+
+
+class Residuals(_Part):
+    """How far the fitted times are from the measured ones, as shares of these."""
+
+    points: int = Field(ge=1)
+    mean: float = Field(ge=0)
+    worst: float = Field(ge=0)
+
+
+class Parallelism(_Part):
+    """Times of workers with so many shards; `kv_tokens` by number of stages, where it was measured. `error`: of times that were not
+    measured but derived, the share by which they may be off."""
+
+    tp: int = Field(ge=1)
+    times: StepTimes
+    kv_tokens: dict[int, int] = {}
+    prefill_residuals: Residuals | None = None
+    decode_residuals: Residuals | None = None
+    error: float = Field(0.0, ge=0)
+
+
+class Link(_Part):
+    """A way for KV to move between two workers. `overlap`: layers cross while the next ones are computed."""
+
+    bytes_per_s: float = Field(gt=0, description="Of one pair of ranks.")
+    latency: float = Field(0.0, ge=0, description="Seconds before the first byte of a transfer.")
+    overlap: bool = True
+
+
+class Overheads(_Part):
+    """Seconds that no step has."""
+
+    request: float = Field(0.0, ge=0, description="Of a request, from its sending to its worker and from its first token back.")
+    message: float = Field(0.0002, ge=0, description="Of a message between two workers.")
+
+
+class Profile(_Part):
+    """Times, memory and links of one model on one kind of device."""
+
+    version: Literal[1] = VERSION
+    source: str = Field(description="Where the numbers are from.")
+    estimate: bool = Field(False, description="Nobody measured them.")
+    model: Model
+    device: DeviceShare
+    parallelisms: tuple[Parallelism, ...] = Field(min_length=1)
+    links: dict[str, Link] = Field(min_length=1)
+    overheads: Overheads = Overheads()
+
+    def parallelism(self, tp: int) -> Parallelism | None:
+        """What is known of workers of `tp` shards."""
+        return next((known for known in self.parallelisms if known.tp == tp), None)
+
+    def kv_tokens(self, tp: int, pp: int) -> int:
+        """Tokens of KV that fit beside the weights into a worker of tp × pp devices, in whole blocks of 16; 0 if the weights do not fit."""
+        known = self.parallelism(tp)
+        if known is not None and pp in known.kv_tokens:
+            return known.kv_tokens[pp]
+        room = self.device.memory_bytes * SHARE_OF_MEMORY * tp * pp - self.model.weight_bytes
+        return max(0, int(room / self.model.kv_token_bytes) // 16 * 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """A worker as the simulation has it: its times, stages and KV pool."""
+
+    phase: Phase
+    tp: int
+    pp: int
+    times: StepTimes
+    kv_tokens: int
+
+
+def read_profile(path: Path) -> Profile:
+    """`ConfigError` says what is wrong with the file, by key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The profile {path} cannot be read: {error}.", field="profile") from None
+    return parse_profile(text, str(path))
+
+
+def parse_profile(text: str, name: str) -> Profile:
+    try:
+        return Profile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigError(f"{name} is no profile: {where}: {first['msg']}.", field="profile") from None

@@ -1,0 +1,148 @@
+"""What the simulated workers of both phases are: a pool, a production scheduler, a transfer machine, and what is counted of them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ...core.fleet import Member, WorkerReport, WorkerState
+from ...core.layout import CacheGroup, CacheKind, DType, Layout
+from ...core.prefix import root_hash
+from ...core.request import Request
+from ...core.transfer import Hello, ShmEndpoint, Transport
+from ...engine.batch import Batch, Drawn, StepOutput
+from ...engine.block_pool import BlockPool
+from ...router.placement import Candidate
+from ...worker.load import Load
+from .agenda import Agenda
+from .figures import WorkerCourse
+from .latency import Work
+from .life import MODEL, TOKEN, Life
+from .policies import Policies
+from .profile import Hardware, Link, Model
+
+BLOCK = 16
+SLOTS = 4096
+"""Transfers at once per source, as in a real pool."""
+TICK_S = 1.0
+"""How often leases are looked at while there are any; they last 10 s."""
+_DRAWN = Drawn(TOKEN)
+_ROOTS: dict[str, bytes] = {}
+
+
+class Told(Protocol):
+    """Who is told of tokens."""
+
+    def first_token(self, name: str, now: float, *, last: bool) -> None: ...
+
+    def ended(self, name: str, now: float) -> None: ...
+
+    def lives(self) -> dict[str, Life]: ...
+
+
+class Scene:
+    """What the workers of one simulation share."""
+
+    def __init__(self, agenda: Agenda, model: Model, policies: Policies, link: Link, message_s: float, told: Told) -> None:
+        self.agenda, self.model, self.policies, self.link, self.message_s, self.told = agenda, model, policies, link, message_s, told
+        self.groups = tuple(
+            CacheGroup(CacheKind.WINDOW if window else CacheKind.FULL, (number,), 1, 1, DType.BFLOAT16, window)
+            for number, window in enumerate(sorted(model.windows or {0: model.layers}))
+        )
+
+
+class Worker:
+    """`number`: unlike any other's. `scheduler` and `machine` are set by the phases; `choices` and `prompt_tokens`: what the router has
+    open here."""
+
+    scheduler: Any
+    machine: Any
+
+    def __init__(self, scene: Scene, hardware: Hardware, name: str, number: int) -> None:
+        self.scene, self.hardware, self.name, self.agenda = scene, hardware, name, scene.agenda
+        counts = (hardware.kv_tokens // BLOCK,) * len(scene.groups)
+        self.pool = BlockPool(counts, scene.groups, BLOCK)
+        self.layout = Layout(MODEL, scene.groups, BLOCK, counts)
+        room = min(scene.model.max_context, counts[0] * BLOCK)
+        self.member = Member(name, name, hardware.phase, number, self.layout, room)
+        self.course = WorkerCourse()
+        self.choices = self.prompt_tokens = 0
+        self._candidate: Candidate | None = None
+        self._ticking = False
+
+    @property
+    def now(self) -> float:
+        return self.agenda.now
+
+    @property
+    def hello(self) -> Hello:
+        return Hello(self.name, self.member.incarnation, self.layout, (ShmEndpoint("", b""),), (Transport.SHM,))
+
+    def opened(self, choices: int, prompt_tokens: int) -> None:
+        """The router has sent something here (or, below 0, knows that it is over)."""
+        self.choices += choices
+        self.prompt_tokens += prompt_tokens
+        self._candidate = None
+
+    def changed(self) -> None:
+        """What the worker would report is not what it was."""
+        self._candidate = None
+
+    def candidate(self) -> Candidate:
+        """As the router sees it; reports are sent on every change."""
+        if self._candidate is None:
+            load: Load = self.scheduler.load(self.now)
+            self.course.put(self.now, load.waiting, load.running, 1 - load.blocks_free / load.blocks_total)
+            report = WorkerReport(
+                self.name,
+                self.member.incarnation,
+                WorkerState.READY,
+                load.waiting,
+                load.running,
+                load.prompt_tokens_waiting,
+                load.blocks_free,
+                load.blocks_total,
+                load.leases,
+            )
+            self._candidate = Candidate(self.member, report, self.choices, self.prompt_tokens)
+        return self._candidate
+
+    def watch_leases(self) -> None:
+        """Have the machine's deadlines looked at as long as it has transfers."""
+        if not self._ticking and self.machine.transfers:
+            self._ticking = True
+            self.agenda.after(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._ticking = False
+        self.do(self.machine.expire(self.now))
+        self.watch_leases()
+
+    def do(self, actions: list[Any]) -> None:
+        raise NotImplementedError
+
+
+def root_of(request: Request) -> bytes:
+    """The same for all of a tenant."""
+    if request.tenant not in _ROOTS:
+        _ROOTS[request.tenant] = root_hash(fingerprint=MODEL, dtype="", tenant=request.tenant)
+    return _ROOTS[request.tenant]
+
+
+def output_of(batch: Batch) -> StepOutput:
+    """What an engine would answer that always draws the same token."""
+    return StepOutput(batch.step, tuple((_DRAWN,) * len(row.draws) for row in batch.rows))
+
+
+def work_of(batch: Batch, in_chunks: Sequence[bool]) -> Work:
+    """What a batch computes; `in_chunks[i]`: row i computes a prompt, or part of one, rather than decodes."""
+    tokens = pairs = rows = context = 0
+    for row, chunk in zip(batch.rows, in_chunks, strict=True):
+        length = row.length
+        if chunk:
+            tokens += length
+            pairs += length * (2 * row.start + length)
+        else:
+            rows += 1
+            context += row.start + length
+    return Work(tokens, pairs, rows, context)

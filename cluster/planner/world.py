@@ -1,0 +1,176 @@
+"""A simulated cluster under a load: arrivals, the router's placement, workers of both phases. Pure.
+
+What is simulated is production's own code on a clock that jumps: schedulers, block pools, leases, transfer machines and placement
+are the classes that serve. Only what they ask of a device takes its time from a profile instead of a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from ...core.errors import ContextExceeded, Unavailable
+from ...core.fleet import Phase
+from ...router.placement import Demand, Path, Policy, Snapshot, place
+from ..load.slo import Slo
+from ..load.workload import Arrival
+from .agenda import Agenda
+from .decode import DecodeWorker
+from .figures import Histogram
+from .lane import Lane
+from .life import Life
+from .policies import Policies
+from .prefill import PrefillWorker
+from .profile import Hardware, Link, Profile
+from .worker import Scene, Worker
+
+
+class World:
+    """`on_end` is called with each request that has ended; nothing is kept of it afterwards. `link`: by which KV moves, one of the
+    profile's."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        hardware: Iterable[Hardware],
+        policies: Policies,
+        *,
+        link: Link | None = None,
+        slo: Slo | None = None,
+        on_end: Callable[[Life], None] = lambda life: None,
+    ) -> None:
+        self.agenda = Agenda()
+        self.ttft, self.tpot, self.itl, self.gap, self.e2e = (Histogram() for _ in range(5))
+        self.requests = self.met = self.refused = 0
+        self.paths: dict[str, int] = {}
+        self._slo, self._on_end = slo or Slo(), on_end
+        self._overheads, self._policies = profile.overheads, policies
+        self._policy = Policy(policies.local_prefill, policies.local_prefill_below)
+        self._lives: dict[str, Life] = {}
+        self._turn = 0
+        scene = Scene(self.agenda, profile.model, policies, link or next(iter(profile.links.values())), self._overheads.message, self)
+        self.prefills: dict[str, PrefillWorker] = {}
+        self.decodes: dict[str, DecodeWorker] = {}
+        for number, each in enumerate(hardware, 1):
+            if each.phase is Phase.PREFILL:
+                name = f"prefill-{len(self.prefills)}"
+                self.prefills[name] = PrefillWorker(scene, each, name, number, self._dial)
+            else:
+                name = f"decode-{len(self.decodes)}"
+                self.decodes[name] = DecodeWorker(scene, each, name, number, self.itl)
+        self._workers: tuple[Worker, ...] = (*self.prefills.values(), *self.decodes.values())
+
+    def run(self, arrivals: Iterable[Arrival], stop: Callable[[], bool] = lambda: False) -> None:
+        """Serve them all, or until `stop` says so. They are taken one by one, when their time has come."""
+        self._next(iter(arrivals))
+        self.agenda.run(stop)
+        for worker in self._workers:
+            worker.changed()
+            worker.candidate()  # the last entry of its time line
+
+    def _next(self, arrivals: Iterator[Arrival]) -> None:
+        if (arrival := next(arrivals, None)) is not None:
+            self.agenda.at(arrival.at + self._overheads.request, self._arrived, arrival, arrivals)
+
+    def _arrived(self, arrival: Arrival, arrivals: Iterator[Arrival]) -> None:
+        self._next(arrivals)
+        life = Life(f"r{arrival.number}", arrival)
+        if self._policies.most_running is not None and len(self._lives) >= self._policies.most_running:
+            self._refuse(life, f"{self._policies.most_running} requests are under way already (router.limits.running)")
+            return
+        self._turn += 1
+        demand = Demand(arrival.prompt_tokens, arrival.output_tokens)
+        try:
+            placed = place(Snapshot(tuple(worker.candidate() for worker in self._workers), self._turn), demand, self._policy)
+        except (Unavailable, ContextExceeded) as error:
+            self._refuse(life, error.message)
+            return
+        self.paths[placed.path] = self.paths.get(placed.path, 0) + 1
+        self._lives[life.name] = life
+        if placed.decode is not None:
+            life.decode = placed.decode.worker_id
+            self.decodes[life.decode].expect(life, local=placed.path is Path.LOCAL)
+        if placed.prefill is not None:
+            life.prefill = placed.prefill.worker_id
+            self.prefills[life.prefill].add(life, life.decode)
+
+    def _refuse(self, life: Life, why: str) -> None:
+        life.refused = why
+        self.refused += 1
+        self.requests += 1
+        self._on_end(life)
+
+    def _dial(self, source: PrefillWorker, at_source: int, address: str) -> Lane:
+        destination = self.decodes[address]
+        lane = Lane(source, at_source, destination, destination.machine.lane_opened(self.agenda.now))
+        destination.lanes[lane.at_destination] = lane
+        return lane
+
+    # -- what the workers tell (`worker.Told`) -------------------------------------------------------------------------
+
+    def lives(self) -> dict[str, Life]:
+        return self._lives
+
+    def first_token(self, name: str, now: float, *, last: bool) -> None:
+        self._lives[name].first = now
+        if last:
+            if (decode := self._lives[name].decode) is not None:
+                raise AssertionError(f"{name} has one token and was sent to {decode}")
+            self.ended(name, now)
+
+    def ended(self, name: str, now: float) -> None:
+        life = self._lives.pop(name)
+        life.last = now
+        assert life.ttft is not None, "an answer without a token"
+        self.requests += 1
+        self.ttft.add(life.ttft)
+        self.e2e.add(now - life.arrival.at)
+        if life.tpot is not None:
+            self.tpot.add(life.tpot)
+        if life.gap is not None and life.prefill is not None:
+            self.gap.add(life.gap)
+        self.met += self.meets(life)
+        self._on_end(life)
+
+    def meets(self, life: Life) -> bool:
+        """Whether the request was within all limits; one token has no TPOT and exceeds none."""
+        if life.refused is not None or life.last is None:
+            return False
+        pairs = ((self._slo.ttft, life.ttft), (self._slo.tpot, life.tpot), (self._slo.e2e, life.last - life.arrival.at))
+        return all(limit is None or value is None or value <= limit for limit, value in pairs)
+
+    # -- what came of it -----------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `AssertionError` unless every request has ended and nothing is held anywhere."""
+        assert not self._lives, f"{len(self._lives)} requests wait for ever"
+        for worker in self._workers:
+            worker.scheduler.check()
+            worker.machine.check()
+            assert worker.pool.unused, f"{worker.name} holds blocks"
+            assert worker.machine.transfers == 0, f"{worker.name} has transfers"
+
+    def counters(self) -> dict[str, float]:
+        """Totals of what the schedulers count, over all workers."""
+        totals: dict[str, float] = {}
+        for worker in self._workers:
+            for name, value in worker.scheduler.load(self.agenda.now).counters:
+                totals[name] = totals.get(name, 0.0) + value
+        return totals
+
+    def as_json(self) -> dict[str, Any]:
+        """The summary of a run."""
+        end = self.agenda.now
+        figures = {"ttft": self.ttft, "tpot": self.tpot, "itl": self.itl, "handover_gap": self.gap, "e2e": self.e2e}
+        return {
+            "seconds": end,
+            "requests": self.requests,
+            "refused": self.refused,
+            "requests_per_s": (self.requests - self.refused) / end if end else 0.0,
+            "attainment": {"slo": str(self._slo), "met": self.met, "share": self.met / self.requests if self.requests else 0.0},
+            "goodput": self.met / end if end else 0.0,
+            "times": {name: found for name, figure in figures.items() if (found := figure.as_json())},
+            "paths": self.paths,
+            "counters": self.counters(),
+            "workers": {worker.name: worker.course.as_json(end) for worker in self._workers},
+        }

@@ -1,0 +1,101 @@
+"""The latency model, what is fitted to it and what is derived from it."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from diptych.cluster.planner.data_sheets import DEVICES, device_of, estimate
+from diptych.cluster.planner.extrapolating import extended, law
+from diptych.cluster.planner.fitting import DecodePoint, PrefillPoint, fit, fit_decode, fit_prefill
+from diptych.cluster.planner.latency import DecodeTimes, StepTimes, Work, decode_seconds, step_seconds, steps_within
+from diptych.cluster.planner.profile import Model, parse_profile
+from diptych.core.errors import ConfigError
+from worlds import TIMES, profile
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_many_steps_take_what_single_ones_do(stages: int) -> None:
+    singles = [step_seconds(TIMES, Work(rows=7, context=5000 + 7 * i), stages) for i in range(40)]
+    assert decode_seconds(TIMES, 7, 5000, 40, stages) == pytest.approx(sum(singles))
+    for begun in range(1, 41):
+        just_after = sum(singles[: begun - 1]) + 1e-9
+        assert steps_within(TIMES, 7, 5000, just_after, 40, stages) == begun
+    assert steps_within(TIMES, 7, 5000, 1e9, 40, stages) == 40
+
+
+def test_a_large_batch_has_times_of_its_own() -> None:
+    times = StepTimes(prefill=TIMES.prefill, decode=TIMES.decode, decode_large=DecodeTimes(constant=1, context=0, row=0), large_from=10)
+    assert step_seconds(times, Work(rows=9, context=9)) < 0.1
+    assert step_seconds(times, Work(rows=10, context=10)) == 1
+
+
+def test_a_chunk_beside_decodes_reads_the_weights_once() -> None:
+    both = step_seconds(TIMES, Work(tokens=100, pairs=10000, rows=5, context=500))
+    apart = step_seconds(TIMES, Work(tokens=100, pairs=10000)) + step_seconds(TIMES, Work(rows=5, context=500))
+    assert both == pytest.approx(apart - TIMES.prefill.constant)
+
+
+def test_fitting_finds_the_terms_again_in_spite_of_noise() -> None:
+    draw = random.Random(1)
+    grid = [(batch, length) for batch in (1, 4, 16) for length in (16, 128, 512, 1500)]
+    points = [PrefillPoint(b, n, step_seconds(TIMES, Work(tokens=b * n, pairs=b * n * n)) * draw.uniform(0.97, 1.03)) for b, n in grid]
+    times, residuals = fit_prefill(points)
+    assert times.token == pytest.approx(TIMES.prefill.token, rel=0.05)
+    assert times.constant == pytest.approx(TIMES.prefill.constant, rel=0.05)
+    assert residuals.worst < 0.05
+    decode, _ = fit_decode([DecodePoint(b, n, step_seconds(TIMES, Work(rows=b, context=b * n))) for b, n in grid])
+    assert (decode.constant, decode.context, decode.row) == pytest.approx((0.02, 1e-6, 1e-4), rel=1e-6)
+
+
+def test_no_term_is_negative_and_short_steps_count_as_much_as_long_ones() -> None:
+    (constant, slope), _ = fit([(1.0, 1.0), (1.0, 10.0), (1.0, 1000.0)], [1.0, 0.9, 0.8])
+    assert constant > 0
+    assert slope == 0
+    terms, residuals = fit([(1.0, 0.0), (1.0, 1.0), (0.0, 1.0)], [0.001, 100.001, 100.0])
+    assert terms == pytest.approx((0.001, 100.0))
+    assert residuals.worst < 1e-6
+
+
+def test_too_few_points_are_refused() -> None:
+    with pytest.raises(ConfigError, match="2 measured steps are too few"):
+        fit_prefill([PrefillPoint(1, 1, 1.0)] * 2)
+
+
+def test_derived_times_follow_the_law_of_those_measured() -> None:
+    assert law([1, 2, 4], [8 + 1, 4 + 1, 2 + 1]) == pytest.approx((8, 1))
+    assert law([2], [3.0]) == (6.0, 0.0)
+    one = profile().parallelisms[0]
+    full = extended(profile(), [1, 2])
+    derived = full.parallelism(2)
+    assert derived is not None
+    assert derived.error > 0
+    assert derived.times.prefill.token == pytest.approx(one.times.prefill.token / 2)
+    assert full.parallelism(1) == one, "what was measured stays"
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_data_sheet_gives_a_profile_that_says_it_is_an_estimate(name: str) -> None:
+    model = Model(name="m", dtype="bfloat16", layers=32, heads=32, kv_heads=8, max_context=8192, kv_token_bytes=131072, weight_bytes=16e9)
+    made = estimate(model, device_of(name.lower()))
+    assert made.estimate
+    assert [each.tp for each in made.parallelisms] == [1, 2, 4, 8]
+    tokens = [step_seconds(each.times, Work(tokens=2048, pairs=2048**2)) for each in made.parallelisms]
+    assert tokens == sorted(tokens, reverse=True), "more shards are faster"
+    assert parse_profile(made.model_dump_json(), "p") == made
+
+
+def test_an_unknown_device_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ConfigError, match=r"no data sheet of 'V100'; there are A100, H100, H200, B200, L40S"):
+        device_of("V100")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"version": 2}, "version"), ({"parallelisms": []}, "parallelisms"), ({"model": {}}, "model.name"), ({"x": 1}, "x")],
+)
+def test_a_wrong_profile_is_refused_by_key(change: dict[str, object], named: str) -> None:
+    text = json.dumps(json.loads(profile().model_dump_json()) | change)
+    with pytest.raises(ConfigError, match=f"P.json is no profile: {named}: "):
+        parse_profile(text, "P.json")

@@ -1,0 +1,117 @@
+"""Which plan is found, and why the others were not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import pytest
+from diptych.cluster.load import arrivals as times
+from diptych.cluster.load.lengths import Range, drawn
+from diptych.cluster.load.slo import Slo
+from diptych.cluster.load.workload import Arrival, arrivals_of
+from diptych.cluster.planner.goodput import Bench, Terms
+from diptych.cluster.planner.latency import Work, step_seconds
+from diptych.cluster.planner.plan_file import config_of, policies_for
+from diptych.cluster.planner.profile import DeviceShare, Parallelism, Profile
+from diptych.cluster.planner.search import Outcome, Planner, Scored, Space
+from diptych.cluster.planner.shapes import Loss, Plan, Sample, Shape, lacking, most_answers, most_prompts
+from diptych.core.config import load_config
+from diptych.core.fleet import Phase
+from worlds import APART, TIMES, profile
+
+SLO = Slo(ttft=0.2, tpot=0.06)
+
+
+def load(rate: float, seed: int) -> Iterator[Arrival]:
+    return arrivals_of(times.poisson(rate, seed), drawn(Range(50, 400), Range(5, 40), seed))
+
+
+SAMPLE = Sample(tuple(islice(load(1.0, 0), 500)))
+
+
+def two_tps() -> Profile:
+    half = TIMES.model_copy(
+        update={
+            "prefill": TIMES.prefill.model_copy(update={"token": TIMES.prefill.token / 1.8}),
+            "decode": TIMES.decode.model_copy(update={"constant": TIMES.decode.constant / 1.7}),
+        }
+    )
+    kv = {1: 16000, 2: 32000, 3: 48000}
+    return profile(parallelisms=(Parallelism(tp=1, times=TIMES, kv_tokens=kv), Parallelism(tp=2, times=half, kv_tokens=kv)))
+
+
+def planner(known: Profile, space: Space, slo: Slo = SLO, **settings: bool) -> Planner:
+    terms = Terms(load, slo, most=240, tolerance=0.15)
+    return Planner(Bench(known, APART, known.links["node"], terms), space, SAMPLE, **settings)
+
+
+@pytest.fixture(scope="module")
+def found() -> Outcome:
+    return planner(two_tps(), Space(1, 3)).paired()
+
+
+def test_the_best_pair_serves_most_for_each_device(found: Outcome) -> None:
+    assert found.best is not None
+    assert [each.per_device for each in found.scored] == sorted((each.per_device for each in found.scored), reverse=True)
+    assert found.best.plan.devices <= 3
+    assert found.simulated + sum(each.loss is Loss.DOMINATED for each in found.lost) == found.considered
+
+
+def test_what_is_not_simulated_could_not_have_won(found: Outcome) -> None:
+    exhaustive = planner(two_tps(), Space(1, 3), exhaustive=True).paired()
+    assert exhaustive.simulated == exhaustive.considered == found.considered
+    assert exhaustive.best is not None
+    assert found.best is not None
+    assert (exhaustive.best.plan, exhaustive.best.rate) == (found.best.plan, found.best.rate)
+
+
+def test_a_rate_served_is_below_the_bounds_and_not_far_below_them(found: Outcome) -> None:
+    assert found.best is not None
+    plan = found.best.plan
+    prompts, answers = most_prompts(two_tps(), plan.prefill, SAMPLE, APART), most_answers(two_tps(), plan.decode, SAMPLE, SLO, APART)
+    assert 0.2 * min(prompts, answers) < found.best.rate <= min(prompts, answers) / 0.9
+
+
+def test_phases_apart_get_the_numbers_that_a_rate_needs() -> None:
+    outcome = planner(profile(), Space(2, 8)).apart(rate=40.0)
+    assert outcome.best is not None
+    assert outcome.best.rate == 40.0
+    assert outcome.best.probe is not None
+    assert outcome.best.probe.share >= 0.9
+    assert outcome.best.plan.prefills > 1, "one takes at most 30"
+    with_less = planner(profile(), Space(1, 2)).apart(rate=400.0)
+    assert with_less.best is None
+
+
+def test_why_a_shape_cannot_serve_is_said() -> None:
+    small = profile(device=DeviceShare(name="d", memory_bytes=1.15e9), parallelisms=(Parallelism(tp=1, times=TIMES),))
+    lost = lacking(small, Phase.DECODE, Shape(1, 1), SAMPLE, SLO, 0.9)
+    assert lost is not None
+    assert (lost.loss, lost.what) == (Loss.MEMORY, "decode tp 1 pp 1")
+    unknown = lacking(profile(), Phase.DECODE, Shape(4, 1), SAMPLE, SLO, 0.9)
+    assert unknown is not None
+    assert unknown.loss is Loss.NO_PROFILE
+    slow = lacking(profile(), Phase.PREFILL, Shape(1, 1), SAMPLE, Slo(ttft=0.02, tpot=1), 0.9)
+    assert slow is not None
+    assert slow.loss is Loss.SLO
+    long = sorted(a.prompt_tokens for a in SAMPLE.arrivals)[449]
+    assert f"up to {1000 * (step_seconds(TIMES, Work(tokens=long, pairs=long**2)) + 0.005):.0f} ms; the limit is 20" in slow.why
+    assert lacking(profile(), Phase.PREFILL, Shape(1, 1), SAMPLE, SLO, 0.9) is None
+
+
+def test_the_front_has_what_no_other_beats_in_both() -> None:
+    def scored(cost: float, rate: float) -> Scored:
+        return Scored(Plan(Shape(1, 1), Shape(1, 1)), rate, None, cost)
+
+    outcome = Outcome([scored(4, 9), scored(2, 5), scored(3, 4), scored(4, 7), scored(5, 9)])
+    assert [(each.cost_per_hour, each.rate) for each in outcome.front()] == [(2, 5), (4, 9)]
+
+
+def test_a_plan_is_a_config_that_up_loads() -> None:
+    known = two_tps()
+    values = config_of(Plan(Shape(2, 1), Shape(1, 2), 2, 3), known, policies_for(known, 2, SAMPLE), "org/model")
+    config = load_config(values)
+    assert (config.prefill.workers, config.prefill.tp, config.decode.workers, config.decode.pp) == (2, 2, 3, 2)
+    assert config.decode.kv_tokens == 32000
+    assert config.model.source == "org/model"
