@@ -25,7 +25,7 @@ demo: $(VENV)/.demo ## serve the demo model, prefill and decode apart, and ask i
 
 test: $(VENV)/.test lint types ## the gate: format, lint, types, stubs, tests
 	@$(BIN)/python proto/generate.py --check
-	@$(PYTEST) -q -m "not nightly and not gpu" --durations=15
+	@$(PYTEST) -q -m "not nightly and not gpu" -n 2 --dist loadgroup --durations=15
 
 nightly: $(VENV)/.test ## the tests that are too long for the gate
 	@$(PYTEST) -q -m "nightly and not gpu" --durations=15

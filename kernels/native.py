@@ -21,10 +21,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("linear", "residual_norm", "rotary_store", "gated", "attend_singles", "argmax")
+SOURCES = ("linear", "residual_norm", "rotary_store", "gated", "attend_singles", "argmax", "copy_runs")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 COMPILE_S = 120.0
@@ -38,8 +39,8 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 class Native:
     """The loaded kernels; arguments as in the C++ files, tensors as `data_ptr()`.
 
-    `linear` and `attend_singles` let other Python threads run meanwhile. The others take microseconds, less than it takes to get the
-    interpreter back from a thread that has it.
+    `linear`, `attend_singles` and `copy_runs` let other Python threads run meanwhile. The others take microseconds, less than it takes
+    to get the interpreter back from a thread that has it; so does `copy_few`, which is `copy_runs` for few bytes.
     """
 
     linear: Kernel
@@ -48,6 +49,8 @@ class Native:
     gated: Kernel
     attend_singles: Kernel
     argmax: Kernel
+    copy_runs: Kernel
+    copy_few: Kernel
 
 
 @cache
@@ -59,6 +62,11 @@ def native() -> Native | None:
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         log.warning("No C++ kernels, all is computed with torch, and a bf16 decode step takes about twice as long: %s", _reason(error))
         return None
+
+
+def native_for(x: Tensor) -> Native | None:
+    """The kernels, if they can compute with `x`: bf16, in this host's memory."""
+    return native() if x.dtype is torch.bfloat16 and x.is_cpu else None
 
 
 def threads_for(elements: int) -> int:
@@ -139,6 +147,8 @@ def _load(path: Path) -> Native:
         gated=_kernel(alone.diptych_gated, _P, _P, _I, _I, _I, _I),
         attend_singles=_kernel(together.diptych_attend_singles, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, _F, _I),
         argmax=_kernel(alone.diptych_argmax, _P, _P, _I, _I, _I),
+        copy_runs=_kernel(together.diptych_copy_runs, _P, _P, _P, _I),
+        copy_few=_kernel(alone.diptych_copy_runs, _P, _P, _P, _I),
     )
 
 
