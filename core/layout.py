@@ -24,10 +24,6 @@ class DType(StrEnum):
         return 4 if self is DType.FLOAT32 else 2
 
 
-CAST = frozenset({DType.FLOAT32, DType.BFLOAT16})
-"""Those that are cast into each other on the way. What float16 cannot hold would arrive as infinity."""
-
-
 class CacheKind(StrEnum):
     FULL = "full"
     WINDOW = "window"
@@ -124,9 +120,6 @@ class Layout:
         """The first difference that is not bridged, as a sentence that names it; None if there is none."""
         if (difference := self.model_difference(other)) is not None:
             return difference
-        for group, there in zip(self.groups, other.groups, strict=True):
-            if group.dtype is not there.dtype and not {group.dtype, there.dtype} <= CAST:
-                return _differs("groups.dtype", group.dtype, there.dtype)
         # A window's first block may begin, where blocks are longer, with positions that the source no longer holds. This prompt does not
         # need them, but a shorter one that finds the block by its prefix would.
         if self.block_size != other.block_size and any(group.kind is CacheKind.WINDOW for group in self.groups):
@@ -136,9 +129,15 @@ class Layout:
     def model_difference(self, other: Layout) -> str | None:
         """The first difference in what the KV is, however it is held; slices bridge all others."""
         if self.fingerprint != other.fingerprint:
-            return _differs("fingerprint", self.fingerprint, other.fingerprint)
-        ours, theirs = (tuple(replace(group, dtype=DType.FLOAT32) for group in layout.groups) for layout in (self, other))
-        return _differs("groups", self.groups, other.groups) if ours != theirs else None
+            what = "weights, settings (rope among them) or dtype are not the same"
+            return f"{_differs('fingerprint', self.fingerprint, other.fingerprint)[:-1]}: {what}."
+        if len(self.groups) != len(other.groups):
+            return f"groups differ in number: {len(self.groups)} here, {len(other.groups)} there."
+        for number, (ours, theirs) in enumerate(zip(self.groups, other.groups, strict=True)):
+            for name in ("kind", "layers", "kv_heads", "head_dim", "window"):
+                if getattr(ours, name) != getattr(theirs, name):
+                    return _differs(f"groups[{number}].{name}", getattr(ours, name), getattr(theirs, name))
+        return None
 
     @property
     def _layers(self) -> int:

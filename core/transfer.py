@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from .errors import ConfigError
 from .layout import Layout
 from .request import Token
 
@@ -27,11 +28,38 @@ PROTOCOL_VERSION = 5
 
 
 class Transport(StrEnum):
-    """How KV crosses. `shm` is one-sided: the destination copies from the source's pool. `gloo` is two-sided, over TCP: what the
-    source announces it sends, and the destination receives."""
+    """How KV crosses, the best first. `cuda_ipc` and `nccl` are for pools on GPUs, `shm` and `gloo` for pools in host memory.
 
+    `cuda_ipc` and `shm`, within a host, are one-sided: the destination copies from the source's pool. `nccl` and `gloo` (TCP) are
+    two-sided: what the source announces it sends, and the destination receives.
+    """
+
+    CUDA_IPC = "cuda_ipc"
+    NCCL = "nccl"
     SHM = "shm"
     GLOO = "gloo"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is for pools on GPUs."""
+        return self in (Transport.CUDA_IPC, Transport.NCCL)
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether what the source announces comes by itself."""
+        return self in (Transport.NCCL, Transport.GLOO)
+
+
+def transports_for(wanted: tuple[Transport, ...], *, on_gpu: bool) -> tuple[Transport, ...]:
+    """What a worker may use, the best first; `wanted` empty: all that its pools can. Raises `ConfigError` (field `transfer.transports`) if
+    its pools, on GPUs or not, cannot use one that is wanted."""
+    able = tuple(transport for transport in Transport if transport.on_gpu is on_gpu)
+    for transport in wanted:
+        if transport not in able:
+            here, there = ("on a GPU", "in host memory") if on_gpu else ("in host memory", "on a GPU")
+            message = f"transfer.transports names {transport}, which moves KV that is {there}; here KV is {here}, for {' and '.join(able)}."
+            raise ConfigError(message, field="transfer.transports")
+    return wanted or able
 
 
 class RefusedReason(StrEnum):
@@ -44,7 +72,7 @@ class RefusedReason(StrEnum):
     LAYOUT = "layout"
     """The two workers' KV cannot be exchanged: layouts or protocol versions differ."""
     TRANSPORT = "transport"
-    """There is no transport that both ends may use (for `shm`: they are not on the same host)."""
+    """There is no transport that both ends may use (for `cuda_ipc` and `shm`: they are not on the same host)."""
     DRAINING = "draining"
     FAILED = "failed"
     """A piece failed, or a lease ran out."""
@@ -61,7 +89,7 @@ class Epoch:
 @dataclass(frozen=True, slots=True)
 class ShmEndpoint:
     """How to reach the pool of one rank on the same host: an abstract Unix socket that hands out its memfd, and the nonce that
-    must be read there (16 bytes) before the host counts as the same."""
+    must be read there (16 bytes) before the host counts as the same. Of a pool on a GPU the memfd says where the GPU's memory is."""
 
     socket: str
     nonce: bytes

@@ -48,21 +48,23 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class Attach:
-    """Destination: every rank is to make ready to copy from the worker that said `hello`, and answer with `attached` or
-    `not_attached`."""
+    """Destination: every rank is to make ready to copy, by `transport`, from the worker that said `hello`, and answer with `attached`
+    or `not_attached`."""
 
     lane: int
     hello: Hello
+    transport: Transport
 
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """Make a pair for every route between us and the worker that said `hello`, in the background; each of the source's answers with
-    `connected`. Whatever goes wrong with any, now or later, is told by `pair_broken`. `instead`: why no transport that comes
-    earlier in the list is used."""
+    """Make a pair of `transport` for every route between us and the worker that said `hello`, in the background; each of the source's
+    answers with `connected`. Whatever goes wrong with any, now or later, is told by `pair_broken`. `instead`: why no transport that
+    comes earlier in the list is used."""
 
     lane: int
     hello: Hello
+    transport: Transport
     instead: str = ""
 
 

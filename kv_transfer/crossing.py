@@ -45,6 +45,10 @@ class Crossing:
         """Of the piece as the source has it, which is how it crosses."""
         return span.bytes(self._groups)
 
+    def block(self, group: int) -> int:
+        """Bytes of what goes the route of one whole block of the source, in one layer."""
+        return self.sources[group].size * self._groups[group].token_bytes
+
     def between(self, span: Span, source_blocks: tuple[int, ...], destination_blocks: tuple[int, ...]) -> Runs:
         """From the source's pool to the destination's."""
         here, there = self.sources[span.group], self.destinations[span.group]

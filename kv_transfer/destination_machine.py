@@ -5,7 +5,7 @@
 
 An Offer may come before `expect`: it is parked. Who waits here, and until when: a new lane for Hello and the attachment,
 `HANDSHAKE_S`; a parked Offer, `offer_wait_s`; a grant, one lease after the last piece or KeepAlive; after Commit, only for copies
-of our own (shm) or for what the source is sending (gloo), which comes or the pair breaks, and its lane with it. `expected` and
+of our own (one-sided) or for what the source is sending (two-sided), which comes or the pair breaks, and its lane with it. `expected` and
 `offered` hold nothing and end with their owners: the router's cancel, the worker's grant or refusal.
 """
 
@@ -30,7 +30,6 @@ from ..core.transfer import (
     Refused,
     RefusedReason,
     Rendezvous,
-    Transport,
 )
 from .actions import (
     Attach,
@@ -267,10 +266,10 @@ class DestinationMachine:
         """Make the first of the transports that are left work; `instead`: why the one before it does not."""
         assert lane.hello is not None
         match lane.choices[:1]:
-            case (Transport.SHM,):
-                return [Attach(lane.number, lane.hello)]
-            case (Transport.GLOO,):
-                return [*self._open(lane), Connect(lane.number, lane.hello, instead)]
+            case (transport,) if transport.two_sided:
+                return [*self._open(lane), Connect(lane.number, lane.hello, transport, instead)]
+            case (transport,):
+                return [Attach(lane.number, lane.hello, transport)]
             case _:
                 return self._refuse_lane(lane.number, Refused("", RefusedReason.TRANSPORT, instead), now)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ..core.errors import TransferFailed
 from ..core.layout import Layout
-from ..core.transfer import Hello, ShmEndpoint
+from ..core.transfer import Hello, ShmEndpoint, Transport
 from .actions import Attach, Connect, Copy, Detach, Fence, Introduce, Receive
 from .answers import Attached, Copied, DestinationAnswer, Fenced, NotAttached, PairBroken, Said
 from .crossing import Crossing
@@ -16,8 +16,10 @@ from .pool import Pool
 from .ranks import DestinationOrder
 from .slices import routes
 from .staging import slot_bytes
-from .transports.gloo import Device, Ground, Incoming, PairEvents
-from .transports.shm import PeerPool, ShmCopies, attach
+from .transports import cuda_ipc, shm
+from .transports.one_sided import Copies, PeerPool
+from .transports.two_sided import Ground, Incoming, PairEvents
+from .transports.wiring import wires_at
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,8 @@ class DestinationRank:
         """Construct while the loop runs; close before the pool. `layout`: the worker's, all ranks. `host`: the address by which peers
         reach this rank; gloo binds to its interface alone. `silence_s`: how long a peer of a pair may be silent."""
         self._rank, self._pool, self._layout, self._answer = rank, pool, layout, answer
-        self._device, self._silence_s = Device(host), silence_s
-        self._copies = ShmCopies(pool, self._copied, self._fenced)
+        self._wires, self._silence_s = wires_at(host, pool.device), silence_s
+        self._copies = Copies(pool, self._copied, self._fenced)
         self._sources: dict[int, dict[int, PeerPool]] = {}
         """The pools mapped for a lane, by the source's rank."""
         self._ways: dict[tuple[int, int], tuple[PeerPool, Crossing]] = {}
@@ -60,8 +62,10 @@ class DestinationRank:
                 self._pairs[order.lane][order.route].receive(order)
             case Fence(transfer_id):
                 self._fence(transfer_id, order.lane)
-            case Attach(lane, hello):
-                self._attaching[lane] = asyncio.create_task(self._attach(lane, hello), name=f"map the pools of {hello.worker_id}")
+            case Attach(lane, hello, transport):
+                self._attaching[lane] = asyncio.create_task(
+                    self._attach(lane, hello, transport), name=f"map the pools of {hello.worker_id}"
+                )
                 self._attaching[lane].add_done_callback(lambda _: self._attaching.pop(lane))
             case Connect():
                 self._unmap(order.lane)
@@ -79,17 +83,18 @@ class DestinationRank:
             await asyncio.wait(list(self._attaching.values()))
         if self._closing:
             await asyncio.wait(self._closing)
-        self._device.close()
+        for wires in self._wires.values():
+            wires.close()
         self._copies.close()
 
     # -- one-sided ----------------------------------------------------------------------------------------------------
 
-    async def _attach(self, lane: int, hello: Hello) -> None:
+    async def _attach(self, lane: int, hello: Hello, transport: Transport) -> None:
         mine = {number: route for number, route in enumerate(routes(hello.layout, self._layout)) if route.destination == self._rank}
         pools: dict[int, PeerPool] = {}
         try:
             for rank in sorted({route.source for route in mine.values()}):
-                pools[rank] = await attach(hello.worker_id, hello.shm[rank], hello.layout.on(rank).layout)
+                pools[rank] = await self._map(hello, rank, transport)
         except BaseException as error:
             for pool in pools.values():
                 pool.close()
@@ -100,8 +105,14 @@ class DestinationRank:
         self._sources[lane] = pools
         for number, route in mine.items():
             self._ways[lane, number] = pools[route.source], Crossing(route, hello.layout, self._layout)
-        log.info("lane %d: KV comes from %s over shm", lane, hello.worker_id)
+        log.info("lane %d: KV comes from %s over %s", lane, hello.worker_id, transport)
         self._answer(Attached(lane, self._rank))
+
+    async def _map(self, hello: Hello, rank: int, transport: Transport) -> PeerPool:
+        layout = hello.layout.on(rank).layout
+        if transport is Transport.SHM:
+            return await shm.attach(hello.worker_id, hello.shm[rank], layout)
+        return await cuda_ipc.attach(hello.worker_id, hello.shm[rank], layout, self._pool.device)
 
     def _unmap(self, lane: int) -> None:
         if lane in self._attaching:
@@ -117,14 +128,14 @@ class DestinationRank:
     # -- two-sided ----------------------------------------------------------------------------------------------------
 
     def _connect(self, connect: Connect) -> None:
-        lane, hello = connect.lane, connect.hello
-        log.info("lane %d: KV comes from %s over gloo%s", lane, hello.worker_id, connect.instead and f": {connect.instead}")
+        lane, hello, transport = connect.lane, connect.hello, connect.transport
+        log.info("lane %d: KV comes from %s over %s%s", lane, hello.worker_id, transport, connect.instead and f": {connect.instead}")
         self._pairs[lane] = {}
         for number, route in enumerate(routes(hello.layout, self._layout)):
             if route.destination != self._rank:
                 continue
             crossing = Crossing(route, hello.layout, self._layout)
-            ground = Ground(self._pool, self._device, crossing, slot_bytes(hello.layout), self._silence_s)
+            ground = Ground(self._pool, transport, self._wires[transport], crossing, slot_bytes(hello.layout), self._silence_s)
             self._pairs[lane][number] = Incoming(ground, self._events(lane, number))
 
     def _events(self, lane: int, route: int) -> PairEvents:

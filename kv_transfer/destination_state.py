@@ -86,7 +86,7 @@ class Lane:
     @property
     def two_sided(self) -> bool:
         """Whether what the source announces comes by itself."""
-        return self.choices[0] is Transport.GLOO
+        return self.choices[0].two_sided
 
     def takes(self, ready: Ready, receipt: Receipt) -> Copy | Receive:
         """What puts the piece into the blocks granted."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from ..core.errors import ConfigError, TransferFailed
-from . import cuda_runtime
+from . import cuda_runtime, cuda_streams
 from .cuda_runtime import HANDLE_BYTES
 from .geometry import HEADER_BYTES, padded
 from .memory import tensor_at
@@ -30,10 +30,8 @@ class DeviceMemory:
         self._device = device
         with torch.cuda.device(device):
             self._address = _allocated(size, device)
-            self._events = {layer: torch.cuda.Event(interprocess=True) for layer in layers}
-            for event in self._events.values():
-                event.record()
-            handles = [cuda_runtime.handle_of(self._address), *(event.ipc_handle() for event in self._events.values())]
+            self._events = {layer: cuda_streams.shared_event() for layer in layers}
+            handles = [cuda_runtime.handle_of(self._address), *map(cuda_streams.handle_of, self._events.values())]
         self.whole = tensor_at(self._address, size, device)
         self.shared = SharedFile(shared_bytes(len(layers)))
         self.shared.mapped[HEADER_BYTES : HEADER_BYTES + HANDLE_BYTES * len(handles)] = b"".join(handles)

@@ -26,7 +26,7 @@ def common_transports(ours: Hello, theirs: Hello) -> tuple[Transport, ...]:
     """Those that both ends may use, in our order."""
     common = (transport for transport in ours.transports if transport in theirs.transports)
     mappable = len(theirs.shm) == theirs.layout.ranks
-    return tuple(transport for transport in common if transport is not Transport.SHM or mappable)
+    return tuple(transport for transport in common if transport.two_sided or mappable)
 
 
 def grant_fault(groups: tuple[GroupGrant, ...], prompt_tokens: int, destination: Layout) -> str | None:

@@ -32,6 +32,9 @@ class HostMemory:
     def stored(self, layer: int) -> None:
         """What is stored in host memory is there when the store has returned."""
 
+    def await_stored(self, layer: int) -> None:
+        """It is there."""
+
     def close(self) -> None:
         self._closing.set()
         self._pages.join()

@@ -7,6 +7,7 @@ import mmap
 import warnings
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from .geometry import Runs
 
@@ -17,6 +18,7 @@ _libc.malloc.argtypes, _libc.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.argtypes, _new_capsule.restype = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p), ctypes.py_object
 
+TOO_LARGE = "float16, in which it is to be held here, ends at 65504, and there is a larger number"
 _HOLD_BELOW = 64 << 10
 """Runs shorter than this (5 µs) are copied with the GIL held: giving it up and waiting for it again costs more under load."""
 _copy_and_hold = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
@@ -64,7 +66,7 @@ def tensor_at(address: int, length: int, device: torch.device) -> torch.Tensor:
     free = ctypes.cast(_libc.free, ctypes.c_void_p).value  # torch frees what describes the tensor
     described = _DLManagedTensor(address, kind, number, 1, code, bits, 1, shape, None, 0, None, free, length)
     ctypes.memmove(place, ctypes.byref(described), ctypes.sizeof(described))
-    tensor: torch.Tensor = torch.from_dlpack(_new_capsule(place, b"dltensor", None))
+    tensor: torch.Tensor = from_dlpack(_new_capsule(place, b"dltensor", None))
     return tensor
 
 
@@ -76,11 +78,14 @@ def copy_runs(source: int, destination: int, runs: Runs) -> None:
 
 
 def cast_runs(source: int, reads: torch.dtype, destination: int, writes: torch.dtype, runs: Runs) -> None:
-    """Copy each run, in elements, of dtype `reads` at the address `source`, and round it to `writes` at the address `destination`."""
+    """Copy each run, in elements, of dtype `reads` at the address `source`, and round it to `writes` at the address `destination`. Raises
+    `OverflowError` if that is float16 and cannot hold one."""
     here = _elements(source, reads, max(offset + length for offset, _, length in runs))
     there = _elements(destination, writes, max(offset + length for _, offset, length in runs))
     for offset, offset_there, length in runs:
-        there[offset_there : offset_there + length].copy_(here[offset : offset + length])
+        rounded = there[offset_there : offset_there + length].copy_(here[offset : offset + length])
+        if writes is torch.float16 and not rounded.isfinite().all():
+            raise OverflowError(TOO_LARGE)
 
 
 def _elements(address: int, dtype: torch.dtype, count: int) -> torch.Tensor:

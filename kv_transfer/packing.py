@@ -48,7 +48,23 @@ def checksum(slot: Tensor, length: int) -> int:
     A word that changes changes a row and a column, so does one that moves. Twice a sum runs at 28 GB/s on one core here (numpy adds up
     columns twice as fast as torch, torch rows), CRC-32 over everything at 0.3.
     """
+    table = _table(slot, length)
+    return zlib.crc32(table.sum(1).numpy().data, zlib.crc32(table.numpy().sum(0).data))
+
+
+def sums(slot: Tensor, length: int) -> Tensor:
+    """What `checksum` is over, on any device: int64, those of the columns before those of the rows."""
+    table = _table(slot, length)
+    return torch.cat([table.sum(0), table.sum(1)])
+
+
+def checksum_of(found: Tensor) -> int:
+    """`checksum` from `sums`, which must have come to the host."""
+    return zlib.crc32(found.numpy().data)
+
+
+def _table(slot: Tensor, length: int) -> Tensor:
+    """The first `length` bytes and zeros, as 64-bit words, a row of the table a `ROW`."""
     whole = -(-length // ROW) * ROW
     slot[length:whole] = 0
-    table = slot[:whole].view(torch.int64).view(-1, WORDS)
-    return zlib.crc32(table.sum(1).numpy().data, zlib.crc32(table.numpy().sum(0).data))
+    return slot[:whole].view(torch.int64).view(-1, WORDS)

@@ -25,20 +25,23 @@ class Memory(Protocol):
     shared: SharedFile
 
     def stored(self, layer: int) -> None: ...
+    def await_stored(self, layer: int) -> None: ...
     def close(self) -> None: ...
 
 
 class Pool:
     """`caches[g][i]` is `[num_blocks[g], kv_heads, 2, block_size, head_dim]` of layer `layout.groups[g].layers[i]`, zeros at first.
 
-    Use `allocate`. `address` is where the pool begins in this process or on `device`; `geometry` says what lies where.
+    Use `allocate`. `whole` is all of it as bytes, `address` where that begins in this process or on `device`; `geometry` says what lies
+    where.
     """
 
     def __init__(self, layout: Layout, memory: Memory) -> None:
         self.layout = layout
         self.geometry = Geometry(layout)
         self.device = memory.whole.device
-        self.address = memory.whole.data_ptr()
+        self.whole = memory.whole
+        self.address = self.whole.data_ptr()
         self.memory = memory
         self.listener = memory.shared.listener
         self.caches = _views(layout, self.geometry, memory.whole)
@@ -70,11 +73,16 @@ class Pool:
         before they are told to `Source.computed`: on a GPU they need not be done yet."""
         self.memory.stored(layer)
 
+    def await_stored(self, layer: int) -> None:
+        """What the calling thread asks of its stream from here on is done behind the stores of `layer` that were last `stored`."""
+        self.memory.await_stored(layer)
+
     def close(self) -> None:
         """Give the memory back. Tensors of `caches` held elsewhere stay valid in host memory, and are not to be used on a GPU."""
         if not self._closed:
             self._closed = True
             self.caches.clear()
+            del self.whole
             self.memory.close()
 
 

@@ -282,7 +282,7 @@ class SourceMachine:
         lane.opened(message, self._layout)
         offers = (self._transfers[transfer_id] for transfer_id in self._transfers if transfer_id in lane.transfers)
         actions: list[SourceAction] = [Send(lane.number, message) for offer in offers for message in offer.opening()]
-        return [*actions, Connect(lane.number, message)] if lane.stagings else actions
+        return [*actions, Connect(lane.number, message, message.transports[0])] if lane.stagings else actions
 
     def _staging(self, lane: int, route: int) -> Staging | None:
         stagings = self._lanes[lane].stagings if lane in self._lanes else ()

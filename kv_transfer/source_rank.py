@@ -15,7 +15,8 @@ from .pool import Pool
 from .ranks import SourceOrder
 from .slices import routes
 from .staging import slot_bytes
-from .transports.gloo import Device, Ground, Outgoing, PairEvents
+from .transports.two_sided import Ground, Outgoing, PairEvents
+from .transports.wiring import wires_at
 
 
 class SourceRank:
@@ -27,7 +28,7 @@ class SourceRank:
         """Construct while the loop runs; close before the pool. `layout`: the worker's, all ranks. `host`: the address by which peers
         reach this rank; gloo binds to its interface alone. `silence_s`: how long a peer of a pair may be silent."""
         self._rank, self._pool, self._layout, self._answer = rank, pool, layout, answer
-        self._device, self._silence_s = Device(host), silence_s
+        self._wires, self._silence_s = wires_at(host, pool.device), silence_s
         self._pairs: dict[tuple[int, int], Outgoing] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
@@ -65,15 +66,16 @@ class SourceRank:
         self._loop.remove_reader(self._pool.listener)
         if self._closing:
             await asyncio.wait(self._closing)
-        self._device.close()
+        for wires in self._wires.values():
+            wires.close()
 
     def _connect(self, connect: Connect) -> None:
-        lane, peer = connect.lane, connect.hello.layout
+        lane, peer, transport = connect.lane, connect.hello.layout, connect.transport
         for number, route in enumerate(routes(self._layout, peer)):
             if route.source != self._rank:
                 continue
             crossing = Crossing(route, self._layout, peer)
-            ground = Ground(self._pool, self._device, crossing, slot_bytes(self._layout), self._silence_s)
+            ground = Ground(self._pool, transport, self._wires[transport], crossing, slot_bytes(self._layout), self._silence_s)
             self._pairs[lane, number] = Outgoing(ground, self._events(lane, number))
 
     def _events(self, lane: int, route: int) -> PairEvents:

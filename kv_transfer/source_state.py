@@ -127,7 +127,7 @@ class Lane:
         """The peer has said `hello`, with one transport."""
         self.opened_by, self.layout, self.transport = None, hello.layout, hello.transports[0]
         self.routes = routes(ours, hello.layout)
-        self.stagings = tuple(Staging() for _ in self.routes) if self.transport is Transport.GLOO else ()
+        self.stagings = tuple(Staging() for _ in self.routes) if self.transport.two_sided else ()
 
     def announces_all(self, transfer: Transfer) -> bool:
         """Whether every piece of the transfer is announced."""

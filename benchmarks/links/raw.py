@@ -20,7 +20,7 @@ from diptych.kv_transfer.geometry import Geometry
 from diptych.kv_transfer.pool import Pool
 from diptych.kv_transfer.staging import SLOTS_PER_PAIR
 from diptych.kv_transfer.transports.gloo import Device
-from diptych.kv_transfer.transports.shm import PeerPool, attach
+from diptych.kv_transfer.transports.shm import ShmPool, attach
 from torch import Tensor
 from torch.distributed import FileStore, ProcessGroupGloo, Work  # type: ignore[attr-defined]  # torch says so at run time only
 
@@ -45,7 +45,7 @@ class RawLink:
     def __init__(self, pool: Pool, layout: Layout, rank: int) -> None:
         self._layout, self._rank = layout, rank
         self._here = whole(layout, pool.address)
-        self._peer: PeerPool | None = None
+        self._peer: ShmPool | None = None
         self._group: Any = None
 
     async def map(self, endpoint: ShmEndpoint) -> None:

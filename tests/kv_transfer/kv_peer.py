@@ -1,4 +1,4 @@
-"""One end of the hinge as a process: `python kv_peer.py prefill|decode LEASE_S TRANSPORT`. Commands are JSON lines on
+"""One end of the hinge as a process: `python kv_peer.py prefill|decode LEASE_S TRANSPORT DEVICE`. Commands are JSON lines on
 stdin, what is told JSON lines on stdout. It ends at the end of stdin."""
 
 from __future__ import annotations
@@ -67,6 +67,6 @@ async def decode(pool: Pool, lease_s: float, transport: Transport) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    shared = Pool.allocate(layout_with(64))
+    shared = Pool.allocate(layout_with(64), torch.device(sys.argv[4]))
     asyncio.run((prefill if sys.argv[1] == "prefill" else decode)(shared, float(sys.argv[2]), Transport(sys.argv[3])))
     shared.close()

@@ -10,13 +10,14 @@ import os
 import threading
 import zlib
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diptych.core.clock import MonotonicClock
 from diptych.core.errors import DiptychError, Unavailable
@@ -24,20 +25,42 @@ from diptych.core.fleet import WorkerReport
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout, RankLayout
 from diptych.core.request import Token
 from diptych.core.transfer import GroupGrant, LaneMessage, Transport
+from diptych.kv_transfer import cuda_runtime, cuda_streams
 from diptych.kv_transfer.destination import Destination
 from diptych.kv_transfer.destination_rank import DestinationRank
 from diptych.kv_transfer.lanes import DialLane, Lane
 from diptych.kv_transfer.order_codec import decode, encode
-from diptych.kv_transfer.pool import Pool
+from diptych.kv_transfer.pool import CPU, Pool
 from diptych.kv_transfer.slices import first_positions
 from diptych.kv_transfer.source import Source
 from diptych.kv_transfer.source_rank import SourceRank
+from diptych.kv_transfer.transports import wiring
 from diptych.rpc.lane import dial_lane
 from diptych.rpc.server import serve
 from diptych.rpc.worker import RouterStream
+from fake_nccl import Fabric, FakeNccl
 
-TRANSPORTS = tuple(Transport)
 HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A transport, and where the pools are. `fake`: over the fake of NCCL, which the test must put in (`faked`)."""
+
+    transport: Transport
+    device: torch.device = CPU
+    fake: bool = False
+
+    def __str__(self) -> str:
+        return f"fake {self.transport}" if self.fake else self.transport
+
+
+GPU = torch.device("cuda", 0)
+SHM, GLOO, NCCL, CUDA_IPC = Way(Transport.SHM), Way(Transport.GLOO), Way(Transport.NCCL, GPU), Way(Transport.CUDA_IPC, GPU)
+FAKE_NCCL = Way(Transport.NCCL, fake=True)
+ON_GPU = [pytest.param(way, marks=pytest.mark.gpu, id=str(way)) for way in (NCCL, CUDA_IPC)]
+BETWEEN_PROCESSES = [*(pytest.param(way, id=str(way)) for way in (SHM, GLOO)), *ON_GPU]
+TRANSPORTS = [*BETWEEN_PROCESSES, pytest.param(FAKE_NCCL, id=str(FAKE_NCCL))]
 BLOCK = 16
 LAYOUT = Layout(
     "model",
@@ -53,13 +76,47 @@ TOKENS = (Token(0, 42),)
 Tables = tuple[tuple[int, ...], ...]
 
 
+@contextmanager
+def faked(way: Way, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the way needs of a test with both ends in one process."""
+    fabric = Fabric()
+    if way.fake:
+        monkeypatch.setattr(wiring, "Nccl", lambda _: FakeNccl(fabric))
+    elif way.transport is Transport.NCCL:
+        monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    elif way.transport is Transport.CUDA_IPC:
+        open_in_one_process(monkeypatch)
+    yield
+    assert fabric.broken_rules == []
+    assert fabric.alive == 0
+
+
+def open_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA opens no handle in the process that made it: what was exported is looked up instead."""
+    made: dict[bytes, Any] = {}
+
+    def remember(kind: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+        def export(thing: Any) -> bytes:
+            handle = kind(thing)
+            made[handle] = thing
+            return handle
+
+        return export
+
+    for module in (cuda_runtime, cuda_streams):
+        monkeypatch.setattr(module, "handle_of", remember(module.handle_of))
+    monkeypatch.setattr(cuda_streams, "open_event", lambda _, handle: made[handle])
+    monkeypatch.setattr(cuda_runtime, "open_handle", made.__getitem__)
+    monkeypatch.setattr(cuda_runtime, "close_handle", lambda _: None)
+
+
 def layout_with(num_blocks: int, like: Layout = LAYOUT) -> Layout:
     return replace(like, num_blocks=(num_blocks,) * len(like.groups))
 
 
-def pools_of(layout: Layout) -> list[Pool]:
+def pools_of(layout: Layout, device: torch.device) -> list[Pool]:
     """One for each rank."""
-    return [Pool.allocate(layout.on(rank).layout) for rank in range(layout.ranks)]
+    return [Pool.allocate(layout.on(rank).layout, device) for rank in range(layout.ranks)]
 
 
 def expected_rows(transfer_id: str, layer: int, group: CacheGroup, start: int, stop: int) -> torch.Tensor:
@@ -75,7 +132,7 @@ def write(pool: Pool, held: RankLayout, transfer_id: str, layers: tuple[int, ...
     size = held.layout.block_size
     for cache, number, layer in _caches(pool):
         if layer in layers:
-            rows = _rows(held, number, transfer_id, layer, start, stop).to(cache.dtype)
+            rows = _rows(held, number, transfer_id, layer, start, stop).to(cache)
             for position in range(start, stop):
                 cache[tables[number][position // size], :, :, position % size] = rows[position - start]
 
@@ -87,7 +144,7 @@ def verify(
     size = held.layout.block_size
     for cache, number, layer in _caches(pool):
         first, granted = firsts[number], groups[number]
-        wanted = _rows(held, number, transfer_id, layer, first, prompt_tokens).to(cache.dtype)
+        wanted = _rows(held, number, transfer_id, layer, first, prompt_tokens).to(cache)
         for position in range(first, prompt_tokens):
             block = granted.blocks[(position - granted.first_position) // size]
             found = cache[block, :, :, position % size]
@@ -263,6 +320,8 @@ class PrefillEnd:
             held = self.layout.on(rank)
             here = tuple(layer for layer in layers if any(layer in group.layers for group in held.layout.groups))
             write(pool, held, transfer_id, here, start, stop, tables)
+            for layer in here:
+                pool.stored(layer)
             self.source.computed(transfer_id, here, start, stop, tables, rank)
 
     async def compute_all(self, transfer_id: str, chunk: int = 24) -> None:
@@ -469,7 +528,7 @@ class Exchange:
 
 @asynccontextmanager
 async def rig(
-    transport: Transport,
+    way: Way,
     *,
     grpc: bool = False,
     lease_s: float = 5.0,
@@ -483,8 +542,8 @@ async def rig(
     layout is like `here`, the destination's like `there`."""
     exchange = Exchange()
     async with (
-        decode_end(transport, exchange, grpc, lease_s, destination_blocks, offer_wait_s, like=there) as (decode, address),
-        prefill_end(transport, None if grpc else exchange.dial, lease_s, source_blocks, like=here) as prefill,
+        decode_end(way, exchange, grpc, lease_s, destination_blocks, offer_wait_s, like=there) as (decode, address),
+        prefill_end(way, None if grpc else exchange.dial, lease_s, source_blocks, like=here) as prefill,
     ):
         decode.comes_from = prefill.layout
         yield prefill, decode, address, exchange
@@ -492,12 +551,12 @@ async def rig(
 
 @asynccontextmanager
 async def prefill_end(
-    transport: Transport, dial: DialLane | None, lease_s: float, blocks: int = 64, worker_id: str = "P", like: Layout = LAYOUT
+    way: Way, dial: DialLane | None, lease_s: float, blocks: int = 64, worker_id: str = "P", like: Layout = LAYOUT
 ) -> AsyncIterator[PrefillEnd]:
     """`dial` None: over gRPC."""
     layout = layout_with(blocks, like)
-    pools = pools_of(layout)
-    prefill = PrefillEnd(layout, pools, lease_s, dial, worker_id, transports=(transport,))
+    pools = pools_of(layout, way.device)
+    prefill = PrefillEnd(layout, pools, lease_s, dial, worker_id, transports=(way.transport,))
     try:
         yield prefill
     finally:
@@ -511,7 +570,7 @@ async def prefill_end(
 
 @asynccontextmanager
 async def decode_end(
-    transport: Transport,
+    way: Way,
     exchange: Exchange,
     grpc: bool,
     lease_s: float,
@@ -522,8 +581,8 @@ async def decode_end(
 ) -> AsyncIterator[tuple[DecodeEnd, str]]:
     """A destination and its address, on gRPC or in `exchange`."""
     layout = layout_with(blocks, like)
-    pools = pools_of(layout)
-    decode = DecodeEnd(layout, pools, lease_s, worker_id, offer_wait_s=offer_wait_s, transports=(transport,))
+    pools = pools_of(layout, way.device)
+    decode = DecodeEnd(layout, pools, lease_s, worker_id, offer_wait_s=offer_wait_s, transports=(way.transport,))
     server = await serve("127.0.0.1:0", worker=LaneFace(decode.destination.serve_lane)) if grpc else None
     address = server.address if server else worker_id
     exchange.destinations[address] = decode.destination

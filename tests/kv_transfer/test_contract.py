@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from diptych.core.errors import Cancelled, TransferFailed
 from diptych.core.layout import CacheKind, DType, Layout
-from diptych.core.transfer import RefusedReason, Transport
+from diptych.core.transfer import RefusedReason
 from kv_rig import (
     BLOCK,
     LAYERS,
@@ -22,8 +22,10 @@ from kv_rig import (
     DecodeEnd,
     Exchange,
     PrefillEnd,
+    Way,
     decode_end,
     eventually,
+    faked,
     left_behind,
     prefill_end,
     rig,
@@ -39,18 +41,22 @@ SPREADS = {
     "tp4 to tp2 pp2": ((4, ()), (2, (2, 3))),
 }
 """(tp, stages) of the source and of the destination. Both groups' heads lie on several ranks of four, the window group's on both of two."""
-spread = pytest.mark.parametrize(
-    ("here", "there"),
-    [tuple(replace(LAYOUT, tp=tp, stages=stages) for tp, stages in pair) for pair in SPREADS.values()],
-    ids=list(SPREADS),
-)
-pytestmark = pytest.mark.parametrize("transport", TRANSPORTS)
+
+
+def layouts(pair: tuple[tuple[int, tuple[int, ...]], ...]) -> tuple[Layout, Layout]:
+    here, there = (replace(LAYOUT, tp=tp, stages=stages) for tp, stages in pair)
+    return here, there
+
+
+spread = pytest.mark.parametrize(("here", "there"), list(map(layouts, SPREADS.values())), ids=list(SPREADS))
+pytestmark = pytest.mark.parametrize("way", TRANSPORTS)
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    """No thread, file descriptor or mapping outlives a test."""
-    yield
+def nothing_left(way: Way, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No thread, file descriptor, mapping or communicator outlives a test."""
+    with faked(way, monkeypatch):
+        yield
     if left_behind():
         gc.collect()  # half a second in a process with torch
     assert left_behind() == []
@@ -72,9 +78,9 @@ def kv_bytes(tokens: int, cached: int = 0, there: Layout = LAYOUT) -> int:
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 40, 41, 57, 100, 333])
-def test_every_byte_arrives_once(transport: Transport, tokens: int) -> None:
+def test_every_byte_arrives_once(way: Way, tokens: int) -> None:
     async def run() -> None:
-        async with rig(transport) as (prefill, decode, address, _):
+        async with rig(way) as (prefill, decode, address, _):
             await hand_over(prefill, decode, address, "a", tokens)
             assert prefill.diary.of("a") == ["granted", "handed over", "released"]
             assert decode.diary.of("a") == ["offered", "committed"]
@@ -84,9 +90,9 @@ def test_every_byte_arrives_once(transport: Transport, tokens: int) -> None:
 
 
 @spread
-def test_every_byte_arrives_on_every_rank_that_holds_it(transport: Transport, here: Layout, there: Layout) -> None:
+def test_every_byte_arrives_on_every_rank_that_holds_it(way: Way, here: Layout, there: Layout) -> None:
     async def run() -> None:
-        async with rig(transport, here=here, there=there) as (prefill, decode, address, _):
+        async with rig(way, here=here, there=there) as (prefill, decode, address, _):
             for tokens, cached in ((1, 0), (16, 0), (57, 0), (100, 3), (64, 4), (333, 0)):
                 name = f"{tokens} tokens"
                 decode.cached_blocks[name] = cached
@@ -102,11 +108,11 @@ FULL = replace(LAYOUT, groups=(LAYOUT.groups[0], replace(LAYOUT.groups[1], kind=
 
 
 @pytest.mark.parametrize(("size", "size_there", "tp", "tp_there"), [(16, 8, 1, 1), (8, 16, 1, 2), (16, 48, 2, 1), (12, 16, 2, 4)])
-def test_any_block_size_to_any(transport: Transport, size: int, size_there: int, tp: int, tp_there: int) -> None:
+def test_any_block_size_to_any(way: Way, size: int, size_there: int, tp: int, tp_there: int) -> None:
     here, there = replace(FULL, block_size=size, tp=tp), replace(FULL, block_size=size_there, tp=tp_there)
 
     async def run() -> None:
-        async with rig(transport, here=here, there=there) as (prefill, decode, address, _):
+        async with rig(way, here=here, there=there) as (prefill, decode, address, _):
             for tokens, cached in ((1, 0), (16, 0), (57, 1), (100, 2), (333, 0)):
                 name = f"{tokens} tokens"
                 decode.cached_blocks[name] = cached
@@ -116,15 +122,21 @@ def test_any_block_size_to_any(transport: Transport, size: int, size_there: int,
     asyncio.run(run())
 
 
+HALF = {DType.FLOAT32: DType.FLOAT16, DType.BFLOAT16: DType.FLOAT16}
+
+
+def in_dtypes(dtypes: dict[DType, DType], tp: int) -> Layout:
+    return replace(LAYOUT, tp=tp, groups=tuple(replace(group, dtype=dtypes[group.dtype]) for group in LAYOUT.groups))
+
+
 @pytest.mark.parametrize(("tp", "tp_there"), [(1, 1), (2, 1), (1, 4)])
-def test_kv_is_cast_on_the_way(transport: Transport, tp: int, tp_there: int) -> None:
+def test_kv_is_cast_on_the_way(way: Way, tp: int, tp_there: int) -> None:
     """One group from float32 to bfloat16, the other back; it crosses as the source has it."""
-    casts = {DType.FLOAT32: DType.BFLOAT16, DType.BFLOAT16: DType.FLOAT32}
     here = replace(LAYOUT, tp=tp)
-    there = replace(LAYOUT, tp=tp_there, groups=tuple(replace(group, dtype=casts[group.dtype]) for group in LAYOUT.groups))
+    there = in_dtypes({DType.FLOAT32: DType.BFLOAT16, DType.BFLOAT16: DType.FLOAT32}, tp_there)
 
     async def run() -> None:
-        async with rig(transport, here=here, there=there) as (prefill, decode, address, _):
+        async with rig(way, here=here, there=there) as (prefill, decode, address, _):
             for tokens in (1, 57, 100):
                 await hand_over(prefill, decode, address, f"t{tokens}", tokens)
                 assert decode.bytes[f"t{tokens}"] == kv_bytes(tokens, 0, replace(LAYOUT, tp=tp_there))
@@ -132,19 +144,58 @@ def test_kv_is_cast_on_the_way(transport: Transport, tp: int, tp_there: int) -> 
     asyncio.run(run())
 
 
-@spread
-def test_many_ranks_over_grpc_lanes(transport: Transport, here: Layout, there: Layout) -> None:
+@pytest.mark.parametrize("into", [True, False])
+def test_float16_is_cast_both_ways(way: Way, into: bool) -> None:
+    ends = LAYOUT, in_dtypes(HALF, 2)
+
     async def run() -> None:
-        async with rig(transport, grpc=True, here=here, there=there) as (prefill, decode, address, _):
+        here, there = ends if into else ends[::-1]
+        async with rig(way, here=here, there=there) as (prefill, decode, address, _):
+            for tokens in (1, 57, 100):
+                await hand_over(prefill, decode, address, f"t{tokens}", tokens)
+                assert decode.diary.of(f"t{tokens}") == ["offered", "committed"]
+
+    asyncio.run(run())
+
+
+def test_what_float16_cannot_hold_fails_its_transfer_alone(way: Way) -> None:
+    async def run() -> None:
+        async with rig(way, there=in_dtypes(HALF, 1)) as (prefill, decode, address, exchange):
+            decode.destination.expect("a")
+            prefill.offer("a", address, 40)
+            for layer in LAYERS:
+                prefill.compute("a", (layer,), 0, 20)
+            _, tables = prefill.prompts["a"]
+            prefill.pools[0].caches[1][1][tables[1][1]] = 70000.0
+            prefill.pools[0].stored(3)
+            prefill.compute("a", (0, 1, 2, 4), 20, 40)
+            prefill.source.computed("a", (3,), 20, 40, tables)
+            prefill.source.commit("a", TOKENS)
+            await prefill.diary.wait("released", "a")
+            await decode.diary.wait("released", "a")
+            for end in (prefill, decode):
+                assert isinstance(end.diary.errors["a"], TransferFailed)
+                assert "float16, in which it is to be held here, ends at 65504" in end.diary.errors["a"].message
+            await hand_over(prefill, decode, address, "b", 100)
+            assert decode.diary.of("b") == ["offered", "committed"]
+            assert len(exchange.lanes) == 1
+
+    asyncio.run(run())
+
+
+@spread
+def test_many_ranks_over_grpc_lanes(way: Way, here: Layout, there: Layout) -> None:
+    async def run() -> None:
+        async with rig(way, grpc=True, here=here, there=there) as (prefill, decode, address, _):
             await asyncio.gather(*(hand_over(prefill, decode, address, f"t{tokens}", tokens) for tokens in (20, 41, 77)))
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
-def test_over_grpc_lanes(transport: Transport, chunk: int) -> None:
+def test_over_grpc_lanes(way: Way, chunk: int) -> None:
     async def run() -> None:
-        async with rig(transport, grpc=True) as (prefill, decode, address, _):
+        async with rig(way, grpc=True) as (prefill, decode, address, _):
             await hand_over(prefill, decode, address, "a", 77, chunk)
             await hand_over(prefill, decode, address, "b", 140, chunk)
             assert decode.bytes == {"a": kv_bytes(77), "b": kv_bytes(140)}
@@ -152,9 +203,9 @@ def test_over_grpc_lanes(transport: Transport, chunk: int) -> None:
     asyncio.run(run())
 
 
-def test_only_what_the_destination_lacks_is_sent(transport: Transport) -> None:
+def test_only_what_the_destination_lacks_is_sent(way: Way) -> None:
     async def run() -> None:
-        async with rig(transport) as (prefill, decode, address, _):
+        async with rig(way) as (prefill, decode, address, _):
             decode.cached_blocks["a"] = 3
             decode.cached_blocks["b"] = 4
             await hand_over(prefill, decode, address, "a", 100)
@@ -164,11 +215,11 @@ def test_only_what_the_destination_lacks_is_sent(transport: Transport) -> None:
     asyncio.run(run())
 
 
-def test_kv_flows_while_the_rest_is_computed(transport: Transport) -> None:
+def test_kv_flows_while_the_rest_is_computed(way: Way) -> None:
     """Granted early, a piece goes with the layer that made it, and the copies before Commit are done when Commit comes."""
 
     async def run() -> None:
-        async with rig(transport) as (prefill, decode, address, _):
+        async with rig(way) as (prefill, decode, address, _):
             decode.destination.expect("a")
             prefill.offer("a", address, 32)
             await prefill.diary.wait("granted", "a")
@@ -184,9 +235,9 @@ def test_kv_flows_while_the_rest_is_computed(transport: Transport) -> None:
     asyncio.run(run())
 
 
-def test_a_prompt_computed_before_its_grant(transport: Transport) -> None:
+def test_a_prompt_computed_before_its_grant(way: Way) -> None:
     async def run() -> None:
-        async with rig(transport) as (prefill, decode, address, _):
+        async with rig(way) as (prefill, decode, address, _):
             decode.holding = True
             decode.destination.expect("a")
             prefill.offer("a", address, 90)
@@ -206,9 +257,9 @@ def test_a_prompt_computed_before_its_grant(transport: Transport) -> None:
     asyncio.run(run())
 
 
-def test_order_many_at_once(transport: Transport) -> None:
+def test_order_many_at_once(way: Way) -> None:
     async def run() -> None:
-        async with rig(transport, source_blocks=200, destination_blocks=200) as (prefill, decode, address, _):
+        async with rig(way, source_blocks=200, destination_blocks=200) as (prefill, decode, address, _):
             names = [f"t{i}" for i in range(30)]
             await asyncio.gather(*(hand_over(prefill, decode, address, name, 5 + 11 * (i % 9), 16) for i, name in enumerate(names)))
             assert [name for what, name in decode.diary.lines if what == "offered"] == names
@@ -219,11 +270,11 @@ def test_order_many_at_once(transport: Transport) -> None:
 
 @pytest.mark.parametrize("who", ["source", "destination"])
 @pytest.mark.parametrize("when", ["offered", "half computed", "computed", "committed"])
-def test_abort_in_the_middle(transport: Transport, who: str, when: str) -> None:
+def test_abort_in_the_middle(way: Way, who: str, when: str) -> None:
     """The one who gives up and the other both learn it once, and the lane serves the next transfer."""
 
     async def run() -> None:
-        async with rig(transport) as (prefill, decode, address, _):
+        async with rig(way) as (prefill, decode, address, _):
             decode.holding = when == "offered"
             decode.destination.expect("a")
             prefill.offer("a", address, 100)
@@ -253,11 +304,11 @@ def test_abort_in_the_middle(transport: Transport, who: str, when: str) -> None:
 
 
 @spread
-def test_abort_in_the_middle_with_many_ranks(transport: Transport, here: Layout, there: Layout) -> None:
+def test_abort_in_the_middle_with_many_ranks(way: Way, here: Layout, there: Layout) -> None:
     """Blocks are overwritten as soon as they are released, so that a rank which copied on would be found in the next transfer."""
 
     async def run() -> None:
-        async with rig(transport, here=here, there=there, source_blocks=8, destination_blocks=8) as (prefill, decode, address, _):
+        async with rig(way, here=here, there=there, source_blocks=8, destination_blocks=8) as (prefill, decode, address, _):
             for number, cancel in enumerate((prefill.source.cancel, lambda name, _: decode.destination.cancel(name)) * 3):
                 name = f"t{number}"
                 decode.destination.expect(name)
@@ -279,11 +330,11 @@ def test_abort_in_the_middle_with_many_ranks(transport: Transport, here: Layout,
 
 @pytest.mark.nightly  # a gloo pair whose other end goes while it connects takes 25 s to give up
 @spread
-def test_a_lane_between_many_ranks_that_breaks(transport: Transport, here: Layout, there: Layout) -> None:
+def test_a_lane_between_many_ranks_that_breaks(way: Way, here: Layout, there: Layout) -> None:
     """Mappings and pairs of every rank go with it (the rig looks), and the next lane has its own."""
 
     async def run() -> None:
-        async with rig(transport, here=here, there=there) as (prefill, decode, address, exchange):
+        async with rig(way, here=here, there=there) as (prefill, decode, address, exchange):
             for name in ("a", "b"):
                 decode.destination.expect(name)
                 prefill.offer(name, address, 100)
@@ -298,9 +349,9 @@ def test_a_lane_between_many_ranks_that_breaks(transport: Transport, here: Layou
     asyncio.run(run())
 
 
-def test_a_lane_that_breaks_fails_its_transfers_and_the_next_one_dials_anew(transport: Transport) -> None:
+def test_a_lane_that_breaks_fails_its_transfers_and_the_next_one_dials_anew(way: Way) -> None:
     async def run() -> None:
-        async with rig(transport) as (prefill, decode, address, exchange):
+        async with rig(way) as (prefill, decode, address, exchange):
             decode.destination.expect("a")
             prefill.offer("a", address, 100)
             await prefill.diary.wait("granted", "a")
@@ -317,9 +368,9 @@ def test_a_lane_that_breaks_fails_its_transfers_and_the_next_one_dials_anew(tran
     asyncio.run(run())
 
 
-def test_a_destination_that_is_not_there_and_then_is(transport: Transport) -> None:
+def test_a_destination_that_is_not_there_and_then_is(way: Way) -> None:
     async def run() -> None:
-        async with rig(transport) as (prefill, decode, address, exchange):
+        async with rig(way) as (prefill, decode, address, exchange):
             del exchange.destinations[address]
             prefill.offer("a", address, 10)
             await prefill.diary.wait("released", "a")
@@ -330,9 +381,9 @@ def test_a_destination_that_is_not_there_and_then_is(transport: Transport) -> No
     asyncio.run(run())
 
 
-def test_an_offer_before_its_decode_waits_and_then_is_refused(transport: Transport) -> None:
+def test_an_offer_before_its_decode_waits_and_then_is_refused(way: Way) -> None:
     async def run() -> None:
-        async with rig(transport, offer_wait_s=0.2) as (prefill, decode, address, _):
+        async with rig(way, offer_wait_s=0.2) as (prefill, decode, address, _):
             prefill.offer("a", address, 20)
             prefill.offer("b", address, 20)
             await asyncio.sleep(0.05)
@@ -347,9 +398,9 @@ def test_an_offer_before_its_decode_waits_and_then_is_refused(transport: Transpo
     asyncio.run(run())
 
 
-def test_a_refusal_is_told_in_its_words(transport: Transport) -> None:
+def test_a_refusal_is_told_in_its_words(way: Way) -> None:
     async def run() -> None:
-        async with rig(transport) as (prefill, decode, address, _):
+        async with rig(way) as (prefill, decode, address, _):
             decode.holding = True
             decode.destination.expect("a")
             prefill.offer("a", address, 20)
@@ -361,11 +412,11 @@ def test_a_refusal_is_told_in_its_words(transport: Transport) -> None:
     asyncio.run(run())
 
 
-def test_back_pressure(transport: Transport) -> None:
+def test_back_pressure(way: Way) -> None:
     """The destination holds one prompt at a time and the source three: KV waits in the source's blocks, then all arrives in order."""
 
     async def run() -> None:
-        async with rig(transport, source_blocks=24, destination_blocks=8) as (prefill, decode, address, _):
+        async with rig(way, source_blocks=24, destination_blocks=8) as (prefill, decode, address, _):
             names = [f"t{i}" for i in range(12)]
             for name in names:
                 decode.destination.expect(name)
@@ -384,12 +435,12 @@ def test_back_pressure(transport: Transport) -> None:
     asyncio.run(run())
 
 
-def test_any_source_to_any_destination(transport: Transport) -> None:
+def test_any_source_to_any_destination(way: Way) -> None:
     async def run() -> None:
         exchange = Exchange()
         async with AsyncExitStack() as stack:
-            decodes = [await stack.enter_async_context(decode_end(transport, exchange, True, 5.0, worker_id=f"D{i}")) for i in range(2)]
-            prefills = [await stack.enter_async_context(prefill_end(transport, None, 5.0, worker_id=f"P{i}")) for i in range(2)]
+            decodes = [await stack.enter_async_context(decode_end(way, exchange, True, 5.0, worker_id=f"D{i}")) for i in range(2)]
+            prefills = [await stack.enter_async_context(prefill_end(way, None, 5.0, worker_id=f"P{i}")) for i in range(2)]
             pairs = [(prefill, decode, address) for prefill in prefills for decode, address in decodes] * 3
             work = (hand_over(*pair, f"t{i}", 30 + 7 * i) for i, pair in enumerate(pairs))
             await asyncio.gather(*work)
@@ -397,14 +448,14 @@ def test_any_source_to_any_destination(transport: Transport) -> None:
     asyncio.run(run())
 
 
-def test_the_same_name_at_the_same_address_after_a_restart(transport: Transport) -> None:
+def test_the_same_name_at_the_same_address_after_a_restart(way: Way) -> None:
     """A destination that restarts is another incarnation; the source has a broken lane and a stale mapping, and neither matters."""
 
     async def run() -> None:
         exchange = Exchange()
-        async with prefill_end(transport, exchange.dial, 5.0) as prefill:
+        async with prefill_end(way, exchange.dial, 5.0) as prefill:
             for name in ("a", "b"):
-                async with decode_end(transport, exchange, False, 5.0) as (decode, address):
+                async with decode_end(way, exchange, False, 5.0) as (decode, address):
                     await hand_over(prefill, decode, address, name, 50)
             prefill.offer("c", address, 10)
             await prefill.diary.wait("released", "c")
@@ -435,12 +486,12 @@ async def live_and_perhaps_die(prefill: PrefillEnd, decode: DecodeEnd, address: 
 
 
 async def interleaved(
-    transport: Transport, seed: int, *, grpc: bool, here: Layout = LAYOUT, there: Layout = LAYOUT, count: int = 60
+    way: Way, seed: int, *, grpc: bool, here: Layout = LAYOUT, there: Layout = LAYOUT, count: int = 60
 ) -> tuple[int, int]:
     """`count` transfers through small pools: how many committed, how many did not."""
     draw = random.Random(seed)
     small = {"source_blocks": 48, "destination_blocks": 40}
-    async with rig(transport, grpc=grpc, here=here, there=there, **small) as (prefill, decode, address, exchange):
+    async with rig(way, grpc=grpc, here=here, there=there, **small) as (prefill, decode, address, exchange):
         names = [f"t{i}" for i in range(count)]
 
         def cut() -> None:
@@ -457,33 +508,33 @@ async def interleaved(
 
 
 @pytest.mark.parametrize("grpc", [False, True])
-def test_interleaved_transfers_cancelled_at_random_on_both_ends(transport: Transport, grpc: bool) -> None:
+def test_interleaved_transfers_cancelled_at_random_on_both_ends(way: Way, grpc: bool) -> None:
     """Each commits whole (the rig verifies every position) or fails on both sides; blocks change hands all the time."""
-    outcomes = [asyncio.run(interleaved(transport, seed, grpc=grpc)) for seed in range(2)]
+    outcomes = [asyncio.run(interleaved(way, seed, grpc=grpc)) for seed in range(2)]
     assert min(done for done, _ in outcomes) > 5
     assert min(failed for _, failed in outcomes) > 5
 
 
 @spread
-def test_interleaved_transfers_of_many_ranks(transport: Transport, here: Layout, there: Layout) -> None:
-    done, failed = asyncio.run(interleaved(transport, 5, grpc=False, here=here, there=there, count=30))
+def test_interleaved_transfers_of_many_ranks(way: Way, here: Layout, there: Layout) -> None:
+    done, failed = asyncio.run(interleaved(way, 5, grpc=False, here=here, there=there, count=30))
     assert min(done, failed) > 2
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(100, 140))
-def test_interleaved_at_length(transport: Transport, seed: int) -> None:
-    asyncio.run(interleaved(transport, seed, grpc=seed % 2 == 0))
+def test_interleaved_at_length(way: Way, seed: int) -> None:
+    asyncio.run(interleaved(way, seed, grpc=seed % 2 == 0))
 
 
-def test_what_is_stored_soon_after_an_announcement_is_announced_together(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_stored_soon_after_an_announcement_is_announced_together(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the Commit at the latest, which waits for nothing."""
-    if transport is not Transport.SHM:
+    if way.transport.two_sided:
         pytest.skip("what a two-sided transport announces is bounded by its slots")
     monkeypatch.setattr("diptych.kv_transfer.source.ANNOUNCE_EVERY_S", 3600.0)
 
     async def run() -> None:
-        async with rig(transport) as (prefill, decode, address, _):
+        async with rig(way) as (prefill, decode, address, _):
             decode.destination.expect("a")
             prefill.offer("a", address, 100)
             await prefill.diary.wait("granted", "a")

@@ -6,9 +6,8 @@ import asyncio
 
 import pytest
 from diptych.core.errors import TransferFailed
-from diptych.core.transfer import Transport
 from diptych.kv_transfer.transports import shm
-from kv_rig import rig
+from kv_rig import SHM, rig
 
 
 def test_a_copy_that_raises_fails_its_transfer_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +22,7 @@ def test_a_copy_that_raises_fails_its_transfer_and_no_other(monkeypatch: pytest.
 
     async def run() -> None:
         nonlocal broken
-        async with rig(Transport.SHM) as (prefill, decode, address, _):
+        async with rig(SHM) as (prefill, decode, address, _):
             decode.destination.expect("a")
             prefill.offer("a", address, 40)
             await prefill.compute_all("a")
@@ -43,17 +42,17 @@ def test_a_copy_that_raises_fails_its_transfer_and_no_other(monkeypatch: pytest.
 
 
 def test_a_mapping_that_cannot_be_closed_does_not_end_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    close, failed = shm.PeerPool.close, []
+    close, failed = shm.ShmPool.close, []
 
-    def refuse(pool: shm.PeerPool) -> None:
+    def refuse(pool: shm.ShmPool) -> None:
         close(pool)
         failed.append(pool)
         raise BufferError("somebody looks at it")
 
-    monkeypatch.setattr(shm.PeerPool, "close", refuse)
+    monkeypatch.setattr(shm.ShmPool, "close", refuse)
 
     async def run() -> None:
-        async with rig(Transport.SHM) as (prefill, decode, address, exchange):
+        async with rig(SHM) as (prefill, decode, address, exchange):
             decode.destination.expect("a")
             prefill.offer("a", address, 40)
             await prefill.diary.wait("granted", "a")

@@ -11,9 +11,10 @@ import torch
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.kv_transfer.coverage import Span
 from diptych.kv_transfer.crossing import Crossing
-from diptych.kv_transfer.memory import cast_runs, copy_runs
+from diptych.kv_transfer.memory import cast_runs, copy_runs, tensor_at
 from diptych.kv_transfer.packing import pack, unpack
 from diptych.kv_transfer.pool import DTYPES, Pool
+from diptych.kv_transfer.rows import copy_rows, pack_rows, require_fit, rows, unpack_rows
 from diptych.kv_transfer.slices import Route, routes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ workers = st.builds(
     st.sampled_from([1, 2, 4]),
     st.sampled_from([(), (1, 1)]),
     st.sampled_from([1, 3, 4, 8]),
-    st.sampled_from([DType.FLOAT32, DType.BFLOAT16]),
+    st.sampled_from(DType),
 )
 
 
@@ -64,7 +65,21 @@ def by_copying(source: Pool, destination: Pool, crossing: Crossing, span: Span, 
             copy_runs(*ends, crossing.between(span, here, there))
 
 
-@pytest.mark.parametrize("move", [by_packing, by_copying])
+def by_packing_rows(source: Pool, destination: Pool, crossing: Crossing, span: Span, here: tuple[int, ...], there: tuple[int, ...]) -> None:
+    """As on a GPU; the ends mixed, since what one packs the other unpacks."""
+    slot, twin = torch.zeros(1 << 16, dtype=torch.uint8), torch.zeros(1 << 16, dtype=torch.uint8)
+    pack_rows(source, crossing, span, here, slot)
+    pack(source, crossing, span, here, twin)
+    assert torch.equal(slot, twin)
+    require_fit(unpack_rows(destination, crossing, span, there, slot))
+
+
+def by_copying_rows(source: Pool, destination: Pool, crossing: Crossing, span: Span, here: tuple[int, ...], there: tuple[int, ...]) -> None:
+    other = tensor_at(source.address, source.geometry.size, source.device)
+    require_fit(copy_rows(other, source.geometry.offsets, destination, crossing, span, crossing.between(span, here, there)))
+
+
+@pytest.mark.parametrize("move", [by_packing, by_copying, by_packing_rows, by_copying_rows])
 @settings(max_examples=60, deadline=None)
 @given(here=workers, there=workers, start=st.integers(0, 20), length=st.integers(1, 20), data=st.data())
 def test_every_element_comes_once_and_rounded(
@@ -88,3 +103,25 @@ def test_every_element_comes_once_and_rounded(
             assert torch.equal(found[1], found[0].to(found[1].dtype))
             found[1].zero_()
         assert not any(cache.any() for cache in destination.caches[0]), "nothing beside it is written"
+
+
+def test_whole_blocks_are_one_table_and_the_rest_few() -> None:
+    """256 blocks, the last of 5 tokens: thousands of runs, and four tables at most."""
+    layout = Layout("model", (CacheGroup(CacheKind.FULL, (0,), 8, 64, DType.BFLOAT16),), 16, (300,))
+    crossing = Crossing(routes(layout, layout)[0], layout, layout)
+    span = Span(0, (0,), 0, 255 * 16 + 5)
+    tables = rows(crossing.packed(span, tuple(range(299, 43, -1))), crossing.block(0), torch.device("cpu"))
+    assert len(tables) <= 4
+    assert max(tables, key=lambda table: table.length).length == crossing.block(0) == 2 * 8 * 16 * 64 * 2
+    assert sum(table.length * len(table.here) for table in tables) == crossing.bytes(span)
+
+
+@pytest.mark.parametrize("number", [1e5, float("inf"), float("nan")])
+def test_what_float16_cannot_hold_is_no_number_there(number: float) -> None:
+    here, there = (worker(1, (), 4, dtype) for dtype in (DType.FLOAT32, DType.FLOAT16))
+    span, crossing = Span(0, (0, 1), 0, 4), Crossing(routes(here, there)[0], here, there)
+    with pool_of(here, 0) as source, pool_of(there, 0) as destination:
+        source.caches[0][1][3, 1, 0, 2, 1] = number
+        for move in (by_packing, by_copying, by_packing_rows, by_copying_rows):
+            with pytest.raises(OverflowError, match="65504"):
+                move(source, destination, crossing, span, (3,), (5,))

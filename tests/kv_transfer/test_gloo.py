@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from diptych.core.errors import TransferFailed
-from diptych.core.transfer import Rendezvous, Transport
-from diptych.kv_transfer import packing
+from diptych.core.transfer import Rendezvous
+from diptych.kv_transfer import packing, slots
 from diptych.kv_transfer.coverage import Span
 from diptych.kv_transfer.crossing import Crossing
 from diptych.kv_transfer.pool import Pool
@@ -22,9 +22,22 @@ from diptych.kv_transfer.staging import ROW, SLOTS_PER_PAIR, Staging
 from diptych.kv_transfer.transports import gloo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_rig import BLOCK, LAYERS, LAYOUT, TOKENS, DecodeEnd, PrefillEnd, eventually, expected_rows, layout_with, left_behind, rig, write
-
-BOTH = tuple(Transport)
+from kv_rig import (
+    BLOCK,
+    GLOO,
+    LAYERS,
+    LAYOUT,
+    SHM,
+    TOKENS,
+    DecodeEnd,
+    PrefillEnd,
+    eventually,
+    expected_rows,
+    layout_with,
+    left_behind,
+    rig,
+    write,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,15 +70,15 @@ def test_a_corrupted_piece_is_refused_and_the_next_transfer_is_whole(monkeypatch
 
     def checksum(slot: torch.Tensor, length: int) -> int:
         found = packing.checksum(slot, length)
-        if threading.current_thread().name == "diptych-gloo-post" and pieces == 2:
+        if threading.current_thread().name == "diptych-pair-fill" and pieces == 2:
             slot[length // 2] ^= 4
         return found
 
-    monkeypatch.setattr(gloo, "pack", corrupt)
-    monkeypatch.setattr(gloo, "checksum", checksum)
+    monkeypatch.setattr(slots, "pack", corrupt)
+    monkeypatch.setattr(slots, "checksum", checksum)
 
     async def run() -> None:
-        async with rig(Transport.GLOO) as (prefill, decode, address, exchange):
+        async with rig(GLOO) as (prefill, decode, address, exchange):
             await hand_over(prefill, decode, address, "a", 150)
             assert pieces >= 2
             for end in (prefill, decode):
@@ -86,7 +99,7 @@ def descriptors_and_threads() -> tuple[int, int]:
 @pytest.mark.timeout(300)
 def test_thousands_of_small_transfers_leave_nothing_behind() -> None:
     async def run() -> None:
-        async with rig(Transport.GLOO, source_blocks=64, destination_blocks=64) as (prefill, decode, address, _):
+        async with rig(GLOO, source_blocks=64, destination_blocks=64) as (prefill, decode, address, _):
             await hand_over(prefill, decode, address, "warm", 20)
             before = descriptors_and_threads()
             for first in range(0, 2000, 20):
@@ -105,7 +118,7 @@ def test_thousands_of_small_transfers_leave_nothing_behind() -> None:
 
 def test_pairs_come_and_go_without_a_trace() -> None:
     async def run() -> None:
-        async with rig(Transport.GLOO) as (prefill, decode, address, exchange):
+        async with rig(GLOO) as (prefill, decode, address, exchange):
             await hand_over(prefill, decode, address, "first", 20)
             before = 0, 0
             for number in range(12):
@@ -113,7 +126,7 @@ def test_pairs_come_and_go_without_a_trace() -> None:
                 await eventually(lambda: not prefill.source._lanes)
                 await hand_over(prefill, decode, address, f"t{number}", 20)
                 assert decode.diary.of(f"t{number}") == ["offered", "committed"]
-                await eventually(lambda: sum(t.name == "diptych-gloo-post" for t in threading.enumerate()) == 2)
+                await eventually(lambda: sum(t.name == "diptych-pair-post" for t in threading.enumerate()) == 2)
                 if number == 4:
                     gc.collect()
                     before = descriptors_and_threads()
@@ -131,7 +144,7 @@ def test_a_pair_listens_at_the_workers_address_alone() -> None:
 
     async def run() -> None:
         before = listening()
-        async with rig(Transport.GLOO) as (prefill, decode, address, _):
+        async with rig(GLOO) as (prefill, decode, address, _):
             await hand_over(prefill, decode, address, "a", 20)
             opened = listening() - before
             assert len(opened) == 2, "one port at each end"
@@ -144,7 +157,7 @@ def test_an_address_that_is_not_ours_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gloo.Device, "get", lambda device: gloo.ProcessGroupGloo.create_device(hostname="192.0.2.1", lazy_init=False))
 
     async def run() -> None:
-        async with rig(Transport.GLOO) as (prefill, decode, address, _):
+        async with rig(GLOO) as (prefill, decode, address, _):
             await hand_over(prefill, decode, address, "a", 20)
             assert "The gloo pair of 127.0.0.1 is lost" in prefill.diary.errors["a"].message
 
@@ -153,7 +166,7 @@ def test_an_address_that_is_not_ours_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 def test_rendezvous_is_nothing_to_say_on_a_shared_memory_lane() -> None:
     async def run() -> None:
-        async with rig(Transport.SHM) as (prefill, decode, address, exchange):
+        async with rig(SHM) as (prefill, decode, address, exchange):
             await hand_over(prefill, decode, address, "a", 20)
             exchange.lanes[0].send(Rendezvous(0, "key", b"value"))
             await eventually(lambda: not prefill.source._lanes)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from diptych.core.errors import ConfigError
 from diptych.core.layout import DType
-from diptych.core.transfer import PROTOCOL_VERSION, Hello, RefusedReason, Transport
-from diptych.kv_transfer.actions import Connect, Send
+from diptych.core.transfer import PROTOCOL_VERSION, Hello, RefusedReason, Transport, transports_for
+from diptych.kv_transfer.actions import Attach, Connect, Send
 from diptych.kv_transfer.faults import refusal
 from kv_world import GLOO, GROUPS, LAYOUT, World, hello
 
@@ -18,10 +19,11 @@ from kv_world import GLOO, GROUPS, LAYOUT, World, hello
         (replace(hello("P", 1), protocol_version=1), RefusedReason.LAYOUT, f"protocol_version differs: {PROTOCOL_VERSION} here, 1 at P"),
         (hello("P", 1, replace(LAYOUT, block_size=32)), RefusedReason.LAYOUT, "block_size differs"),
         (hello("P", 1, replace(LAYOUT, fingerprint="other")), RefusedReason.LAYOUT, "fingerprint differs"),
+        (hello("P", 1, replace(LAYOUT, fingerprint="other")), RefusedReason.LAYOUT, "weights, settings (rope among them) or dtype are not"),
         (
-            hello("P", 1, replace(LAYOUT, groups=(replace(GROUPS[0], dtype=DType.FLOAT16), GROUPS[1]))),
+            hello("P", 1, replace(LAYOUT, groups=(replace(GROUPS[0], head_dim=8), GROUPS[1]))),
             RefusedReason.LAYOUT,
-            "groups.dtype differs: float32 here, float16 there",
+            f"groups[0].head_dim differs: {GROUPS[0].head_dim} here, 8 there",
         ),
         (hello("P", 1, transports=GLOO), RefusedReason.TRANSPORT, "P may use gloo"),
         (replace(hello("P", 1), shm=()), RefusedReason.TRANSPORT, "no transport in common"),
@@ -39,8 +41,42 @@ def test_pools_of_different_sizes_may_exchange() -> None:
     assert refusal(hello("D", 2), hello("P", 1, replace(LAYOUT, num_blocks=(7, 9)))) is None
 
 
-def test_workers_of_different_kv_dtype_may_exchange() -> None:
-    assert refusal(hello("D", 2), hello("P", 1, replace(LAYOUT, groups=(replace(GROUPS[0], dtype=DType.BFLOAT16), GROUPS[1])))) is None
+@pytest.mark.parametrize("dtype", DType)
+def test_workers_of_different_kv_dtype_may_exchange(dtype: DType) -> None:
+    assert refusal(hello("D", 2), hello("P", 1, replace(LAYOUT, groups=(replace(GROUPS[0], dtype=dtype), GROUPS[1])))) is None
+
+
+def test_a_pool_on_a_gpu_and_one_in_host_memory_have_nothing_in_common() -> None:
+    on_gpu, in_host = (transports_for((), on_gpu=on_gpu) for on_gpu in (True, False))
+    refused = refusal(hello("D", 2, transports=in_host), hello("P", 1, transports=on_gpu))
+    assert refused is not None
+    assert refused.reason is RefusedReason.TRANSPORT
+    assert "D may use shm, gloo and P may use cuda_ipc, nccl" in refused.message
+
+
+@pytest.mark.parametrize(("on_gpu", "first", "then"), [(True, Transport.CUDA_IPC, Transport.NCCL), (False, Transport.SHM, Transport.GLOO)])
+def test_the_best_is_tried_first_and_the_other_said_why(on_gpu: bool, first: Transport, then: Transport) -> None:
+    both = transports_for((), on_gpu=on_gpu)
+    world = World(both)
+    world.expect("a/5")
+    world.offer("a/5", 5)
+    world.dial(world.dialling[0])
+    attach = world.destination.machine.received(world.wires[0].destination_lane, world.wires[0].to_destination.popleft(), 0.0)
+    assert [(action.transport) for action in attach if isinstance(action, Attach)] == [first]
+    said, connect = world.destination.machine.not_attached(world.wires[0].destination_lane, "another host", 0.0)
+    assert isinstance(connect, Connect)
+    assert (connect.transport, connect.instead) == (then, "another host")
+    assert isinstance(said, Send)
+    assert isinstance(said.message, Hello)
+    assert said.message.transports == (then,)
+
+
+@pytest.mark.parametrize(("wanted", "on_gpu"), [(Transport.NCCL, False), (Transport.CUDA_IPC, False), (Transport.GLOO, True)])
+def test_a_transport_that_the_pools_cannot_use_is_refused_by_name(wanted: Transport, on_gpu: bool) -> None:
+    with pytest.raises(ConfigError, match=f"transfer.transports names {wanted}") as caught:
+        transports_for((wanted,), on_gpu=on_gpu)
+    assert caught.value.field == "transfer.transports"
+    assert transports_for((wanted,), on_gpu=not on_gpu) == (wanted,)
 
 
 def test_workers_of_different_block_size_may_exchange_what_has_no_window() -> None:

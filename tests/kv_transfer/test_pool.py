@@ -18,7 +18,7 @@ from diptych.core.layout import Layout
 from diptych.core.transfer import ShmEndpoint
 from diptych.kv_transfer.geometry import SLOTS
 from diptych.kv_transfer.pool import Pool
-from diptych.kv_transfer.transports.shm import PeerPool, attach
+from diptych.kv_transfer.transports.shm import ShmPool, attach
 from kv_rig import LAYOUT, layout_with, left_behind
 
 
@@ -32,7 +32,7 @@ def pool() -> Iterator[Pool]:
     assert left_behind() == []
 
 
-async def attached(pool: Pool, endpoint: ShmEndpoint | None = None, layout: Layout | None = None) -> PeerPool:
+async def attached(pool: Pool, endpoint: ShmEndpoint | None = None, layout: Layout | None = None) -> ShmPool:
     loop = asyncio.get_running_loop()
     loop.add_reader(pool.listener, pool.hand_out)
     try:
@@ -55,9 +55,9 @@ def test_a_peer_reads_what_the_owner_writes_and_cannot_write(pool: Pool) -> None
     peer = asyncio.run(attached(pool))
     pool.caches[1][2].fill_(3)
     pool.set_word(7, 2**63 + 5)
-    assert peer.word(7) == 2**63 + 5
-    assert peer.word(8) == 0
-    assert peer.word(SLOTS - 1) == 0
+    assert peer.file.word(7) == 2**63 + 5
+    assert peer.file.word(8) == 0
+    assert peer.file.word(SLOTS - 1) == 0
     offset = peer.geometry.offsets[LAYOUT.groups[1].layers[2]]
     with mmap.mmap(pool.memory.shared.fd, pool.geometry.size, prot=mmap.PROT_READ) as again:
         assert again[offset : offset + 2] == torch.tensor([3], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()

@@ -15,12 +15,24 @@ from typing import Any
 
 import pytest
 from diptych.core.errors import TransferFailed
-from diptych.core.transfer import Transport
-from kv_rig import TRANSPORTS, DecodeEnd, Exchange, PrefillEnd, decode_end, left_behind, pool_sockets, pool_sockets_of, prefill_end
+from kv_rig import (
+    BETWEEN_PROCESSES,
+    DecodeEnd,
+    Exchange,
+    PrefillEnd,
+    Way,
+    decode_end,
+    left_behind,
+    pool_sockets,
+    pool_sockets_of,
+    prefill_end,
+)
 
 HERE = Path(__file__).parent
 LEASE_S = 2.0
-pytestmark = pytest.mark.parametrize("transport", TRANSPORTS)
+SHARED_GPU = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+"""Both ends on one GPU."""
+pytestmark = pytest.mark.parametrize("way", BETWEEN_PROCESSES)
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +71,15 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer(role: str, transport: Transport) -> AsyncIterator[Peer]:
-    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(HERE)}
+async def peer(role: str, way: Way) -> AsyncIterator[Peer]:
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent / "fakes"))), **SHARED_GPU}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(HERE / "kv_peer.py"),
         role,
         str(LEASE_S),
-        transport,
+        way.transport,
+        str(way.device),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env=environment,
@@ -100,10 +113,10 @@ async def to_peer(here: PrefillEnd, there: Peer, transfer_id: str) -> None:
     await there.hear("committed", transfer_id)
 
 
-def test_source_killed_and_restarted(transport: Transport) -> None:
+def test_source_killed_and_restarted(way: Way) -> None:
     async def run() -> None:
-        async with decode_end(transport, Exchange(), True, LEASE_S) as (here, address):
-            async with peer("prefill", transport) as there:
+        async with decode_end(way, Exchange(), True, LEASE_S) as (here, address):
+            async with peer("prefill", way) as there:
                 await from_peer(there, here, address, "a")
                 here.destination.expect("b")
                 there.do(do="offer", id="b", to=address, tokens=200)
@@ -114,18 +127,18 @@ def test_source_killed_and_restarted(transport: Transport) -> None:
                 await here.diary.wait("released", "b", within_s=2 * LEASE_S)
                 assert isinstance(here.diary.errors["b"], TransferFailed)
                 assert "lane" in here.diary.errors["b"].message
-            async with peer("prefill", transport) as there:
+            async with peer("prefill", way) as there:
                 await from_peer(there, here, address, "c")
                 assert here.diary.of("b") == ["offered", "failed", "released"]
 
     asyncio.run(run())
 
 
-def test_source_stopped_and_continued(transport: Transport) -> None:
+def test_source_stopped_and_continued(way: Way) -> None:
     """Stopped for longer than its lease: the grant ends, and whatever it does when it wakes is not counted."""
 
     async def run() -> None:
-        async with decode_end(transport, Exchange(), True, LEASE_S) as (here, address), peer("prefill", transport) as there:
+        async with decode_end(way, Exchange(), True, LEASE_S) as (here, address), peer("prefill", way) as there:
             here.destination.expect("a")
             there.do(do="offer", id="a", to=address, tokens=200)
             await there.hear("granted", "a")
@@ -143,10 +156,10 @@ def test_source_stopped_and_continued(transport: Transport) -> None:
     asyncio.run(run())
 
 
-def test_destination_killed_and_restarted_at_another_address(transport: Transport) -> None:
+def test_destination_killed_and_restarted_at_another_address(way: Way) -> None:
     async def run() -> None:
-        async with prefill_end(transport, None, LEASE_S) as here:
-            async with peer("decode", transport) as there:
+        async with prefill_end(way, None, LEASE_S) as here:
+            async with peer("decode", way) as there:
                 await to_peer(here, there, "a")
                 there.do(id="b")
                 here.offer("b", there.address, 200)
@@ -158,18 +171,18 @@ def test_destination_killed_and_restarted_at_another_address(transport: Transpor
                 assert isinstance(here.diary.errors["b"], TransferFailed)
                 here.offer("c", there.address, 20)
                 await here.diary.wait("released", "c")
-            async with peer("decode", transport) as there:
+            async with peer("decode", way) as there:
                 await to_peer(here, there, "d")
 
     asyncio.run(run())
 
 
-def test_destination_stopped_and_continued(transport: Transport) -> None:
+def test_destination_stopped_and_continued(way: Way) -> None:
     """Stopped after the Commit: the source takes its blocks back after one lease and writes over them; the destination, awake,
     must not count what it copies then."""
 
     async def run() -> None:
-        async with prefill_end(transport, None, LEASE_S) as here, peer("decode", transport) as there:
+        async with prefill_end(way, None, LEASE_S) as here, peer("decode", way) as there:
             await to_peer(here, there, "a")
             there.do(id="b")
             here.offer("b", there.address, 200)
@@ -177,7 +190,7 @@ def test_destination_stopped_and_continued(transport: Transport) -> None:
             there.signal(signal.SIGSTOP)
             await here.compute_all("b")
             await here.diary.wait("released", "b", within_s=3 * LEASE_S)
-            assert {Transport.SHM: "No Ack", Transport.GLOO: "Timed out"}[transport] in here.diary.errors["b"].message
+            assert ("Timed out" if way.transport.two_sided else "No Ack") in here.diary.errors["b"].message
             there.signal(signal.SIGCONT)
             assert (await there.hear("released", "b"))["error"]
             assert not any(line["what"] == "committed" and line["id"] == "b" for line in there.lines)

@@ -1,0 +1,36 @@
+"""Streams and events of a GPU, as the transports use them; torch leaves theirs untyped."""
+
+from __future__ import annotations
+
+import torch
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def mark(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
+    """Behind all that `stream`, by default the current one, was asked for so far. A thread that waits for it sleeps: a stream's own
+    `synchronize` would keep a core busy."""
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record(stream or torch.cuda.current_stream())
+    return event
+
+
+def shared_event() -> torch.cuda.Event:
+    """One that other processes can wait for, of the current device; nothing is before it yet."""
+    event = torch.cuda.Event(interprocess=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def handle_of(event: torch.cuda.Event) -> bytes:
+    """Of a shared event."""
+    handle: bytes = event.ipc_handle()  # type: ignore[no-untyped-call]
+    return handle
+
+
+def open_event(device: torch.device, handle: bytes) -> torch.cuda.Event:
+    """Another process's. Raises `RuntimeError` if it cannot be opened."""
+    event: torch.cuda.Event = torch.cuda.Event.from_ipc_handle(device, handle)  # type: ignore[no-untyped-call]
+    return event

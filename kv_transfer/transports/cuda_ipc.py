@@ -1,0 +1,78 @@
+"""CUDA IPC between two processes of one host: the destination maps the memory of the source's pool into its own GPU's address space, be it
+on the same GPU or on another that it reaches, and copies from it there.
+
+Nobody waits on the host for the source's stores: each layer has an event, which this process opens too, and the stream that copies waits
+for it before it reads. (A Ready comes after the event was recorded, so what is waited for is that store or a later one.) The epoch words
+are in the shared file, in host memory: the source sets one before it tells its GPU to write over the blocks, and it is looked at here
+when the copy is known to be done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...core.layout import Layout
+from ...core.transfer import ShmEndpoint, Transport
+from .. import cuda_runtime, cuda_streams
+from ..actions import Copy
+from ..crossing import Crossing
+from ..device_memory import handles, shared_bytes
+from ..geometry import Geometry
+from ..memory import tensor_at
+from ..pool import Pool
+from ..rows import copy_rows, require_fit
+from . import one_sided
+from .one_sided import PeerFile
+
+
+class DevicePool:
+    """`one_sided.PeerPool`. `begin` and `close` are called on one thread."""
+
+    def __init__(self, layout: Layout, file: PeerFile, device: torch.device) -> None:
+        """`layout`: the pool's. `device`: ours. Raises `TransferFailed` if the memory cannot be reached from it."""
+        geometry = Geometry(layout)
+        layers = [layer for group in layout.groups for layer in group.layers]
+        memory, *events = handles(memoryview(file.mapped), len(layers))
+        with torch.cuda.device(device):
+            self._events = {layer: cuda_streams.open_event(device, event) for layer, event in zip(layers, events, strict=True)}
+            self._stream = cuda_streams.new_stream(device)
+            self._address = cuda_runtime.open_handle(memory)
+        self._offsets, self._device = geometry.offsets, device
+        self._whole = tensor_at(self._address, geometry.size, device)
+        self.file = file
+
+    def begin(self, into: Pool, crossing: Crossing, copy: Copy) -> Callable[[], None]:
+        """Asks the GPU for the copy; what is returned waits for it, with the thread asleep."""
+        span = copy.span
+        found = crossing.between(span, copy.source_blocks, copy.destination_blocks)
+        with torch.cuda.stream(self._stream):
+            for layer in span.layers:
+                self._events[layer].wait()
+            fits = copy_rows(self._whole, self._offsets, into, crossing, span, found)
+            done = cuda_streams.mark()
+
+        def wait() -> None:
+            done.synchronize()
+            require_fit(fits)
+
+        return wait
+
+    def close(self) -> None:
+        with torch.cuda.device(self._device):
+            self._stream.synchronize()
+            self._events.clear()
+            del self._whole
+            cuda_runtime.close_handle(self._address)
+        self.file.close()
+
+
+async def attach(worker_id: str, endpoint: ShmEndpoint, layout: Layout, device: torch.device) -> DevicePool:
+    """Map a pool of `worker_id`, whose own layout is `layout`, for `device`. Raises `TransferFailed` as `one_sided.attach` does, and if
+    CUDA cannot map it."""
+    size = shared_bytes(sum(len(group.layers) for group in layout.groups))
+    try:
+        return await one_sided.attach(Transport.CUDA_IPC, worker_id, endpoint, lambda file: DevicePool(layout, file, device), size)
+    except RuntimeError as error:  # torch's, of an event
+        raise one_sided.unreachable(Transport.CUDA_IPC, worker_id, error) from error

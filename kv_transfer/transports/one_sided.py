@@ -1,0 +1,215 @@
+"""One-sided transports: the destination copies from the source's pool, then looks whether the source's epoch word still stands.
+
+What differs is below: how a peer's pool is found from the file that it hands out, and how it is copied (`PeerPool`: `shm`, `cuda_ipc`).
+One thread copies, in the order it is asked, so that a fence is simply the next thing in its queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import mmap
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Protocol, TypeVar
+
+from ...core.errors import TransferFailed
+from ...core.transfer import ShmEndpoint, Transport
+from ..actions import Copy
+from ..crossing import Crossing
+from ..geometry import NONCE_BYTES, SLOTS, WORD_BYTES
+from ..pool import Pool
+from ..shared_file import SEALS
+
+log = logging.getLogger(__name__)
+
+ATTACH_S = 4.0
+"""Within the destination's handshake (5 s), so that the reason told is this one."""
+WAYS = {Transport.SHM: "shared memory", Transport.CUDA_IPC: "CUDA IPC"}
+UNREACHABLE = "{worker} cannot be reached by {way} from here ({why}); {transport} is for workers of one host and one user."
+UNCOPIED = "piece %d of transfer %s could not be copied"
+COPIES_AT_ONCE = 4
+"""Begun and not yet looked at: on a GPU the next ones are asked for while one runs, so that it never waits for the host."""
+
+
+class PeerFile:
+    """The file that the pool of a rank of another worker hands out, mapped read-only."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self.mapped = mapped
+        self._words = memoryview(mapped)[NONCE_BYTES : NONCE_BYTES + SLOTS * WORD_BYTES].cast("Q")
+
+    def word(self, slot: int) -> int:
+        return self._words[slot]
+
+    def close(self) -> None:
+        self._words.release()
+        self.mapped.close()
+
+
+class PeerPool(Protocol):
+    """The pool of a rank of another worker, as this process reaches it."""
+
+    file: PeerFile
+
+    def begin(self, into: Pool, crossing: Crossing, copy: Copy) -> Callable[[], None] | None:
+        """Copy the piece into the pool; or have it copied, and then what is returned returns when it has been."""
+        ...
+
+    def close(self) -> None: ...
+
+
+P = TypeVar("P", bound=PeerPool)
+
+
+def unreachable(transport: Transport, worker_id: str, error: Exception) -> TransferFailed:
+    why = str(error) or type(error).__name__
+    return TransferFailed(UNREACHABLE.format(worker=worker_id, way=WAYS[transport], why=why, transport=transport))
+
+
+async def attach(transport: Transport, worker_id: str, endpoint: ShmEndpoint, make: Callable[[PeerFile], P], size: int) -> P:
+    """What `make` makes of the file, `size` bytes long, that a pool of `worker_id` hands out. Raises `TransferFailed` unless the nonce is
+    read there within `ATTACH_S` seconds, or if `make` does."""
+    try:
+        async with asyncio.timeout(ATTACH_S):
+            fd = await _ask_for_fd(endpoint.socket)
+        try:
+            file = _map(fd, endpoint.nonce, size)
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:  # TimeoutError is an OSError
+        raise unreachable(transport, worker_id, error) from error
+    try:
+        return make(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+async def _ask_for_fd(name: str) -> int:
+    """The file descriptor that the abstract socket `name` hands out."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as connection:
+        await loop.sock_connect(connection, f"\0{name}")
+        readable = asyncio.Event()
+        loop.add_reader(connection, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(connection)
+        _, fds, _, _ = socket.recv_fds(connection, 1, 1, flags=socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+    if not fds:
+        raise ValueError("it hands out nothing, perhaps because it is another user's")
+    return fds[0]
+
+
+def _map(fd: int, nonce: bytes, size: int) -> PeerFile:
+    """`ValueError` unless it is `size` bytes that cannot shrink and begin with `nonce`."""
+    if os.fstat(fd).st_size != size or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
+        raise ValueError("what it hands out is no pool of its layout")
+    mapped = mmap.mmap(fd, size, prot=mmap.PROT_READ)
+    if mapped[:NONCE_BYTES] != nonce:
+        mapped.close()
+        raise ValueError("the nonce there is another's")
+    return PeerFile(mapped)
+
+
+class Copies:
+    """The copy thread. `copied(transfer_id, seq, error or None)` and `fenced(transfer_id)` are called on the asyncio thread."""
+
+    def __init__(self, pool: Pool, copied: Callable[[str, int, str | None], None], fenced: Callable[[str], None]) -> None:
+        self._pool = pool
+        self._copied = copied
+        self._fenced = fenced
+        self._loop = asyncio.get_running_loop()
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._begun: deque[Callable[[], None]] = deque()
+        """How each copy under way is ended, the oldest first."""
+        self._given_up: set[str] = set()
+        self._thread = Thread(target=self._work, name="diptych-kv-copy", daemon=True)
+        self._thread.start()
+
+    def copy(self, source: PeerPool, crossing: Crossing, copy: Copy) -> None:
+        self._jobs.put(partial(self._begin, source, crossing, copy))
+
+    def fence(self, transfer_id: str) -> None:
+        """Copies of the transfer that have not begun are not made; `fenced` comes after those that have."""
+        self._given_up.add(transfer_id)
+        self._jobs.put(partial(self._behind_all, partial(self._fence, transfer_id)))
+
+    def detach(self, source: PeerPool) -> None:
+        """Unmap `source` after all that was asked for so far."""
+        self._jobs.put(partial(self._behind_all, source.close))
+
+    def close(self) -> None:
+        """Wait for the thread to end; all transfers must have been fenced."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            try:
+                job()
+            except Exception:  # a thread that ended here would leave every fence behind it without an answer
+                log.exception("a defect in the copy thread")
+
+    def _next(self) -> Callable[[], None] | None:
+        """What was asked for; when there is nothing, or enough has begun, the end of the oldest copy."""
+        if not self._begun:
+            return self._jobs.get()
+        if len(self._begun) < COPIES_AT_ONCE:
+            try:
+                return self._jobs.get_nowait() or partial(self._behind_all, partial(self._jobs.put, None))
+            except Empty:
+                pass
+        return self._begun.popleft()
+
+    def _behind_all(self, job: Callable[[], None]) -> None:
+        while self._begun:
+            self._begun.popleft()()
+        job()
+
+    def _begin(self, source: PeerPool, crossing: Crossing, copy: Copy) -> None:
+        if copy.transfer_id in self._given_up:
+            return
+        try:
+            done = source.begin(self._pool, crossing, copy)
+        except Exception as defect:
+            log.exception(UNCOPIED, copy.seq, copy.transfer_id)
+            self._failed(copy, defect)
+            return
+        if done is None:
+            self._copied_all(source, copy)
+        else:
+            self._begun.append(partial(self._end, source, copy, done))
+
+    def _end(self, source: PeerPool, copy: Copy, done: Callable[[], None]) -> None:
+        try:
+            done()
+        except Exception as defect:
+            log.exception(UNCOPIED, copy.seq, copy.transfer_id)
+            self._failed(copy, defect)
+        else:
+            self._copied_all(source, copy)
+
+    def _copied_all(self, source: PeerPool, copy: Copy) -> None:
+        """The piece counts, unless the source has given up the transfer meanwhile."""
+        stands = source.file.word(copy.slot) == copy.word
+        self._tell(copy, None if stands else f"The source took back the blocks of piece {copy.seq} while they were copied.")
+
+    def _failed(self, copy: Copy, defect: Exception) -> None:
+        """Whatever it is, this piece is not there."""
+        self._tell(copy, f"Piece {copy.seq} could not be copied: {type(defect).__name__}: {defect}")
+
+    def _tell(self, copy: Copy, error: str | None) -> None:
+        self._loop.call_soon_threadsafe(self._copied, copy.transfer_id, copy.seq, error)
+
+    def _fence(self, transfer_id: str) -> None:
+        self._given_up.discard(transfer_id)
+        self._loop.call_soon_threadsafe(self._fenced, transfer_id)

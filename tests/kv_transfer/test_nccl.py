@@ -1,0 +1,151 @@
+"""The NCCL wire's own rules, over a fake of NCCL: nobody is stuck, nothing is used that is aborted, and the words for what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Iterator
+
+import pytest
+from diptych.core.errors import TransferFailed
+from diptych.kv_transfer.transports import nccl, wiring
+from fake_nccl import Fabric, FakeNccl
+from kv_rig import FAKE_NCCL, LAYERS, TOKENS, DecodeEnd, PrefillEnd, eventually, left_behind, rig
+
+
+@pytest.fixture
+def fabric(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fabric]:
+    made = Fabric()
+    monkeypatch.setattr(wiring, "Nccl", lambda _: FakeNccl(made))
+    yield made
+    if left_behind():
+        gc.collect()
+    assert left_behind() == []
+    assert made.alive == 0
+    assert made.broken_rules == []
+
+
+async def hand_over(prefill: PrefillEnd, decode: DecodeEnd, address: str, transfer_id: str, tokens: int = 100) -> None:
+    decode.destination.expect(transfer_id)
+    prefill.offer(transfer_id, address, tokens)
+    await prefill.compute_all(transfer_id)
+    await prefill.diary.wait("released", transfer_id)
+
+
+def test_what_crosses_is_what_was_handed_over_and_a_byte_of_each_pair(fabric: Fabric) -> None:
+    async def run() -> None:
+        async with rig(FAKE_NCCL) as (prefill, decode, address, _):
+            await hand_over(prefill, decode, address, "a")
+            await hand_over(prefill, decode, address, "b", 333)
+            assert fabric.bytes_moved == 1 + decode.bytes["a"] + decode.bytes["b"]
+
+    asyncio.run(run())
+
+
+def test_a_silent_peer_is_given_up(fabric: Fabric) -> None:
+    async def run() -> None:
+        async with rig(FAKE_NCCL, lease_s=0.5) as (prefill, decode, address, exchange):
+            await hand_over(prefill, decode, address, "a")
+            fabric.silent = True
+            await hand_over(prefill, decode, address, "b")
+            await decode.diary.wait("released", "b")
+            message = prefill.diary.errors["b"].message
+            assert "The nccl pair of 127.0.0.1 is lost: Timed out: the other end neither gave nor took anything for 0.5 s." in message
+            await eventually(lambda: fabric.alive == 0)
+            fabric.silent = False
+            await hand_over(prefill, decode, address, "c")
+            assert decode.diary.of("c") == ["offered", "committed"]
+            assert len(exchange.lanes) == 2
+
+    asyncio.run(run())
+
+
+def test_what_nccl_says_is_told(fabric: Fabric) -> None:
+    async def run() -> None:
+        async with rig(FAKE_NCCL) as (prefill, decode, address, _):
+            await hand_over(prefill, decode, address, "a")
+            decode.destination.expect("b")
+            prefill.offer("b", address, 100)
+            await prefill.diary.wait("granted", "b")
+            fabric.error = "remote process exited or there was a network error"
+            prefill.compute("b", LAYERS, 0, 100)
+            prefill.source.commit("b", TOKENS)
+            await prefill.diary.wait("released", "b")
+            assert isinstance(prefill.diary.errors["b"], TransferFailed)
+            assert "NCCL says: remote process exited" in prefill.diary.errors["b"].message
+            await decode.diary.wait("released", "b")
+            fabric.error = None
+            await hand_over(prefill, decode, address, "c")
+
+    asyncio.run(run())
+
+
+def test_a_lane_that_breaks_while_it_connects_aborts_at_once(fabric: Fabric) -> None:
+    """The byte that a pair begins with never crosses, so both ends wait; none for the 30 s that they may."""
+    fabric.silent = True
+
+    async def run() -> None:
+        async with rig(FAKE_NCCL) as (prefill, decode, address, exchange):
+            decode.destination.expect("a")
+            prefill.offer("a", address, 20)
+            await prefill.diary.wait("granted", "a")
+            await eventually(lambda: len(fabric.made) == 2)
+            exchange.lanes[0].cut()
+            await prefill.diary.wait("released", "a")
+            await decode.diary.wait("released", "a")
+            await eventually(lambda: fabric.alive == 0)
+
+    asyncio.run(run())
+
+
+def test_a_destination_that_never_joins(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "CONNECT_S", 0.3)
+    join = FakeNccl.join
+
+    def refuse(binding: FakeNccl, unique_id: bytes, end: int) -> object:
+        if end == 1:
+            raise ConnectionError("NCCL says: no such device")
+        return join(binding, unique_id, end)
+
+    monkeypatch.setattr(FakeNccl, "join", refuse)
+
+    async def run() -> None:
+        async with rig(FAKE_NCCL) as (prefill, decode, address, _):
+            await hand_over(prefill, decode, address, "a", 20)
+            assert "no such device" in prefill.diary.errors["a"].message
+
+    asyncio.run(run())
+
+
+def test_pairs_come_and_go_without_a_trace(fabric: Fabric) -> None:
+    async def run() -> None:
+        async with rig(FAKE_NCCL) as (prefill, decode, address, exchange):
+            for number in range(10):
+                await hand_over(prefill, decode, address, f"t{number}", 20)
+                assert fabric.alive == 2
+                exchange.lanes[-1].cut()
+                await eventually(lambda: not prefill.source._lanes)
+                await eventually(lambda: fabric.alive == 0)
+            threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("diptych-pair")]
+            assert threads == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("broken", ["no wait", "other bytes"])
+def test_the_fake_can_tell(fabric: Fabric, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wire that says that a piece has come before it has, or that sends another, is found."""
+    if broken == "no wait":
+        monkeypatch.setattr(nccl.NcclWork, "wait", lambda work, timeout: None)
+    else:
+        send = nccl.NcclWire.send
+        monkeypatch.setattr(nccl.NcclWire, "send", lambda wire, data: send(wire, data.clone().random_()))
+
+    async def run() -> None:
+        async with rig(FAKE_NCCL, lease_s=0.5) as (prefill, decode, address, _):
+            await hand_over(prefill, decode, address, "a", 900)
+            assert "checksum of piece 0 is wrong" in decode.diary.errors["a"].message
+
+    asyncio.run(run())
+    fabric.broken_rules.clear()
