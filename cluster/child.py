@@ -16,6 +16,8 @@ import time
 import traceback
 from pathlib import Path
 
+from .logs import LogFormat, formatter
+
 PR_SET_PDEATHSIG = 1
 FAILED = 2
 """Exit status of a child that could not start and has said why."""
@@ -75,10 +77,11 @@ def died(error: BaseException) -> None:
     os._exit(DIED)
 
 
-def log_to_stderr(level: str, name: str) -> None:
-    """Log lines `date level name logger: message` on stderr; at debug level, our own only."""
-    form = f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s"
-    logging.basicConfig(stream=sys.stderr, level=max(logging.INFO, _number(level)), format=form)
+def log_to_stderr(level: str, name: str, form: LogFormat = "pretty") -> None:
+    """Log lines of the process called `name` on stderr; at debug level, our own only."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(form, name))
+    logging.basicConfig(handlers=[handler], level=max(logging.INFO, _number(level)))
     logging.getLogger("diptych").setLevel(_number(level))
 
 

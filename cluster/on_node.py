@@ -42,7 +42,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # half a model is removed on the way out
     try:
         spec = read_spec(RankSpec, arguments.spec)
-        log_to_stderr(spec.log_level, rank_name(spec))
+        log_to_stderr(spec.log_level, rank_name(spec), spec.log_format)
         _become(
             spec.model_copy(
                 update={

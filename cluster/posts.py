@@ -104,6 +104,7 @@ def _worker(config: ClusterConfig, spread: Layouts, model_dir: Path, name: Name,
             transports=config.transfer.transports,
             log_level=config.log.level,
         )
+            log_format=config.log.format,
         for rank, (pairs, share) in enumerate(zip(pairs_of(config, spread, phase, group), shares, strict=True))
     )
     return Worker(ranks, group, section_of(config, phase, group))
@@ -127,6 +128,7 @@ def route_spec(config: ClusterConfig, model_dir: Path) -> RouteSpec:
 
 def launch_worker(worker: Worker, programs: Programs, logs: Path) -> Launch:
     """A worker on this host."""
+        log_format=config.log.format,
     return _as_one(
         Launch(
             name=rank_name(spec),

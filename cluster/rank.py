@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def _run(spec: RankSpec, leader: str | None) -> None:
-    log_to_stderr(spec.log_level, rank_name(spec))
+    log_to_stderr(spec.log_level, rank_name(spec), spec.log_format)
     card = read_card(spec.model_dir)
     ranks = worker_layout(spec, card).ranks
     if (spec.rank > 0) != (leader is not None):

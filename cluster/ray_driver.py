@@ -35,7 +35,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         spec = read_spec(RaySpec, arguments.spec)
-        log_to_stderr(spec.log_level, "ray")
+        log_to_stderr(spec.log_level, "ray", spec.log_format)
         if spec.address is None and not make_vanishing(spec.directory):
             _log.info("no namespace of our own for %s: it is removed by the reaper", spec.directory)
         from .ray_placement import Driver  # only now: the namespace is entered with one thread

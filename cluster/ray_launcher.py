@@ -17,6 +17,7 @@ from ..core.errors import ConfigError, DiptychError, Unavailable
 from . import processes
 from .launch import Launch, PlainLauncher, PlainProcess, Running, parse_line
 from .post import Observer
+from .logs import LogFormat
 from .spec import LogLevel, RaySpec
 
 DRIVER = "ray"
@@ -81,6 +82,7 @@ class RayLauncher:
         placing: Placing,
         log: Path,
         log_level: LogLevel,
+        log_format: LogFormat,
         observer: Observer,
     ) -> None:
         """`cores`: for a local Ray. `wanted`: threads and memory of each rank of each worker of the start, for one that is joined."""
@@ -97,6 +99,7 @@ class RayLauncher:
             placing=placing,
             environment={processes.MARK: plain.cluster_id, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
             log_level=log_level,
+            log_format=log_format,
         )
         argv = (sys.executable, "-m", "diptych.cluster.ray_driver", "--spec", spec.model_dump_json())
         own = PlainLauncher(plain.cluster_id, plain.directory, ray_environment(os.environ, local=address is None))

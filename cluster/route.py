@@ -28,7 +28,7 @@ def main() -> int:
         hold_leash()
     try:
         spec = read_spec(RouteSpec, arguments.spec)
-        log_to_stderr(spec.log_level, "router")
+        log_to_stderr(spec.log_level, "router", spec.log_format)
         progress("started")
         asyncio.run(_serve(spec))
     except DiptychError as error:
@@ -38,6 +38,7 @@ def main() -> int:
 
 
 async def _serve(spec: RouteSpec) -> None:
+    from ..core.model import read_card
     from ..router.placement import Policy
     from ..router.server import RouterSettings, run_router
     from .exporter import Exporter
@@ -53,7 +54,7 @@ async def _serve(spec: RouteSpec) -> None:
         policy=Policy(spec.local_prefill, spec.local_prefill_below),
         limits=spec.limits,
     )
-    exporter = Exporter()
+    exporter = Exporter(spec.model_name or read_card(spec.model_dir).name)
     await run_router(
         settings,
         recorder=exporter,

@@ -13,6 +13,7 @@ from ..core.errors import ConfigError
 from ..core.fleet import LocalPrefill, Phase
 from ..core.transfer import Transport
 
+from .logs import LogFormat
 BLOCK_SIZE = 16
 """Tokens per block of every cache group."""
 
@@ -57,6 +58,7 @@ class RankSpec(_Spec):
 
 def rank_name(spec: RankSpec) -> str:
     """The process's name for people and for its log; the leader's is the worker's."""
+    log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")
     return f"{spec.worker_id}.rank{spec.rank}" if spec.rank else spec.worker_id
 
 
@@ -102,6 +104,7 @@ class RaySpec(_Spec):
     wanted: tuple[tuple[tuple[int | None, int], ...], ...] = Field(
         min_length=1, description="Threads (None: what there is) and bytes of each rank of each worker of the start, on a joined one."
     )
+    log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")
     placing: Placing = Field(Placing.PACK, description="Which node of a joined one a worker goes to.")
     environment: dict[str, str] = Field(default_factory=dict, description="Put over the environment of actors and their processes.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
@@ -118,3 +121,4 @@ def read_spec(kind: type[_S], text: str) -> _S:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"]) or "spec"
         raise ConfigError(f"{path}: {first['msg']}.", field=path) from None
+    log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")

@@ -157,6 +157,7 @@ class Up:
         logs = Path(self.config.log.directory).absolute() if self.config.log.directory else home / "logs"
         scratch = Path(tempfile.mkdtemp(prefix="diptych-"))
         started = processes.start_ticks(os.getpid())
+            log_format=self.config.log.format,
         assert started is not None
         record = _Record(
             state.ClusterState(
@@ -175,7 +176,7 @@ class Up:
                 logs.mkdir(parents=True, exist_ok=True)
                 for old in logs.glob("*.log"):
                     old.unlink()
-                log.enter_context(logging_to(logs / "supervisor.log", self.config.log.level))
+                log.enter_context(logging_to(logs / "supervisor.log", self.config.log.level, self.config.log.format))
                 yield record
                 failed = False
             finally:

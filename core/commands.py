@@ -70,20 +70,24 @@ class FirstTokens:
 
 @dataclass(frozen=True, slots=True)
 class HandedOver:
-    """From P, terminal: D has acknowledged the Commit."""
+    """From P, terminal: D has acknowledged the Commit, `exposed` seconds after the first tokens were drawn."""
 
     attempt_id: str
     kv_bytes: int
     seconds: float
     transport: str
+    exposed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """From D (and from P never): tokens of its choices, each choice's in order of index. A stop token is not among them."""
+    """From D (and from P never): tokens of its choices, each choice's in order of index. A stop token is not among them.
+
+    `queued`: seconds that an attempt whose prompt D reads itself waited for that to begin; with its first tokens only."""
 
     attempt_id: str
     tokens: tuple[Token, ...]
+    queued: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

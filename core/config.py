@@ -172,6 +172,7 @@ class ClusterConfig(_Section):
 
     def section(self, phase: Phase) -> PrefillSection | DecodeSection:
         return self.prefill if phase is Phase.PREFILL else self.decode
+    format: Literal["pretty", "json"] = Field("pretty", description="Lines for people, or one JSON object a line.")
 
 
 def load_config(values: dict[str, Any]) -> ClusterConfig:

@@ -55,12 +55,23 @@ class WorkerState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """A value of a metric (`core.metrics`) at this worker, or a total if that is a counter. `label`: the value of the label that the
+    metric has beside the worker's name and phase."""
+
+    name: str
+    value: float
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReport:
     """One message of a worker's Watch stream, sent on change and at least once a second.
 
     `waiting`: attempts not yet started; `running`: started (on a decode worker each choice counts); `prompt_tokens_waiting`: prompt
     tokens not yet computed; `blocks_free` and `blocks_total`: of the group that has least free, in blocks; cached but unused blocks
-    are free. `leases`: transfers that hold blocks here. `counters`: monotonic totals by metric name (`core.metrics`).
+    are free. `leases`: transfers that hold blocks here. `counters`: monotonic totals by metric name (`core.metrics`);
+    `measures`: what else there is to record.
     """
 
     worker_id: str
@@ -73,3 +84,4 @@ class WorkerReport:
     blocks_total: int
     leases: int
     counters: tuple[tuple[str, float], ...] = ()
+    measures: tuple[Measure, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -94,6 +95,17 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     choice: int = 0
+
+
+MAX_REQUEST_ID = 128
+_STRANGE = re.compile(r"[^A-Za-z0-9._:/+=@-]+")
+"""What an id in a log line, a header or a query need not hold."""
+
+
+def request_id_of(said: str | None) -> str:
+    """The id that a client gave its request, without strange characters and at most `MAX_REQUEST_ID` long; a fresh one, 24 hex digits,
+    if there is nothing left of it."""
+    return _STRANGE.sub("", said or "")[:MAX_REQUEST_ID] or secrets.token_hex(12)
 
 
 def new_attempt_id() -> str:

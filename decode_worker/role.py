@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from ..kv_transfer.events import DestinationEvents
 from ..rpc.lane import Lane
 from ..worker.admit import refusal
 from ..worker.attempts import Attempts
+from ..worker.journal import Journal
 from ..worker.loop import Inbox, OnLayer, StepTimes
 from ..worker.outbox import Listener, Outbox
 from ..worker.report import Reporter
@@ -25,6 +27,7 @@ from ..worker.timeline import stamp, stamping
 from .choices import DecodeOutcome
 from .decision import Decision
 from .scheduler import DecodeScheduler
+from .waits import Waits
 
 REFUSALS = {
     RefusedReason.CLOSED: "The attempt is closed here.",
@@ -64,8 +67,10 @@ class DecodeRole:
         """`destination` makes the transfers' end from the events it shall call."""
         self.outbox = Outbox()
         self._scheduler, self._clock, self._reporter, self._vocab_size = scheduler, clock, reporter, vocab_size
-        self._attempts = Attempts(self.outbox)
+        self._journal = Journal(clock)
+        self._attempts = Attempts(self.outbox, self._journal.ended)
         self._draining = False
+        self._waits = Waits()
         self._fresh: set[str] = set()
         """Committed, and no step of theirs has completed yet: their start is still to be stamped."""
         self.transfers = destination(_Events(self, inbox))
@@ -85,6 +90,7 @@ class DecodeRole:
 
     def detached(self, listener: Listener) -> None:
         for attempt_id in self._attempts.forget(listener):
+            self._journal.lost(attempt_id)
             self._drop(attempt_id)
 
     def drain(self) -> None:
@@ -101,7 +107,10 @@ class DecodeRole:
             self.outbox.say(listener, Failed(decode.attempt_id, error))
             return
         self._attempts.open(decode.attempt_id, listener)
-        if not decode.local_prefill:
+        self._journal.opened(decode.attempt_id, decode.request)
+        if decode.local_prefill:
+            self._waits.arrived(decode.attempt_id, self._clock.now())
+        else:
             self.outbox.call(partial(self.transfers.expect, decode.attempt_id))
 
     def _stop(self, stop: Stop) -> None:
@@ -117,6 +126,7 @@ class DecodeRole:
     def _drop(self, attempt_id: str) -> None:
         """Compute no more of it; a transfer under way ends at the destination, and `released` (or a faster commit) follows."""
         self._fresh.discard(attempt_id)
+        self._waits.forget(attempt_id)
         if self._scheduler.cancel(attempt_id, self._clock.now()):
             self.outbox.call(partial(self.transfers.cancel, attempt_id))
 
@@ -133,6 +143,8 @@ class DecodeRole:
     def decide(self) -> Decision | None:
         decision = self._scheduler.decide(self._clock.now())
         self._grant(self._scheduler.new_grants())
+        if decision is not None:
+            self._waits.began(decision.attempts, self._clock.now())
         return decision
 
     def on_layer(self, decision: Decision) -> OnLayer | None:
@@ -146,11 +158,13 @@ class DecodeRole:
 
     def _tell(self, outcome: DecodeOutcome) -> None:
         for tokens in outcome.new_tokens:
-            self._attempts.tell(tokens)
+            queued = self._waits.take(tokens.attempt_id)
+            self._attempts.tell(tokens if queued is None else replace(tokens, queued=queued))
         for choice in outcome.choices:
             self._attempts.tell(choice)
         for finished in outcome.finished:
             self._fresh.discard(finished.attempt_id)
+            self._waits.forget(finished.attempt_id)
             self._attempts.end(finished)
             stamp(Stage.FINISHED, finished.attempt_id, self._clock.now())
 
@@ -166,6 +180,7 @@ class DecodeRole:
         reason = self._scheduler.on_offer(transfer_id, prompt_tokens, self._clock.now())
         if reason is None:
             return
+        self._reporter.refused(reason)
         self.outbox.call(partial(self.transfers.refuse, transfer_id, reason, REFUSALS[reason]))
         self.transfer_failed(transfer_id, TransferFailed(REFUSALS[reason]))
 

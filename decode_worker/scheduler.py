@@ -28,7 +28,7 @@ from ..engine.batch import Batch, Draw, Row, StepOutput
 from ..engine.block_pool import BlockPool, BlockTable
 from ..engine.slots import Slots
 from ..worker.chunks import chunk_stop
-from ..worker.load import Load
+from ..worker.load import Load, measures
 from .admission import Admission
 from .choices import DecodeOutcome, Said, draws_of, part
 from .decision import Decision, Draft
@@ -373,6 +373,7 @@ class DecodeScheduler:
             blocks_total=total,
             leases=len(self._leases),
             counters=self._totals.counters(self._step),
+            measures=measures(self._pool, sum(not sequence.local_prefill for sequence in self._admission.queue.values())),
         )
 
     def check(self) -> None:

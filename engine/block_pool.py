@@ -131,6 +131,12 @@ class BlockPool:
         counts = ((part.available + part.fenced, part.count) for part in self.parts)
         return min(counts, key=lambda count: count[0] / count[1])
 
+    def by_state(self) -> dict[str, int]:
+        """Blocks of all groups: free, cached, referenced, fenced."""
+        free, cached = sum(part.free for part in self.parts), sum(part.available - part.free for part in self.parts)
+        fenced = sum(part.fenced for part in self.parts)
+        return {"free": free, "cached": cached, "referenced": sum(self.num_blocks) - free - cached - fenced, "fenced": fenced}
+
     def _full(self) -> list[int]:
         return [g for g, group in enumerate(self.groups) if group.kind is CacheKind.FULL]
 

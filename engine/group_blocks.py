@@ -27,6 +27,11 @@ class GroupBlocks:
         self._copies: dict[int, int] = {}
 
     @property
+    def free(self) -> int:
+        """Blocks with nothing in them that anybody needs."""
+        return len(self._free)
+
+    @property
     def available(self) -> int:
         """Blocks that `take` can give now."""
         return len(self._free) + len(self._cached)

@@ -31,6 +31,11 @@ class Leases:
     def __len__(self) -> int:
         return len(self._leases)
 
+    @property
+    def ungranted(self) -> int:
+        """Attempts that wait for their destination's grant."""
+        return sum(lease.waits_for is not None for lease in self._leases.values())
+
     def fits(self, charge: tuple[int, ...]) -> bool:
         """Whether the pool can promise `charge` blocks more."""
         return all(a + b <= limit for a, b, limit in zip(self._charged, charge, self._num_blocks, strict=True))

@@ -16,6 +16,7 @@ from ..engine.batch import StepOutput
 from ..kv_transfer.events import SourceEvents
 from ..worker.admit import refusal
 from ..worker.attempts import Attempts
+from ..worker.journal import Journal
 from ..worker.loop import Inbox, OnLayer, StepTimes
 from ..worker.outbox import Listener, Outbox
 from ..worker.report import Reporter
@@ -57,9 +58,12 @@ class PrefillRole:
         self.outbox = Outbox()
         self._scheduler, self._clock, self._reporter = scheduler, clock, reporter
         self._vocab_size, self._layers = vocab_size, layers
-        self._attempts = Attempts(self.outbox)
+        self._journal = Journal(clock)
+        self._attempts = Attempts(self.outbox, self._journal.ended)
         self._draining = False
         self._offered: set[str] = set()
+        self._drawn: dict[str, float] = {}
+        """When the first tokens were drawn of what is being handed over."""
         self.transfers = source(_Events(self, inbox))
         self._call_soon = call_soon
 
@@ -79,6 +83,7 @@ class PrefillRole:
 
     def detached(self, listener: Listener) -> None:
         for attempt_id in self._attempts.forget(listener):
+            self._journal.lost(attempt_id)
             self._drop(attempt_id, "the router is gone")
 
     def drain(self) -> None:
@@ -95,6 +100,7 @@ class PrefillRole:
             self.outbox.say(listener, Failed(prefill.attempt_id, error))
             return
         self._attempts.open(prefill.attempt_id, listener)
+        self._journal.opened(prefill.attempt_id, prefill.request)
         stamp(Stage.PREFILL_QUEUED, prefill.attempt_id, self._clock.now())
 
     def _fail(self, attempt_id: str, error: DiptychError) -> None:
@@ -159,6 +165,7 @@ class PrefillRole:
             stamp(Stage.FIRST_TOKEN, first.attempt_id, times.ended)
             self._attempts.tell(first)
             if first.attempt_id not in complete:
+                self._drawn[first.attempt_id] = times.ended
                 self.outbox.call(partial(self._commit, first.attempt_id, first.tokens))
         for finished in outcome.finished:
             self._attempts.end(finished)
@@ -182,7 +189,8 @@ class PrefillRole:
         self._scheduler.granted(transfer_id)
 
     def handed_over(self, transfer_id: str, kv_bytes: int, seconds: float, transport: str) -> None:
-        self._attempts.end(HandedOver(transfer_id, kv_bytes, seconds, transport))
+        exposed = max(0.0, self._clock.now() - self._drawn.get(transfer_id, self._clock.now()))
+        self._attempts.end(HandedOver(transfer_id, kv_bytes, seconds, transport, exposed))
 
     def transfer_failed(self, transfer_id: str, error: DiptychError) -> None:
         self._scheduler.cancel(transfer_id, self._clock.now())
@@ -191,6 +199,7 @@ class PrefillRole:
 
     def released(self, transfer_id: str) -> None:
         self._offered.discard(transfer_id)
+        self._drawn.pop(transfer_id, None)
         self._scheduler.release(transfer_id, self._clock.now())
 
     # What the worker says of itself.

@@ -25,7 +25,7 @@ from ..engine.block_pool import BlockPool
 from ..engine.slots import Slots
 from ..worker.chunks import chunk_stop
 from ..worker.draws import first_finish, next_draw
-from ..worker.load import Load
+from ..worker.load import Load, measures
 from .leases import Lease, Leases
 from .prompt import Prompt
 
@@ -332,6 +332,7 @@ class PrefillScheduler:
                 ("diptych_worker_computed_tokens_total", self._computed_tokens),
                 ("diptych_worker_cached_tokens_total", self._cached_tokens),
             ),
+            measures=measures(self._pool, self._leases.ungranted),
         )
 
     def check(self) -> None:

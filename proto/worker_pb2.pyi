@@ -194,20 +194,24 @@ class FirstTokens(_message.Message):
     def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., finishes: _Optional[_Iterable[str]] = ..., queued: _Optional[float] = ..., computed: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class HandedOver(_message.Message):
-    __slots__ = ("kv_bytes", "seconds", "transport")
+    __slots__ = ("kv_bytes", "seconds", "transport", "exposed")
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_FIELD_NUMBER: _ClassVar[int]
     kv_bytes: int
     seconds: float
     transport: str
-    def __init__(self, kv_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., transport: _Optional[str] = ...) -> None: ...
+    exposed: float
+    def __init__(self, kv_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., transport: _Optional[str] = ..., exposed: _Optional[float] = ...) -> None: ...
 
 class NewTokens(_message.Message):
-    __slots__ = ("tokens",)
+    __slots__ = ("tokens", "queued")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
-    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
+    queued: float
+    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., queued: _Optional[float] = ...) -> None: ...
 
 class ChoiceFinished(_message.Message):
     __slots__ = ("choice", "finish")
@@ -264,7 +268,7 @@ class WatchRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "state", "waiting", "running", "prompt_tokens_waiting", "blocks_free", "blocks_total", "leases", "counters")
+    __slots__ = ("worker_id", "incarnation", "state", "waiting", "running", "prompt_tokens_waiting", "blocks_free", "blocks_total", "leases", "counters", "measures")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -275,6 +279,7 @@ class WorkerReport(_message.Message):
     BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    MEASURES_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     state: str
@@ -285,7 +290,8 @@ class WorkerReport(_message.Message):
     blocks_total: int
     leases: int
     counters: _containers.RepeatedCompositeFieldContainer[Counter]
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., state: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., prompt_tokens_waiting: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_total: _Optional[int] = ..., leases: _Optional[int] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ...) -> None: ...
+    measures: _containers.RepeatedCompositeFieldContainer[Measure]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., state: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., prompt_tokens_waiting: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_total: _Optional[int] = ..., leases: _Optional[int] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ..., measures: _Optional[_Iterable[_Union[Measure, _Mapping]]] = ...) -> None: ...
 
 class Counter(_message.Message):
     __slots__ = ("name", "value")
@@ -294,6 +300,16 @@ class Counter(_message.Message):
     name: str
     value: float
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
+class Measure(_message.Message):
+    __slots__ = ("name", "value", "label")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: float
+    label: str
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ..., label: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout",)

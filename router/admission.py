@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from ..core.errors import ContextExceeded, InvalidRequest, NotFound
 from ..core.generate import MAX_STOP_STRINGS, Generate
 from ..core.model import ModelCard
+from ..core.request import MAX_REQUEST_ID
 from ..core.sampling import Range
 
 MAX_STOP_CHARACTERS = 256
-MAX_REQUEST_ID = 128
 
 
 def check_call(call: Generate, card: ModelCard, model_name: str) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 
 from ..core.commands import Command
-from ..core.fleet import Fleet, WorkerReport
+from ..core.fleet import Fleet, Member, WorkerReport
 from ..core.metrics import Recorder
 from .link import SILENCE_S, Link, Listener
 from .placement import Snapshot
@@ -39,7 +40,7 @@ class FleetView:
                 del self._links[worker_id]
                 task = asyncio.create_task(link.close())
                 self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+                task.add_done_callback(partial(self._closed, link.member))
         for worker_id, member in members.items():
             if worker_id not in self._links:
                 self._links[worker_id] = Link(member, self._recorder, self.changed.set, silence_s=self._silence_s)
@@ -49,6 +50,12 @@ class FleetView:
     def describe(self) -> tuple[Fleet, tuple[WorkerReport, ...]]:
         """The fleet in use, and the latest reports of its live workers."""
         return self._fleet, tuple(link.report for link in self._links.values() if link.report)
+    def _closed(self, member: Member, task: asyncio.Task[None]) -> None:
+        """A worker that came back goes on with the numbers it had; those of one that has left are no longer shown."""
+        self._closing.discard(task)
+        if member.worker_id not in self._links:
+            self._recorder.forget(member.worker_id, member.phase.value)
+
 
     def snapshot(self) -> Snapshot:
         """An immutable picture for one placement."""

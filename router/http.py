@@ -16,6 +16,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -23,12 +24,14 @@ from starlette.types import Receive, Scope, Send
 
 from ..core.errors import DiptychError, Internal, InvalidRequest, NotFound, TooLarge
 from ..core.generate import Chunk, Finish, Generate, Model
+from ..core.notes import FIELDS
 from .admission import check_call, check_model
 from .answers import Answer, ChatAnswer, CompletionAnswer, StreamUsage, Whole, error_json, timing_json
 from .bodies import ChatBody, CompletionBody, parse_body
 from .openapi import document
+from .request_id import KEY, Named
 from .run import Run
-from .service import Service, new_request_id
+from .service import Service
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +55,8 @@ class _Call:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         accepted = self._service.clock.now()
-        request_id = new_request_id()
-        reply = _Reply(scope, receive, send, request_id)
+        request_id = scope[KEY]
+        reply = _Reply(scope, receive, send)
         try:
             raw = await self._body(scope, receive)
             await _while_connected(receive, self._answer(raw, reply, request_id, accepted))
@@ -65,7 +68,7 @@ class _Call:
             await reply.error(type(error)(error.message, field="messages") if about_prompt else error)
         except Exception as error:
             # The edge: the client is owed an answer whatever went wrong.
-            log.error("request %s: a defect in the router", request_id, exc_info=error)
+            log.error("a defect in the router", exc_info=error, extra={FIELDS: {"request": request_id}})
             await reply.error(Internal("An internal error ended the request; the router's log has it."))
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
@@ -121,10 +124,9 @@ class _Call:
 class _Reply:
     """The response under way: whole or as events, and an error in whichever way is still possible."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._asgi = (scope, receive, send)
         self._send = send
-        self._headers = {"x-request-id": request_id}
         self._timing = Headers(scope=scope).get(TIMING_HEADER) == "1"
         self._streaming = False
 
@@ -134,10 +136,10 @@ class _Reply:
 
     async def whole(self, content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content, ensure_ascii=status >= 400).encode()
-        await Response(body, status, {**self._headers, **(headers or {})}, "application/json")(*self._asgi)
+        await Response(body, status, headers, "application/json")(*self._asgi)
 
     async def begin_stream(self) -> None:
-        headers = {**self._headers, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": raw})
         self._streaming = True
@@ -254,7 +256,8 @@ def make_app(service: Service, metrics_text: Callable[[], bytes]) -> Starlette:
         Route("/metrics", metrics),
         Route("/openapi.json", openapi),
     ]
-    return Starlette(routes=routes, exception_handlers={DiptychError: _on_error, HTTPException: _on_http_error})
+    handlers: Any = {DiptychError: _on_error, HTTPException: _on_http_error}
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(Named)])
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

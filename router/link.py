@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ..core.commands import ChoiceFinished, Command, Decode, Event, Failed, Finished, HandedOver, Prefill, StepEvents, Stop
 from ..core.errors import DiptychError
-from ..core.fleet import Member, WorkerReport
+from ..core.fleet import Measure, Member, WorkerReport
 from ..core.metrics import METRICS, Recorder
 from ..rpc.worker import WorkerClient, WorkerStream
 from .placement import Candidate
@@ -26,7 +26,7 @@ LISTENS = 10
 _BACKOFF_S = (0.05, 2.0)
 """First and longest pause before connecting again; it doubles in between."""
 _TERMINAL = (HandedOver, Finished, Failed)
-_WORKER_COUNTERS = frozenset(m.name for m in METRICS if m.kind == "counter" and m.labels == ("worker", "phase"))
+_OF_WORKER = {metric.name: metric for metric in METRICS if metric.of_worker}
 
 
 class Listener(Protocol):
@@ -58,7 +58,7 @@ class Link:
         self._client = WorkerClient(member.address)
         self._stream: WorkerStream | None = None
         self._open: dict[str, _Open] = {}
-        self._counted: dict[str, float] = {}
+        self._counted: dict[tuple[str, str], float] = {}
         self._silence: asyncio.TimerHandle | None = None
         self._listened = 0
         self._show_up()
@@ -202,15 +202,31 @@ class Link:
 
     def _show(self, report: WorkerReport) -> None:
         self._show_up()
-        self._set("diptych_worker_running", report.running)
-        self._set("diptych_worker_waiting", report.waiting)
+        self._set("vllm:num_requests_running", report.running)
+        self._set("vllm:num_requests_waiting", report.waiting)
         self._set("diptych_worker_leases", report.leases)
-        self._set("diptych_worker_kv_usage_ratio", 1.0 - report.blocks_free / max(1, report.blocks_total))
+        self._set("vllm:kv_cache_usage_perc", 1.0 - report.blocks_free / max(1, report.blocks_total))
         for name, total in report.counters:
-            # A newer worker may count what this router has no name for.
-            if name in _WORKER_COUNTERS and (more := total - self._counted.get(name, 0.0)) > 0:
-                self._counted[name] = total
-                self._recorder.inc(name, more, worker=self.member.worker_id, phase=self.member.phase.value)
+            self._record(Measure(name, total))
+        for measure in report.measures:
+            self._record(measure)
 
-    def _set(self, name: str, value: float) -> None:
-        self._recorder.set(name, value, worker=self.member.worker_id, phase=self.member.phase.value)
+    def _record(self, measure: Measure) -> None:
+        """A newer worker may measure what this router has no name for."""
+        metric = _OF_WORKER.get(measure.name)
+        if metric is None or any(measure.label not in label.values for label in metric.labels[2:]):
+            return
+        if metric.kind == "gauge":
+            self._set(measure.name, measure.value, measure.label)
+            return
+        key = (measure.name, measure.label)
+        if (more := measure.value - self._counted.get(key, 0.0)) > 0:
+            self._counted[key] = measure.value
+            self._recorder.inc(measure.name, more, **self._labels(measure.name, measure.label))
+
+    def _set(self, name: str, value: float, label: str = "") -> None:
+        self._recorder.set(name, value, **self._labels(name, label))
+
+    def _labels(self, name: str, label: str) -> dict[str, str]:
+        who: tuple[str, ...] = (self.member.worker_id, self.member.phase.value, label)
+        return dict(zip(_OF_WORKER[name].label_names, who, strict=False))

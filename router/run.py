@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from ..core.clock import Clock
-from ..core.commands import Command, Event
+from ..core.commands import Command, Event, FirstTokens, NewTokens
 from ..core.errors import Cancelled, DeadlineExceeded, DiptychError, Internal, Overloaded, Unavailable
 from ..core.generate import Chunk, Finish, Timing, Usage
 from ..core.metrics import Recorder
+from ..core.notes import FIELDS, note
 from ..core.request import FinishReason, Request, Token, new_attempt_id
 from .budget import RetryBudget
 from .link import Listener
@@ -121,6 +121,8 @@ class Run:
     def event(self, worker_id: str, event: Event) -> None:
         """See `link.Listener`."""
         try:
+            if isinstance(event, FirstTokens | NewTokens) and event.queued is not None:
+                self._recorder.observe("vllm:request_queue_time_seconds", event.queued)
             self._perform(self._machine.event(worker_id, event))
         except Exception as error:  # noqa: BLE001  a defect with one request must not end the stream that carries all the others
             self._defect(error)
@@ -140,7 +142,7 @@ class Run:
             self._defect(error)
 
     def _defect(self, error: Exception) -> None:
-        log.error("request %s: a defect in the router", self.request_id, exc_info=error)
+        log.error("a defect in the router", exc_info=error, extra={FIELDS: {"request": self.request_id}})
         # What workers are to be told they still are; nothing else is tried again.
         self._todo = deque(action for action in self._todo if isinstance(action, Send))
         told = Internal("An internal error ended the request; the router's log has it.")
@@ -196,7 +198,7 @@ class Run:
         self._let_go()
         if wanted.cause:
             self._recorder.inc("diptych_retries_total", code=wanted.cause.code)
-            log.info("request %s: attempt %d after: %s", self.request_id, self._machine.attempts + 1, wanted.cause.message)
+            note(log, "another attempt", request=self.request_id, attempt=self._machine.attempts + 1, after=wanted.cause.message)
         self._record_transfer()
         self._recorder.inc("diptych_attempts_total", path=placement.path.value)
         return self._machine.placed(placement, new_attempt_id())
@@ -206,7 +208,7 @@ class Run:
         if not self._hold_s:
             return self._machine.unplaceable(error)
         if self._held is None:
-            log.info("request %s waits: %s", self.request_id, error.message)
+            note(log, "a request waits", request=self.request_id, reason=error.message)
             self._recorder.inc("diptych_requests_held_total")
             self._held = wanted
             self._hold_over = asyncio.get_running_loop().call_later(self._hold_s, self._waited_in_vain, error)
@@ -271,16 +273,20 @@ class Run:
         self._recorder.inc("diptych_requests_total", outcome=name)
         timing = self._timing()
         if timing.tpot is not None:
-            self._recorder.observe("diptych_tpot_seconds", timing.tpot)
+            self._recorder.observe("vllm:request_time_per_output_token_seconds", timing.tpot)
+        seconds = self._clock.now() - self._times.accepted
+        if isinstance(outcome, FinishReason):
+            self._recorder.inc("vllm:request_success_total", finished_reason=name)
+            self._recorder.observe("vllm:e2e_request_latency_seconds", seconds)
         self._record_transfer()
-        line: dict[str, object] = {
+        line: dict[str, Any] = {
             "request": self.request_id,
             "outcome": name,
             "prompt_tokens": len(self._machine.request.prompt_ids),
             "cached_tokens": self._machine.cached_tokens,
             "choices": len(self._writings),
             "output_tokens": self._times.tokens,
-            "seconds": round(self._clock.now() - self._times.accepted, 4),
+            "seconds": round(seconds, 4),
             "ttft": _rounded(self._times.ttft),
             "tpot": _rounded(timing.tpot),
             "handover_gap": _rounded(timing.handover_gap),
@@ -292,13 +298,14 @@ class Run:
         }
         if isinstance(outcome, DiptychError) and not isinstance(outcome, Cancelled):
             line["error"] = outcome.message
-        log.info("%s", json.dumps(line))
+        note(log, "request ended", **line)
 
     def _record_transfer(self) -> None:
         """The latest attempt's; called when the attempt is over."""
         if moved := self._machine.handed_over:
             self._recorder.inc("diptych_kv_transfer_bytes_total", moved.kv_bytes, transport=moved.transport)
             self._recorder.observe("diptych_kv_transfer_seconds", moved.seconds, transport=moved.transport)
+            self._recorder.observe("diptych_kv_transfer_exposed_seconds", moved.exposed, transport=moved.transport)
 
 
 def _rounded(seconds: float | None) -> float | None:

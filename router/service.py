@@ -13,7 +13,7 @@ from ..core.config import LimitsSection
 from ..core.errors import DiptychError, InvalidRequest, Overloaded, Unavailable
 from ..core.generate import Chunk, Generate, Model
 from ..core.metrics import Recorder
-from ..core.request import Request, Tokens
+from ..core.request import Request, Tokens, request_id_of
 from .admission import check_call, check_prompt, room
 from .budget import RetryBudget
 from .placement import Policy, capacity, unavailable
@@ -102,6 +102,7 @@ class Service:
     def refused(self, error: DiptychError) -> None:
         """Count a request that ended before it had a run."""
         self._recorder.inc("diptych_requests_total", outcome=error.code)
+        self._recorder.inc("diptych_refusals_total", reason=error.code)
 
     @contextmanager
     def _counted(self, seat: Seat) -> Iterator[None]:
@@ -142,7 +143,7 @@ class Service:
         """
         self._widen(seat, call.sampling.n)
         seed = secrets.randbits(64) if call.sampling.seed is None else call.sampling.seed
-        request = Request(call.request_id or new_request_id(), self.name, (Tokens(ids),), replace(call.sampling, seed=seed))
+        request = Request(call.request_id or request_id_of(None), self.name, (Tokens(ids),), replace(call.sampling, seed=seed))
         run = Run(
             request, call.stop, accepted=accepted, retries=self.limits.retries, workers=self._workers, policy=self._policy,
             budget=self._budget, decoder=self.text.decoder, recorder=self._recorder, clock=self.clock,
@@ -150,7 +151,7 @@ class Service:
         )  # fmt: skip
         seat.has_run = True
         self._budget.accepted()
-        self._recorder.inc("diptych_prompt_tokens_total", len(ids))
+        self._recorder.inc("vllm:prompt_tokens_total", len(ids))
         self._runs[run] = None
         try:
             run.start(self.limits.request_s)
@@ -189,8 +190,3 @@ class Service:
         except TimeoutError:
             for run in list(self._runs):
                 run.give_up(Unavailable("The router is shutting down."))
-
-
-def new_request_id() -> str:
-    """A fresh id for a request whose client gave none, 24 hex digits."""
-    return secrets.token_hex(12)

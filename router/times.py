@@ -43,19 +43,19 @@ class Times:
         gap = now - choice.last
         choice.tokens += 1
         choice.last = now
-        self._recorder.inc("diptych_output_tokens_total")
+        self._recorder.inc("vllm:generation_tokens_total")
         if choice.tokens == 1:
             choice.first = now
             self._begin(gap)
         elif choice.tokens == 2 and handed_over:
             self._hand_over(gap)
         elif choice.tokens > 2:
-            self._recorder.observe("diptych_itl_seconds", gap)
+            self._recorder.observe("vllm:inter_token_latency_seconds", gap)
 
     def _begin(self, gap: float) -> None:
         if self.ttft is None:
             self.ttft = gap
-            self._recorder.observe("diptych_ttft_seconds", gap)
+            self._recorder.observe("vllm:time_to_first_token_seconds", gap)
 
     def _hand_over(self, gap: float) -> None:
         if self.handover_gap is None:

@@ -163,9 +163,11 @@ def encode_step_events(step: StepEvents) -> bytes:
 
 def _write_event(message: pb.Event, event: Event) -> None:
     match event:
-        case NewTokens(_, tokens):
+        case NewTokens(_, tokens, queued):
             message.new_tokens.tokens.extend([write_token(token) for token in tokens])
             message.new_tokens.SetInParent()
+            if queued is not None:
+                message.new_tokens.queued = queued
         case FirstTokens(_, tokens, finishes, queued, computed, cached):
             message.first_tokens.CopyFrom(
                 pb.FirstTokens(
@@ -176,8 +178,8 @@ def _write_event(message: pb.Event, event: Event) -> None:
                     cached_tokens=cached,
                 )
             )
-        case HandedOver(_, kv_bytes, seconds, transport):
-            message.handed_over.CopyFrom(pb.HandedOver(kv_bytes=kv_bytes, seconds=seconds, transport=transport))
+        case HandedOver(_, kv_bytes, seconds, transport, exposed):
+            message.handed_over.CopyFrom(pb.HandedOver(kv_bytes=kv_bytes, seconds=seconds, transport=transport, exposed=exposed))
         case ChoiceFinished(_, choice, finish):
             message.choice_finished.CopyFrom(pb.ChoiceFinished(choice=choice, finish=finish))
         case Finished(_, cached, local, recomputed):
@@ -192,7 +194,9 @@ def decode_step_events(data: bytes) -> StepEvents:
 
 
 def _read_new_tokens(event: pb.Event) -> NewTokens:
-    return NewTokens(event.attempt_id, read_tokens(event.new_tokens.tokens))
+    new = event.new_tokens
+    queued = duration(new.queued, "new_tokens.queued") if new.HasField("queued") else None
+    return NewTokens(event.attempt_id, read_tokens(new.tokens), queued)
 
 
 def _read_first_tokens(event: pb.Event) -> FirstTokens:
@@ -213,7 +217,8 @@ def _read_first_tokens(event: pb.Event) -> FirstTokens:
 
 def _read_handed_over(event: pb.Event) -> HandedOver:
     done = event.handed_over
-    return HandedOver(event.attempt_id, done.kv_bytes, duration(done.seconds, "handed_over.seconds"), done.transport)
+    seconds, exposed = duration(done.seconds, "handed_over.seconds"), duration(done.exposed, "handed_over.exposed")
+    return HandedOver(event.attempt_id, done.kv_bytes, seconds, done.transport, exposed)
 
 
 def _read_choice_finished(event: pb.Event) -> ChoiceFinished:

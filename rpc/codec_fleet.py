@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core.fleet import Fleet, Member, Phase, WorkerReport, WorkerState
+from ..core.fleet import Fleet, Measure, Member, Phase, WorkerReport, WorkerState
 from ..core.layout import CacheGroup, CacheKind, DType, Layout
 from ..proto import worker_pb2 as pb
 from .codec_fields import finite, parse, present, word
@@ -98,6 +98,7 @@ def _write_report(report: WorkerReport) -> pb.WorkerReport:
         blocks_total=report.blocks_total,
         leases=report.leases,
         counters=[pb.Counter(name=name, value=value) for name, value in report.counters],
+        measures=[pb.Measure(name=measure.name, value=measure.value, label=measure.label) for measure in report.measures],
     )
 
 
@@ -113,6 +114,7 @@ def _read_report(message: pb.WorkerReport) -> WorkerReport:
         blocks_total=message.blocks_total,
         leases=message.leases,
         counters=tuple((counter.name, finite(counter.value, "counters")) for counter in message.counters),
+        measures=tuple(Measure(measure.name, finite(measure.value, "measures"), measure.label) for measure in message.measures),
     )
 
 

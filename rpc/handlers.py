@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -12,6 +13,8 @@ import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 
 from ..core.errors import DeadlineExceeded, Internal, Unavailable
+from ..core.generate import Generate
+from ..core.request import request_id_of
 from ..proto import inference_pb2, worker_pb2
 from .channels import EOF
 from .codec_fields import duration, parse
@@ -24,6 +27,7 @@ from .router import RouterFace
 from .stream import Stream
 from .worker import RouterStream, WorkerFace
 
+REQUEST_ID = "x-request-id"
 WORKER = worker_pb2.DESCRIPTOR.services_by_name["Worker"]
 ROUTER = worker_pb2.DESCRIPTOR.services_by_name["Router"]
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
@@ -95,7 +99,8 @@ def router_handlers(face: RouterFace, active: Active) -> grpc.GenericRpcHandler[
 
 def inference_handlers(face: InferenceFace, active: Active, write_timeout_s: float) -> grpc.GenericRpcHandler[bytes, bytes]:
     async def generate(request: bytes, context: Context) -> None:
-        async with aclosing(face.generate(decode_generate(request))) as chunks:
+        call = await _named(decode_generate(request), context)
+        async with aclosing(face.generate(call)) as chunks:
             async for chunk in chunks:
                 await _write_within(write_timeout_s, context, encode_chunk(chunk))
                 if chunk.finish is not None:
@@ -107,6 +112,14 @@ def inference_handlers(face: InferenceFace, active: Active, write_timeout_s: flo
         return encode_models(face.models())
 
     return _service(INFERENCE, {"Generate": generate, "ListModels": models}, active)
+
+
+async def _named(call: Generate, context: Context) -> Generate:
+    """The call with its id, which the client is told before anything else: its own, its metadata's, or a fresh one."""
+    said = (value for key, value in context.invocation_metadata() or () if key == REQUEST_ID and isinstance(value, str))
+    request_id = request_id_of(call.request_id or next(said, None))
+    await context.send_initial_metadata(((REQUEST_ID, request_id),))
+    return call if call.request_id else replace(call, request_id=request_id)
 
 
 async def _write_within(seconds: float, context: Context, message: bytes) -> None:

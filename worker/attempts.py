@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..core.commands import Event, Failed, Finished, HandedOver
 from .outbox import Listener, Outbox
 
@@ -11,8 +13,9 @@ Terminal = HandedOver | Finished | Failed
 class Attempts:
     """Sees to it that an attempt has one terminal event and nothing after it; what is said of one that has ended is dropped."""
 
-    def __init__(self, outbox: Outbox) -> None:
-        self._outbox = outbox
+    def __init__(self, outbox: Outbox, ended: Callable[[Terminal], None] = lambda event: None) -> None:
+        """`ended` is told the end of every attempt too."""
+        self._outbox, self._ended = outbox, ended
         self._listeners: dict[str, Listener] = {}
 
     def __len__(self) -> int:
@@ -38,6 +41,7 @@ class Attempts:
         listener = self._listeners.pop(event.attempt_id, None)
         if listener is not None:
             self._outbox.say(listener, event)
+            self._ended(event)
         return listener is not None
 
     def forget(self, listener: Listener) -> list[str]:

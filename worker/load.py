@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..core.fleet import Measure
+from ..engine.block_pool import BlockPool
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -19,3 +22,10 @@ class Load:
     blocks_total: int
     leases: int
     counters: tuple[tuple[str, float], ...] = ()
+    measures: tuple[Measure, ...] = ()
+
+
+def measures(pool: BlockPool, grants_waiting: int) -> tuple[Measure, ...]:
+    """What both phases' schedulers measure."""
+    blocks = (Measure("diptych_worker_blocks", count, state) for state, count in pool.by_state().items())
+    return (Measure("diptych_worker_grants_waiting", grants_waiting), *blocks)

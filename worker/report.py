@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ..core.fleet import WorkerReport, WorkerState
+from ..core.fleet import Measure, WorkerReport, WorkerState
 from .load import Load
 
 CHECKS = "diptych_worker_checks_total"
 IDLE_CHECKS = "diptych_worker_idle_checks_total"
+REFUSED = "diptych_worker_transfers_refused_total"
 
 
 class Reporter:
@@ -15,9 +16,14 @@ class Reporter:
     def __init__(self, worker_id: str, incarnation: int) -> None:
         self._worker_id, self._incarnation = worker_id, incarnation
         self._totals: dict[str, float] = {}
+        self._refused: dict[str, float] = {}
 
     def count(self, metric: str, value: float = 1.0) -> None:
         self._totals[metric] = self._totals.get(metric, 0.0) + value
+
+    def refused(self, reason: str) -> None:
+        """Count an Offer refused for this reason."""
+        self._refused[reason] = self._refused.get(reason, 0.0) + 1.0
 
     def report(self, state: WorkerState, load: Load) -> WorkerReport:
         return WorkerReport(
@@ -31,6 +37,7 @@ class Reporter:
             blocks_total=load.blocks_total,
             leases=load.leases,
             counters=(*load.counters, *self._totals.items()),
+            measures=(*load.measures, *(Measure(REFUSED, count, reason) for reason, count in self._refused.items())),
         )
 
     def checked(self, load: Load, *, idle: bool) -> None:

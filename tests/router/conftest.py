@@ -205,9 +205,13 @@ class Counted:
 
     observe = inc
 
+    def forget(self, worker, phase):
+        self.values = {key: value for key, value in self.values.items() if worker not in key}
+
     def _check(self, name, labels):
         metric = next(metric for metric in METRICS if metric.name == name)
-        assert set(metric.labels) == set(labels)
+        assert set(metric.label_names) == set(labels)
+        assert all(labels[label.name] in label.values for label in metric.labels if label.values)
 
 
 class Site:

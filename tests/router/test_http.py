@@ -31,7 +31,7 @@ def test_completion(site):
             assert counted["diptych_requests_total", "length"] == 1
             assert counted["diptych_attempts_total", "disaggregated"] == 1
             assert counted["diptych_kv_transfer_bytes_total", "shm"] == 1000
-            assert counted["diptych_output_tokens_total",] == 14
+            assert counted["vllm:generation_tokens_total",] == 14
             assert counted["diptych_worker_up", "d0", "decode"] == 1
             assert counted["diptych_worker_steps_total", "d0", "decode"] == 7
 

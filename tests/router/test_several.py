@@ -46,7 +46,7 @@ def test_a_whole_completion_has_all_choices(site):
             (prefill,), (decode,) = s.workers["p0"].seen, s.workers["d0"].seen
             assert prefill.attempt_id == decode.attempt_id
             assert s.recorder.values["diptych_requests_total", "length"] == 1
-            assert s.recorder.values["diptych_output_tokens_total",] == 18
+            assert s.recorder.values["vllm:generation_tokens_total",] == 18
             assert s.recorder.values["diptych_kv_transfer_bytes_total", "shm"] == 1000
 
     asyncio.run(check())
@@ -235,7 +235,7 @@ class Observed:
         pass
 
     def observe(self, name, value, **labels):
-        self.seen.append((name.removeprefix("diptych_").removesuffix("_seconds"), round(value, 6)))
+        self.seen.append((name, round(value, 6)))
 
 
 def test_choices_are_timed_apart():
@@ -245,4 +245,8 @@ def test_choices_are_timed_apart():
         times.token(choice, at, handed_over=True)
     assert (times.ttft, times.handover_gap, times.tokens) == (1.0, 1.0, 6)
     assert times.tpot == (1.5 + 1.0) / 2
-    assert observed.seen == [("ttft", 1.0), ("handover_gap", 1.0), ("itl", 1.0)]
+    assert observed.seen == [
+        ("vllm:time_to_first_token_seconds", 1.0),
+        ("diptych_handover_gap_seconds", 1.0),
+        ("vllm:inter_token_latency_seconds", 1.0),
+    ]
