@@ -9,17 +9,17 @@
 
 namespace {
 
-constexpr int64_t LINE = 64, AHEAD = 2048, STREAMED = 16 << 10, NEXT = 1024;
+constexpr int64_t CACHE_LINE = 64, FETCHED_AHEAD = 2048, STREAMED = 16 << 10, NEXT = 1024;
 
 // Past the caches, which neither end's next step wants full of it, and without first reading what is overwritten.
 void stream(char* to, const char* from, int64_t length) {
 #if defined(__x86_64__)
-    const int64_t head = -(intptr_t)to & (LINE - 1);
+    const int64_t head = -(intptr_t)to & (CACHE_LINE - 1);
     std::memcpy(to, from, head);
     int64_t i = head;
-    for (; i + LINE <= length; i += LINE) {
-        __builtin_prefetch(from + i + AHEAD, 0, 0);
-        for (int64_t j = i; j < i + LINE; j += 16) _mm_stream_si128((__m128i*)(to + j), _mm_loadu_si128((const __m128i*)(from + j)));
+    for (; i + CACHE_LINE <= length; i += CACHE_LINE) {
+        __builtin_prefetch(from + i + FETCHED_AHEAD, 0, 0);
+        for (int64_t j = i; j < i + CACHE_LINE; j += 16) _mm_stream_si128((__m128i*)(to + j), _mm_loadu_si128((const __m128i*)(from + j)));
     }
     std::memcpy(to + i, from + i, length - i);
 #else
@@ -40,7 +40,7 @@ extern "C" void diptych_copy_runs(const char* source, char* destination, const i
             continue;
         }
         if (r + 1 < n)
-            for (int64_t ahead = 0; ahead < NEXT; ahead += LINE) __builtin_prefetch(source + runs[3 * r + 3] + ahead);
+            for (int64_t ahead = 0; ahead < NEXT; ahead += CACHE_LINE) __builtin_prefetch(source + runs[3 * r + 3] + ahead);
         std::memcpy(to, from, length);
     }
 #if defined(__x86_64__)
