@@ -185,7 +185,7 @@ def measure(model: PreparedModel) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diptych.benchmarks.engine", description="What does a step of the engine take?")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--model", help="a prepared model or a source of one; by default the demo model")
     parser.add_argument("--torch", action="store_true", help="without the C++ kernels")
     parser.add_argument("--keep", metavar="NAME", help="write benchmarks/results/NAME.json")

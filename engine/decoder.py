@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.model import Decoder, ModelCard
+from ..core.model import Decoder, ModelCard, Rope
 from ..kernels.gated import gated
 from ..kernels.layer_norm import layer_norm
 from ..kernels.linear import linear, linear_in_parts
@@ -21,6 +21,7 @@ from ..kernels.rotary_store import rotary_store
 from ..kernels.softcap import softcap_
 from .inputs import GroupInputs, Inputs
 from .parallel import Parallel
+from .placing import Upload
 from .rope import frequencies
 from .shards import Part, Shard
 from .weights import TORCH_DTYPE
@@ -28,8 +29,7 @@ from .weights import TORCH_DTYPE
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer's weights (in weights.py, of which a shard has a part), the norm that comes next, its cache, and the index of its cache
-    group."""
+    """One layer's weights (in weights.py, of which a shard has a part), the norm that comes next, and the index of its cache group."""
 
     attention_norm: Tensor
     qkv: tuple[Part, ...]
@@ -41,44 +41,49 @@ class Layer:
     down: Part
     mlp_out_norm: Tensor | None
     next_norm: Tensor
-    cache: Tensor
     group: int
 
 
 class LoadedDecoder:
     """What one rank has of a model: weights and caches. Stores the KV of the tokens it computes; holds nothing else between steps."""
 
-    def __init__(self, card: ModelCard, tensors: Mapping[str, Tensor], caches: Sequence[Sequence[Tensor]], parallel: Parallel) -> None:
-        """`caches[g][i]` is the cache of layer `parallel.groups[g].layers[i]`."""
+    def __init__(self, card: ModelCard, tensors: Mapping[str, Tensor], parallel: Parallel, there: Upload) -> None:
+        """`hold` it some caches before a step."""
         assert isinstance(card.decoder, Decoder)
         self.decoder, self.parallel = card.decoder, parallel
         self.dtype = TORCH_DTYPE[card.dtype]
         shards = [Shard(self.decoder, parallel.tp, number) for number in range(parallel.tp)]
         self.shard = shards[parallel.shard]
         groups = parallel.groups
-        place = {layer: (g, caches[g][i]) for g, group in enumerate(groups) for i, layer in enumerate(group.layers)}
-        self.layers = {number: _layer(tensors, number, self.shard, *place[number]) for number in parallel.layers}
+        group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
+        self.layers = {number: _layer(tensors, number, self.shard, group_of[number], there) for number in parallel.layers}
+        self.caches: dict[int, Tensor] = {}
         ropes = [self.decoder.rope_window if group.window and self.decoder.rope_window else self.decoder.rope_full for group in groups]
-        self.frequencies = [None if rope is None else frequencies(rope, self.decoder.head_dim) for rope in ropes]
+        self.frequencies = [None if rope is None else _frequencies(rope, self.decoder.head_dim, there) for rope in ropes]
         self.vocabularies = [shard.vocabulary(card.vocab_size) for shard in shards]
         self.vocabulary = self.vocabularies[parallel.shard]
-        self.embed = tensors["embed"][self.vocabulary]
-        self.positions = tensors.get("positions")
-        self.head = self.embed if self.decoder.tied_head else tensors["head"][self.vocabulary]
+        self.embed = there.weight(tensors["embed"][self.vocabulary])
+        self.positions = there.maybe(tensors.get("positions"))
+        self.head = self.embed if self.decoder.tied_head else there.weight(tensors["head"][self.vocabulary])
         # transformers rounds the scale to the model's dtype before multiplying; at bf16 and hidden 640 that is 25.25 for 25.298.
         self.embedding_scale = torch.tensor(self.decoder.embedding_scale, dtype=self.dtype)
+
+    def hold(self, caches: Sequence[Sequence[Tensor]]) -> None:
+        """`caches[g][i]` is from now on the cache of layer `parallel.groups[g].layers[i]`."""
+        self.caches = {layer: caches[g][i] for g, group in enumerate(self.parallel.groups) for i, layer in enumerate(group.layers)}
 
     def logits(self, inputs: Inputs, on_layer: Callable[[int], None] | None) -> Tensor | None:
         """Compute the step; logits [draws, vocab] in the model's dtype, None if nothing is drawn, or not at this rank.
 
         `on_layer(layer)` is called right after a layer's KV is stored.
         """
-        x = self._embedded(inputs) if self.parallel.first else self.parallel.receive(len(inputs.token_ids), self.decoder.hidden, self.dtype)
+        x = self._embedded(inputs) if self.parallel.first else self._received(inputs)
         angles = [None if each is None else rotary_angles(inputs.positions, *each) for each in self.frequencies]
         last = self.decoder.layers - 1
         normed = self._normed(x, self.layers[self.parallel.layers[0]].attention_norm)
         for number, layer in self.layers.items():
-            query, spans = self._store(layer, normed, inputs.groups[layer.group], angles[layer.group]), inputs.groups[layer.group].spans
+            group, cache = inputs.groups[layer.group], self.caches[number]
+            query, spans = self._store(layer, normed, cache, group, angles[layer.group]), group.spans
             if on_layer:
                 on_layer(number)
             if number == last:
@@ -86,7 +91,7 @@ class LoadedDecoder:
                     return None
                 # Only what is drawn is still needed: after a chunk of 512 the first token comes in 18 ms instead of 40.
                 x, query, spans = x.index_select(0, inputs.drawn), query.index_select(0, inputs.drawn), inputs.last_spans
-            mixed = attend(query, layer.cache, spans, self.decoder.query_scale, self.decoder.attention_softcap)
+            mixed = attend(query, cache, spans, self.decoder.query_scale, self.decoder.attention_softcap)
             attended = self.parallel.sum(linear(mixed, *layer.o))
             x, normed = self._joined(x, attended, layer.attention_out_norm, layer.mlp_norm)
             x, normed = self._joined(x, self._mlp(layer, normed), layer.mlp_out_norm, layer.next_norm)
@@ -95,6 +100,9 @@ class LoadedDecoder:
             return None
         logits = softcap_(linear(normed, self.head), self.decoder.logit_softcap)
         return self.parallel.gather(logits, [ids.stop - ids.start for ids in self.vocabularies])
+
+    def _received(self, inputs: Inputs) -> Tensor:
+        return self.parallel.receive(len(inputs.token_ids), self.decoder.hidden, self.dtype, inputs.token_ids.device)
 
     def _embedded(self, inputs: Inputs) -> Tensor:
         x = F.embedding(inputs.token_ids, self.embed) if self.parallel.tp == 1 else self._embedded_in_shards(inputs.token_ids)
@@ -110,11 +118,11 @@ class LoadedDecoder:
         part = F.embedding(places.masked_fill_(elsewhere, 0), self.embed)
         return self.parallel.sum(part.masked_fill_(elsewhere[:, None], 0.0))
 
-    def _store(self, layer: Layer, normed: Tensor, group: GroupInputs, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _store(self, layer: Layer, normed: Tensor, cache: Tensor, group: GroupInputs, angles: tuple[Tensor, Tensor] | None) -> Tensor:
         """Store keys and values of [tokens, hidden]; the rotated queries, [tokens, heads, head_dim]."""
         return rotary_store(
             linear_in_parts(normed, layer.qkv),
-            layer.cache,
+            cache,
             group.store,
             heads=self.shard.heads,
             qk_norm=layer.qk_norm,
@@ -139,18 +147,25 @@ class LoadedDecoder:
         return rms_norm(x, weight, self.decoder.norm_eps)
 
 
-def _layer(tensors: Mapping[str, Tensor], number: int, shard: Shard, group: int, cache: Tensor) -> Layer:
+def _frequencies(rope: Rope, head_dim: int, there: Upload) -> tuple[Tensor, float]:
+    each, stretch = frequencies(rope, head_dim)
+    return there.weight(each), stretch
+
+
+def _layer(tensors: Mapping[str, Tensor], number: int, shard: Shard, group: int, there: Upload) -> Layer:
+    def parts(product: tuple[Part, ...]) -> tuple[Part, ...]:
+        return tuple((there.weight(weight), there.maybe(bias)) for weight, bias in product)
+
     return Layer(
-        attention_norm=tensors[f"{number}.attention_norm"],
-        qkv=shard.qkv(tensors, number),
-        qk_norm=shard.qk_norm(tensors, number),
-        o=shard.o(tensors, number),
-        attention_out_norm=tensors.get(f"{number}.attention_out_norm"),
-        mlp_norm=tensors[f"{number}.mlp_norm"],
-        gate_up=shard.gate_up(tensors, number),
-        down=shard.down(tensors, number),
-        mlp_out_norm=tensors.get(f"{number}.mlp_out_norm"),
-        next_norm=tensors.get(f"{number + 1}.attention_norm", tensors["norm"]),
-        cache=cache,
+        attention_norm=there.weight(tensors[f"{number}.attention_norm"]),
+        qkv=parts(shard.qkv(tensors, number)),
+        qk_norm=there.maybe(shard.qk_norm(tensors, number)),
+        o=parts((shard.o(tensors, number),))[0],
+        attention_out_norm=there.maybe(tensors.get(f"{number}.attention_out_norm")),
+        mlp_norm=there.weight(tensors[f"{number}.mlp_norm"]),
+        gate_up=parts(shard.gate_up(tensors, number)),
+        down=parts((shard.down(tensors, number),))[0],
+        mlp_out_norm=there.maybe(tensors.get(f"{number}.mlp_out_norm")),
+        next_norm=there.weight(tensors.get(f"{number + 1}.attention_norm", tensors["norm"])),
         group=group,
     )

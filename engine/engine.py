@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from ..kernels.penalties import Seen
 from .batch import Batch, BlockCopy, Draw, Drawn, Row, StepOutput
 from .decoder import LoadedDecoder
 from .foreign import TransformersDecoder
-from .inputs import make_inputs
+from .inputs import CPU, make_inputs
 from .last_drawn import LastDrawn
 from .parallel import Parallel
+from .placing import Upload
 from .prepared import PreparedModel
 from .sampler import sample
 from .weights import TORCH_DTYPE
@@ -33,30 +35,40 @@ class Engine:
         block_size: int,
         max_slots: int,
         parallel: Parallel | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        """`caches[g][i]`: [num_blocks, kv_heads, 2, block_size, head_dim] of layer `groups[g].layers[i]`, where `groups` are
+        """`caches[g][i]`: [num_blocks, kv_heads, 2, block_size, head_dim] of layer `groups[g].layers[i]`, on `device`, where `groups` are
         `parallel.groups`, or those of the card if this is a worker of one rank (`parallel` None).
 
         A row's slot is below `max_slots`.
         """
         alone = Parallel(model.card.layout(block_size=block_size, kv_tokens=block_size))
         self._groups = (parallel or alone).groups
-        self._caches = caches
+        self._upload = Upload(device)
         self._block_size = block_size
         self._dtype = TORCH_DTYPE[model.card.dtype]
         self._decoder: LoadedDecoder | TransformersDecoder
         if isinstance(model.card.decoder, ForeignDecoder):
-            self._decoder = TransformersDecoder(model.card, model.tensors, caches)
+            self._decoder = TransformersDecoder(model.card, model.tensors, device)
         else:
-            self._decoder = LoadedDecoder(model.card, model.tensors, caches, parallel or alone)
+            self._decoder = LoadedDecoder(model.card, model.tensors, parallel or alone, self._upload)
+        self._upload.release()
+        self.hold(caches)
         self.last_drawn = LastDrawn(max_slots)
         self._seen: list[Seen | None] = [None] * max_slots
+
+    def hold(self, caches: Sequence[Sequence[Tensor]], stored: Callable[[int], None] | None = None) -> None:
+        """Compute over these caches from now on; what was stored in others is forgotten. `stored(layer)` is called when the device has been
+        asked for all stores of a layer's KV, and need not have made them."""
+        self._caches, self._stored = caches, stored
+        self._decoder.hold(caches)
 
     @torch.inference_mode()
     def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepOutput:
         """Copy the blocks `batch` names, compute its rows, store their KV, draw what they ask for; returns when all is done.
 
-        `on_layer(layer)` is called right after a layer's KV is stored. A row without token ids reads the token last drawn in
+        `on_layer(layer)` is called right after a layer's KV is stored, or on a GPU when that is asked for: whoever reads it has to wait for
+        what `stored` noted. A row without token ids reads the token last drawn in
         its slot, so a batch may be decided before the one before it is done.
 
         Of a worker of many ranks each runs the same batches, resolved by the leader's `last_drawn`; shard 0 of the last stage draws,
@@ -64,23 +76,33 @@ class Engine:
         """
         if batch.copies:
             self._copy(batch.copies)
-        inputs = make_inputs(batch.rows, self.last_drawn.tokens, self._groups, block_size=self._block_size, dtype=self._dtype)
-        logits = self._decoder.logits(inputs, on_layer)
+        device = self._upload.device
+        inputs = make_inputs(
+            batch.rows, self.last_drawn.tokens, self._groups, block_size=self._block_size, dtype=self._dtype, device=device
+        )
+        logits = self._decoder.logits(self._upload.batch(inputs), on_layer and partial(self._layer_stored, on_layer))
         drawing = [row for row in batch.rows if row.draws]
         drawn: dict[int, tuple[Drawn, ...]] = {}
         if logits is not None:
             seen = [self._seen_before(row) for row in drawing]
             answers = sample(logits, [row.draws for row in drawing], seen)
             drawn = {row.slot: each for row, each in zip(drawing, answers, strict=True)}
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # what draws nothing has not yet waited
         output = StepOutput(batch.step, tuple(drawn.get(row.slot, ()) for row in batch.rows))
         self.last_drawn.note(batch, output)
         return output
+
+    def _layer_stored(self, on_layer: Callable[[int], None], layer: int) -> None:
+        if self._stored is not None:
+            self._stored(layer)
+        on_layer(layer)
 
     def _copy(self, copies: Sequence[BlockCopy]) -> None:
         for g, caches in enumerate(self._caches):
             pairs = [(each.source, each.destination) for each in copies if each.group == g]
             if pairs:
-                sources, destinations = torch.tensor(pairs).unbind(1)
+                sources, destinations = torch.tensor(pairs, device=self._upload.device).unbind(1)
                 for cache in caches:
                     copy_blocks(cache, sources, destinations)
 
@@ -93,7 +115,7 @@ class Engine:
 
     def _seen_by(self, slot: int, draw: Draw) -> Seen | None:
         if draw.history:
-            return Seen(draw.history, draw.index)
+            return Seen(draw.history, draw.index, self._upload.device)
         if not draw.sampling.penalised:
             return None
         seen = self._seen[slot]
@@ -101,9 +123,14 @@ class Engine:
         seen.add(self.last_drawn.tokens[slot])
         return seen
 
-    def warm_up(self) -> None:
-        """Touch every weight and every kind of step once, at all ranks. Overwrites block 0 of every group: call it before serving."""
-        tables = ((0,),) * len(self._groups)
-        draw = Draw(SamplingParams(temperature=1.0, top_k=1, seed=0), index=0)
-        for step, start, tokens in ((-2, 0, self._block_size - 1), (-1, self._block_size - 1, 1)):
-            self.run(Batch(step, (Row(slot=0, start=start, token_ids=(0,) * tokens, tables=tables, draws=(draw,)),)))
+    def warm_up(self, *, tokens: int | None = None, context: int | None = None, rows: int = 1) -> None:
+        """Touch every weight and every kind of step once, at all ranks: `tokens` positions (by default a block less one) of a sequence that
+        ends at position `context`, then one position of each of `rows` sequences. Overwrites block 0 of every group, which is all it
+        takes: call it before serving."""
+        tokens = tokens or self._block_size - 1
+        context = max(context or 0, tokens)
+        table = (0,) * -(-(context + 1) // self._block_size)
+        tables = (table,) * len(self._groups)
+        draws = (Draw(SamplingParams(temperature=1.0, top_k=1, seed=0), index=0),)
+        self.run(Batch(-2, (Row(0, context - tokens, (0,) * tokens, tables, draws),)))
+        self.run(Batch(-1, tuple(Row(slot, tokens, (0,), tables, draws) for slot in range(rows))))

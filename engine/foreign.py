@@ -30,16 +30,20 @@ ATTENTION = "diptych"
 class TransformersDecoder:
     """As `LoadedDecoder`, with transformers' module. Holds nothing between steps but weights and caches."""
 
-    def __init__(self, card: ModelCard, tensors: Mapping[str, Tensor], caches: Sequence[Sequence[Tensor]]) -> None:
-        """`caches[g][i]` is the cache of layer `card.cache_groups()[g].layers[i]`. `ModelError` if the tensors are not the module's."""
+    def __init__(self, card: ModelCard, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """`hold` it some caches before a step. `ModelError` if the tensors are not the module's."""
         assert isinstance(card.decoder, ForeignDecoder)
-        places = {layer: (g, i) for g, group in enumerate(card.cache_groups()) for i, layer in enumerate(group.layers)}
-        self._groups = [places[layer][0] for layer in range(card.decoder.layers)]
-        self._caches = [caches[g][i] for _, (g, i) in sorted(places.items())]
-        self._module = load_module(config_of(card.decoder.config), tensors, TORCH_DTYPE[card.dtype])
+        self._places = {layer: (g, i) for g, group in enumerate(card.cache_groups()) for i, layer in enumerate(group.layers)}
+        self._groups = [self._places[layer][0] for layer in range(card.decoder.layers)]
+        self._caches: list[Tensor] = []
+        self._module = load_module(config_of(card.decoder.config), tensors, TORCH_DTYPE[card.dtype]).to(device)
         use_attention(self._module, ATTENTION, _attention, self)
         self._picks = "logits_to_keep" in inspect.signature(self._module.forward).parameters
         self._step: tuple[Inputs, Callable[[int], None] | None] | None = None
+
+    def hold(self, caches: Sequence[Sequence[Tensor]]) -> None:
+        """`caches[g][i]` is from now on the cache of layer `card.cache_groups()[g].layers[i]`."""
+        self._caches = [caches[g][i] for _, (g, i) in sorted(self._places.items())]
 
     def logits(self, inputs: Inputs, on_layer: Callable[[int], None] | None) -> Tensor | None:
         """Compute the step; logits [drawing rows, vocab] in the model's dtype, None if nothing is drawn.

@@ -32,6 +32,28 @@ def write_slim(source: Path, out: Path) -> None:
         raise ModelError(f"{source} is damaged or not GGUF: {error!r}.", field="model.source") from error
 
 
+def read_first(source: Path) -> dict[str, int | str]:
+    """Whole numbers and strings of the metadata of GGUF `source`, up to its first array: the architecture and its sizes stand before the
+    vocabulary. Empty if it is not one."""
+    found: dict[str, int | str] = {}
+    try:
+        with source.open("rb") as file:
+            magic, version, _, pairs = _unpack(file, "<4sIQQ")
+            for _ in range(pairs if magic == b"GGUF" and version >= 2 else 0):
+                key = _string(file)
+                (kind,) = _unpack(file, "<I")
+                if kind == _STRING:
+                    found[key] = _string(file)
+                elif kind == _ARRAY:
+                    break
+                else:
+                    value = file.read(_SIZES[kind])
+                    found |= {key: int.from_bytes(value, "little")} if kind == _UINT32 else {}
+    except (struct.error, UnicodeDecodeError, KeyError):  # what is wrong with it is said when it is prepared
+        return {}
+    return found
+
+
 def _copy(file: BinaryIO, slim: BinaryIO) -> None:
     magic, version, tensors, pairs = _unpack(file, "<4sIQQ")
     if magic != b"GGUF" or version < 2:

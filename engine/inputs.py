@@ -16,6 +16,8 @@ from ..kernels.paged_attention import Span, make_chunk, make_singles
 from ..kernels.paging import Paging
 from .batch import Row
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class GroupInputs:
@@ -44,18 +46,24 @@ class Inputs:
 
 
 def make_inputs(
-    rows: Sequence[Row], last_drawn: Sequence[int], groups: Sequence[CacheGroup], *, block_size: int, dtype: torch.dtype
+    rows: Sequence[Row],
+    last_drawn: Sequence[int],
+    groups: Sequence[CacheGroup],
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
 ) -> Inputs:
-    """Inputs of `rows`; a row without token ids takes its token from `last_drawn[row.slot]`."""
+    """Inputs of `rows`, in this host's memory, for a decoder on `device` (`placing.Upload` takes them there); a row without token ids
+    takes its token from `last_drawn[row.slot]`."""
+    kind = _Kind(block_size, dtype, device)
     places = [0]
     token_ids: list[int] = []
     for row in rows:
         token_ids.extend(row.token_ids or (last_drawn[row.slot],))
         places.append(len(token_ids))
     positions = np.concatenate([np.arange(row.start, row.start + row.length) for row in rows])
-    inputs = tuple(
-        _group_inputs(rows, places, index, group, block_size, dtype) if group.layers else _NOTHING for index, group in enumerate(groups)
-    )
+    inputs = tuple(_group_inputs(rows, places, index, group, kind) if group.layers else _NOTHING for index, group in enumerate(groups))
     drawn = [end - 1 for row, end in zip(rows, places[1:], strict=True) if row.draws]
     last = max(range(len(groups)), key=lambda index: groups[index].layers[-1:])
     return Inputs(
@@ -63,24 +71,31 @@ def make_inputs(
         positions=torch.from_numpy(positions),
         groups=inputs,
         drawn=torch.tensor(drawn, dtype=torch.int64),
-        last_spans=inputs[last].spans if len(drawn) == len(token_ids) else _ends(rows, last, groups[last], block_size, dtype),
+        last_spans=inputs[last].spans if len(drawn) == len(token_ids) else _ends(rows, last, groups[last], kind),
     )
 
 
-def _ends(rows: Sequence[Row], index: int, group: CacheGroup, block_size: int, dtype: torch.dtype) -> tuple[Span, ...]:
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a cache is."""
+
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _ends(rows: Sequence[Row], index: int, group: CacheGroup, kind: _Kind) -> tuple[Span, ...]:
     """The last token of each row that draws."""
     ends = [replace(row, start=row.start + row.length - 1, token_ids=()) for row in rows if row.draws]
-    return tuple(_singles(ends, range(len(ends)), index, group, block_size, dtype))
+    return tuple(_singles(ends, range(len(ends)), index, group, kind))
 
 
 def _paging(group: CacheGroup, block_size: int) -> Paging:
     return Paging(kv_heads=group.kv_heads, block_size=block_size, window=group.window)
 
 
-def _group_inputs(
-    rows: Sequence[Row], places: Sequence[int], index: int, group: CacheGroup, block_size: int, dtype: torch.dtype
-) -> GroupInputs:
-    blocks, offsets = [], []
+def _group_inputs(rows: Sequence[Row], places: Sequence[int], index: int, group: CacheGroup, kind: _Kind) -> GroupInputs:
+    blocks, offsets, block_size = [], [], kind.block_size
     for row in rows:
         first, last = row.start // block_size, (row.start + row.length - 1) // block_size
         held = np.repeat(np.asarray(row.tables[index][first : last + 1], dtype=np.int64), block_size)
@@ -99,20 +114,18 @@ def _group_inputs(
         for place, row in zip(places, rows, strict=False)
         if row.length > 1
     ]
-    spans.extend(_singles(rows, places, index, group, block_size, dtype))
+    spans.extend(_singles(rows, places, index, group, kind))
     return GroupInputs(store=store, spans=tuple(spans))
 
 
-def _singles(
-    rows: Sequence[Row], places: Sequence[int], index: int, group: CacheGroup, block_size: int, dtype: torch.dtype
-) -> Iterator[Span]:
+def _singles(rows: Sequence[Row], places: Sequence[int], index: int, group: CacheGroup, kind: _Kind) -> Iterator[Span]:
     """The rows with one token, each at its place, over their tables of group `index`."""
-    paging = _paging(group, block_size)
-    paged = fits(dtype, group.head_dim)
+    paging = _paging(group, kind.block_size)
+    paged = fits(kind.dtype, group.head_dim, kind.device)
     for members in _together(rows) if paged else _alike(rows, paging.window):
         picked = [rows[row] for row in members]
         tokens, starts, tables = [places[row] for row in members], [row.start for row in picked], [row.tables[index] for row in picked]
-        yield make_paged_singles(tokens, starts, tables, paging) if paged else make_singles(tokens, starts, tables, paging, dtype)
+        yield make_paged_singles(tokens, starts, tables, paging) if paged else make_singles(tokens, starts, tables, paging, kind.dtype)
 
 
 def _together(rows: Sequence[Row]) -> list[list[int]]:

@@ -72,9 +72,9 @@ class Parallel:
                 self._sent.popleft()[0].wait(self._timeout)
             self._sent.append((self._pipeline.send([x], self.stage + 1, ACTIVATIONS), x))
 
-    def receive(self, tokens: int, hidden: int, dtype: torch.dtype) -> Tensor:
+    def receive(self, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The activations [tokens, hidden] of the stage before."""
-        x = torch.empty(tokens, hidden, dtype=dtype)
+        x = torch.empty(tokens, hidden, dtype=dtype, device=device)
         with self._told("receive", [self.rank - self.tp]):
             self._pipeline.recv([x], self.stage - 1, ACTIVATIONS).wait(self._timeout)
         return x

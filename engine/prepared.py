@@ -26,6 +26,7 @@ from .recipe import Recipe, choose_recipe
 from .sources import Checkpoint, open_checkpoint
 from .weights import bytes_of, map_weights, shapes_of, write_weights
 
+NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text")
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it done, 0 to 1."""
 
@@ -88,8 +89,6 @@ def prepare(
     `out` appears whole or not at all; if it is there already it must be the same source's, and is kept. `ModelError` says
     what is wrong with the source.
     """
-    if dtype is DType.FLOAT16:
-        raise ModelError("float16 is not supported; bfloat16 and float32 are.", field="dtype")
     _check_template(chat_template)
     report = progress or (lambda what, share: None)
     try:
@@ -142,6 +141,11 @@ def _write(
     checkpoint: Checkpoint, made: Path, source: str, dtype: DType, name: str | None, chat_template: Path | None, report: Progress
 ) -> ModelCard:
     """Write all files of a prepared model; the card last."""
+    if dtype is DType.FLOAT16 and checkpoint.config["model_type"] in NOT_IN_FLOAT16:
+        raise ModelError(
+            f"Activations of {checkpoint.config['model_type']} models grow beyond what float16 holds, 65504: prepare it as bfloat16.",
+            field="dtype",
+        )
     recipe = choose_recipe(checkpoint, dtype, report)
     digest = _fingerprint(recipe, dtype)
     for share in write_weights(made / WEIGHTS, recipe.shapes, recipe.make, digest):

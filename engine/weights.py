@@ -93,7 +93,7 @@ def write_weights(path: Path, shapes: Shapes, make: Callable[[str], Tensor], dig
         file.write(len(text).to_bytes(8, "little") + text)
         written = 0
         for name, (shape, dtype) in shapes.items():
-            tensor = make(name).to(dtype).contiguous()
+            tensor = _narrowed(name, make(name), dtype).contiguous()
             if tuple(tensor.shape) != shape:
                 raise ModelError(f"Tensor {name} has shape {tuple(tensor.shape)}, not {shape}.")
             data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -103,6 +103,14 @@ def write_weights(path: Path, shapes: Shapes, make: Callable[[str], Tensor], dig
             yield written / offset
         file.flush()
         os.fsync(file.fileno())
+
+
+def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `dtype`; `ModelError` if float16 cannot hold it: it ends at 65504, where the others go as far as float32."""
+    narrow = tensor.to(dtype)
+    if dtype is torch.float16 and tensor.dtype is not dtype and not torch.isfinite(narrow).all():
+        raise ModelError(f"Tensor {name} has values that float16 cannot hold: prepare the model as bfloat16.", field="dtype")
+    return narrow
 
 
 def map_weights(path: Path, shapes: Shapes | None) -> dict[str, Tensor]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import native
+from .native import native_for
 
 
 def argmax(x: Tensor) -> Tensor:
     """Where the largest of each row [rows, n] is, int64 [rows]; of equal ones the first."""
-    if x.dtype is not torch.bfloat16 or not x.is_contiguous() or (kernels := native()) is None:
+    if not x.is_contiguous() or (kernels := native_for(x)) is None:
         return argmax_torch(x)
     places = torch.empty(len(x), dtype=torch.int64)
     kernels.argmax(places.data_ptr(), x.data_ptr(), len(x), x.shape[1], torch.get_num_threads())

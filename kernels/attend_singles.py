@@ -27,9 +27,9 @@ class PagedSingles:
     lasts: Tensor
 
 
-def fits(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `attend_singles` can compute it here."""
-    return dtype is torch.bfloat16 and head_dim % 16 == 0 and native() is not None
+def fits(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
+    """Whether `attend_singles` can compute it there."""
+    return dtype is torch.bfloat16 and head_dim % 16 == 0 and device.type == "cpu" and native() is not None
 
 
 def make_paged_singles(tokens: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]], paging: Paging) -> PagedSingles:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import native, threads_for
+from .native import native_for, threads_for
 
 ACTIVATIONS = ("gelu_tanh", "silu")
 UNGATED = ("relu",)
@@ -17,7 +17,7 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
 
     The activations of `UNGATED` have no gate: [tokens, intermediate] in and out.
     """
-    if gate_up.dtype is not torch.bfloat16 or activation in UNGATED or (kernels := native()) is None:
+    if activation in UNGATED or (kernels := native_for(gate_up)) is None:
         return gated_torch(gate_up, activation)
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, width, dtype=gate_up.dtype)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import native
+from .native import native_for
 
 NATIVE_ROWS = 64
 """Up to so many rows of bf16 linear.cpp is at least as fast as oneDNN: 31 GB/s against 21 with one row, 1.6 times as fast with 16."""
@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bf16, up to `NATIVE_ROWS` rows: each row's sums are in one order, so they do not depend on how many rows there are.
     """
     (rows, n_in), n_out = x.shape, weight.shape[0]  # not len(): of a tensor it costs 0.4 us, 500 times a step
-    if x.dtype is torch.bfloat16 and rows <= NATIVE_ROWS and (kernels := native()) is not None:
+    if rows <= NATIVE_ROWS and (kernels := native_for(x)) is not None:
         out = torch.empty(rows, n_out, dtype=x.dtype)
         kernels.linear(
             out.data_ptr(),
@@ -44,7 +44,7 @@ def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     A single bf16 row reads the weights at 18 to 23 GB/s through torch's own matrix-vector product and at 14 through
     oneDNN's, so oneDNN is left out there; from two rows on, and in fp32, oneDNN is faster.
     """
-    if x.shape[0] > 1 or x.dtype != torch.bfloat16:
+    if x.shape[0] > 1 or x.dtype != torch.bfloat16 or not x.is_cpu:
         return F.linear(x, weight, bias)
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property of the module, for mypy a ContextProp
     try:

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from .philox import philox
+from .philox import philox, philox_tensor
 
 GROUP = 64
 """Tokens of a group. 262,144 logits take 0.4 to 0.6 ms with 64, 0.35 to 1.2 with 256, and 2 if all noise is made."""
 
 _COUNTERS = GROUP // 4
 _BLOCK = 512
-"""Groups made at once: their arrays of 64 KiB stay in the second-level cache."""
+"""Groups made at once on a CPU: their arrays of 64 KiB stay in the second-level cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,47 +51,50 @@ class Noise:
     choice: int
     index: int
 
-    def caps(self, groups: int) -> Caps:
+    def caps(self, groups: int, device: torch.device | None = None) -> Caps:
         """Of groups 0 to groups - 1."""
-        words = self._words(np.arange(-(-groups // 2), dtype=np.uint64), 1)
-        least = _exponential(words[:, 0::2].astype(np.float32).ravel()[:groups]).div_(GROUP)
-        place = words[:, 1::2].ravel()[:groups] & np.uint64(GROUP - 1)
-        return Caps(least, torch.from_numpy(place.astype(np.int64)))
+        words = self._words(torch.arange(-(-groups // 2), device=device), 1)
+        least = _exponential(words[:, 0::2].flatten()[:groups]).div_(GROUP)
+        return Caps(least, words[:, 1::2].flatten()[:groups] & (GROUP - 1))
 
     def of_groups(self, groups: Tensor, caps: Caps) -> Tensor:
         """Noise of all tokens of some groups, fp32 [n, GROUP]. groups: int64 [n], into `caps`."""
-        noise = torch.empty(len(groups), GROUP)
-        for start in range(0, len(groups), _BLOCK):
-            part = groups[start : start + _BLOCK]
-            counters = (part[:, None] * _COUNTERS + torch.arange(_COUNTERS)).flatten().numpy().astype(np.uint64)
-            words = self._words(counters, 0).astype(np.float32).reshape(len(part), GROUP)
+        noise = torch.empty(len(groups), GROUP, device=groups.device)
+        counters = torch.arange(_COUNTERS, device=groups.device)
+        at_once = _BLOCK if groups.is_cpu else max(1, len(groups))
+        for start in range(0, len(groups), at_once):
+            part = groups[start : start + at_once]
+            words = self._words((part[:, None] * _COUNTERS + counters).flatten(), 0).view(len(part), GROUP)
             more = _exponential(words).scatter_(1, caps.place[part, None], 0.0)
-            noise[start : start + _BLOCK] = _noise(caps.least[part, None], more)
+            noise[start : start + at_once] = _noise(caps.least[part, None], more)
         return noise
 
     def of(self, tokens: Tensor) -> Tensor:
         """Noise of each token id, fp32. tokens: int64 [n]."""
-        ids = tokens.numpy().astype(np.uint64)
-        groups, rows = (tokens // GROUP).numpy().astype(np.uint64), np.arange(len(ids))
-        words, first = self._words(groups >> np.uint64(1), 1), (groups & np.uint64(1)).astype(np.int64) * 2
-        least = _exponential(words[rows, first].astype(np.float32)).div_(GROUP)
-        place = words[rows, first + 1] & np.uint64(GROUP - 1)
-        own = self._words(ids >> np.uint64(2), 0)[rows, (ids & np.uint64(3)).astype(np.int64)]
-        more = _exponential(own.astype(np.float32)).masked_fill_(torch.from_numpy(place == ids % np.uint64(GROUP)), 0.0)
-        return _noise(least, more)
+        groups = tokens // GROUP
+        words, first = self._words(groups >> 1, 1), (groups & 1)[:, None] * 2
+        least = _exponential(words.gather(1, first)[:, 0]).div_(GROUP)
+        place = words.gather(1, first + 1)[:, 0] & (GROUP - 1)
+        own = self._words(tokens >> 2, 0).gather(1, (tokens & 3)[:, None])[:, 0]
+        return _noise(least, _exponential(own).masked_fill_(place == tokens % GROUP, 0.0))
 
-    def of_all(self, vocab_size: int) -> Tensor:
+    def of_all(self, vocab_size: int, device: torch.device | None = None) -> Tensor:
         """Noise of tokens 0 to vocab_size - 1, fp32."""
         groups = -(-vocab_size // GROUP)
-        return self.of_groups(torch.arange(groups), self.caps(groups)).flatten()[:vocab_size]
+        return self.of_groups(torch.arange(groups, device=device), self.caps(groups, device)).flatten()[:vocab_size]
 
-    def _words(self, counters: NDArray[np.uint64], kind: int) -> NDArray[np.uint64]:
-        return np.stack(philox((counters, self.choice, self.index, kind), self.seed), axis=1)
+    def _words(self, counters: Tensor, kind: int) -> Tensor:
+        """int64 [n, 4], where the counters are: on a CPU by numpy, which has unsigned products and takes half of torch's time."""
+        rest = (self.choice, self.index, kind)
+        if not counters.is_cpu:
+            return philox_tensor((counters, *rest), self.seed)
+        words = philox((counters.numpy().view(np.uint64), *rest), self.seed)
+        return torch.from_numpy(np.stack(words, axis=1).view(np.int64))
 
 
-def _exponential(words: NDArray[np.float32]) -> Tensor:
+def _exponential(words: Tensor) -> Tensor:
     """w is kept below 1, where fp32 would round the last 2**7 words up to it and the exponential would be infinite."""
-    w = torch.from_numpy(words).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    w = words.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return w.neg_().log1p_().neg_()
 
 

@@ -110,7 +110,7 @@ def attend(query: Tensor, cache: Tensor, spans: Sequence[Span], scale: float, so
     """
     if len(spans) == 1 and isinstance(spans[0], PagedSingles) and spans[0].tokens.shape[0] == query.shape[0]:
         return attend_singles(query.contiguous(), cache, spans[0], scale, softcap).flatten(1)
-    out = torch.empty(query.shape, dtype=query.dtype)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for span in spans:
         if isinstance(span, Chunk):
             _attend_chunk(query[span.tokens], cache, span, scale, softcap, out[span.tokens])

@@ -14,18 +14,19 @@ class Seen:
     Penalties touch these n logits only: a sequence holds far fewer distinct tokens than the vocabulary's 262,144.
     """
 
-    def __init__(self, history: Sequence[int], output: int) -> None:
+    def __init__(self, history: Sequence[int], output: int, device: torch.device | None = None) -> None:
         """`history`: prompt and output, of which the last `output` tokens are the output."""
         self.tokens, places = torch.unique(torch.tensor(history, dtype=torch.int64), return_inverse=True)
-        self.counts = torch.bincount(places[len(history) - output :], minlength=len(self.tokens)).float()
+        self.counts = torch.bincount(places[len(history) - output :], minlength=len(self.tokens)).float().to(device)
         self._places = {token: place for place, token in enumerate(self.tokens.tolist())}
+        self.tokens = self.tokens.to(device)
 
     def add(self, token: int) -> None:
         """The output holds one more `token`."""
         place = self._places.setdefault(token, len(self._places))
         if place == len(self.tokens):
-            self.tokens = torch.cat((self.tokens, torch.tensor([token])))
-            self.counts = torch.cat((self.counts, torch.zeros(1)))
+            self.tokens = torch.cat((self.tokens, self.tokens.new_full((1,), token)))
+            self.counts = torch.cat((self.counts, self.counts.new_zeros(1)))
         self.counts[place] += 1.0
 
 

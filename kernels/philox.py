@@ -6,7 +6,9 @@ Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 ROUNDS = 10
 Words = NDArray[np.uint64]
@@ -31,3 +33,19 @@ def philox(counter: tuple[Words, int, int, int], key: int) -> tuple[Words, Words
         c1, c3 = right & _LOW, left & _LOW
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
     return c0, c1, c2, c3
+
+
+def philox_tensor(counter: tuple[Tensor, int, int, int], key: int) -> Tensor:
+    """The same words, int64 [n, 4], on the device of `counter[0]`, int64 [n].
+
+    torch has no unsigned product of 64 bits. The signed one wraps to the same bits, and its sign is shifted in above those that are kept.
+    """
+    c0 = counter[0]
+    c1, c2, c3 = (torch.full_like(c0, word) for word in counter[1:])
+    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    for _ in range(ROUNDS):
+        left, right = c0 * int(_M0), c2 * int(_M1)
+        c0, c2 = (right >> 32 & 0xFFFFFFFF) ^ c1 ^ k0, (left >> 32 & 0xFFFFFFFF) ^ c3 ^ k1
+        c1, c3 = right & 0xFFFFFFFF, left & 0xFFFFFFFF
+        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+    return torch.stack((c0, c1, c2, c3), 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import native, threads_for
+from .native import native_for, threads_for
 from .rms_norm import rms_norm
 
 
@@ -14,7 +14,7 @@ def residual_norm(x: Tensor, change: Tensor, change_weight: Tensor | None, weigh
 
     x, change: [rows, n], contiguous, the same dtype; weights: fp32 [n].
     """
-    if x.dtype is not torch.bfloat16 or (kernels := native()) is None:
+    if (kernels := native_for(x)) is None:
         return residual_norm_torch(x, change, change_weight, weight, eps)
     rows, n = x.shape
     total, normed = torch.empty_like(x), torch.empty_like(x)

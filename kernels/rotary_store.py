@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .kv_store import store_kv
-from .native import native, threads_for
+from .native import native_for, threads_for
 from .rms_norm import rms_norm
 from .rotary import rotate
 
@@ -24,8 +24,7 @@ def rotary_store(
     qkv: [tokens, (heads + 2 * kv_heads) * head_dim], contiguous; qk_norm: fp32 [heads + kv_heads, head_dim].
     """
     tokens, (_, kv_heads, _, block_size, head_dim) = qkv.shape[0], cache.shape
-    narrow = qkv.dtype is torch.bfloat16 and cache.dtype is torch.bfloat16
-    if not narrow or head_dim > LARGEST_HEAD or (kernels := native()) is None:
+    if cache.dtype is not qkv.dtype or head_dim > LARGEST_HEAD or (kernels := native_for(qkv)) is None:
         return rotary_store_torch(qkv, cache, rows, heads=heads, qk_norm=qk_norm, angles=angles, eps=eps)
     queries = torch.empty(tokens, heads, head_dim, dtype=qkv.dtype)
     kernels.rotary_store(

@@ -22,18 +22,33 @@ _FIRST = 4
 """Groups whose noise is made first, to learn what the others must reach."""
 
 
-def draw(logits: Tensor, noise: Noise, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> int:
-    """The token drawn from fp32 logits [vocab]. temperature > 0; top_k 0, top_p 1 and min_p 0 are no limit."""
+def draw(logits: Tensor, noise: Noise, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
+    """The token drawn from fp32 logits [vocab], int64 [] where they are. temperature > 0; top_k 0, top_p 1 and min_p 0 are no limit."""
     scaled = logits / temperature
+    if not logits.is_cpu:
+        return draw_at_once(scaled, noise, top_k=top_k, top_p=top_p, min_p=min_p)
     if top_k or top_p < 1.0 or min_p > 0.0:
         values, tokens = survivors(scaled, top_k, top_p, min_p)
         if len(tokens) <= _FEW:
-            return int(tokens[(values + noise.of(tokens)).argmax()])
+            return tokens[(values + noise.of(tokens)).argmax()]
         scaled = torch.full_like(scaled, -math.inf).index_copy_(0, tokens, values)
     return _largest(scaled, noise)
 
 
-def _largest(logits: Tensor, noise: Noise) -> int:
+def draw_at_once(logits: Tensor, noise: Noise, *, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """The same from logits that are divided by the temperature, with nothing that the host must know in between: a device goes on. What
+    the limits do not let through keeps its place and cannot win."""
+    if not top_k and top_p == 1.0 and min_p == 0.0:
+        return (logits + noise.of_all(len(logits), logits.device)).argmax()
+    values, tokens = logits.topk(min(top_k or len(logits), len(logits)))
+    kept = _likely(values, values[0], min_p)
+    if top_p < 1.0:
+        kept &= _before(values, (values if top_k else logits).logsumexp(0)) < top_p
+        kept[0] = True
+    return tokens.take((values.masked_fill(~kept, -math.inf) + noise.of(tokens)).argmax())  # an index would be brought to the host
+
+
+def _largest(logits: Tensor, noise: Noise) -> Tensor:
     """The token whose logit and noise are the largest sum: `(logits + noise.of_all(len(logits))).argmax()`, without most of the noise.
 
     A group whose largest logit and largest noise together are below a sum that some token has cannot win. Rounded sums keep that
@@ -45,8 +60,8 @@ def _largest(logits: Tensor, noise: Noise) -> int:
     promising = bounds.topk(min(_FIRST, len(rows))).indices
     reached = (rows[promising] + noise.of_groups(promising, caps)).max()
     groups = (bounds < reached).logical_not_().nonzero().flatten()  # all of them should a logit be NaN
-    winner = int((rows[groups] + noise.of_groups(groups, caps)).argmax())
-    return int(groups[winner // GROUP]) * GROUP + winner % GROUP
+    winner = (rows[groups] + noise.of_groups(groups, caps)).argmax()
+    return groups[winner // GROUP] * GROUP + winner % GROUP
 
 
 def _in_groups(logits: Tensor) -> Tensor:
@@ -61,16 +76,16 @@ def survivors(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> t
     min-p (Nguyen et al., 2024) is a share of the likeliest one's probability, which a sum over what is left does not change.
     """
     if not top_k and top_p == 1.0:
-        tokens = _likely(logits, float(logits.max()), min_p).nonzero().flatten()
+        tokens = _likely(logits, logits.max(), min_p).nonzero().flatten()
         return logits[tokens], tokens
     values, tokens = _likeliest(logits, top_k, top_p)
     if min_p > 0.0:
-        kept = int(_likely(values, float(values[0]), min_p).sum())
+        kept = int(_likely(values, values[0], min_p).sum())
         values, tokens = values[:kept], tokens[:kept]
     return values, tokens
 
 
-def _likely(logits: Tensor, best: float, min_p: float) -> Tensor:
+def _likely(logits: Tensor, best: Tensor, min_p: float) -> Tensor:
     return logits >= best + (math.log(min_p) if min_p > 0.0 else -math.inf)
 
 
@@ -92,9 +107,13 @@ def _likeliest(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor
 
 def _nucleus(values: Tensor, total: Tensor, top_p: float) -> int:
     """How many of the likeliest tokens are needed to hold probability top_p: those before which less than top_p is held."""
+    return max(1, int((_before(values, total) < top_p).sum()))
+
+
+def _before(values: Tensor, total: Tensor) -> Tensor:
+    """The probability of all tokens before each."""
     probabilities = (values - total).exp()
-    before = probabilities.cumsum(0) - probabilities
-    return max(1, int((before < top_p).sum()))
+    return probabilities.cumsum(0) - probabilities
 
 
 def log_probabilities(logits: Tensor, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:

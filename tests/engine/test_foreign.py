@@ -15,7 +15,7 @@ from diptych.core.sampling import SamplingParams
 from diptych.engine.batch import Draw, Row
 from diptych.engine.engine import Engine
 from diptych.engine.foreign import TransformersDecoder
-from diptych.engine.inputs import make_inputs
+from diptych.engine.inputs import CPU, make_inputs
 from diptych.engine.prepared import open_prepared, prepare
 from safetensors.torch import load_file, save_file
 
@@ -246,7 +246,7 @@ def test_opening_refuses_what_does_not_fit_the_card(phi, tmp_path):
     weights.write_bytes(weights.read_bytes().replace(b"layers.1.mlp.fc1.bias", b"layers.1.mlp.fc3.bias", 1))
     model = open_prepared(tmp_path / "out")
     with pytest.raises(ModelError, match=r"lacks model\.layers\.1\.mlp\.fc1\.bias"):
-        TransformersDecoder(model.card, model.tensors, [[torch.zeros(4, 2, 2, 16, 16) for _ in range(3)]])
+        TransformersDecoder(model.card, model.tensors, CPU)
 
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])

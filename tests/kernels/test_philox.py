@@ -6,7 +6,8 @@ import random
 
 import numpy as np
 import pytest
-from diptych.kernels.philox import philox
+import torch
+from diptych.kernels.philox import philox, philox_tensor
 
 
 def slow(counter, key):
@@ -44,3 +45,14 @@ def test_equals_the_slow_twin():
         firsts = [order.getrandbits(32) for _ in range(7)]
         fast = np.stack(philox((np.array(firsts, dtype=np.uint64), *rest), key), axis=1)
         assert fast.tolist() == [slow((first, *rest), key) for first in firsts]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_device_makes_the_same_words(device):
+    """Signed 64-bit products wrap to the same bits."""
+    order = random.Random(1)
+    for _ in range(20):
+        key, rest = order.getrandbits(64), [order.getrandbits(32) for _ in range(3)]
+        firsts = [0, 2**32 - 1, *(order.getrandbits(32) for _ in range(50))]
+        words = philox_tensor((torch.tensor(firsts, device=device), *rest), key)
+        assert words.tolist() == np.stack(philox((np.array(firsts, dtype=np.uint64), *rest), key), axis=1).tolist()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from diptych.kernels.noise import GROUP, Noise
-from diptych.kernels.sampling import draw, log_probabilities, survivors
+from diptych.kernels.sampling import draw, draw_at_once, log_probabilities, survivors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,6 +74,20 @@ def test_many_survivors_and_few_draw_alike(limits):
         assert draw(logits, noise, temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p) == expected
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "limits",
+    [(0, 1.0, 0.0), (50, 1.0, 0.0), (0, 0.9, 0.0), (9999, 0.999, 0.0), (20, 0.8, 0.01), (0, 1.0, 0.1), (0, 1e-6, 0.0), (0, 0.95, 0.9)],
+)
+def test_a_draw_at_once_is_the_same(limits, device):
+    top_k, top_p, min_p = limits
+    for index in range(40):
+        logits = torch.randn(6000, generator=torch.Generator().manual_seed(index)) * (0.5 + index % 4)
+        noise = Noise(2**64 - index - 1, 1, index)
+        token = draw_at_once((logits / 0.8).to(device), noise, top_k=top_k, top_p=top_p, min_p=min_p)
+        assert int(token) == int(draw(logits, noise, temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p))
+
+
 def test_of_equal_sums_the_first_wins_and_a_broken_model_breaks_no_draw():
     inf, nan = math.inf, math.nan
     for logits, token in (([-inf] * 200, 0), ([0.0] * 130 + [inf] * 70, 130), ([0.0] * 99 + [nan] * 101, 99)):
@@ -131,7 +145,7 @@ def test_a_wide_nucleus_needs_the_whole_vocabulary():
 
 def test_top_k_does_not_change_the_noise_of_those_it_lets_through():
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 8
-    free = [draw(logits, Noise(4, 0, i), temperature=1.0, top_k=0, top_p=1.0) for i in range(50)]
+    free = [int(draw(logits, Noise(4, 0, i), temperature=1.0, top_k=0, top_p=1.0)) for i in range(50)]
     likely = set(logits.topk(20).indices.tolist())
     assert [draw(logits, Noise(4, 0, i), temperature=1.0, top_k=20, top_p=1.0) for i in range(50) if free[i] in likely] == [
         token for token in free if token in likely

@@ -1,0 +1,177 @@
+"""A step on a device that is not there: torch's fake tensors carry device, dtype and shape through every op and refuse a mix of devices.
+
+The device is torch's private one and not called cuda: a torch without CUDA cannot even cut a fake one in two. What it cannot show are
+numbers; those of the same code on the CPU are tested elsewhere, those of a GPU in `test_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diptych.core.layout import DType
+from diptych.core.model import Decoder, ModelCard, Rope
+from diptych.core.sampling import SamplingParams
+from diptych.engine.batch import Draw, Row
+from diptych.engine.decoder import LoadedDecoder
+from diptych.engine.inputs import CPU, Inputs, make_inputs
+from diptych.engine.parallel import Parallel
+from diptych.engine.placing import Upload, _each_tensor
+from diptych.engine.sampler import chosen
+from diptych.engine.weights import TORCH_DTYPE, shapes_of
+from diptych.kernels.block_copy import copy_blocks
+from diptych.kernels.penalties import Seen
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+BLOCK, VOCABULARY = 16, 500
+_setup_privateuseone_for_python_backend()
+THERE = torch.device("privateuseone", 0)
+LLAMA = Decoder(
+    family="llama", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, activation="silu", norm_eps=1e-6,
+    query_scale=0.25, tied_head=False, windows=(0, 0), rope_full=Rope(theta=1e4),
+)  # fmt: skip
+GEMMA = LLAMA.model_copy(
+    update={
+        "activation": "gelu_tanh", "embedding_scale": 8.0, "qk_norm": True, "sandwich_norms": True, "attention_softcap": 50.0,
+        "logit_softcap": 30.0, "tied_head": True, "windows": (24, 0), "rope_window": Rope(theta=1e3),
+    }
+)  # fmt: skip
+OPT = LLAMA.model_copy(
+    update={
+        "activation": "relu", "layer_norm": True, "biases": ("qkv", "o", "gate_up", "down"), "learned_positions": 128, "rope_full": None
+    }
+)  # fmt: skip
+GREEDY = SamplingParams(temperature=0.0)
+DRAWS = [
+    GREEDY,
+    SamplingParams(temperature=0.7, seed=2**63 + 5),
+    SamplingParams(temperature=0.7, seed=1, top_k=5, top_p=0.9),
+    SamplingParams(temperature=0.7, seed=1, top_p=0.9, min_p=0.1),
+    SamplingParams(temperature=0.0, repetition_penalty=1.2),
+    SamplingParams(temperature=0.9, seed=4, repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.2),
+]
+
+
+def card(decoder: Decoder, dtype: DType) -> ModelCard:
+    return ModelCard(
+        name="fake", source="", fingerprint="", dtype=dtype, vocab_size=VOCABULARY, max_context=128, bos_token_id=None, eos_token_ids=(),
+        has_chat_template=False, weights_bytes=0, decoder=decoder,
+    )  # fmt: skip
+
+
+def rows() -> tuple[Row, ...]:
+    """A chunk in the middle of a prompt, one that draws, and sequences in decode, some with a long context."""
+    tables = ((3, 1, 4, 7, 5),) * 2
+    draw = (Draw(GREEDY, 0),)
+    return (
+        Row(0, 20, (5,) * 30, tables),
+        Row(1, 0, (5,) * 18, tables, draw),
+        *(Row(2 + slot, 60 - 25 * (slot % 2), (7,), tables, draw) for slot in range(len(DRAWS) - 1)),
+    )
+
+
+def step(made: ModelCard, parallel: Parallel) -> tuple[LoadedDecoder, torch.Tensor | None, list[int]]:
+    """Logits of `rows`, computed by fakes on the GPU."""
+    groups, dtype = parallel.groups, TORCH_DTYPE[made.dtype]
+    tensors = {name: torch.empty(shape, dtype=kind) for name, (shape, kind) in shapes_of(made.decoder, VOCABULARY, made.dtype).items()}
+    upload = Upload(THERE)
+    decoder = LoadedDecoder(made, tensors, parallel, upload)
+    shapes = [(group, (8, group.kv_heads, 2, BLOCK, group.head_dim)) for group in groups]
+    decoder.hold([[torch.empty(shape, dtype=dtype, device=THERE) for _ in group.layers] for group, shape in shapes])
+    inputs = make_inputs(rows(), [], groups, block_size=BLOCK, dtype=dtype, device=THERE)
+    layers: list[int] = []
+    return decoder, decoder.logits(upload.batch(inputs), layers.append), layers
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16])
+@pytest.mark.parametrize("decoder", [LLAMA, GEMMA, OPT], ids=["llama", "gemma", "opt"])
+def test_a_step_stays_on_the_device(decoder: Decoder, dtype: DType) -> None:
+    made = card(decoder, dtype)
+    parallel = Parallel(made.layout(block_size=BLOCK, kv_tokens=BLOCK))
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        loaded, logits, layers = step(made, parallel)
+        assert logits is not None
+        assert (logits.device, logits.dtype, logits.shape) == (THERE, TORCH_DTYPE[dtype], (len(DRAWS), VOCABULARY))
+        assert layers == [0, 1]
+        weights = [loaded.embed, loaded.head, *(layer.o[0] for layer in loaded.layers.values())]
+        assert {weight.device for weight in weights} == {THERE}
+        copy_blocks(loaded.caches[0], *torch.empty(2, 2, dtype=torch.int64, device=THERE).unbind(1))
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_so_does_that_of_a_rank_of_many(rank: int) -> None:
+    """Without the other ranks: a sum is then the part, and the activations of another stage are what memory holds."""
+    made = card(GEMMA, DType.BFLOAT16)
+
+    class Nobody:
+        def send(self, parts: list[torch.Tensor], *_: int) -> None:
+            assert parts[0].device == THERE
+
+        def recv(self, parts: list[torch.Tensor], *_: int) -> Nobody:
+            assert parts[0].device == THERE
+            return self
+
+        def wait(self, *_: object) -> None: ...
+
+    layout = made.layout(block_size=BLOCK, kv_tokens=BLOCK, tp=2, stages=(1, 1))
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        _, logits, layers = step(made, Parallel(layout, rank, pipeline=Nobody()))
+    assert layers == [rank // 2]
+    assert (logits is not None) == (rank // 2 == 1)
+
+
+def test_drawing_waits_for_nothing() -> None:
+    """Draws with no number brought to the host in between: a fake has none. (What names tokens, biases and bans, is a list of numbers that
+    torch would copy to a device at once, which a fake is not; `test_gpu.py` has them.)"""
+    history = (1, 2, 2, 3)
+    draws = [[Draw(sampling, 2, history=history)] for sampling in DRAWS]
+    seen = [[Seen(history, 2) if sampling.penalised else None] for sampling in DRAWS]
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        for counted in (each for row in seen for each in row if each is not None):
+            counted.tokens, counted.counts = torch.empty(3, dtype=torch.int64, device=THERE), torch.empty(3, device=THERE)
+        tokens = chosen(torch.empty(len(DRAWS), VOCABULARY, dtype=torch.bfloat16, device=THERE), draws, seen)
+        assert (tokens.device, tokens.dtype, tokens.shape) == (THERE, torch.int64, (len(DRAWS),))
+        greedy = chosen(torch.empty(2, VOCABULARY, device=THERE), [[Draw(GREEDY, 0)]] * 2, [[None]] * 2)
+        assert (greedy.device, greedy.shape) == (THERE, (2,))
+
+
+def test_a_mix_of_devices_would_be_found() -> None:
+    made = card(LLAMA, DType.FLOAT32)
+    parallel = Parallel(made.layout(block_size=BLOCK, kv_tokens=BLOCK))
+    inputs = make_inputs(rows(), [], parallel.groups, block_size=BLOCK, dtype=torch.float32, device=THERE)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        decoder, _, _ = step(made, parallel)
+        decoder.head = torch.empty_like(decoder.head, device=CPU)
+        there = Upload(THERE).batch(inputs)
+        with pytest.raises(RuntimeError, match="cpu"):
+            decoder.logits(there, None)
+
+
+def tensors_of(inputs: Inputs) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    _each_tensor(inputs, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_inputs_for_a_device_are_those_of_the_cpu(dtype: torch.dtype) -> None:
+    """Packed into one buffer, and cut out of it again."""
+    groups = card(GEMMA, DType.FLOAT32).layout(block_size=BLOCK, kv_tokens=BLOCK).groups
+    inputs = make_inputs(rows(), [], groups, block_size=BLOCK, dtype=dtype)
+    before, after = tensors_of(inputs), tensors_of(Upload().together(inputs))
+    assert len(before) > 20
+    for one, other in zip(before, after, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in after}) == 1
+
+
+def test_weights_cross_in_pieces_and_unchanged() -> None:
+    upload = Upload(torch.device("meta"), staged_bytes=64)
+    weight = torch.randn(7, 9, dtype=torch.bfloat16)
+    assert upload.weight(weight).shape == weight.shape
+    pieces: list[torch.Tensor] = []
+    upload._send = lambda source, target: pieces.append(source.clone())
+    upload.weight(weight.T)
+    assert max(len(piece) for piece in pieces) == 32
+    assert torch.equal(torch.cat(pieces), weight.T.flatten())

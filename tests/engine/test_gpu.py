@@ -1,0 +1,74 @@
+"""The engine on a GPU, against itself on the CPU. Runs only where there is one: nobody has run it on this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diptych.core.layout import DType
+from diptych.core.sampling import SamplingParams
+from diptych.engine.engine import Engine
+from diptych.engine.placing import Upload
+from diptych.engine.prepared import prepare
+from diptych.engine.weights import TORCH_DTYPE
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda", 0)
+SAMPLINGS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.8, seed=5),
+    SamplingParams(temperature=0.8, seed=6, top_k=40, top_p=0.9),
+    SamplingParams(temperature=1.0, seed=7, repetition_penalty=1.3, frequency_penalty=0.2, logit_bias=((9, 1.0),)),
+]
+
+
+@pytest.fixture
+def on_gpu(bench):
+    """A bench whose engine computes on the GPU."""
+
+    def make(directory):
+        made = bench(directory)
+        made.caches = [[cache.to(CUDA) for cache in group] for group in made.caches]
+        made.engine = Engine(made.model, made.caches, block_size=16, max_slots=8, device=CUDA)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("model", ["tiny_gemma3_dir", "tiny_llama_dir"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=range(len(SAMPLINGS)))
+def test_tokens_are_those_of_the_cpu(request, bench, on_gpu, prompt, model, sampling):
+    """In fp32, without TF32: greedy and sampled, chunked, with windows."""
+    directory = request.getfixturevalue(model)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for seed in range(3):
+        ids = prompt(50 + 7 * seed, seed=seed)
+        answers = [[drawn.token_id for drawn in make(directory).generate(ids, 30, chunk=16, sampling=sampling)] for make in (bench, on_gpu)]
+        assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("dtype", [DType.BFLOAT16, DType.FLOAT16])
+def test_half_precision_stays_near_float32(on_gpu, prompt, tiny_llama_source, tmp_path, dtype):
+    prepare(str(tiny_llama_source), tmp_path / "narrow", dtype=dtype)
+    made = on_gpu(tmp_path / "narrow")
+    assert {cache.dtype for group in made.caches for cache in group} == {TORCH_DTYPE[dtype]}
+    drawn = made.generate(prompt(60), 8, sampling=SamplingParams(temperature=0.0, logprobs=1))
+    assert all(torch.isfinite(torch.tensor(each.logprob)) for each in drawn)
+
+
+def test_weights_cross_whole_through_small_buffers():
+    weight = torch.randn(1000, 77)
+    assert torch.equal(Upload(CUDA, staged_bytes=4096).weight(weight).cpu(), weight)
+
+
+def test_a_layer_is_noted_before_it_is_told(on_gpu, prompt, tiny_llama_dir):
+    made, told = on_gpu(tiny_llama_dir), []
+    made.engine.hold(made.caches, lambda layer: told.append(("stored", layer)))
+    tables = made.table(20)
+    made.engine.run(made.batch(_row(prompt(16), tables)), lambda layer: told.append(("told", layer)))
+    assert told == [(what, layer) for layer in range(3) for what in ("stored", "told")]
+
+
+def _row(ids, tables):
+    from diptych.engine.batch import Row
+
+    return Row(0, 0, tuple(ids), tables)
