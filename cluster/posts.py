@@ -103,8 +103,8 @@ def _worker(config: ClusterConfig, spread: Layouts, model_dir: Path, name: Name,
             pairs=pairs,
             transports=config.transfer.transports,
             log_level=config.log.level,
-        )
             log_format=config.log.format,
+        )
         for rank, (pairs, share) in enumerate(zip(pairs_of(config, spread, phase, group), shares, strict=True))
     )
     return Worker(ranks, group, section_of(config, phase, group))
@@ -123,12 +123,12 @@ def route_spec(config: ClusterConfig, model_dir: Path) -> RouteSpec:
         local_prefill_below=router.local_prefill_below,
         limits=router.limits,
         log_level=config.log.level,
+        log_format=config.log.format,
     )
 
 
 def launch_worker(worker: Worker, programs: Programs, logs: Path) -> Launch:
     """A worker on this host."""
-        log_format=config.log.format,
     return _as_one(
         Launch(
             name=rank_name(spec),

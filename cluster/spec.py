@@ -12,8 +12,8 @@ from ..core.config import LimitsSection, Placing
 from ..core.errors import ConfigError
 from ..core.fleet import LocalPrefill, Phase
 from ..core.transfer import Transport
-
 from .logs import LogFormat
+
 BLOCK_SIZE = 16
 """Tokens per block of every cache group."""
 
@@ -51,6 +51,7 @@ class RankSpec(_Spec):
     transports: tuple[Transport, ...] = Field((Transport.SHM, Transport.GLOO), min_length=1, description="How KV may move, the best first.")
     drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running work finish, in seconds.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
+    log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")
     check: bool = Field(
         False, description="Check the books (blocks, leases, transfers) ten times a second and whenever idle; die if they are wrong."
     )
@@ -58,7 +59,6 @@ class RankSpec(_Spec):
 
 def rank_name(spec: RankSpec) -> str:
     """The process's name for people and for its log; the leader's is the worker's."""
-    log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")
     return f"{spec.worker_id}.rank{spec.rank}" if spec.rank else spec.worker_id
 
 
@@ -93,6 +93,7 @@ class RouteSpec(_Spec):
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What a client may use.")
     drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running requests finish, in seconds.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
+    log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")
 
 
 class RaySpec(_Spec):
@@ -104,10 +105,10 @@ class RaySpec(_Spec):
     wanted: tuple[tuple[tuple[int | None, int], ...], ...] = Field(
         min_length=1, description="Threads (None: what there is) and bytes of each rank of each worker of the start, on a joined one."
     )
-    log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")
     placing: Placing = Field(Placing.PACK, description="Which node of a joined one a worker goes to.")
     environment: dict[str, str] = Field(default_factory=dict, description="Put over the environment of actors and their processes.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
+    log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")
 
 
 _S = TypeVar("_S", bound=_Spec)
@@ -121,4 +122,3 @@ def read_spec(kind: type[_S], text: str) -> _S:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"]) or "spec"
         raise ConfigError(f"{path}: {first['msg']}.", field=path) from None
-    log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")

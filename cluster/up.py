@@ -131,6 +131,7 @@ class Up:
             placing=self.config.ray.placement,
             log=launches[0].log.with_name("ray.log"),
             log_level=self.config.log.level,
+            log_format=self.config.log.format,
             observer=observer,
         )
 
@@ -157,7 +158,6 @@ class Up:
         logs = Path(self.config.log.directory).absolute() if self.config.log.directory else home / "logs"
         scratch = Path(tempfile.mkdtemp(prefix="diptych-"))
         started = processes.start_ticks(os.getpid())
-            log_format=self.config.log.format,
         assert started is not None
         record = _Record(
             state.ClusterState(

@@ -151,6 +151,7 @@ class RaySection(_Section):
 
 class LogSection(_Section):
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level that is logged.")
+    format: Literal["pretty", "json"] = Field("pretty", description="Lines for people, or one JSON object a line.")
     directory: str | None = Field(
         None, description="Where each process writes its log; by default a directory of the cluster's own, removed by `down`."
     )
@@ -172,7 +173,6 @@ class ClusterConfig(_Section):
 
     def section(self, phase: Phase) -> PrefillSection | DecodeSection:
         return self.prefill if phase is Phase.PREFILL else self.decode
-    format: Literal["pretty", "json"] = Field("pretty", description="Lines for people, or one JSON object a line.")
 
 
 def load_config(values: dict[str, Any]) -> ClusterConfig:

@@ -47,15 +47,15 @@ class FleetView:
         log.info("fleet version %d: %s", fleet.version, ", ".join(sorted(members)) or "nobody")
         return fleet.version
 
-    def describe(self) -> tuple[Fleet, tuple[WorkerReport, ...]]:
-        """The fleet in use, and the latest reports of its live workers."""
-        return self._fleet, tuple(link.report for link in self._links.values() if link.report)
     def _closed(self, member: Member, task: asyncio.Task[None]) -> None:
         """A worker that came back goes on with the numbers it had; those of one that has left are no longer shown."""
         self._closing.discard(task)
         if member.worker_id not in self._links:
             self._recorder.forget(member.worker_id, member.phase.value)
 
+    def describe(self) -> tuple[Fleet, tuple[WorkerReport, ...]]:
+        """The fleet in use, and the latest reports of its live workers."""
+        return self._fleet, tuple(link.report for link in self._links.values() if link.report)
 
     def snapshot(self) -> Snapshot:
         """An immutable picture for one placement."""
