@@ -19,11 +19,6 @@ _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.argtypes, _new_capsule.restype = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p), ctypes.py_object
 
 TOO_LARGE = "float16, in which it is to be held here, ends at 65504, and there is a larger number"
-_HOLD_BELOW = 64 << 10
-"""Runs shorter than this (5 µs) are copied with the GIL held: giving it up and waiting for it again costs more under load."""
-_copy_and_hold = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
-    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
-)
 
 
 def address_of(mapped: mmap.mmap) -> int:
@@ -68,13 +63,6 @@ def tensor_at(address: int, length: int, device: torch.device) -> torch.Tensor:
     ctypes.memmove(place, ctypes.byref(described), ctypes.sizeof(described))
     tensor: torch.Tensor = from_dlpack(_new_capsule(place, b"dltensor", None))
     return tensor
-
-
-def copy_runs(source: int, destination: int, runs: Runs) -> None:
-    """Copy each run, in bytes; `source` and `destination` are addresses."""
-    for here, there, length in runs:
-        move = _copy_and_hold if length < _HOLD_BELOW else ctypes.memmove
-        move(destination + there, source + here, length)
 
 
 def cast_runs(source: int, reads: torch.dtype, destination: int, writes: torch.dtype, runs: Runs) -> None:

@@ -11,9 +11,10 @@ import zlib
 import torch
 from torch import Tensor
 
+from ..kernels.copy_runs import copy_runs
 from .coverage import Span
 from .crossing import Crossing
-from .memory import cast_runs, copy_runs
+from .memory import cast_runs
 from .pool import DTYPES, Pool
 from .staging import ROW
 

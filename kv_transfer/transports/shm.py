@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from ...core.layout import Layout
 from ...core.transfer import ShmEndpoint, Transport
+from ...kernels.copy_runs import copy_runs
 from ..actions import Copy
 from ..crossing import Crossing
 from ..geometry import Geometry
-from ..memory import address_of, cast_runs, copy_runs
+from ..memory import address_of, cast_runs
 from ..pool import DTYPES, Pool
 from . import one_sided
 from .one_sided import PeerFile

@@ -9,9 +9,10 @@ from itertools import product
 import pytest
 import torch
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
+from diptych.kernels.copy_runs import copy_runs
 from diptych.kv_transfer.coverage import Span
 from diptych.kv_transfer.crossing import Crossing
-from diptych.kv_transfer.memory import cast_runs, copy_runs, tensor_at
+from diptych.kv_transfer.memory import cast_runs, tensor_at
 from diptych.kv_transfer.packing import pack, unpack
 from diptych.kv_transfer.pool import DTYPES, Pool
 from diptych.kv_transfer.rows import copy_rows, pack_rows, require_fit, rows, unpack_rows
