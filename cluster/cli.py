@@ -90,6 +90,9 @@ def up(
     ] = None,
     no_ray: NoRay = False,
     chat_template: ChatTemplate = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Serve in the background, and start again after a failure, until `diptych down`.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Start a cluster and serve until Ctrl-C.
@@ -120,7 +123,13 @@ def up(
         "ray.enabled": False if no_ray else None,
         "model.chat_template": str(chat_template) if chat_template else None,
     }
-    Up(_config(file, overrides, colocated), verbose=verbose, when_up=probe if verbose else None).run()
+    config = _config(file, overrides, colocated)
+    if detach:
+        from .detached import detach as keep
+
+        typer.echo(f"Cluster {config.name!r} starts in the background. What it prints: {keep(config)}")
+        return
+    Up(config, verbose=verbose, when_up=probe if verbose else None).run()
 
 
 def _config(file: Path | None, overrides: dict[str, Any], colocated: int | None = None) -> Any:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..core.fleet import Phase
 from . import processes
 
 LINE_BYTES = 1 << 20
@@ -22,12 +23,14 @@ LINE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A process to start. `argv` is the whole command; `log` receives its stderr. What it needs of a node of a Ray cluster: `threads`
-    CPUs (None: what there is), `memory` bytes. A worker of many ranks is its leader, rank 0, with the others as `followers`."""
+    """A process to start. `argv` is the whole command; `log` receives its stderr. What it needs of a node of a Ray cluster: that it is for
+    its `phase` (None: no worker's process), `threads` CPUs (None: what there is), `memory` bytes. A worker of many ranks is its leader,
+    rank 0, with the others as `followers`."""
 
     name: str
     argv: tuple[str, ...]
     log: Path
+    phase: Phase | None = None
     threads: int | None = None
     memory: int = 0
     rank: int = 0

@@ -1,4 +1,8 @@
-"""Which nodes of a Ray cluster the ranks of a worker go to, and with how many threads. Pure."""
+"""Which nodes of a Ray cluster the ranks of a worker go to, and with how many threads. Pure.
+
+A node may say which phase it is for, by a custom Ray resource: `diptych-prefill`, `diptych-decode`, or both. One with `diptych-router`
+alone gets no workers. Where no node has any of these, every node is for all.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..core.config import Placing
+from ..core.fleet import Phase
+
+ROUTER_ROLE = "diptych-router"
+"""Of the node that `diptych up`, and with it the router, runs on."""
 
 Need = tuple[int, int]
 """What a rank takes of a node: threads, and memory in bytes."""
@@ -14,15 +22,24 @@ Asked = tuple[int | None, int]
 """The same before it is known: None asks for an equal part of what there is."""
 
 
+def role(phase: Phase) -> str:
+    """The resource that the nodes for workers of this phase have."""
+    return f"diptych-{phase.value}"
+
+
+ROLES = frozenset({ROUTER_ROLE, *map(role, Phase)})
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node as it can be used now. `cpus`, `memory` (bytes): what is free. `ranks`: ours there."""
+    """A node as it can be used now. `cpus`, `memory` (bytes): what is free. `ranks`: ours there. `roles`: which of `ROLES` it has."""
 
     node_id: str
     address: str
     cpus: float
     memory: float
     ranks: int = 0
+    roles: frozenset[str] = frozenset()
 
     def fits(self, need: Need) -> bool:
         threads, memory = need
@@ -43,6 +60,17 @@ class Node:
         return len(needs)
 
 
+def role_needed(nodes: Sequence[Node], phase: Phase) -> str | None:
+    """The resource that a node must have for workers of this phase; None where no node has a role."""
+    return role(phase) if any(node.roles for node in nodes) else None
+
+
+def for_phase(nodes: Sequence[Node], phase: Phase) -> list[Node]:
+    """Those that workers of this phase may go to."""
+    needed = role_needed(nodes, phase)
+    return [node for node in nodes if needed is None or needed in node.roles]
+
+
 def choose(nodes: Sequence[Node], ranks: Sequence[Need], placing: Placing) -> list[Node] | None:
     """A node for each rank of one worker; None if they do not fit.
 
@@ -58,12 +86,12 @@ def choose(nodes: Sequence[Node], ranks: Sequence[Need], placing: Placing) -> li
     return None if waiting else chosen
 
 
-def fit(nodes: Sequence[Node], workers: Sequence[Sequence[Need]], placing: Placing) -> list[list[Node]] | None:
+def fit(nodes: Sequence[Node], workers: Sequence[tuple[Phase, Sequence[Need]]], placing: Placing) -> list[list[Node]] | None:
     """Nodes for the ranks of each worker, in this order; None if they do not all fit."""
     left = {node.node_id: node for node in nodes}
     places = []
-    for ranks in workers:
-        chosen = choose(list(left.values()), ranks, placing)
+    for phase, ranks in workers:
+        chosen = choose(for_phase(list(left.values()), phase), ranks, placing)
         if chosen is None:
             return None
         places.append(chosen)
@@ -72,10 +100,11 @@ def fit(nodes: Sequence[Node], workers: Sequence[Sequence[Need]], placing: Placi
     return places
 
 
-def equal_part(nodes: Sequence[Node], workers: Sequence[Sequence[Asked]], placing: Placing) -> int:
+def equal_part(nodes: Sequence[Node], workers: Sequence[tuple[Phase, Sequence[Asked]]], placing: Placing) -> int:
     """Threads for each rank of `workers` (threads, memory) that names none: the most with which all fit, at least 1."""
     for threads in range(int(max((node.cpus for node in nodes), default=1)), 1, -1):
-        if fit(nodes, [[(threads if asked is None else asked, memory) for asked, memory in ranks] for ranks in workers], placing):
+        named = [(phase, [(threads if asked is None else asked, memory) for asked, memory in ranks]) for phase, ranks in workers]
+        if fit(nodes, named, placing):
             return threads
     return 1
 
@@ -87,3 +116,20 @@ def free_run(size: int, taken: Sequence[range], count: int) -> range | None:
         if run.stop <= size and all(run.stop <= other.start or other.stop <= start for other in taken):
             return run
     return None
+
+
+def no_room(name: str, phase: Phase, needs: Sequence[Need], nodes: Sequence[Node]) -> str:
+    """Why the worker `name` finds no place on these nodes: a sentence."""
+    needed, ours = role_needed(nodes, phase), for_phase(nodes, phase)
+    if needed and not ours:
+        roles = "; ".join(f"{node.address}: {', '.join(sorted(node.roles))}" for node in nodes if node.roles)
+        return (
+            f"No node of the Ray cluster is for {phase.value} workers ({roles}). Start one with "
+            f"`ray start --address … --resources '{{\"{needed}\": 1}}'`."
+        )
+    threads, memory = max(needs)
+    cpus = f"{threads} CPU" if threads == 1 else f"{threads} CPUs"
+    each = f"each of the {len(needs)} ranks of {name}" if len(needs) > 1 else name
+    free = "; ".join(f"{node.address}: {node.cpus:g} CPUs, {node.memory / 2**30:.1f} GiB" for node in ours)
+    which = f" with {needed}" if needed else ""
+    return f"No node of the Ray cluster{which} has {cpus} and {memory / 2**30:.1f} GiB free for {each} (free are {free or 'none'})."

@@ -134,6 +134,7 @@ def launch_worker(worker: Worker, programs: Programs, logs: Path) -> Launch:
             name=rank_name(spec),
             argv=(*programs.rank, "--spec", spec.model_dump_json(), "--leash"),
             log=logs / f"{rank_name(spec)}.log",
+            phase=spec.phase,
             rank=spec.rank,
         )
         for spec in worker.ranks
@@ -148,6 +149,7 @@ def launch_on_nodes(worker: Worker, config: ClusterConfig, card: ModelCard, sour
             name=rank_name(spec),
             argv=(*_module("on_node"), "--spec", spec.model_dump_json(), *model, "--leash"),
             log=logs / f"{rank_name(spec)}.log",
+            phase=spec.phase,
             rank=spec.rank,
             threads=config.section(worker.phase).all_groups[worker.group].threads,
             memory=kv_bytes(card, spec) + process_bytes(card, spec),

@@ -6,9 +6,9 @@ It starts a local Ray, or joins one and reserves a place on its nodes for each w
 what it says. A process of its own, because a driver whose Ray dies is ended by Ray, and because Ray gives workers the driver's
 working directory as an import path: this one runs in the scratch directory.
 
-    in   {"do": "start", "id": 3, "name": …, "argv": […], "log": …, "rank": 0, "leader": 3, "ranks": [[threads, memory], …]}
+    in   {"do": "start", "id": 3, "name": …, "phase": …, "argv": […], "log": …, "rank": 0, "leader": 3, "ranks": [[threads, memory], …]}
          {"do": "terminate" | "kill", "id": 3}
-    out  {"event": "ready", "address": …}   {"event": "failed", "message": …}
+    out  {"event": "ready", "address": …, "note": …}   {"event": "failed", "message": …}   {"event": "waiting", "name": …, "what": …}
          {"event": "placed" | "refused" | "pid" | "line" | "ended", "id": 3, …}
 
 It ends at the end of its stdin, and with it the actors, their processes and, if it was started here, Ray.
@@ -43,7 +43,7 @@ def main() -> int:
         progress("imported")
         driver = Driver(spec)
         driver.connect()
-        say("ready", address=driver.address)
+        say("ready", address=driver.address, note=driver.note)
         asyncio.run(driver.serve())
         driver.close()
     except DiptychError as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..core.config import Placing
 from ..core.errors import ConfigError, DiptychError, Unavailable
+from ..core.fleet import Phase
 from . import processes
 from .launch import Launch, PlainLauncher, PlainProcess, Running, parse_line
 from .post import Observer
@@ -78,14 +79,16 @@ class RayLauncher:
         *,
         address: str | None,
         cores: int,
-        wanted: Sequence[Sequence[tuple[int | None, int]]],
+        wanted: Sequence[tuple[Phase, Sequence[tuple[int | None, int]]]],
         placing: Placing,
+        wait_s: float,
         log: Path,
         log_level: LogLevel,
         log_format: LogFormat,
         observer: Observer,
     ) -> None:
-        """`cores`: for a local Ray. `wanted`: threads and memory of each rank of each worker of the start, for one that is joined."""
+        """`cores`: for a local Ray. For one that is joined: `wanted`, the phase of each worker of the start with threads and memory of each
+        of its ranks; `wait_s`, how long a worker waits for a node."""
         self._observer = observer
         self._log = log
         self._count = 0
@@ -95,8 +98,9 @@ class RayLauncher:
             address=address,
             directory=plain.directory / "ray",
             cores=cores,
-            wanted=tuple(map(tuple, wanted)),
+            wanted=tuple((phase, tuple(ranks)) for phase, ranks in wanted),
             placing=placing,
+            wait_s=wait_s,
             environment={processes.MARK: plain.cluster_id, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
             log_level=log_level,
             log_format=log_format,
@@ -116,6 +120,7 @@ class RayLauncher:
             "start",
             process.number,
             name=launch.name,
+            phase=launch.phase,
             argv=launch.argv,
             log=str(launch.log),
             rank=launch.rank,
@@ -123,7 +128,7 @@ class RayLauncher:
             ranks=[(rank.threads, rank.memory) for rank in launch.ranks],
         )
         try:
-            await process.placed.wait()  # or refused: the driver looks for a node for a minute
+            await process.placed.wait()  # or refused: the driver looks for a node for `wait_s`
             async with asyncio.timeout(STARTED_S):
                 await process.known.wait()
         except TimeoutError:
@@ -182,6 +187,8 @@ class RayLauncher:
                 if self._connected.done():
                     return Unavailable(event["message"])
                 return ConfigError(event["message"], field=event.get("field"))
+            case "waiting":
+                self._observer.progress(event["name"], event["what"])
             case "placed":
                 self._processes[event["id"]].placed.set()
             case "pid":

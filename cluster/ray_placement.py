@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.experimental.internal_kv import _internal_kv_get
 
 from ..core.errors import ConfigError, DiptychError
+from ..core.fleet import Phase
 from .child import progress, say
 from .ray_keeper import Keeper
 from .ray_room import Place, Room
@@ -58,12 +60,22 @@ class Driver:
             raise ConfigError(f"{where}: {' '.join(str(error).split())}", field="ray.address") from error
         progress("connected")
         if self._spec.address is not None:
-            self._room = Room(self._spec.wanted, self._spec.placing)
+            self._room = Room(self._spec.wanted, self._spec.placing, self._spec.wait_s)
 
     @property
     def address(self) -> str:
         """host:port of the Ray cluster."""
         return str(ray.get_runtime_context().gcs_address)
+
+    @property
+    def note(self) -> str | None:
+        """What should be known of the Ray cluster; None of one that is our own, or loses nothing with its head."""
+        if self._room is None or (kept := _storage()) in (None, "redis", "rocksdb"):
+            return None
+        return (
+            f"This Ray cluster keeps its state in its head's {kept} alone: if the head dies, Ray ends the cluster. With GCS fault "
+            "tolerance it goes on (RAY_REDIS_ADDRESS, or RAY_gcs_storage=rocksdb, where the head starts)."
+        )
 
     async def serve(self) -> None:
         """Follow orders until the supervisor's end of stdin closes."""
@@ -90,7 +102,7 @@ class Driver:
         number, leader = order["id"], order["leader"]
         try:
             if self._room is not None and leader == number:
-                self._places[number] = await self._room.reserve(order["name"], order["ranks"])
+                self._places[number] = await self._room.reserve(order["name"], Phase(order["phase"]), order["ranks"])
         except DiptychError as error:
             say("refused", id=number, message=error.message, field=error.field)
             return
@@ -156,6 +168,12 @@ class Driver:
     def close(self) -> None:
         """End the actors and, if it was started here, Ray."""
         ray.shutdown()
+
+
+def _storage() -> str | None:
+    """Where Ray's head keeps the state of its cluster: `memory`, `redis` or `rocksdb`. It notes that for its statistics alone."""
+    kept: bytes | None = _internal_kv_get(b"extra_usage_tag_gcs_storage", namespace=b"usage_stats")
+    return kept.decode() if kept else None
 
 
 async def _keep_log(actor: Any, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,14 +16,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..core.config import Placing
 from ..core.errors import ConfigError
-from .nodes import Asked, Need, Node, choose, equal_part, free_run
+from ..core.fleet import Phase
+from .child import say
+from .nodes import ROLES, Asked, Need, Node, choose, equal_part, for_phase, free_run, no_room, role_needed
 
-PLACEMENT_S = 60.0
-"""How long a worker waits for a node with room: one may be on its way, or its old one not yet known to be dead."""
 LOOK_AGAIN_S = 10.0
 """How long Ray has to reserve what was seen free; then the next worker gets a turn, and we look again."""
 PIN = 0.001
-"""Of the resource `node:<address>` that Ray gives each node; 1 there is."""
+"""Of the resource `node:<address>` that Ray gives each node, and of a role; 1 there is."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,34 +64,52 @@ class Place:
 class Room:
     """Knows what our workers have reserved, and asks Ray what is free."""
 
-    def __init__(self, wanted: Sequence[Sequence[Asked]], placing: Placing) -> None:
-        """`wanted`: the ranks of each worker of the start; who names no threads gets an equal part of what there is."""
+    def __init__(self, wanted: Sequence[tuple[Phase, Sequence[Asked]]], placing: Placing, wait_s: float) -> None:
+        """`wanted`: the ranks of each worker of the start; who names no threads gets an equal part of what there is. `wait_s`: how long a
+        worker waits for a node with room: one may be on its way, or its old one not yet known to be dead."""
         self.places: list[Place] = []
         self._placing = placing
-        self._each = equal_part(self._nodes(), wanted, placing)
+        self._wait_s = wait_s
+        self._wanted = wanted
+        self._each: int | None = None
         self._one_by_one = asyncio.Lock()
 
-    async def reserve(self, name: str, ranks: Sequence[Asked]) -> Place:
-        """A place for the worker `name`; `ConfigError` if there is none within `PLACEMENT_S`."""
-        give_up = time.monotonic() + PLACEMENT_S
+    async def reserve(self, name: str, phase: Phase, ranks: Sequence[Asked]) -> Place:
+        """A place for the worker `name`; `ConfigError` if there is none within `wait_s`. That it waits is said once."""
+        give_up, told = time.monotonic() + self._wait_s, False
         while True:
             async with self._one_by_one:
                 nodes = await asyncio.to_thread(self._nodes)
-                each = min(self._each, equal_part(nodes, [ranks], self._placing))
+                each = min(self._equal_part(nodes), equal_part(nodes, [(phase, ranks)], self._placing))
                 needs = [(threads or each, memory) for threads, memory in ranks]
-                chosen = choose(nodes, needs, self._placing)
-                if place := await asyncio.to_thread(self._reserve, chosen, needs):
+                chosen = choose(for_phase(nodes, phase), needs, self._placing)
+                if chosen is None and not told:
+                    told = _waits(name, no_room(name, phase, needs, nodes), self._wait_s)
+                guessed = chosen is None and any(threads is None for threads, _ in ranks)
+                if place := await asyncio.to_thread(self._reserve, chosen, needs, role_needed(nodes, phase), guessed):
                     self.places.append(place)
                     return place
             if time.monotonic() > give_up:
-                raise _no_room(name, needs, nodes)
+                raise _refused(no_room(name, phase, needs, nodes))
 
-    def _reserve(self, nodes: Sequence[Node] | None, needs: Sequence[Need]) -> Place | None:
-        """Without nodes Ray is asked for any: that is how a cluster that can grow learns that it should."""
+    def _equal_part(self, nodes: Sequence[Node]) -> int:
+        """Threads for a rank that names none. Settled once there are nodes for each phase; until then, what those have that are there."""
+        if self._each is not None:
+            return self._each
+        here = [(phase, ranks) for phase, ranks in self._wanted if for_phase(nodes, phase)]
+        each = equal_part(nodes, here, self._placing)
+        if len(here) == len(self._wanted):
+            self._each = each
+        return each
+
+    def _reserve(self, nodes: Sequence[Node] | None, needs: Sequence[Need], role: str | None, guessed: bool) -> Place | None:
+        """Without nodes Ray is asked for any with that role: that is how a cluster that can grow learns that it should. `guessed`: what it
+        finds is not kept, for only with the node it is known how many threads a rank gets."""
         pins: list[dict[str, float]] = [{f"node:{node.address}": PIN} for node in nodes] if nodes else [{} for _ in needs]
-        bundles = [{"CPU": threads, "memory": memory, **pin} for (threads, memory), pin in zip(needs, pins, strict=True)]
+        roles = {role: PIN} if role else {}
+        bundles = [{"CPU": threads, "memory": memory, **pin, **roles} for (threads, memory), pin in zip(needs, pins, strict=True)]
         group = placement_group(bundles, strategy="PACK")
-        if not group.wait(LOOK_AGAIN_S):
+        if not group.wait(LOOK_AGAIN_S) or guessed:
             remove_placement_group(group)
             return None
         where = placement_group_table(group)["bundles_to_node_id"]
@@ -103,7 +124,8 @@ class Room:
             if node["Alive"] and node_id in free:
                 ours = self._ours(node_id)
                 cpus = min(free[node_id].get("CPU", 0.0), total.get("CPU", 0.0) - sum(seat.threads for seat in ours))
-                nodes.append(Node(node_id, node["NodeManagerAddress"], cpus, free[node_id].get("memory", 0.0), len(ours)))
+                roles = ROLES.intersection(total)
+                nodes.append(Node(node_id, node["NodeManagerAddress"], cpus, free[node_id].get("memory", 0.0), len(ours), roles))
         return nodes
 
     def _ours(self, node_id: str) -> list[Seat]:
@@ -132,16 +154,16 @@ class Room:
         return found
 
 
-def _no_room(name: str, needs: Sequence[Need], nodes: Sequence[Node]) -> ConfigError:
-    free = "; ".join(f"{node.address}: {node.cpus:g} CPUs, {node.memory / 2**30:.1f} GiB" for node in nodes)
-    threads, memory = max(needs)
-    cpus = f"{threads} CPU" if threads == 1 else f"{threads} CPUs"
-    each = f"each of the {len(needs)} ranks of {name}" if len(needs) > 1 else name
-    return ConfigError(
-        f"No node of the Ray cluster has {cpus} and {memory / 2**30:.1f} GiB free for {each} (free are {free or 'none'}). "
-        "Start fewer workers, give them fewer threads or kv_tokens, or add a node.",
-        field="ray.address",
-    )
+def _waits(name: str, why: str, wait_s: float) -> bool:
+    """Say that a worker waits for a node."""
+    what = f"waits up to {wait_s:g} s for a node: {why}"
+    _log.info("%s %s", name, what)
+    say("waiting", name=name, what=what)
+    return True
+
+
+def _refused(why: str) -> ConfigError:
+    return ConfigError(f"{why} Start fewer workers, give them fewer threads or kv_tokens, or add a node.", field="ray.address")
 
 
 def _every_node() -> list[dict[str, Any]]:

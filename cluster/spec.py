@@ -102,10 +102,11 @@ class RaySpec(_Spec):
     address: str | None = Field(None, description="A Ray cluster to join; by default a local one is started.")
     directory: Path = Field(description="For the session files and sockets of a local one.")
     cores: int = Field(ge=1, description="CPUs a local one has to give.")
-    wanted: tuple[tuple[tuple[int | None, int], ...], ...] = Field(
-        min_length=1, description="Threads (None: what there is) and bytes of each rank of each worker of the start, on a joined one."
+    wanted: tuple[tuple[Phase, tuple[tuple[int | None, int], ...]], ...] = Field(
+        min_length=1, description="Of each worker of the start its phase, and threads (None: what there is) and bytes of each rank."
     )
     placing: Placing = Field(Placing.PACK, description="Which node of a joined one a worker goes to.")
+    wait_s: float = Field(60.0, gt=0, description="How long a worker waits for a node of a joined one with room for it.")
     environment: dict[str, str] = Field(default_factory=dict, description="Put over the environment of actors and their processes.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
     log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")

@@ -17,7 +17,7 @@ from rich.console import Console
 from ..core.errors import ConfigError, DiptychError, Unavailable
 from ..core.fleet import Fleet, Phase, WorkerReport
 from ..rpc.router import RouterClient
-from . import processes, state
+from . import detached, processes, state
 
 DRAIN_S = 40.0
 """How long `down` waits for a supervisor: router and workers may each take their drain time of 10 s, and as long again to end."""
@@ -40,6 +40,10 @@ def show(name: str | None, *, as_json: bool) -> bool:
                 _clean(found, quiet=as_json)
     if as_json:
         print(json.dumps([_as_json(found) for found in alive], indent=1))
+    elif not alive and (waiting := list(detached.keepers(name))):
+        for keeper in waiting:
+            output = detached.directory(keeper.name) / detached.OUTPUT
+            _out.print(f"Cluster {keeper.name!r} is starting in the background. What it prints: {output}")
     elif not alive:
         _out.print("No cluster runs here. Start one with `diptych up`." if name is None else f"No cluster named {name!r} runs here.")
     else:
@@ -117,8 +121,11 @@ def _describe(found: state.ClusterState) -> tuple[Fleet, tuple[WorkerReport, ...
 
 def end(name: str | None) -> None:
     """End the cluster `name`, or all; returns when nothing is left. `ConfigError` if there is none of that name."""
+    kept = list(detached.keepers(name))
+    for keeper in kept:
+        _end_keeper(keeper)
     found = [one for one in state.all_states() if name in (None, one.name)]
-    if not found:
+    if not found and not kept:
         if name is None:
             _out.print("No cluster runs here.")
             return
@@ -129,6 +136,15 @@ def end(name: str | None) -> None:
             _end(one)
         else:
             _clean(one)
+
+
+def _end_keeper(keeper: detached.Keeper) -> None:
+    """Have it end its cluster, and begin it no more."""
+    for number, wait_s in ((signal.SIGTERM, DRAIN_S), (signal.SIGKILL, KILL_S)):
+        if not _signal(keeper.pid, keeper.started, number) or _gone(keeper, wait_s):
+            break
+    if state.read(keeper.name) is None:
+        _out.print(f"Cluster {keeper.name!r} has ended; nothing is left of it.")
 
 
 def _end(found: state.ClusterState) -> None:
@@ -161,8 +177,8 @@ def _signal(pid: int, started: int, number: signal.Signals) -> bool:
     return True
 
 
-def _gone(found: state.ClusterState, within_s: float) -> bool:
-    """Wait for the supervisor's end; False if it has not come."""
+def _gone(found: state.ClusterState | detached.Keeper, within_s: float) -> bool:
+    """Wait for the end of a supervisor or keeper; False if it has not come."""
     end_at = time.monotonic() + within_s
     while found.alive and time.monotonic() < end_at:
         time.sleep(0.05)  # not our child: a pidfd would do, but not for one that became a zombie

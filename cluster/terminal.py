@@ -95,6 +95,8 @@ class Terminal:
         else:
             detail = f"at {event['address']}"
         self.say(f"{self.timeline.elapsed():6.1f} s  {name} is ready {detail}")
+        if note := event.get("note"):
+            self.warn(note)
 
     def lost(self, name: str, reason: str, restart_in: float | None) -> None:
         then = f"Starting it again in {restart_in:.1f} s." if restart_in is not None else "It died too often and is not started again."

@@ -142,6 +142,12 @@ class RaySection(_Section):
         description="On a joined cluster of several nodes: pack fills a node before it takes another (within a node KV moves through "
         "shared memory), spread takes the node with the fewest ranks. The ranks of one worker share a node if one has room for all.",
     )
+    wait_s: float = Field(
+        60.0,
+        gt=0,
+        description="On a joined cluster: how long a worker waits for a node with room for it before it is refused, in seconds. More where "
+        "nodes are still being made.",
+    )
 
     @property
     def joined(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from cluster_harness import write_card
 from diptych.cluster.cores import Share, share_cores, shares_for_newcomer
 from diptych.cluster.headcount import Change, changes
 from diptych.cluster.memory import available_bytes
-from diptych.cluster.nodes import Node, choose, equal_part, fit, free_run
+from diptych.cluster.nodes import Need, Node, choose, equal_part, fit, for_phase, free_run, no_room, role_needed
 from diptych.cluster.on_node import own_cores
 from diptych.cluster.posts import newcomers, route_spec, workers
 from diptych.cluster.restarts import RestartBudget
@@ -109,13 +110,17 @@ def nodes(*cpus: float) -> list[Node]:
     return [Node(f"n{index}", f"10.0.0.{index}", free, 100) for index, free in enumerate(cpus)]
 
 
+def decoding(workers: list[list[Need]]) -> list[tuple[Phase, list[Need]]]:
+    return [(Phase.DECODE, ranks) for ranks in workers]
+
+
 def where(places: list[list[Node]] | None) -> list[str]:
     """Of workers with one rank each."""
     return [node.node_id for (node,) in places or []]
 
 
 def test_packing_fills_a_node_and_spreading_takes_the_emptiest() -> None:
-    four = [[(1, 0)]] * 4
+    four = decoding([[(1, 0)]] * 4)
     assert where(fit(nodes(4, 4), four, Placing.PACK)) == ["n0"] * 4
     assert where(fit(nodes(4, 4), four, Placing.SPREAD)) == ["n0", "n1", "n0", "n1"]
 
@@ -124,8 +129,8 @@ def test_a_worker_goes_where_its_threads_and_memory_are_free() -> None:
     small = Node("small", "10.0.0.9", 8, 10)
     assert choose([small, *nodes(2, 3)], [(3, 50)], Placing.PACK) == [nodes(2, 3)[1]]
     assert choose([small, *nodes(2, 2)], [(3, 50)], Placing.PACK) is None
-    assert fit(nodes(1, 1), [[(1, 60)], [(1, 60)]], Placing.PACK) is not None
-    assert fit(nodes(2), [[(1, 60)], [(1, 60)]], Placing.PACK) is None
+    assert fit(nodes(1, 1), decoding([[(1, 60)], [(1, 60)]]), Placing.PACK) is not None
+    assert fit(nodes(2), decoding([[(1, 60)], [(1, 60)]]), Placing.PACK) is None
 
 
 @pytest.mark.parametrize(
@@ -158,7 +163,49 @@ def test_the_ranks_of_a_worker_share_a_node_or_as_few_as_can_be(
     ],
 )
 def test_ranks_that_name_no_threads_share_what_the_nodes_have(free: list[float], wanted: list[list[int | None]], threads: int) -> None:
-    assert equal_part(nodes(*free), [[(asked, 0) for asked in ranks] for ranks in wanted], Placing.PACK) == threads
+    asked = [(Phase.DECODE, [(threads, 0) for threads in ranks]) for ranks in wanted]
+    assert equal_part(nodes(*free), asked, Placing.PACK) == threads
+
+
+def in_roles(*roles: str) -> list[Node]:
+    """A node for each text: its roles, without what they begin with."""
+    return [
+        replace(node, roles=frozenset(f"diptych-{name}" for name in named.split()))
+        for node, named in zip(nodes(*[4] * len(roles)), roles, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("roles", "prefill", "decode"),
+    [
+        (["", ""], [0, 1], [0, 1]),
+        (["prefill", "decode"], [0], [1]),
+        (["router", "prefill decode", ""], [1], [1]),
+        (["router", "decode", "decode"], [], [1, 2]),
+        (["router prefill", "decode"], [0], [1]),
+    ],
+)
+def test_a_worker_goes_to_nodes_of_its_phase_where_nodes_have_roles(roles: list[str], prefill: list[int], decode: list[int]) -> None:
+    site = in_roles(*roles)
+    for phase, expected in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)):
+        assert for_phase(site, phase) == [site[index] for index in expected]
+        assert role_needed(site, phase) == (f"diptych-{phase}" if any(roles) else None)
+    both = fit(site, [(Phase.PREFILL, [(4, 0)]), (Phase.DECODE, [(4, 0)])], Placing.PACK)
+    assert (both is None) == (not prefill or len({*prefill, *decode}) < 2)
+
+
+def test_who_has_no_node_is_told_what_is_missing() -> None:
+    site = in_roles("router", "decode", "")
+    assert no_room("prefill-0", Phase.PREFILL, [(1, 0)], site) == (
+        "No node of the Ray cluster is for prefill workers (10.0.0.0: diptych-router; 10.0.0.1: diptych-decode). Start one with "
+        "`ray start --address … --resources '{\"diptych-prefill\": 1}'`."
+    )
+    assert no_room("decode-0", Phase.DECODE, [(8, 1 << 30)], site) == (
+        "No node of the Ray cluster with diptych-decode has 8 CPUs and 1.0 GiB free for decode-0 (free are 10.0.0.1: 4 CPUs, 0.0 GiB)."
+    )
+    assert "the Ray cluster has 1 CPU and 0.0 GiB free for each of the 2 ranks of decode-0" in no_room(
+        "decode-0", Phase.DECODE, [(1, 0), (1, 0)], []
+    )
 
 
 NEEDS = st.tuples(st.integers(1, 4), st.sampled_from([1, 30, 60]))
@@ -170,7 +217,7 @@ NEEDS = st.tuples(st.integers(1, 4), st.sampled_from([1, 30, 60]))
     st.sampled_from(Placing),
 )
 def test_no_node_is_given_more_than_it_has(free: list[int], wanted: list[list[tuple[int, int]]], placing: Placing) -> None:
-    chosen = fit(nodes(*free), wanted, placing)
+    chosen = fit(nodes(*free), decoding(wanted), placing)
     given = [
         (node.node_id, need)
         for places, ranks in zip(chosen or [], wanted, strict=bool(chosen))

@@ -1,0 +1,143 @@
+"""The files for `ray up`: right for Ray's own reader, and every command in them exists, with its flags."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from diptych.cluster.cli import app
+from diptych.cluster.config_file import read_config
+from diptych.cluster.nodes import ROLES, ROUTER_ROLE, role
+from diptych.core.fleet import Phase
+from house_rules import ROOT
+from ray.autoscaler._private.util import prepare_config, validate_config
+from typer.main import get_command
+
+with warnings.catch_warnings(action="ignore"):  # Ray's own code, to pydantic
+    from ray.scripts.scripts import cli as ray_cli
+
+LAUNCH = ROOT / "cluster" / "launch"
+FILES = sorted(path for path in LAUNCH.glob("*.yaml") if path.name != "diptych.yaml")
+CLOUDS = [path for path in FILES if path.name != "local.yaml"]
+COMMANDS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
+            "worker_start_ray_commands")  # fmt: skip
+TOOLS = {"diptych": get_command(app), "ray": ray_cli}
+
+
+def read(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load(path.read_text())
+    return values
+
+
+def commands(path: Path) -> list[str]:
+    return [command for key in COMMANDS for command in read(path).get(key, ())]
+
+
+def ours(command: str) -> list[list[str]]:
+    """The calls of `diptych` and `ray` in a shell command."""
+    calls: list[list[str]] = []
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    inside = False
+    for word in lexer:
+        if inside := (inside or word in TOOLS) and not set(word) <= set(";|&()"):
+            if word in TOOLS:
+                calls.append([])
+            calls[-1].append(word)
+    return calls
+
+
+def test_there_is_a_file_for_each_place() -> None:
+    assert [path.stem for path in FILES] == ["aws", "azure", "gcp", "local"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_ray_reads_it(path: Path) -> None:
+    prepared = prepare_config(read(path))
+    validate_config(prepared)
+    with pytest.raises(Exception, match="worker_start_commands"):
+        validate_config({**prepared, "worker_start_commands": []})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_its_commands_are_shell_and_call_what_exists(path: Path) -> None:
+    called = set()
+    for command in commands(path):
+        subprocess.run(["bash", "-n", "-c", command], check=True, timeout=20)
+        for tool, name, *arguments in ours(command):
+            found = TOOLS[tool].commands[name]  # type: ignore[attr-defined]
+            flags = {flag for parameter in found.params for flag in parameter.opts}
+            assert {argument.partition("=")[0] for argument in arguments if argument.startswith("-")} <= flags, command
+            called.add(f"{tool} {name}")
+    assert called == {"diptych down", "diptych up", "ray stop", "ray start"}
+
+
+def test_a_wrong_flag_would_be_found() -> None:
+    (call,) = ours("ulimit -n 9; ray start --head --prot=6379; true")
+    assert call == ["ray", "start", "--head", "--prot=6379"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_it_copies_is_in_the_repository(path: Path) -> None:
+    mounts = read(path)["file_mounts"]
+    made = {"~/diptych-dist": "dist", "~/.ray/auth_token": "~/.ray/auth_token"}
+    assert {there: mounts.pop(there) for there in made} == made, "by the commands of its first lines"
+    assert [local for local in mounts.values() if not (ROOT / local).exists()] == []
+
+
+@pytest.mark.parametrize("path", CLOUDS, ids=lambda path: path.stem)
+def test_a_cloud_has_nodes_for_each_phase_with_and_without_gpus(path: Path) -> None:
+    values = read(path)
+    types = values["available_node_types"]
+    roles = {name: ROLES.intersection(of["resources"]) for name, of in types.items()}
+    assert roles == {
+        "router": {ROUTER_ROLE},
+        **{f"{phase}_{kind}": {role(phase)} for phase in Phase for kind in ("cpu", "gpu")},
+    }
+    assert values["head_node_type"] == "router"
+    assert [types[f"{phase}_cpu"]["min_workers"] for phase in Phase] == [1, 1]
+
+
+def test_the_config_that_the_head_serves_is_right() -> None:
+    config = read_config(LAUNCH / "diptych.yaml", {})
+    assert config.ray.joined
+    assert config.ray.wait_s > 600, "nodes are still being made"
+
+
+@pytest.mark.parametrize(
+    ("address", "roles"),
+    [
+        ("prefill-only", {"diptych-prefill": 1}),
+        ("decode-only", {"diptych-decode": 1}),
+        ("10.0.0.3", {"diptych-prefill": 1, "diptych-decode": 1}),
+    ],
+)
+def test_a_host_of_ones_own_gets_the_phase_that_the_file_says(tmp_path: Path, address: str, roles: dict[str, int]) -> None:
+    (tmp_path / "ray").write_text('#!/bin/sh\nfor last; do :; done\necho "$last"\n')
+    (tmp_path / "ray").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RAY_HEAD_IP": "10.0.0.1", "RAY_CLOUD_INSTANCE_ID": address}
+    started = subprocess.run(
+        ["bash", "-c", read(LAUNCH / "local.yaml")["worker_start_ray_commands"][-1]],
+        env=environment, capture_output=True, text=True, timeout=20, check=True,
+    )  # fmt: skip
+    assert json.loads(started.stdout.removeprefix("--resources=")) == roles
+
+
+def test_a_running_head_learns_of_new_addresses(tmp_path: Path) -> None:
+    (tmp_path / "diptych").symlink_to(sys.prefix)
+    (command,) = read(LAUNCH / "local.yaml")["head_setup_commands"]
+    environment = {**os.environ, "HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
+    for addresses in (["10.0.0.2"], ["10.0.0.2", "10.0.0.3"]):
+        provider = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": addresses}
+        (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps({"cluster_name": "ours", "provider": provider}))
+        subprocess.run(["bash", "-c", command], env=environment, check=True, timeout=60)
+        (known,) = tmp_path.rglob("cluster-ours.state")
+        assert sorted(json.loads(known.read_text())) == ["10.0.0.1", *addresses]
