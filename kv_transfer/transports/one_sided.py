@@ -15,7 +15,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from threading import Thread
 from typing import Protocol, TypeVar
 
@@ -161,14 +161,9 @@ class Copies:
 
     def _next(self) -> Callable[[], None] | None:
         """What was asked for; when there is nothing, or enough has begun, the end of the oldest copy."""
-        if not self._begun:
-            return self._jobs.get()
-        if len(self._begun) < COPIES_AT_ONCE:
-            try:
-                return self._jobs.get_nowait() or partial(self._behind_all, partial(self._jobs.put, None))
-            except Empty:
-                pass
-        return self._begun.popleft()
+        if self._begun and (len(self._begun) == COPIES_AT_ONCE or self._jobs.empty()):
+            return self._begun.popleft()
+        return self._jobs.get()
 
     def _behind_all(self, job: Callable[[], None]) -> None:
         while self._begun:
