@@ -6,7 +6,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -14,7 +14,9 @@ from typer.core import TyperGroup
 from ..core.errors import ConfigError, DiptychError
 from . import knobs
 from .bench import bench
+from .doctor.command import doctor
 from .plan_commands import plan, profile, simulate
+from .top import top
 
 
 class _Commands(TyperGroup):
@@ -44,6 +46,12 @@ app.add_typer(config_app, name="config")
 app.command()(bench)
 for each in (profile, simulate, plan):
     app.command()(each)
+app.command()(top)
+app.command()(doctor)
+
+
+LogFormat = Literal["pretty", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class Dtype(StrEnum):
@@ -90,6 +98,8 @@ def up(
     ] = None,
     no_ray: NoRay = False,
     chat_template: ChatTemplate = None,
+    log_format: Annotated[LogFormat | None, typer.Option(help="Log lines for people, or JSON for programs. Default: pretty.")] = None,
+    log_level: Annotated[LogLevel | None, typer.Option(help="Least severe level that is logged. Default: info.")] = None,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Serve in the background, and start again after a failure, until `diptych down`.")
     ] = False,
@@ -122,6 +132,8 @@ def up(
         "ray.address": address,
         "ray.enabled": False if no_ray else None,
         "model.chat_template": str(chat_template) if chat_template else None,
+        "log.format": log_format,
+        "log.level": log_level,
     }
     config = _config(file, overrides, colocated)
     if detach:

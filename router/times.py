@@ -49,7 +49,7 @@ class Times:
             self._begin(gap)
         elif choice.tokens == 2 and handed_over:
             self._hand_over(gap)
-        elif choice.tokens > 2:
+        else:
             self._recorder.observe("vllm:inter_token_latency_seconds", gap)
 
     def _begin(self, gap: float) -> None:

@@ -19,6 +19,7 @@ POLICIES = {
     "order_codec ranks receipt slices source_machine source_state staging",
     "router": "admission budget machine openapi outputs placement times",
     "cluster": "cores headcount layouts nodes restarts",
+    "cluster.doctor": "finding gpus host",
     "cluster.load": "agreement answer arrivals choice dialect goodput lengths prompts report slo sse summary workload",
 }
 MODULES = [f"diptych.{room}.{name}" for room, names in POLICIES.items() for name in names.split()]

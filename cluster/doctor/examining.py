@@ -1,0 +1,181 @@
+"""The checks in their order: of the host and the config, which `up` makes too, and of a cluster that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from ...core.config import ClusterConfig
+from ...core.errors import ConfigError, DiptychError
+from ...core.fleet import Fleet, LocalPrefill, WorkerReport
+from ...core.model import ModelCard, read_card
+from ...rpc.router import RouterClient
+from .. import preflight, state
+from ..models import find_model
+from ..posts import workers
+from . import gpus, host, probing
+from .finding import Finding, State, note, ok, wrong
+from .host import HostFacts
+from .links import Link, judge_link, try_links
+
+UP_REFUSES = ("packages", "transports", "shared memory", "NCCL")
+"""Checks of the host that `up` makes besides its own."""
+UP_WARNS = ("transports", "compiler", "address")
+
+
+def hands_over(config: ClusterConfig) -> bool:
+    """Whether KV is to move at all."""
+    return config.prefill.all_workers > 0 and config.router.local_prefill is not LocalPrefill.ALWAYS
+
+
+def before_up(config: ClusterConfig) -> list[str]:
+    """What `up` has to say of this host; `ConfigError` for what it refuses."""
+    smi = probing.ask_smi()
+    facts = probing.look(ray=config.ray.enabled, gpus=_count(smi))
+    found = [*_host(config, facts), *gpus.judge_nccl(_nccl(facts), wanted="nccl" in config.transfer.transports)]
+    for finding in found:
+        if finding.state is State.WRONG and finding.check in UP_REFUSES:
+            raise ConfigError(f"{_of(finding)}{finding.said} {finding.mend}", field=finding.field)
+    return [f"{finding.said} {finding.mend}" for finding in found if finding.state is State.NOTE and finding.check in UP_WARNS]
+
+
+def _of(finding: Finding) -> str:
+    return f"{finding.field}: " if finding.field else ""
+
+
+def examine(config: ClusterConfig, running: state.ClusterState | None) -> Iterator[Finding]:
+    """Every check, one after another; those of ports and memory only where the cluster does not run yet."""
+    smi = probing.ask_smi()
+    facts = probing.look(ray=config.ray.enabled, gpus=_count(smi))
+    yield from _host(config, facts)
+    yield host.judge_files(facts)
+    yield host.judge_disk(facts)
+    yield host.judge_clock(facts)
+    yield from gpus.judge_gpus(smi.query, smi.failure)
+    if facts.gpus:
+        from ..devices import torch_cuda
+
+        yield from gpus.judge_driver(smi.head, torch_cuda())
+    yield from gpus.judge_nccl(_nccl(facts), wanted="nccl" in config.transfer.transports)
+    found: list[ModelCard] = []
+    yield _tried("model", partial(_model, config, found))
+    yield _tried("Ray", partial(_ray, config, facts))
+    if running is not None:
+        yield from examine_cluster(running, config)
+        return
+    yield _tried("ports", partial(_ports, config))
+    if found:
+        yield _tried("memory", partial(_memory, config, found[0], sorted(os.sched_getaffinity(0))))
+
+
+def _host(config: ClusterConfig, facts: HostFacts) -> Iterator[Finding]:
+    yield host.judge_packages(facts)
+    yield host.judge_compiler(facts)
+    yield host.judge_shared_memory(facts, ray=config.ray.enabled and not config.ray.joined)
+    yield from host.judge_transports(config.transfer.transports, facts, hands_over=hands_over(config))
+    yield host.judge_address(facts, joined=config.ray.joined)
+
+
+def _count(smi: probing.Smi) -> int:
+    return len((smi.query or "").strip().splitlines())
+
+
+def _nccl(facts: HostFacts) -> str | None:
+    return facts.extras.get("nvidia-nccl-cu12")
+
+
+def _tried(check: str, attempt: Callable[[], Finding]) -> Finding:
+    """What `up` would refuse is wrong, in its words."""
+    try:
+        return attempt()
+    except DiptychError as error:
+        return wrong(check, error.message, "", error.field)
+
+
+def _model(config: ClusterConfig, found: list[ModelCard]) -> Finding:
+    directory = find_model(config)
+    if directory is None:
+        return note("model", f"{config.model.source} is not prepared yet.", "`diptych up` does that, or `diptych prepare` beforehand.")
+    found.append(read_card(directory))
+    missing = [name for name in ("tokenizer.json",) if not (directory / name).exists()]
+    if missing:
+        return wrong("model", f"{directory} has no {missing[0]}.", "It is damaged: remove it, and have it prepared again.", "model.source")
+    return ok("model", f"{found[0].name} ({found[0].dtype}) in {directory}")
+
+
+def _ray(config: ClusterConfig, facts: HostFacts) -> Finding:
+    preflight.check_ray(config)
+    if not config.ray.enabled:
+        return ok("Ray", "not asked for")
+    return ok(
+        "Ray",
+        f"{facts.packages.get('ray')}, " + (f"a head answers at {config.ray.address}" if config.ray.joined else "a local one is started"),
+    )
+
+
+def _ports(config: ClusterConfig) -> Finding:
+    preflight.check_ports(config)
+    return ok("ports", f"HTTP {config.router.http_port}, gRPC {config.router.grpc_port} on {config.router.host} are free")
+
+
+def _memory(config: ClusterConfig, card: ModelCard, cores: list[int]) -> Finding:
+    planned = workers(config, card, Path(), cores)
+    preflight.check_memory(config, card, planned)
+    said = preflight.warnings(config, card, planned, len(cores))
+    return note("memory", "It suffices. " + " ".join(said), "Fewer workers, or fewer threads each.") if said else ok("memory", "suffices")
+
+
+def examine_cluster(running: state.ClusterState, config: ClusterConfig) -> Iterator[Finding]:
+    """What can be asked of a cluster of this host."""
+    if not running.alive:
+        yield wrong("cluster", f"The supervisor of {running.name!r} (pid {running.pid}) is gone.", "`diptych down` cleans up after it.")
+        return
+    if not running.ready or running.http is None or running.control is None:
+        yield note("cluster", f"{running.name!r} is still starting.", f"Its logs are in {running.logs}.")
+        return
+    try:
+        fleet, reports = asyncio.run(_describe(running))
+    except DiptychError as error:
+        yield wrong("router", f"It does not answer: {error.message}", f"See {running.logs / 'router.log'}.")
+        return
+    yield judge_fleet(fleet, reports, running)
+    if (clocks := probing.clock_of(running.http, tls=running.tls)) is not None:
+        yield host.judge_skew("the router", *clocks)
+    if hands_over(config):
+        links = asyncio.run(try_links(fleet.members, running.internal_tls))
+        yield from (judge_link(link, config.transfer.transports) for link in links)
+
+
+async def _describe(running: state.ClusterState) -> tuple[Fleet, tuple[WorkerReport, ...]]:
+    assert running.control is not None
+    async with RouterClient(running.control, running.internal_tls) as client:
+        return await client.describe()
+
+
+def judge_fleet(fleet: Fleet, reports: tuple[WorkerReport, ...], running: state.ClusterState) -> Finding:
+    live = {report.worker_id for report in reports}
+    started = {process.name for process in running.processes if process.name != "router" and process.rank == 0}
+    gone = sorted((started | {member.worker_id for member in fleet.members}) - live)
+    if gone:
+        return wrong(
+            "workers", f"The router does not hear {', '.join(gone)}.", f"Their logs are in {running.logs}; a dead one is started again."
+        )
+    return ok("workers", f"{len(live)} report to the router, fleet version {fleet.version}")
+
+
+async def _failing(running: state.ClusterState) -> list[Link]:
+    fleet, _ = await _describe(running)
+    return [link for link in await try_links(fleet.members, running.internal_tls) if link.error is not None or not link.kv_bytes]
+
+
+async def require_links(running: state.ClusterState, config: ClusterConfig) -> None:
+    """Hand KV over between every pair of workers; `ConfigError` for the first pair where it does not move as configured. What fails is
+    tried twice: a worker may have been started again meanwhile."""
+    if not hands_over(config):
+        return
+    for link in await _failing(running) and await _failing(running):
+        finding = judge_link(link, config.transfer.transports)
+        raise ConfigError(f"{finding.field}: {link.name}: {finding.said} {finding.mend}", field=finding.field)

@@ -1,0 +1,390 @@
+"""`diptych doctor`: each check fires on a host that is made wrong on purpose, or over what a wrong one would say."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import http.server
+import json
+import os
+import resource
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_harness import write_card
+from diptych.cluster import state
+from diptych.cluster.doctor import examining, gpus, host, probing
+from diptych.cluster.doctor.examining import judge_fleet
+from diptych.cluster.doctor.finding import Finding, State
+from diptych.cluster.doctor.host import HostFacts
+from diptych.cluster.doctor.links import Link, judge_link, pairs
+from diptych.core.config import ClusterConfig, load_config
+from diptych.core.errors import ConfigError
+from diptych.core.fleet import Fleet, Member, Phase
+from diptych.core.layout import Layout
+from diptych.core.transfer import Transport
+
+GOOD = HostFacts(
+    cores=4,
+    packages={"torch": "2.13.0"},
+    compiler="/usr/bin/c++",
+    shm_free=1 << 30,
+    disk_free=100 << 30,
+    open_files=1 << 16,
+    clock_synchronised=True,
+    address="10.0.0.1",
+    disk="/",
+)
+BOTH = (Transport.SHM, Transport.GLOO)
+
+
+def but(**changes: Any) -> HostFacts:
+    return dataclasses.replace(GOOD, **changes)
+
+
+def only(findings: Iterator[Finding]) -> Finding:
+    (finding,) = findings
+    return finding
+
+
+def test_a_good_host_is_found_good() -> None:
+    found = [
+        host.judge_packages(GOOD),
+        host.judge_compiler(GOOD),
+        host.judge_shared_memory(GOOD, ray=True),
+        host.judge_files(GOOD),
+        host.judge_disk(GOOD),
+        host.judge_clock(GOOD),
+        host.judge_address(GOOD, joined=True),
+        *host.judge_transports(BOTH, GOOD, hands_over=True),
+    ]
+    assert [finding.check for finding in found if finding.state is not State.OK] == []
+
+
+@pytest.mark.parametrize(
+    ("finding", "kind", "says"),
+    [
+        (host.judge_packages(but(packages={"torch": None, "ray": "2"})), State.WRONG, "torch is not installed"),
+        (host.judge_compiler(but(compiler=None)), State.NOTE, "no C++ compiler"),
+        (host.judge_shared_memory(but(shm_free=1 << 20), ray=True), State.WRONG, "1 MiB free"),
+        (host.judge_shared_memory(but(shm_free=None), ray=True), State.WRONG, "no /dev/shm"),
+        (host.judge_shared_memory(but(shm_free=None), ray=False), State.OK, "Without Ray"),
+        (host.judge_files(but(open_files=256)), State.NOTE, "256 files"),
+        (host.judge_disk(but(disk_free=1 << 20)), State.NOTE, "0.0 GiB free"),
+        (host.judge_clock(but(clock_synchronised=False)), State.NOTE, "nobody sets"),
+        (host.judge_address(but(address="127.0.1.1"), joined=True), State.NOTE, "no other host reaches it"),
+        (host.judge_skew("b", 1000.0, 1000.4), State.OK, "within a second"),
+        (host.judge_skew("b", 1000.0, 1005.0), State.NOTE, "5.0 s ahead"),
+        (host.judge_skew("b", 1000.0, 100.0), State.WRONG, "900.0 s behind"),
+    ],
+)
+def test_what_is_wrong_is_found_and_what_mends_it_said(finding: Finding, kind: State, says: str) -> None:
+    assert finding.state is kind
+    assert says in finding.said
+    assert bool(finding.mend) == (kind is not State.OK)
+
+
+@pytest.mark.parametrize(
+    ("transports", "facts", "kind", "says"),
+    [
+        (BOTH, but(memfd="Operation not permitted"), State.NOTE, "over gloo alone"),
+        ((Transport.SHM,), but(memfd="Operation not permitted"), State.WRONG, "computed again"),
+        (BOTH, but(memfd="x", loopback="y"), State.WRONG, "No KV could move"),
+        ((Transport.GLOO,), but(memfd="x"), State.OK, "gloo"),
+    ],
+)
+def test_transports_that_cannot_work(transports: tuple[Transport, ...], facts: HostFacts, kind: State, says: str) -> None:
+    finding = only(host.judge_transports(transports, facts, hands_over=True))
+    assert finding.state is kind
+    assert says in finding.said
+    assert finding.field == ("transfer.transports" if kind is State.WRONG else None)
+    assert only(host.judge_transports(transports, facts, hands_over=False)).state is State.OK
+
+
+def test_transports_of_gpus_need_one() -> None:
+    assert set(host.obstacles(GOOD)) == {"nccl", "cuda_ipc"}
+    assert set(host.obstacles(but(gpus=2, extras={"nccl4py": None}))) == {"nccl"}
+    assert host.obstacles(but(gpus=2, extras={"nccl4py": "0.3"})) == {}
+
+
+# GPUs, by what nvidia-smi says.
+
+H100 = "0, NVIDIA H100 80GB HBM3, 580.65.06, 81559, 4, Default, 0"
+HEAD = "| NVIDIA-SMI 580.65.06    Driver Version: 580.65.06    CUDA Version: 13.0 |"
+
+
+def judged(*lines: str) -> dict[str, Finding]:
+    return {finding.check: finding for finding in gpus.judge_gpus("\n".join(lines), None)}
+
+
+def test_good_gpus() -> None:
+    found = judged(H100, H100.replace("0, NVIDIA", "1, NVIDIA").replace("Default, 0", "[N/A], [N/A]"))
+    assert [finding.state for finding in found.values()] == [State.OK]
+    assert "0: NVIDIA H100 80GB HBM3, 81559 MiB, 1: " in found["GPUs"].said
+    assert only(gpus.judge_gpus(None, None)).said.startswith("none")
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "says"),
+    [
+        (H100.replace("Default", "Exclusive_Process"), State.WRONG, "a second process cannot use it"),
+        (H100.replace("Default, 0", "Default, 3"), State.WRONG, "3 uncorrected memory errors"),
+        (H100.replace("81559, 4", "81559, 60000"), State.NOTE, "taken by others"),
+    ],
+)
+def test_a_gpu_that_is_wrong(line: str, kind: State, says: str) -> None:
+    finding = judged(line)["GPU 0"]
+    assert finding.state is kind
+    assert says in finding.said
+    assert finding.mend
+
+
+def test_drivers_and_versions() -> None:
+    assert [finding.state for finding in gpus.judge_gpus(f"{H100}\n{H100.replace('580.65.06', '550.1')}", None)][-1] is State.WRONG
+    assert only(gpus.judge_gpus(None, "Driver/library version mismatch")).state is State.WRONG
+    assert only(gpus.judge_gpus("0, what is this", None)).state is State.WRONG
+    assert only(gpus.judge_driver(HEAD, "13.0")).state is State.OK
+    assert only(gpus.judge_driver(HEAD, "12.8")).state is State.OK
+    assert only(gpus.judge_driver(HEAD.replace("13.0", "12.4"), "13.0")).state is State.WRONG
+    assert only(gpus.judge_driver(HEAD, None)).state is State.WRONG
+    assert list(gpus.judge_driver(None, None)) == []
+    assert only(gpus.judge_nccl(None, wanted=True)).state is State.WRONG
+    assert only(gpus.judge_nccl("2.18.3", wanted=True)).state is State.WRONG
+    assert only(gpus.judge_nccl("2.28.9", wanted=True)).state is State.OK
+    assert list(gpus.judge_nccl(None, wanted=False)) == []
+
+
+def fake_program(directory: Path, name: str, script: str) -> None:
+    path = directory / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert probing.ask_smi() == probing.Smi()
+    fake_program(tmp_path, "nvidia-smi", f'case "$1" in --query*) echo "{H100}";; *) echo "{HEAD}";; esac')
+    asked = probing.ask_smi()
+    assert (asked.query, asked.head, asked.failure) == (f"{H100}\n", f"{HEAD}\n", None)
+    fake_program(tmp_path, "nvidia-smi", 'echo "Failed to initialize NVML: Driver/library version mismatch"; exit 18')
+    assert probing.ask_smi().failure == "Failed to initialize NVML: Driver/library version mismatch"
+
+
+# The probes, on this host made wrong.
+
+
+def look() -> HostFacts:
+    return probing.look(ray=False, gpus=0)
+
+
+def test_this_host_is_looked_at() -> None:
+    facts = look()
+    assert facts.packages["torch"]
+    assert (facts.memfd, facts.loopback) == (None, None)
+    assert facts.disk_free > 0
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert host.judge_compiler(look()).state is State.NOTE
+    fake_program(tmp_path, "g++", "")
+    assert host.judge_compiler(look()).said == str(tmp_path / "g++")
+
+
+def test_few_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        assert host.judge_files(look()).state is State.NOTE
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_memory_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> int:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    assert look().memfd == "Operation not permitted"
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="a small /dev/shm takes root and unshare")
+def test_a_small_dev_shm() -> None:
+    probe = (
+        "from diptych.cluster.doctor import probing, host; print(host.judge_shared_memory(probing.look(ray=True, gpus=0), ray=True).state)"
+    )
+    script = f'mount -t tmpfs -o size=1m none /dev/shm && exec "{sys.executable}" -P -c "{probe}"'
+    ran = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    if "unshare failed" in ran.stderr or "permission denied" in ran.stderr.lower():
+        pytest.skip("no mount namespaces here")
+    assert ran.stdout.strip() == "wrong", ran.stderr
+
+
+@contextmanager
+def peer_with_a_clock(ahead_s: float) -> Iterator[str]:
+    class Peer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response_only(200)
+            self.send_header("Date", formatdate(time.time() + ahead_s, usegmt=True))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Peer) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(("ahead_s", "kind"), [(0.0, State.OK), (30.0, State.NOTE), (-3600.0, State.WRONG)])
+def test_a_peer_whose_clock_is_wrong(ahead_s: float, kind: State) -> None:
+    with peer_with_a_clock(ahead_s) as address:
+        clocks = probing.clock_of(address)
+    assert clocks is not None
+    assert host.judge_skew("the peer", *clocks).state is kind
+
+
+def test_a_peer_that_is_not_there_has_no_clock() -> None:
+    assert probing.clock_of("127.0.0.1:9") is None
+
+
+# The whole, as the command and as `up` make it.
+
+
+def config(tmp_path: Path, **sections: Any) -> ClusterConfig:
+    model = tmp_path / "model"
+    if not model.exists():
+        (write_card(model) / "tokenizer.json").write_text("{}")
+    base: dict[str, Any] = {"model": {"source": str(model)}, "router": {"http_port": 0, "grpc_port": 0}, "ray": {"enabled": False}}
+    return load_config({**base, **sections})
+
+
+def examined(config: ClusterConfig) -> dict[str, Finding]:
+    return {finding.check: finding for finding in examining.examine(config, None)}
+
+
+def test_nothing_is_wrong_here(tmp_path: Path) -> None:
+    assert [finding for finding in examined(config(tmp_path)).values() if finding.state is State.WRONG] == []
+
+
+@pytest.mark.parametrize("port", ["http_port", "grpc_port"])
+def test_a_port_that_is_taken(tmp_path: Path, port: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        found = examined(config(tmp_path, router={"http_port": 0, "grpc_port": 0, port: taken.getsockname()[1]}))
+    assert (found["ports"].state, found["ports"].field) == (State.WRONG, f"router.{port}")
+
+
+def test_a_model_that_is_not_there_or_damaged(tmp_path: Path) -> None:
+    assert examined(config(tmp_path, model={"source": str(tmp_path / "none")}))["model"].state is State.WRONG
+    good = config(tmp_path)
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    assert "tokenizer.json" in examined(good)["model"].said
+    (tmp_path / "model" / "model.json").write_text("{")
+    for card in (tmp_path / "model").glob("*.json"):
+        card.write_text("{")
+    assert "damaged" in examined(good)["model"].said
+
+
+def test_more_memory_than_there_is(tmp_path: Path) -> None:
+    found = examined(config(tmp_path, decode={"kv_tokens": 1 << 40}))
+    assert (found["memory"].state, found["memory"].field) == (State.WRONG, "decode.kv_tokens")
+
+
+def test_a_ray_that_does_not_answer(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    assert examined(config(tmp_path, ray={"address": address}))["Ray"].field == "ray.address"
+
+
+def test_up_refuses_what_could_not_move_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shm = config(tmp_path, transfer={"transports": ["shm"]})
+    assert examining.before_up(shm) == [said for said in examining.before_up(shm) if "compiler" in said], (
+        "a good host, perhaps without compiler"
+    )
+    monkeypatch.setattr(probing, "_try_memfd", lambda: "Operation not permitted")
+    with pytest.raises(ConfigError, match="No KV could move") as refused:
+        examining.before_up(shm)
+    assert refused.value.field == "transfer.transports"
+    assert any("over gloo alone" in said for said in examining.before_up(config(tmp_path)))
+    colocated = config(tmp_path, prefill={"workers": 0}, router={"local_prefill": "always"}, transfer={"transports": ["shm"]})
+    assert not any("KV" in said for said in examining.before_up(colocated)), "no KV is to move"
+
+
+def test_the_command_says_what_is_wrong_and_fails(tmp_path: Path) -> None:
+    wrong = tmp_path / "cluster.yaml"
+    wrong.write_text("router: {htp_port: 1}\n")
+    command = [sys.executable, "-P", "-m", "diptych.cluster.cli", "doctor", "-f", str(wrong)]
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    plain = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert plain.returncode == 1
+    assert "Did you mean http_port?" in plain.stdout
+    assert "1 of 1 checks found something wrong." in plain.stdout
+    told = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert json.loads(told.stdout)[0]["field"] == "router.htp_port"
+
+
+# A running cluster.
+
+
+def running(**changes: Any) -> state.ClusterState:
+    processes = tuple(state.Started(name=name, pid=1) for name in ("router", "prefill-0", "decode-0"))
+    values = {"name": "x", "id": "i", "pid": os.getpid(), "started": 1, "scratch": Path("/"), "logs": Path("/logs"), "model": "m"}
+    return state.ClusterState.model_validate({**values, "processes": processes, **changes})
+
+
+def test_a_supervisor_that_is_gone(tmp_path: Path) -> None:
+    assert only(examining.examine_cluster(running(), config(tmp_path))).state is State.WRONG
+
+
+def test_a_worker_nobody_hears() -> None:
+    finding = judge_fleet(Fleet(3), (), running())
+    assert finding.state is State.WRONG
+    assert "decode-0, prefill-0" in finding.said
+
+
+def member(phase: Phase, number: int) -> Member:
+    return Member(f"{phase}-{number}", "a", phase, number, Layout("f", (), 16, ()), 100)
+
+
+@pytest.mark.parametrize(("prefills", "decodes"), [(1, 1), (2, 3), (3, 2), (0, 2), (2, 0)])
+def test_every_pair_is_tried_once(prefills: int, decodes: int) -> None:
+    members = [*(member(Phase.PREFILL, n) for n in range(prefills)), *(member(Phase.DECODE, n) for n in range(decodes))]
+    tried = [(a.worker_id, b.worker_id) for a, b in pairs(members)]
+    assert len(tried) == len(set(tried)) == prefills * decodes
+
+
+def test_of_too_many_pairs_every_worker_is_in_one() -> None:
+    members = [member(phase, n) for phase in Phase for n in range(20)]
+    tried = pairs(members, most=20)
+    assert len({a.worker_id for a, _ in tried}) == len({b.worker_id for _, b in tried}) == 20
+
+
+@pytest.mark.parametrize(
+    ("link", "kind"),
+    [
+        (Link("p", "d", None, "shm", 1000, 0.001), State.OK),
+        (Link("p", "d", None, "gloo", 1000, 0.001), State.NOTE),
+        (Link("p", "d", None, "shm", 0, 0.0), State.WRONG),
+        (Link("p", "d", "no transport"), State.WRONG),
+    ],
+)
+def test_a_link_is_judged(link: Link, kind: State) -> None:
+    finding = judge_link(link, BOTH)
+    assert finding.state is kind
+    assert finding.check == "link p → d"
