@@ -56,7 +56,14 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 class Dtype(StrEnum):
     bfloat16 = "bfloat16"
+    float16 = "float16"
     float32 = "float32"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 Model = Annotated[
@@ -83,6 +90,7 @@ def up(
     model: Model = None,
     name: NewName = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of weights and KV cache. Default: bfloat16.")] = None,
+    device: Annotated[Device | None, typer.Option(help="What to compute on. Default: auto, GPUs if torch and the host have CUDA.")] = None,
     prefill: Annotated[int | None, typer.Option(metavar="N", help="Prefill workers. Default: 1.")] = None,
     decode: Annotated[int | None, typer.Option(metavar="N", help="Decode workers. Default: 1.")] = None,
     prefill_tp: Annotated[int | None, typer.Option(metavar="N", help="Ranks that share each layer of a prefill worker.")] = None,
@@ -120,6 +128,7 @@ def up(
         "model.source": model,
         "name": name,
         "model.dtype": dtype.value if dtype else None,
+        "device": device.value if device else None,
         "prefill.workers": prefill,
         "decode.workers": decode,
         "prefill.tp": prefill_tp,

@@ -12,7 +12,9 @@ from ..core.errors import ConfigError, Unavailable
 from ..core.fleet import Phase
 from ..core.model import ModelCard
 from . import preflight
+from .allotment import allot
 from .control import Numbers, Tell
+from .devices import Gpu
 from .headcount import changes
 from .launch import Launch, Launcher
 from .post import Post
@@ -24,7 +26,7 @@ from .supervisor import Supervisor
 
 @dataclass(slots=True)
 class Crew:
-    """`config`: with the numbers of workers that were asked for last. `cores`: those of this host, for the workers on it."""
+    """`config`: with the numbers of workers that were asked for last. `cores`, `gpus`: those of this host, for the workers on it."""
 
     config: ClusterConfig
     card: ModelCard
@@ -34,6 +36,7 @@ class Crew:
     programs: Programs
     logs: Path
     budget: Callable[[], RestartBudget] = RestartBudget
+    gpus: Sequence[Gpu] = ()
     _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def posts(self, workers: Sequence[Worker], launcher: Launcher) -> list[Post]:
@@ -67,7 +70,8 @@ class Crew:
 
     def _newcomers(self, supervisor: Supervisor, names: Sequence[Name]) -> list[Worker]:
         present = [post.worker for post in supervisor.workers if post.worker]
-        workers = newcomers(self.config, self.card, self.model_dir, self.cores, present, names)
+        joining = newcomers(self.config, self.card, self.model_dir, self.cores, present, names)
+        workers = allot(self.config, self.card, joining, self.gpus, present)
         if workers:
             preflight.check_memory(self.config, self.card, workers)
         return workers

@@ -29,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m diptych.cluster.on_node", description="Run one rank process on a node of a cluster.")
     parser.add_argument("--spec", required=True, help="RankSpec as JSON")
     parser.add_argument("--source", required=True, help="what the model is prepared from, if it is not there")
-    parser.add_argument("--dtype", required=True, choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", required=True, choices=list(DType))
     parser.add_argument("--fingerprint", required=True, help="of the model the others serve")
     parser.add_argument("--host", required=True, help="the node's address, to listen on")
     parser.add_argument("--threads", required=True, type=int)

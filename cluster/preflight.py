@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
+from ..core.layout import DType
 from ..core.model import ModelCard
 from .memory import available_bytes, kv_bytes, process_bytes
 from .spec import Worker
@@ -72,19 +73,28 @@ def check_memory(config: ClusterConfig, card: ModelCard, workers: Sequence[Worke
     kv = {worker.name: sum(kv_bytes(card, spec) for spec in worker.ranks) for worker in workers}
     own = sum(process_bytes(card, spec) for worker in workers for spec in worker.ranks)
     ray = RAY_BYTES if config.ray.enabled else 0
-    wanted = card.weights_bytes + sum(kv.values()) + own + ROUTER_BYTES + ray
+    weights = card.weights_bytes if any(spec.device == "cpu" for worker in workers for spec in worker.ranks) else 0
+    wanted = weights + sum(kv.values()) + own + ROUTER_BYTES + ray
     available = available_bytes()
     if wanted <= available:
         return
     largest = max(workers, key=lambda worker: kv[worker.name])
     key = f"{largest.section}.kv_tokens"
     raise ConfigError(
-        f"{key}: not enough memory: {_gib(wanted)} wanted ({_gib(card.weights_bytes)} of weights, once; "
+        f"{key}: not enough memory: {_gib(wanted)} wanted ({_gib(weights)} of weights, once; "
         f"{_gib(sum(kv.values()))} of KV pools and staging in {len(workers)} workers; the rest for processes), "
         f"{_gib(available)} available. "
-        f"Lower {key} (one worker has {_gib(kv[largest.name])}), or the number of workers.",
+        + (
+            f"Lower {key} (one worker has {_gib(kv[largest.name])}), or the number of workers."
+            if largest.ranks[0].kv_tokens
+            else f"Start fewer workers, free memory, or take a host with that much{_narrower(card)}."
+        ),
         field=key,
     )
+
+
+def _narrower(card: ModelCard) -> str:
+    return "; with dtype bfloat16 weights take half" if card.dtype is DType.FLOAT32 else ""
 
 
 def warnings(config: ClusterConfig, card: ModelCard, workers: Sequence[Worker], cores: int) -> list[str]:

@@ -20,7 +20,7 @@ from .child import FAILED, hold_leash, log_to_stderr, say
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m diptych.cluster.prepare", description="Find or make a prepared model.")
     parser.add_argument("--source", required=True, help="what to prepare")
-    parser.add_argument("--dtype", required=True, choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", required=True, choices=list(DType))
     parser.add_argument("--leash", action="store_true", help="end with the process that started this one")
     arguments = parser.parse_args()
     if arguments.leash:

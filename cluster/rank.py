@@ -23,6 +23,7 @@ from ..core.errors import ConfigError, DiptychError
 from ..core.model import read_card
 from ..worker.meeting import address_of, listen
 from .child import FAILED, claim_stdout, hold_leash, log_to_stderr, progress, say
+from .devices import VISIBLE
 from .identity import reachable_host, worker_layout
 from .memory import available_bytes, require_memory
 from .spec import RankSpec, rank_name, read_spec
@@ -53,6 +54,7 @@ def _run(spec: RankSpec, leader: str | None) -> None:
         raise ConfigError(f"Rank {spec.rank} of {ranks} {'leads, and has no' if leader else 'needs a'} --leader.", field="leader")
     require_memory(card, spec, available_bytes())
     _take_cores(spec)
+    _take_device(spec)
     progress("started")
     listener = _await_others(spec) if ranks > 1 and leader is None else None
     # Imported only now: torch reads the number of threads from the environment when it is loaded.
@@ -76,6 +78,14 @@ def _await_others(spec: RankSpec) -> socket.socket:
     listener = listen(host)
     say("meeting", address=address_of(listener, host))
     return listener
+
+
+def _take_device(spec: RankSpec) -> None:
+    """See the rank's own GPU and no other, or none, from before torch is loaded."""
+    if spec.device == "cpu":
+        os.environ[VISIBLE] = ""
+    elif spec.gpu is not None:
+        os.environ[VISIBLE] = spec.gpu
 
 
 def _take_cores(spec: RankSpec) -> None:

@@ -40,7 +40,12 @@ class RankSpec(_Spec):
     stages: tuple[int, ...] = Field((), description="Layers of each pipeline stage; () where one has them all.")
     threads: int = Field(1, ge=1, description="CPU threads of this rank's engine.")
     cpus: tuple[int, ...] | None = Field(None, min_length=1, description="Cores this rank may run on; by default all it has.")
-    kv_tokens: int = Field(8192, ge=BLOCK_SIZE, description="Tokens the KV pool holds.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="What it computes on, and holds its KV in.")
+    gpu: str | None = Field(None, description="The one GPU it sees, as CUDA_VISIBLE_DEVICES names it; by default those its parent sees.")
+    kv_tokens: int | None = Field(None, ge=BLOCK_SIZE, description="Tokens the KV pool holds; by default as many as memory allows.")
+    memory_fraction: float = Field(
+        0.25, gt=0, le=1, description="Of its GPU's memory, or of what the host has available, how much it may take by default."
+    )
     chunk_tokens: int = Field(512, ge=1, description="Prompt tokens computed per step.")
     max_running: int = Field(32, ge=1, description="Attempts in one batch.")
     lease_s: float = Field(10.0, gt=0, description="A grant without piece or keep-alive ends after this, in seconds.")

@@ -24,9 +24,11 @@ from ..core.model import ModelCard, read_card
 from ..core.sampling import SamplingParams
 from ..rpc.inference import InferenceClient
 from . import preflight, processes, state
+from .allotment import allot
 from .child import seconds_alive
 from .control import listen
 from .crew import Crew
+from .devices import Gpu, chosen, torch_cuda, visible_gpus
 from .launch import Launch, Launcher, PlainLauncher, child_environment
 from .logs import logging_to
 from .models import find_model, prepare_model, source_of
@@ -35,6 +37,7 @@ from .posts import Programs, launch_router, route_spec, workers
 from .publish import RouterConnection, drain_worker
 from .ray_launcher import RayLauncher
 from .restarts import RestartBudget
+from .source_check import check_spread
 from .spec import Worker
 from .supervisor import Supervisor
 from .terminal import Terminal
@@ -72,6 +75,7 @@ class Up:
     budget: Callable[[], RestartBudget] = RestartBudget
     cluster_id: str = field(default_factory=lambda: secrets.token_hex(8))
     cores: Sequence[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0)))
+    _gpus: Sequence[Gpu] = ()
 
     def run(self) -> None:
         """Serve until told to end; raises `DiptychError` if that could not be, by then nothing is left."""
@@ -81,14 +85,18 @@ class Up:
         terminal = Terminal(TimeLine(seconds_alive), verbose=self.verbose)
         stop, kill = asyncio.Event(), asyncio.Event()
         _on_signals(stop, kill, terminal)
+        self._gpus = chosen(self.config.device, visible_gpus(), torch_cuda())
         preflight.check_ports(self.config)
         preflight.check_ray(self.config)
         try:
-            model_dir = find_model(self.config) or await prepare_model(self.config, terminal, stop)
+            model_dir = find_model(self.config)
+            if model_dir is None:
+                check_spread(self.config, source_of(self.config))
+                model_dir = await prepare_model(self.config, terminal, stop)
             if model_dir is None:  # told to end meanwhile
                 return
             card = read_card(model_dir)
-            first = workers(self.config, card, model_dir, self.cores)
+            first = allot(self.config, card, workers(self.config, card, model_dir, self.cores), self._gpus)
             preflight.check_memory(self.config, card, first)
             for note in preflight.warnings(self.config, card, first, len(self.cores)):
                 terminal.warn(note)
@@ -104,7 +112,8 @@ class Up:
             plain = PlainLauncher(self.cluster_id, record.state.scratch)
             observer = _Both(terminal, record)
             router = launch_router(route_spec(self.config, model_dir), self.programs, record.state.logs)
-            crew = Crew(self.config, card, model_dir, source_of(self.config), self.cores, self.programs, record.state.logs, self.budget)
+            logs = record.state.logs
+            crew = Crew(self.config, card, model_dir, source_of(self.config), self.cores, self.programs, logs, self.budget, gpus=self._gpus)
             launcher = self._worker_launcher(plain, [crew.launch(worker) for worker in first], observer)
             posts = [Post(router, plain, None, self.budget()), *crew.posts(first, launcher)]
             supervisor = Supervisor(posts, connect=self.connect, drain=self.drain, observer=observer)

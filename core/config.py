@@ -25,7 +25,7 @@ class ModelSection(_Section):
         "Without one: the demo model, if its package is installed.",
     )
     name: str | None = Field(None, description="The name clients use; by default the source's own.")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of weights and KV cache.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of weights and KV cache.")
     chat_template: str | None = Field(None, description="A Jinja file to use as the chat template in place of the model's own.")
 
 
@@ -35,6 +35,17 @@ _THREADS = (
 )
 _TP = "Tensor parallelism: ranks that share every layer of a worker, each with a part of its heads."
 _PP = "Pipeline parallelism: stages that the layers of a worker are cut into. A worker has tp × pp ranks, each a process."
+
+_KV_TOKENS = (
+    "Tokens the KV pool of one worker holds, over all its ranks. By default as many as the rank with the least memory has room for when "
+    "weights are loaded and a step has been computed; on a CPU at most 1,024 for each request of a batch (`decode.max_running`), so that a "
+    "laptop's memory is not taken: name a number for more."
+)
+_MEMORY_FRACTION = (
+    "How much of its device's memory each rank may take where kv_tokens is not named: of its GPU's, by default 0.9, and workers whose "
+    "fractions have a sum of at most 1 share one; on a CPU of what the host has available beside the weights, by default all ranks "
+    "together half."
+)
 
 
 class WorkerGroup(_Section):
@@ -48,6 +59,7 @@ class WorkerGroup(_Section):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of each rank; by default as for the other groups.")
     kv_tokens: int | None = Field(None, ge=256, description="Tokens the KV pool of one worker holds; by default as for the other groups.")
+    memory_fraction: float | None = Field(None, gt=0, le=1, description="Of its device's memory; by default as for the other groups.")
 
     def stages_of(self, layers: int) -> tuple[int, ...]:
         """`Layout.stages` for a model of so many layers, at least `pp`."""
@@ -66,13 +78,14 @@ class _PhaseSection(_Section):
         (), description="In place of workers, tp and pp: groups of workers, each with a parallelism of its own."
     )
     threads: int | None = Field(None, ge=1, description=_THREADS)
-    kv_tokens: int = Field(8192, ge=256, description="Tokens the KV pool of one worker holds, over all its ranks.")
+    kv_tokens: int | None = Field(None, ge=256, description=_KV_TOKENS)
+    memory_fraction: float | None = Field(None, gt=0, le=1, description=_MEMORY_FRACTION)
 
     @property
     def all_groups(self) -> tuple[WorkerGroup, ...]:
-        """The groups, or the one that this section describes by itself; each with the `kv_tokens` and `threads` that hold for it."""
+        """The groups, or the one that this section describes by itself; each with what holds for it of the keys that both have."""
         groups = self.groups or (WorkerGroup(workers=self.workers, tp=self.tp, pp=self.pp),)
-        ours = {"kv_tokens": self.kv_tokens, "threads": self.threads}
+        ours = {"kv_tokens": self.kv_tokens, "threads": self.threads, "memory_fraction": self.memory_fraction}
         return tuple(group.model_copy(update={key: getattr(group, key) or value for key, value in ours.items()}) for group in groups)
 
     @property
@@ -88,7 +101,6 @@ class PrefillSection(_PhaseSection):
 
 class DecodeSection(_PhaseSection):
     workers: int = Field(1, ge=1, description="Number of decode workers.")
-    kv_tokens: int = Field(16384, ge=256, description="Tokens the KV pool of one worker holds, over all its ranks.")
     max_running: int = Field(32, ge=1, le=1024, description="Requests decoded in one batch.")
     chunk_tokens: int = Field(
         64, ge=16, description="Prompt tokens a decode worker computes beside one step of its decodes (local prefill)."
@@ -168,6 +180,11 @@ class ClusterConfig(_Section):
 
     name: str = Field(
         "default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="The cluster's name on this host, for `status` and `down`."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="What the workers compute on: cuda takes the host's GPUs (those in CUDA_VISIBLE_DEVICES, if it is set), one for each "
+        "rank unless a memory_fraction lets workers share one; auto does so if torch and the host have CUDA, and takes the CPU if not.",
     )
     model: ModelSection = Field(default_factory=ModelSection, description="What is served.")
     prefill: PrefillSection = Field(default_factory=PrefillSection, description="Workers that read prompts.")

@@ -33,8 +33,8 @@ def write_slim(source: Path, out: Path) -> None:
 
 
 def read_first(source: Path) -> dict[str, int | str]:
-    """Whole numbers and strings of the metadata of GGUF `source`, up to its first array: the architecture and its sizes stand before the
-    vocabulary. Empty if it is not one."""
+    """Whole numbers and strings of the metadata of GGUF `source`, up to its first long array: the architecture and its sizes stand before
+    the vocabulary. Empty if it is not one."""
     found: dict[str, int | str] = {}
     try:
         with source.open("rb") as file:
@@ -45,7 +45,9 @@ def read_first(source: Path) -> dict[str, int | str]:
                 if kind == _STRING:
                     found[key] = _string(file)
                 elif kind == _ARRAY:
-                    break
+                    if _items(file) > _LONG:
+                        break
+                    _skip_value(file, kind)
                 else:
                     value = file.read(_SIZES[kind])
                     found |= {key: int.from_bytes(value, "little")} if kind == _UINT32 else {}
@@ -105,6 +107,13 @@ def _skip_value(file: BinaryIO, kind: int) -> int:
     else:
         file.seek(_SIZES[kind], 1)
     return 1
+
+
+def _items(file: BinaryIO) -> int:
+    """Of the array that begins here."""
+    _, items = _unpack(file, "<IQ")
+    file.seek(-12, 1)
+    return int(items)
 
 
 def _tensor_infos(file: BinaryIO, count: int) -> bytes:

@@ -48,7 +48,8 @@ class Upload:
     def _send(self, source: Tensor, target: Tensor) -> None:
         if len(self._buffers) < 2:
             buffer = torch.empty(self._staged_bytes, dtype=torch.uint8, pin_memory=self._pinned)
-            self._buffers.append((buffer, torch.cuda.Event() if self._pinned else None))
+            event = torch.cuda.Event() if self._pinned else None  # type: ignore[no-untyped-call]
+            self._buffers.append((buffer, event))
         buffer, sent = self._buffers[self._turn % len(self._buffers)]
         self._turn += 1
         if sent is not None:

@@ -56,7 +56,7 @@ def test_an_empty_section_is_a_section_of_defaults(tmp_path: Path) -> None:
         ("decode:\n  workers: many\n", "decode.workers", "'many'"),
         ("decode:\n  workers: 0\n", "decode.workers", "greater than or equal to 1"),
         ("decode:\n  workers: 1.5\n", "decode.workers", "1.5"),
-        ("model:\n  dtype: int4\n", "model.dtype", "'bfloat16' or 'float32'"),
+        ("model:\n  dtype: int4\n", "model.dtype", "'float16' or 'float32'"),
         ("router:\n  http_port: 99999\n", "router.http_port", "65535"),
         ("transfer:\n  lease_s: -1\n", "transfer.lease_s", "greater than 0"),
         ("name: Bad Name\n", "name", "Bad Name"),
@@ -219,7 +219,7 @@ def test_the_ranks_of_a_worker_share_its_memory_out(tmp_path: Path, section: dic
     """KV heads that several shards have count for each; two tables of embedding and head are four rows of a thousand here."""
     directory = write_card(tmp_path / "model", weights_bytes=1 << 20)
     card = read_card(directory)
-    config = with_model(directory, decode=section, transfer={"transports": ["shm"]})
+    config = with_model(directory, decode=section | {"kv_tokens": 16384}, transfer={"transports": ["shm"]})
     ranks = planned(config)[-1].ranks
     whole = pool_bytes(card.layout(block_size=BLOCK_SIZE, kv_tokens=16384))
     assert sum(kv_bytes(card, spec) for spec in ranks) == whole * max(1, ranks[0].tp // 2)

@@ -1,0 +1,126 @@
+"""Which rank computes on what: GPUs for all, shared by fractions, or refused with what is there; and the CPU where there are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_harness import write_card
+from diptych.cluster.allotment import allot
+from diptych.cluster.devices import Gpu, assign, chosen, torch_cuda, visible_gpus
+from diptych.cluster.posts import newcomers, workers
+from diptych.cluster.spec import RankSpec, Worker
+from diptych.core.config import load_config
+from diptych.core.errors import ConfigError
+from diptych.core.fleet import Phase
+from diptych.core.model import ModelCard, read_card
+
+GPUS = [Gpu("0", "H100", 80 << 30), Gpu("3", "H100", 80 << 30)]
+
+
+@pytest.fixture
+def card(tmp_path: Path) -> ModelCard:
+    return read_card(write_card(tmp_path / "model", weights_bytes=1 << 20))
+
+
+def allotted(card: ModelCard, gpus: list[Gpu], **sections: Any) -> list[Worker]:
+    config = load_config(sections)
+    return allot(config, card, workers(config, card, Path("/model"), range(4)), gpus)
+
+
+def given(found: list[Worker]) -> list[list[tuple[str, str | None, float]]]:
+    return [[(spec.device, spec.gpu, spec.memory_fraction) for spec in worker.ranks] for worker in found]
+
+
+def test_each_rank_has_a_gpu_of_its_own(card: ModelCard) -> None:
+    assert given(allotted(card, GPUS)) == [[("cuda", "0", 0.9)], [("cuda", "3", 0.9)]]
+    assert given(allotted(card, [*GPUS, *GPUS[:1]], decode={"tp": 2}))[1] == [("cuda", "3", 0.9), ("cuda", "0", 0.9)]
+
+
+def test_workers_share_a_gpu_by_their_fractions(card: ModelCard) -> None:
+    halves = {"memory_fraction": 0.5}
+    assert given(allotted(card, GPUS[:1], prefill=halves, decode=halves)) == [[("cuda", "0", 0.5)], [("cuda", "0", 0.5)]]
+
+
+def test_more_ranks_than_gpus_are_refused_with_what_is_there(card: ModelCard) -> None:
+    with pytest.raises(ConfigError) as caught:
+        allotted(card, GPUS, decode={"workers": 2})
+    assert caught.value.field == "device"
+    assert caught.value.message == (
+        "device: 3 ranks are more than the GPUs have room for: decode-1 finds none. Here are 0: H100 (80 GiB), 3: H100 (80 GiB). Start "
+        "fewer workers, with fewer ranks; workers may share a GPU with a memory_fraction of at most 0.5 each, or say device: cpu."
+    )
+
+
+def test_ranks_of_one_worker_do_not_share(card: ModelCard) -> None:
+    with pytest.raises(ConfigError, match="decode-0 finds none"):
+        assign(GPUS, [("decode-0", [0.1] * 3)], {})
+
+
+def test_a_newcomer_goes_where_there_is_room(card: ModelCard) -> None:
+    config = load_config({"prefill": {"memory_fraction": 0.6}, "decode": {"memory_fraction": 0.4}})
+    present = allot(config, card, workers(config, card, Path("/model"), range(4)), GPUS)
+    assert given(present) == [[("cuda", "0", 0.6)], [("cuda", "0", 0.4)]]
+    joining = newcomers(config, card, Path("/model"), range(4), present, [(Phase.DECODE, 0, 1)])
+    assert given(allot(config, card, joining, GPUS, present)) == [[("cuda", "3", 0.4)]]
+
+
+def test_a_model_that_a_gpu_cannot_hold_is_refused_by_key(tmp_path: Path) -> None:
+    card = read_card(write_card(tmp_path / "model", weights_bytes=100 << 30))
+    with pytest.raises(ConfigError, match=r"^prefill.tp: tiny does not fit with tp 1, pp 1: .* tp 2 would") as caught:
+        allotted(card, GPUS)
+    assert caught.value.field == "prefill.tp"
+
+
+def test_without_gpus_ranks_share_half_of_the_host(card: ModelCard) -> None:
+    found = allotted(card, [], prefill={"workers": 2}, decode={"tp": 2, "memory_fraction": 0.3, "kv_tokens": 512})
+    assert given(found) == [[("cpu", None, 0.125)]] * 2 + [[("cpu", None, 0.3)] * 2]
+    assert [worker.ranks[0].kv_tokens for worker in found] == [None, None, 512]
+
+
+def test_on_a_joined_cluster_a_node_is_asked_for_a_size(card: ModelCard) -> None:
+    found = allotted(card, [], ray={"address": "somewhere:6379"}, decode={"max_running": 2})
+    assert [worker.ranks[0].kv_tokens for worker in found] == [2 * min(1024, card.max_context)] * 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "cuda", "found"),
+    [
+        ("auto", GPUS, "13.0", GPUS),
+        ("auto", [], "13.0", ()),
+        ("auto", GPUS, None, ()),
+        ("cpu", GPUS, "13.0", ()),
+        ("cuda", GPUS, "13.0", GPUS),
+    ],
+)
+def test_what_is_computed_on(wanted: str, gpus: list[Gpu], cuda: str | None, found: object) -> None:
+    assert chosen(wanted, gpus, cuda) == found
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cuda", "says"),
+    [
+        ([], "13.0", "no GPU that CUDA can use; device: cpu would work"),
+        (GPUS, None, "torch installed here is a CPU build. Here are 0: H100"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(gpus: list[Gpu], cuda: str | None, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        chosen("cuda", gpus, cuda)
+    assert caught.value.field == "device"
+
+
+def test_this_host_is_asked_without_torch() -> None:
+    import torch
+
+    assert torch_cuda() == torch.version.cuda
+    assert len(visible_gpus()) == torch.cuda.device_count()
+
+
+def test_a_rank_says_what_its_device_lacks() -> None:
+    from diptych.cluster.loading import _device
+
+    spec = RankSpec(worker_id="d", phase=Phase.DECODE, model_dir=Path("/"), device="cuda", gpu="7")
+    with pytest.raises(ConfigError, match="d is to compute on GPU 7, but torch"):
+        _device(spec)
