@@ -29,6 +29,11 @@ MakeGroup = Callable[[Store, int, int, timedelta], Any]
 """A stand-alone process group of `torch.distributed` from (store, rank, size, timeout). `gloo(host)` is one; NCCL's takes the same four."""
 ACTIVATIONS = 0
 """The tag of what stages send: one queue for each pair of ranks, in the order of the steps."""
+PARTS = 0
+"""The tag of the parts that shards add up; their group is another."""
+EXCHANGED = 256 << 10
+"""Bytes up to which parts are sent to all: 4 KiB between two shards take 0.17 ms, gloo's all-reduce 0.48 (medians, loopback); between
+four 1.7 and 6.3. From 1 MiB on its ring is three times as fast."""
 
 
 class Parallel:
@@ -49,11 +54,24 @@ class Parallel:
         self._sent: deque[tuple[Any, Tensor]] = deque()
 
     def sum(self, part: Tensor) -> Tensor:
-        """The sum of the shards' parts, the same to the bit at each of them. Overwrites `part`."""
-        if self._tensor is not None:
-            with self._told("add up", self._shards()):
-                self._tensor.allreduce([part]).wait(self._timeout)
+        """The sum of the shards' parts, the same to the bit at each of them. May overwrite `part`."""
+        if self._tensor is None:
+            return part
+        with self._told("add up", self._shards()):
+            if part.is_cpu and part.nbytes <= EXCHANGED:
+                return self._exchange(part)
+            self._tensor.allreduce([part]).wait(self._timeout)
         return part
+
+    def _exchange(self, part: Tensor) -> Tensor:
+        """The sum of the parts, each sent to all and added in the order of the shards."""
+        parts = [part if shard == self.shard else torch.empty_like(part) for shard in range(self.tp)]
+        others = [shard for shard in range(self.tp) if shard != self.shard]
+        works = [self._tensor.recv([parts[other]], other, PARTS) for other in others]
+        works += [self._tensor.send([part], other, PARTS) for other in others]
+        for work in works:
+            work.wait(self._timeout)
+        return sum(parts[1:], parts[0])
 
     def gather(self, part: Tensor, widths: Sequence[int]) -> Tensor | None:
         """The shards' parts [rows, widths[shard]] side by side, at shard 0; None elsewhere."""
