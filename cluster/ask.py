@@ -9,12 +9,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..core.errors import InvalidRequest, Unavailable
+from ..core.access import Access
+from ..core.errors import InvalidRequest
 from ..core.generate import Finish, Generate
 from ..core.request import FinishReason
 from ..core.sampling import SamplingParams
 from ..rpc.inference import InferenceClient, SyncInferenceClient
-from . import state
 from .printing import InTurn, likelihoods
 
 if TYPE_CHECKING:
@@ -30,22 +30,6 @@ DEMO_PROMPT = (
 """Some 80 tokens: a shorter prompt than `router.local_prefill_below` would be read by the decode worker, and nothing handed over."""
 
 
-@dataclass(frozen=True, slots=True)
-class Faces:
-    """Where a cluster's router listens, host:port."""
-
-    http: str
-    grpc: str
-
-
-def server_of(name: str) -> Faces:
-    """The faces of the running cluster `name` on this host; `Unavailable` if there is none, with what to do."""
-    found = state.running(name)
-    if found.http is None or found.grpc is None:
-        raise Unavailable(f"Cluster {name!r} is still starting; `diptych status` shows how far it is.")
-    return Faces(found.http, found.grpc)
-
-
 def read_stdin() -> str:
     """All of stdin; `InvalidRequest` if it is not UTF-8."""
     try:
@@ -54,11 +38,11 @@ def read_stdin() -> str:
         raise InvalidRequest(f"What came on stdin is not UTF-8: {error.reason} at byte {error.start}.", field="prompt") from None
 
 
-def answer(address: str, call: Generate, *, stats: bool) -> None:
+def answer(address: str, access: Access, call: Generate, *, stats: bool) -> None:
     """Stream the answer to stdout, then what else was asked for to stderr."""
     finish: Finish | None = None
     screen = InTurn(call.sampling.n, sys.stdout.write)
-    with SyncInferenceClient(address) as client, closing(client.generate(call)) as chunks:
+    with SyncInferenceClient(address, access) as client, closing(client.generate(call)) as chunks:
         try:
             for chunk in chunks:
                 screen.take(chunk)
@@ -113,7 +97,7 @@ class Demo:
         reasons: list[FinishReason | None] = []
         began = False
         served.terminal.say(f"\n{self.prompt}", style="bold", end="")
-        async with InferenceClient(served.grpc) as client:
+        async with InferenceClient(served.grpc, served.access) as client:
             async for chunk in client.generate(call):
                 if chunk.tokens and not began:
                     served.terminal.timeline.mark("cluster", "first token")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.access import Access
 from ..core.errors import ConfigError, DiptychError
+from .reach import Ca, server_of
 
 if TYPE_CHECKING:
     from .load.choice import Load
@@ -44,7 +46,10 @@ def bench(
     vocabulary: Annotated[int, typer.Option(min=11, help="Prompts are random token ids below this.")] = 10_000,
     text: Annotated[bool, typer.Option("--text", help="Send prompts as words even if token ids are taken.")] = False,
     timeout: Annotated[float, typer.Option(min=0.1, metavar="S", help="A request that takes longer is an error.")] = 300.0,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="For servers that want one.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=["DIPTYCH_API_KEY", "OPENAI_API_KEY"], show_envvar=True, help="For servers that want one.")
+    ] = None,
+    ca: Ca = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write figures and every request there.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the figures there.")] = None,
 ) -> None:
@@ -60,22 +65,20 @@ def bench(
 
     if goodput and (slo is None or trace is not None):
         raise ConfigError("--goodput needs an --slo to meet, and chooses the rate itself: no --trace.", field="goodput")
+    access = Access(api_key, ca=ca)
+    if url is None:
+        faces = server_of(name, access)
+        url, access = f"{faces.access.scheme}://{faces.http}", faces.access
     load = _load(trace, lengths, {"input": input, "output": output, "burstiness": burstiness, "constant": constant, "seed": seed})
     settings: dict[str, Any] = {
-        "model": model, "api_key": api_key, "vocabulary": vocabulary, "seed": seed, "timeout_s": timeout, "as_text": text,
+        "model": model, "api_key": api_key, "vocabulary": vocabulary, "seed": seed, "timeout_s": timeout, "as_text": text, "ca": access.ca,
     }  # fmt: skip
-    run = Bench(url or _own(name), settings, load, rate, warm_up, json, plot)
+    run = Bench(url, settings, load, rate, warm_up, json, plot)
     if goodput:
         assert slo is not None
         asyncio.run(run.goodput(slo, target=target, confidence=confidence, budget_s=budget, most=probe_requests))
     elif not asyncio.run(run.once(slo, requests=requests or (None if trace or seconds else 100), seconds=seconds)):
         raise DiptychError("No request was answered.")
-
-
-def _own(name: str) -> str:
-    from .ask import server_of
-
-    return f"http://{server_of(name).http}"
 
 
 def _load(trace: Path | None, lengths: Path | None, rest: dict[str, Any]) -> Load:

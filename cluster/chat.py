@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,9 +11,10 @@ from typing import Any
 
 import httpx
 
-from ..core.errors import InvalidRequest, Unavailable
+from ..core.access import Access
+from ..core.errors import ConfigError, InvalidRequest, Unavailable
 from ..rpc.inference import SyncInferenceClient
-from .ask import server_of
+from .reach import server_of
 
 CONNECT_S, READ_S = 5.0, 600.0
 
@@ -22,16 +24,18 @@ class Conversation:
     """All turns so far; each question is sent with them."""
 
     url: str
+    access: Access
     model: str
     options: dict[str, Any]
     turns: list[dict[str, str]] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, name: str, server: str | None, *, system: str | None, options: dict[str, Any]) -> Conversation:
+    def begin(cls, name: str, server: str | None, access: Access, *, system: str | None, options: dict[str, Any]) -> Conversation:
         """With the cluster `name`, or the HTTP face at `server`. `InvalidRequest` if its model cannot chat."""
         if server is None:
-            faces = server_of(name)
-            with SyncInferenceClient(faces.grpc) as client:
+            faces = server_of(name, access)
+            access = faces.access
+            with SyncInferenceClient(faces.grpc, access) as client:
                 model = client.models()[0]
             if not model.has_chat_template:
                 raise InvalidRequest(
@@ -41,9 +45,9 @@ class Conversation:
                 )
             server, model_id = faces.http, model.id
         else:
-            model_id = _first_model(server)
+            model_id = _first_model(server, access)
         turns = [{"role": "system", "content": system}] if system else []
-        return cls(f"http://{server}/v1/chat/completions", model_id, options, turns)
+        return cls(f"{access.scheme}://{server}/v1/chat/completions", access, model_id, options, turns)
 
     def run(self) -> None:
         """Question and answer until the end of input. Ctrl-C ends an answer, or the conversation if there is none under way."""
@@ -69,7 +73,10 @@ class Conversation:
     def _stream(self) -> Iterator[str]:
         body = {"model": self.model, "messages": self.turns, "stream": True, **self.options}
         try:
-            with httpx.stream("POST", self.url, json=body, timeout=httpx.Timeout(READ_S, connect=CONNECT_S)) as response:
+            limit = httpx.Timeout(READ_S, connect=CONNECT_S)
+            with httpx.stream(
+                "POST", self.url, json=body, timeout=limit, headers=self.access.headers, verify=verify(self.access)
+            ) as response:
                 if response.status_code != httpx.codes.OK:
                     response.read()
                     raise InvalidRequest(_message(response))
@@ -102,8 +109,22 @@ def _message(response: httpx.Response) -> str:
         return f"The router answered {response.status_code}."
 
 
-def _first_model(server: str) -> str:
+def _first_model(server: str, access: Access) -> str:
+    url = f"{access.scheme}://{server}"
     try:
-        return str(httpx.get(f"http://{server}/v1/models", timeout=CONNECT_S).raise_for_status().json()["data"][0]["id"])
+        response = httpx.get(f"{url}/v1/models", timeout=CONNECT_S, headers=access.headers, verify=verify(access))
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            raise InvalidRequest(_message(response))
+        return str(response.raise_for_status().json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
-        raise Unavailable(f"No Diptych answers at http://{server} (--server wants the HTTP port here): {error}.") from error
+        raise Unavailable(f"No Diptych answers at {url} (--server wants the HTTP port here): {error}.") from error
+
+
+def verify(access: Access) -> ssl.SSLContext | bool:
+    """By what a server over TLS is known. Raises `ConfigError` for an authority that cannot be read."""
+    if access.ca is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=access.ca)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"The authority {access.ca} cannot be read: {error.strerror or error}.", field="ca") from None

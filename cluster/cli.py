@@ -15,7 +15,9 @@ from ..core.errors import ConfigError, DiptychError
 from . import knobs
 from .bench import bench
 from .doctor.command import doctor
+from .keys import certs, keys_app
 from .plan_commands import plan, profile, simulate
+from .reach import ApiKey, Ca, Tls
 from .top import top
 
 
@@ -43,6 +45,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="The config file: its keys, and whether one is right.")
 app.add_typer(config_app, name="config")
+app.add_typer(keys_app, name="keys")
+app.command()(certs)
 app.command()(bench)
 for each in (profile, simulate, plan):
     app.command()(each)
@@ -194,11 +198,12 @@ def demo(
 def status(
     name: Annotated[str | None, typer.Option("--name", "-n", help="Only this cluster.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    api_key: ApiKey = None,
 ) -> None:
     """Show the clusters on this host and their workers. Exit status 1 if there is none."""
     from .status import show
 
-    if not show(name, as_json=as_json):
+    if not show(name, as_json=as_json, api_key=api_key):
         raise typer.Exit(1)
 
 
@@ -267,6 +272,9 @@ def generate(
     stats: Annotated[bool, typer.Option("--stats", help="Then print times and the KV hand-over, on stderr.")] = False,
     name: Name = "default",
     server: Server = None,
+    api_key: ApiKey = None,
+    tls: Tls = False,
+    ca: Ca = None,
 ) -> None:
     """Continue a text, streaming the answer to stdout.
 
@@ -274,8 +282,10 @@ def generate(
 
     [bold]cat story.txt | diptych generate --stats[/]
     """
+    from ..core.access import Access
     from ..core.generate import Generate
-    from .ask import answer, read_stdin, server_of
+    from .ask import answer, read_stdin
+    from .reach import reach
 
     if prompt is None:
         if sys.stdin.isatty():
@@ -287,7 +297,7 @@ def generate(
         logit_bias=logit_bias, seed=seed, stop_tokens=stop_token, ignore_eos=ignore_eos, n=n, logprobs=logprobs,
     )  # fmt: skip
     call = Generate(prompt=prompt, sampling=sampling, stop=tuple(stop or ()))
-    answer(server or server_of(name).grpc, call, stats=stats)
+    answer(*reach(server, name, Access(api_key, tls, ca)), call, stats=stats)
 
 
 @app.command()
@@ -309,11 +319,15 @@ def chat(
     system: Annotated[str | None, typer.Option(help="Instructions put before the conversation.")] = None,
     name: Name = "default",
     server: Server = None,
+    api_key: ApiKey = None,
+    tls: Tls = False,
+    ca: Ca = None,
 ) -> None:
     """Talk with the model; Ctrl-D ends. Needs a model with a chat template.
 
     A model without one can be given one where it is served: [bold]diptych up --chat-template FILE[/].
     """
+    from ..core.access import Access
     from .chat import Conversation
 
     sampling = knobs.sampling_of(
@@ -321,7 +335,7 @@ def chat(
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
         logit_bias=logit_bias, seed=seed, stop_tokens=stop_token, ignore_eos=ignore_eos,
     )  # fmt: skip
-    Conversation.begin(name, server, system=system, options=knobs.body_of(sampling, stop)).run()
+    Conversation.begin(name, server, Access(api_key, tls, ca), system=system, options=knobs.body_of(sampling, stop)).run()
 
 
 @app.command()

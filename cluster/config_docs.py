@@ -44,7 +44,7 @@ def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
         if section := section_in(field.annotation):
             inner.append((key, field, section))
         else:
-            rows.append(f"| `{path}{key}` | {_kind(field)} | {_default(field.default)} | {field.description} |")
+            rows.append(f"| `{path}{key}` | {_kind(field)} | {_default(field)} | {field.description} |")
     if rows:
         yield from ("", "| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows)
     for key, field, section in inner:
@@ -76,7 +76,10 @@ def _word(kind: Any) -> str:
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
 
 
-def _default(value: Any) -> str:
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    if field.is_required():
+        return "must be given"
     if value is None:
         return "–"
     if isinstance(value, bool):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.config import ClusterConfig, WorkerGroup, load_config
 from ..core.errors import ConfigError, Unavailable
 from ..core.fleet import Phase
 from ..core.model import ModelCard
+from ..core.tls import TlsFiles
 from . import preflight
 from .allotment import allot
 from .control import Numbers, Tell
@@ -36,6 +37,7 @@ class Crew:
     programs: Programs
     logs: Path
     budget: Callable[[], RestartBudget] = RestartBudget
+    internal_tls: TlsFiles | None = None
     gpus: Sequence[Gpu] = ()
     _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -43,6 +45,8 @@ class Crew:
         return [Post(self.launch(worker), launcher, worker, self.budget()) for worker in workers]
 
     def launch(self, worker: Worker) -> Launch:
+        if self.internal_tls is not None:
+            worker = replace(worker, ranks=tuple(spec.model_copy(update={"internal_tls": self.internal_tls}) for spec in worker.ranks))
         if self.config.ray.joined:
             return launch_on_nodes(worker, self.config, self.card, self.source, self.logs)
         return launch_worker(worker, self.programs, self.logs)

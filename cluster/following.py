@@ -21,7 +21,7 @@ async def follow(spec: RankSpec, leader: str) -> None:
     """Find the leader at `leader` (host:port), load, say that this rank is ready, and do what the leader asks until it ends. Raises
     `DiptychError` if it cannot start, or the leader wants another; ends the process if it loses the leader later."""
     host = reachable_host(spec)
-    connection = join(leader, hello(spec, worker_layout(spec, read_card(spec.model_dir))))
+    connection = join(leader, hello(spec, worker_layout(spec, read_card(spec.model_dir))), tls=spec.internal_tls)
     progress("all ranks are there")
     follower = Follower(connection, died)
     loaded = load(spec, host, follower.store)

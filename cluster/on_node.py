@@ -22,6 +22,7 @@ from ..core.layout import DType
 from ..core.model import CARD, read_card
 from ..rpc.channels import join_address
 from .child import FAILED, hold_leash, log_to_stderr, progress, say
+from .identities import from_environment
 from .spec import RankSpec, rank_name, read_spec
 
 
@@ -51,6 +52,7 @@ def main() -> int:
                     ),
                     "listen": join_address(arguments.host, 0),
                     "threads": arguments.threads,
+                    "internal_tls": from_environment() or spec.internal_tls,
                     "cpus": own_cores(sorted(os.sched_getaffinity(0)), arguments.cores),
                 }
             ),

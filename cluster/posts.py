@@ -11,6 +11,7 @@ from pathlib import Path
 from ..core.config import ClusterConfig
 from ..core.fleet import Phase
 from ..core.model import ModelCard
+from ..core.tls import TlsFiles
 from .cores import Share, share_cores, shares_for_newcomer
 from .launch import Launch
 from .layouts import Layouts, layouts, pairs_of, section_of
@@ -110,8 +111,8 @@ def _worker(config: ClusterConfig, spread: Layouts, model_dir: Path, name: Name,
     return Worker(ranks, group, section_of(config, phase, group))
 
 
-def route_spec(config: ClusterConfig, model_dir: Path) -> RouteSpec:
-    router, template = config.router, config.model.chat_template
+def route_spec(config: ClusterConfig, model_dir: Path, internal_tls: TlsFiles | None = None) -> RouteSpec:
+    router, security, template = config.router, config.security, config.model.chat_template
     return RouteSpec(
         model_dir=model_dir,
         model_name=config.model.name,
@@ -122,6 +123,10 @@ def route_spec(config: ClusterConfig, model_dir: Path) -> RouteSpec:
         local_prefill=router.local_prefill,
         local_prefill_below=router.local_prefill_below,
         limits=router.limits,
+        api_keys=Path(security.api_keys).absolute() if security.api_keys else None,
+        open_metrics=security.open_metrics or security.api_keys is None,
+        tls=TlsFiles(Path(security.tls.cert).absolute(), Path(security.tls.key).absolute()) if security.tls else None,
+        internal_tls=internal_tls,
         log_level=config.log.level,
         log_format=config.log.format,
     )

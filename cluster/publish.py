@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.fleet import Fleet
+from ..core.tls import TlsFiles
 from ..rpc.router import RouterClient
 from ..rpc.worker import WorkerClient
 
@@ -12,8 +13,8 @@ from ..rpc.worker import WorkerClient
 class RouterConnection:
     """Publishes to the router that has said `ready`; a `Publisher`."""
 
-    def __init__(self, ready: dict[str, Any]) -> None:
-        self._client = RouterClient(str(ready["control"]))
+    def __init__(self, ready: dict[str, Any], tls: TlsFiles | None = None) -> None:
+        self._client = RouterClient(str(ready["control"]), tls)
 
     async def publish(self, fleet: Fleet) -> int:
         return await self._client.publish(fleet)
@@ -27,8 +28,8 @@ class RouterConnection:
         await self._client.close()
 
 
-async def drain_worker(address: str, within_s: float) -> int:
+async def drain_worker(address: str, within_s: float, tls: TlsFiles | None = None) -> int:
     """Have the worker at `address` take nothing new and finish; the number of attempts it could not. Raises `DiptychError` if it
     cannot be reached."""
-    async with WorkerClient(address) as client:
+    async with WorkerClient(address, tls) as client:
         return await client.drain(within_s)

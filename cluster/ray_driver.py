@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
 
 from ..core.errors import DiptychError
@@ -38,6 +39,9 @@ def main() -> int:
         log_to_stderr(spec.log_level, "ray", spec.log_format)
         if spec.address is None and not make_vanishing(spec.directory):
             _log.info("no namespace of our own for %s: it is removed by the reaper", spec.directory)
+        if spec.address is None:
+            # Ray's word for "this host only". Without it a local one listens on all interfaces (2.60), if not without a token.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         from .ray_placement import Driver  # only now: the namespace is entered with one thread
 
         progress("imported")

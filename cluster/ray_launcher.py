@@ -15,10 +15,11 @@ from typing import Any
 from ..core.config import Placing
 from ..core.errors import ConfigError, DiptychError, Unavailable
 from ..core.fleet import Phase
+from ..core.tls import TlsFiles
 from . import processes
 from .launch import Launch, PlainLauncher, PlainProcess, Running, parse_line
-from .post import Observer
 from .logs import LogFormat
+from .post import Observer
 from .spec import LogLevel, RaySpec
 
 DRIVER = "ray"
@@ -86,9 +87,10 @@ class RayLauncher:
         log_level: LogLevel,
         log_format: LogFormat,
         observer: Observer,
+        internal_tls: TlsFiles | None = None,
     ) -> None:
         """`cores`: for a local Ray. For one that is joined: `wanted`, the phase of each worker of the start with threads and memory of each
-        of its ranks; `wait_s`, how long a worker waits for a node."""
+        of its ranks; `wait_s`, how long a worker waits for a node; `internal_tls`, to be sent to the nodes."""
         self._observer = observer
         self._log = log
         self._count = 0
@@ -103,6 +105,7 @@ class RayLauncher:
             wait_s=wait_s,
             environment={processes.MARK: plain.cluster_id, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
             log_level=log_level,
+            internal_tls=internal_tls,
             log_format=log_format,
         )
         argv = (sys.executable, "-m", "diptych.cluster.ray_driver", "--spec", spec.model_dump_json())

@@ -18,6 +18,7 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ..core.errors import ConfigError, DiptychError
 from ..core.fleet import Phase
 from .child import progress, say
+from .identities import to_environment
 from .ray_keeper import Keeper
 from .ray_room import Place, Room
 from .spec import RaySpec
@@ -33,6 +34,7 @@ class Driver:
 
     def __init__(self, spec: RaySpec) -> None:
         self._spec = spec
+        self._environment = spec.environment | (to_environment(spec.internal_tls) if spec.internal_tls else {})
         self._actors: dict[int, Any] = {}
         self._cancelled: set[int] = set()
         self._room: Room | None = None
@@ -132,7 +134,7 @@ class Driver:
             where = place.strategy(rank)
             keeper = keeper.options(num_cpus=place.seats[rank].threads, scheduling_strategy=where, max_concurrency=4, max_restarts=0)
         log, options = (order["log"], None) if place is None else (None, place.options(rank))
-        actor: Any = keeper.remote(order["argv"], log, self._spec.environment, options)
+        actor: Any = keeper.remote(order["argv"], log, self._environment, options)
         self._actors[number] = actor
         try:
             pid, age = await actor.pid.remote()

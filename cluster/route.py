@@ -53,13 +53,17 @@ async def _serve(spec: RouteSpec) -> None:
         chat_template=spec.chat_template,
         policy=Policy(spec.local_prefill, spec.local_prefill_below),
         limits=spec.limits,
+        api_keys=spec.api_keys,
+        open_metrics=spec.open_metrics,
+        tls=spec.tls,
+        internal_tls=spec.internal_tls,
     )
     exporter = Exporter(spec.model_name or read_card(spec.model_dir).name)
     await run_router(
         settings,
         recorder=exporter,
         metrics_text=exporter.text,
-        ready=lambda router: say("ready", http=router.http, grpc=router.grpc, control=router.control),
+        ready=lambda router: say("ready", http=router.http, grpc=router.grpc, control=router.control, tls=spec.tls is not None),
         stop=_stop_on_signals(),
         grace_s=spec.drain_s,
     )

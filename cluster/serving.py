@@ -23,6 +23,7 @@ from ..decode_worker.scheduler import DecodeScheduler
 from ..engine.block_pool import BlockPool
 from ..kv_transfer.destination import Destination
 from ..kv_transfer.source import Source
+from ..kv_transfer.transports.wiring import usable
 from ..prefill_worker.role import PrefillRole
 from ..prefill_worker.scheduler import PrefillScheduler
 from ..rpc.channels import join_address
@@ -62,7 +63,7 @@ async def serve(spec: RankSpec, listener: socket.socket | None = None) -> None:
 
 def _meet(spec: RankSpec, listener: socket.socket) -> Leader:
     layout = worker_layout(spec, read_card(spec.model_dir))
-    connections = meet(listener, hello(spec, layout))
+    connections = meet(listener, hello(spec, layout), tls=spec.internal_tls)
     progress("all ranks are there")
     return Leader(connections, layout, died)
 
@@ -100,7 +101,7 @@ class _Worker:
 
     async def run(self) -> None:
         self._loop.start()
-        server = await serve_faces(self._spec.listen, worker=self._face)
+        server = await serve_faces(self._spec.listen, worker=self._face, tls=self._spec.internal_tls)
         progress("serving")
         asked = _asked_to_end(self._asyncio)
         say(
@@ -159,9 +160,9 @@ class _Worker:
                 self._clock,
                 spec.lease_s,
                 events,
-                transports=spec.transports,
+                transports=usable(spec.transports, self._pool.device),
                 host=self._host,
-                dial=dial_lane,
+                dial=partial(dial_lane, tls=spec.internal_tls),
                 others=self._others,
             ),
         )
@@ -183,7 +184,7 @@ class _Worker:
                 spec.lease_s,
                 spec.offer_wait_s,
                 events,
-                transports=spec.transports,
+                transports=usable(spec.transports, self._pool.device),
                 host=self._host,
                 others=self._others,
             ),

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..core.config import LimitsSection, Placing
 from ..core.errors import ConfigError
 from ..core.fleet import LocalPrefill, Phase
+from ..core.tls import TlsFiles
 from ..core.transfer import Transport
 from .logs import LogFormat
 
@@ -55,6 +56,7 @@ class RankSpec(_Spec):
     )
     transports: tuple[Transport, ...] = Field((Transport.SHM, Transport.GLOO), min_length=1, description="How KV may move, the best first.")
     drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running work finish, in seconds.")
+    internal_tls: TlsFiles | None = Field(None, description="Mutual TLS with router, other workers and the worker's other ranks.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
     log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")
     check: bool = Field(
@@ -96,6 +98,10 @@ class RouteSpec(_Spec):
     local_prefill: LocalPrefill = Field(LocalPrefill.AUTO, description="Whether decode workers read prompts themselves.")
     local_prefill_below: int = Field(16, ge=0, description="With auto: prompts of fewer tokens are read by the decode worker.")
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What a client may use.")
+    api_keys: Path | None = Field(None, description="The keys of which a request needs one; without, nobody is asked who he is.")
+    open_metrics: bool = Field(True, description="Whether /metrics answers without a key.")
+    tls: TlsFiles | None = Field(None, description="TLS on both faces.")
+    internal_tls: TlsFiles | None = Field(None, description="Mutual TLS with workers and supervisor.")
     drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running requests finish, in seconds.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
     log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")
@@ -112,6 +118,9 @@ class RaySpec(_Spec):
     )
     placing: Placing = Field(Placing.PACK, description="Which node of a joined one a worker goes to.")
     wait_s: float = Field(60.0, gt=0, description="How long a worker waits for a node of a joined one with room for it.")
+    internal_tls: TlsFiles | None = Field(
+        None, description="Handed to the processes of actors, which have no such files: see `identities`."
+    )
     environment: dict[str, str] = Field(default_factory=dict, description="Put over the environment of actors and their processes.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
     log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")

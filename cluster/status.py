@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 import time
 import urllib.request
 from contextlib import suppress
@@ -14,10 +15,12 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
+from ..core.access import Access
 from ..core.errors import ConfigError, DiptychError, Unavailable
 from ..core.fleet import Fleet, Phase, WorkerReport
 from ..rpc.router import RouterClient
 from . import detached, processes, state
+from .reach import known
 
 DRAIN_S = 40.0
 """How long `down` waits for a supervisor: router and workers may each take their drain time of 10 s, and as long again to end."""
@@ -29,7 +32,7 @@ MOVED = "diptych_kv_transfer_bytes_total"
 _out = Console(highlight=False, soft_wrap=True)
 
 
-def show(name: str | None, *, as_json: bool) -> bool:
+def show(name: str | None, *, as_json: bool, api_key: str | None = None) -> bool:
     """Print all clusters, or the one called `name`; whether any runs. What dead ones left is cleaned up, and said."""
     alive = []
     for found in list(state.all_states()):
@@ -48,7 +51,7 @@ def show(name: str | None, *, as_json: bool) -> bool:
         _out.print("No cluster runs here. Start one with `diptych up`." if name is None else f"No cluster named {name!r} runs here.")
     else:
         for found in alive:
-            _print(found)
+            _print(found, api_key)
     return bool(alive)
 
 
@@ -65,11 +68,11 @@ def _as_json(found: state.ClusterState) -> dict[str, Any]:
     return values
 
 
-def _print(found: state.ClusterState) -> None:
+def _print(found: state.ClusterState, api_key: str | None) -> None:
     stage = "serves" if found.ready else "is starting"
     _out.print(f"[bold]{found.name}[/] {stage} {found.model}, pid {found.pid}, logs in {found.logs}")
     if found.http:
-        _out.print(f"  HTTP http://{found.http}/v1   gRPC {found.grpc}")
+        _out.print(f"  HTTP {'https' if found.tls else 'http'}://{found.http}/v1   gRPC {found.grpc}")
     fleet, answered = _describe(found)
     reports = {report.worker_id: report for report in answered}
     rows: list[tuple[str, ...]] = [("process", "pid", "address", "state", "tp×pp", "running", "waiting", "KV used", "leases")]
@@ -83,14 +86,16 @@ def _print(found: state.ClusterState) -> None:
         _out.print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), markup=False)
     if fleet.members:
         _out.print(f"  fleet {fleet.version}: " + ", ".join(f"{len(fleet.of(phase))} {phase} workers" for phase in Phase))
-    if found.http and (moved := _moved(found.http)):
+    if found.http and (moved := _moved(found.http, known(found, Access(api_key)))):
         _out.print("  KV moved: " + ", ".join(f"{count / 1e6:,.1f} MB over {transport}" for transport, count in moved))
 
 
-def _moved(http: str) -> list[tuple[str, float]]:
+def _moved(http: str, access: Access) -> list[tuple[str, float]]:
     """Bytes of KV handed over by transport, from the router's metrics; nothing while it does not answer."""
     try:
-        with urllib.request.urlopen(f"http://{http}/metrics", timeout=METRICS_S) as answer:
+        request = urllib.request.Request(f"{access.scheme}://{http}/metrics", headers=access.headers)
+        context = ssl.create_default_context(cafile=access.ca) if access.encrypted else None
+        with urllib.request.urlopen(request, timeout=METRICS_S, context=context) as answer:
             text = answer.read().decode()
     except OSError:
         return []
@@ -110,7 +115,7 @@ def _describe(found: state.ClusterState) -> tuple[Fleet, tuple[WorkerReport, ...
     """What the router says of its workers; nothing while it does not answer."""
 
     async def ask(address: str) -> tuple[Fleet, tuple[WorkerReport, ...]]:
-        async with RouterClient(address) as client:
+        async with RouterClient(address, found.internal_tls) as client:
             return await client.describe()
 
     if found.control is not None:

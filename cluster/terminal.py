@@ -91,7 +91,7 @@ class Terminal:
             several = f" on {ranks} ranks" if ranks > 1 else ""
             detail = f"at {event['address']}, KV for {event['capacity_tokens']:,} tokens{several}"
         elif "http" in event:
-            detail = f"at http://{event['http']} and grpc {event['grpc']}"
+            detail = f"at {'https' if event.get('tls') else 'http'}://{event['http']} and grpc {event['grpc']}"
         else:
             detail = f"at {event['address']}"
         self.say(f"{self.timeline.elapsed():6.1f} s  {name} is ready {detail}")

@@ -17,18 +17,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..core.access import Access
 from ..core.config import ClusterConfig
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, DiptychError
 from ..core.generate import Generate
 from ..core.model import ModelCard, read_card
 from ..core.sampling import SamplingParams
+from ..core.tls import TlsFiles
 from ..rpc.inference import InferenceClient
-from . import preflight, processes, state
+from . import exposure, preflight, processes, state
 from .allotment import allot
 from .child import seconds_alive
 from .control import listen
 from .crew import Crew
 from .devices import Gpu, chosen, torch_cuda, visible_gpus
+from .doctor.examining import before_up, require_links
+from .identities import internal_files
 from .launch import Launch, Launcher, PlainLauncher, child_environment
 from .logs import logging_to
 from .models import find_model, prepare_model, source_of
@@ -36,6 +40,7 @@ from .post import Observer, Post, Publisher
 from .posts import Programs, launch_router, route_spec, workers
 from .publish import RouterConnection, drain_worker
 from .ray_launcher import RayLauncher
+from .reach import known
 from .restarts import RestartBudget
 from .source_check import check_spread
 from .spec import Worker
@@ -50,10 +55,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A cluster that is up. `http`, `grpc`: host:port."""
+    """A cluster that is up. `http`, `grpc`: host:port, and how they are asked."""
 
     http: str
     grpc: str
+    access: Access
+    wants_key: bool
     card: ModelCard
     terminal: Terminal
 
@@ -64,15 +71,16 @@ WhenUp = Callable[[Served], Awaitable[bool]]
 
 @dataclass(slots=True)
 class Up:
-    """One run of the command. `programs`, `connect` and `drain` are the seams for tests."""
+    """One run of the command. `programs`, `connect`, `drain` and `links` are the seams for tests."""
 
     config: ClusterConfig
     verbose: bool = False
     when_up: WhenUp | None = None
     programs: Programs = field(default_factory=Programs)
-    connect: Callable[[dict[str, Any]], Publisher] = RouterConnection
-    drain: Callable[[str, float], Awaitable[int]] = drain_worker
+    connect: Callable[..., Publisher] = RouterConnection
+    drain: Callable[..., Awaitable[int]] = drain_worker
     budget: Callable[[], RestartBudget] = RestartBudget
+    links: Callable[[state.ClusterState, ClusterConfig], Awaitable[None]] = require_links
     cluster_id: str = field(default_factory=lambda: secrets.token_hex(8))
     cores: Sequence[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0)))
     _gpus: Sequence[Gpu] = ()
@@ -85,9 +93,12 @@ class Up:
         terminal = Terminal(TimeLine(seconds_alive), verbose=self.verbose)
         stop, kill = asyncio.Event(), asyncio.Event()
         _on_signals(stop, kill, terminal)
+        exposure.check(self.config)
         self._gpus = chosen(self.config.device, visible_gpus(), torch_cuda())
         preflight.check_ports(self.config)
         preflight.check_ray(self.config)
+        for said in before_up(self.config):
+            terminal.warn(said)
         try:
             model_dir = find_model(self.config)
             if model_dir is None:
@@ -98,7 +109,7 @@ class Up:
             card = read_card(model_dir)
             first = allot(self.config, card, workers(self.config, card, model_dir, self.cores), self._gpus)
             preflight.check_memory(self.config, card, first)
-            for note in preflight.warnings(self.config, card, first, len(self.cores)):
+            for note in [*exposure.warnings(self.config), *preflight.warnings(self.config, card, first, len(self.cores))]:
                 terminal.warn(note)
             await self._serve(model_dir, card, first, terminal, stop, kill)
         finally:
@@ -111,12 +122,17 @@ class Up:
         with self._claimed(name) as record:
             plain = PlainLauncher(self.cluster_id, record.state.scratch)
             observer = _Both(terminal, record)
-            router = launch_router(route_spec(self.config, model_dir), self.programs, record.state.logs)
+            tls = internal_files(self.config, record.state.scratch)
+            record.update(internal_tls=tls)
             logs = record.state.logs
-            crew = Crew(self.config, card, model_dir, source_of(self.config), self.cores, self.programs, logs, self.budget, gpus=self._gpus)
-            launcher = self._worker_launcher(plain, [crew.launch(worker) for worker in first], observer)
+            router = launch_router(route_spec(self.config, model_dir, tls), self.programs, logs)
+            crew = Crew(
+                self.config, card, model_dir, source_of(self.config), self.cores, self.programs, logs, self.budget, tls, gpus=self._gpus
+            )
+            launcher = self._worker_launcher(plain, [crew.launch(worker) for worker in first], observer, tls)
             posts = [Post(router, plain, None, self.budget()), *crew.posts(first, launcher)]
-            supervisor = Supervisor(posts, connect=self.connect, drain=self.drain, observer=observer)
+            shown = {} if tls is None else {"tls": tls}
+            supervisor = Supervisor(posts, connect=partial(self.connect, **shown), drain=partial(self.drain, **shown), observer=observer)
             greeting = asyncio.create_task(self._greet(supervisor, record, card, terminal, stop))
             ear = await listen(self.cluster_id, partial(crew.scale, supervisor, launcher))
             try:
@@ -125,11 +141,13 @@ class Up:
             finally:
                 ear.close()
                 greeting.cancel()
-                with suppress(asyncio.CancelledError):
-                    await greeting
-                await launcher.close()
+                try:
+                    with suppress(asyncio.CancelledError):
+                        await greeting
+                finally:
+                    await launcher.close()
 
-    def _worker_launcher(self, plain: PlainLauncher, launches: Sequence[Launch], observer: Observer) -> Launcher:
+    def _worker_launcher(self, plain: PlainLauncher, launches: Sequence[Launch], observer: Observer, tls: TlsFiles | None) -> Launcher:
         if not self.config.ray.enabled:
             return plain
         return RayLauncher(
@@ -143,19 +161,31 @@ class Up:
             log_level=self.config.log.level,
             log_format=self.config.log.format,
             observer=observer,
+            # Files of the config are on every host already; those made for this cluster are on this one.
+            internal_tls=tls if self.config.ray.joined and self.config.security.internal_tls is None else None,
         )
 
     async def _greet(self, supervisor: Supervisor, record: _Record, card: ModelCard, terminal: Terminal, stop: asyncio.Event) -> None:
-        """Once the cluster serves: say where, do what was asked for then, and perhaps end it."""
+        """Once the cluster serves: see that KV moves, say where it is, do what was asked for then, and perhaps end it."""
         await supervisor.all_ready.wait()
+        terminal.doing("links", "handing KV over between every two workers")
+        try:
+            await self.links(record.state, self.config)
+        except DiptychError:
+            stop.set()
+            raise
+        terminal.timeline.mark("cluster", "KV was handed over between every two workers")
         terminal.is_up()
         record.update(ready=True)
         http, grpc = record.state.http, record.state.grpc
         assert http is not None
         assert grpc is not None
         terminal.timeline.mark("cluster", "serves")
-        terminal.say(_addresses(http, grpc, self.config.model.name or card.name))
-        if self.when_up is not None and await self.when_up(Served(http, grpc, card, terminal)):
+        access = known(record.state, Access(os.environ.get("DIPTYCH_API_KEY")))
+        terminal.say(_addresses(f"{access.scheme}://{http}", grpc, self.config, self.config.model.name or card.name))
+        if self.when_up is not None and await self.when_up(
+            Served(http, grpc, access, self.config.security.api_keys is not None, card, terminal)
+        ):
             stop.set()
 
     @contextmanager
@@ -169,9 +199,18 @@ class Up:
         scratch = Path(tempfile.mkdtemp(prefix="diptych-"))
         started = processes.start_ticks(os.getpid())
         assert started is not None
+        public = self.config.security.tls
         record = _Record(
             state.ClusterState(
-                name=self.config.name, id=self.cluster_id, pid=os.getpid(), started=started, scratch=scratch, logs=logs, model=model
+                name=self.config.name,
+                id=self.cluster_id,
+                pid=os.getpid(),
+                started=started,
+                scratch=scratch,
+                logs=logs,
+                model=model,
+                tls=public is not None,
+                ca=str(Path(public.ca).absolute()) if public and public.ca else None,
             )
         )
         try:
@@ -292,9 +331,13 @@ def _on_signals(stop: asyncio.Event, kill: asyncio.Event, terminal: Terminal) ->
 
 async def probe(served: Served) -> bool:
     """Ask for two tokens behind a prompt long enough to be handed over, and print the time line with the first."""
+    if served.access.api_key is None and served.wants_key:
+        served.terminal.warn("No DIPTYCH_API_KEY is set, so the cluster was not asked for a first token.")
+        served.terminal.show_timeline()
+        return False
     prompt = tuple(range(PROBE_TOKENS))
     call = Generate(prompt, sampling=SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
-    async with InferenceClient(served.grpc) as client:
+    async with InferenceClient(served.grpc, served.access) as client:
         async for chunk in client.generate(call):
             if chunk.tokens or chunk.finish:
                 served.terminal.timeline.mark("cluster", "last token" if chunk.finish else "first token")
@@ -313,11 +356,14 @@ def _count(workers: Sequence[Worker]) -> str:
     return " and ".join(said)
 
 
-def _addresses(http: str, grpc: str, model: str) -> str:
+def _addresses(url: str, grpc: str, config: ClusterConfig, model: str) -> str:
+    key = " -H 'Authorization: Bearer KEY'" if config.security.api_keys else ""
+    ca = f" --cacert {config.security.tls.ca}" if config.security.tls and config.security.tls.ca else ""
+    asked = "diptych generate --api-key KEY" if key else "diptych generate"
     return (
-        f"\n  HTTP  http://{http}/v1    gRPC  {grpc}    metrics  http://{http}/metrics\n\n"
-        f"  curl -N http://{http}/v1/completions -H 'Content-Type: application/json' \\\n"
+        f"\n  HTTP  {url}/v1    gRPC  {grpc}    metrics  {url}/metrics\n\n"
+        f"  curl -N{ca} {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
         f'    -d \'{{"model": "{model}", "prompt": "The capital of France is", "max_tokens": 32, "stream": true}}\'\n'
-        f'  diptych generate "The capital of France is"\n\n'
+        f'  {asked} "The capital of France is"\n\n'
         "Ctrl-C ends it."
     )

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from .errors import ConfigError
 from .fleet import LocalPrefill, Phase
 from .layout import even_stages
+from .security import SecuritySection
 from .transfer import Transport
 
 
@@ -111,8 +112,9 @@ class TransferSection(_Section):
     transports: tuple[Transport, ...] = Field(
         (Transport.SHM, Transport.GLOO),
         min_length=1,
-        description="How KV may move, the best first: shm within a host, gloo (TCP) between hosts. Each pair of workers takes the first "
-        "that works between them; with one alone, that or nothing.",
+        description="How KV may move, the best first: shm within a host, gloo (TCP) between hosts; of workers on GPUs cuda_ipc within a "
+        "host, nccl between any, which are their default. Each pair of workers takes the first that works between them; with one alone, "
+        "that or nothing.",
     )
     lease_s: float = Field(10.0, gt=0, description="A grant ends when neither piece nor keep-alive has come for this long, in seconds.")
     offer_wait_s: float = Field(5.0, gt=0, description="How long an Offer waits for its Decode, in seconds.")
@@ -121,6 +123,7 @@ class TransferSection(_Section):
 class LimitsSection(_Section):
     body_bytes: int = Field(4 << 20, ge=1024, description="Largest HTTP body or gRPC message from a client.")
     running: int = Field(1024, ge=1, description="Requests at once, each counted as often as it has choices; more are refused with 429.")
+    connections: int = Field(4096, ge=1, description="Connections to the HTTP face at once; who comes beyond them is hung up on.")
     request_s: float = Field(600.0, gt=0, description="A request that has not ended by then is ended with an error, in seconds.")
     write_s: float = Field(30.0, gt=0, description="A client that reads nothing for this long is gone, in seconds.")
     retries: int = Field(2, ge=0, le=2, description="Further attempts after one failed; the last prefills on the decode worker.")
@@ -192,6 +195,7 @@ class ClusterConfig(_Section):
     transfer: TransferSection = Field(default_factory=TransferSection, description="KV hand-over.")
     router: RouterSection = Field(default_factory=RouterSection, description="Faces, placement and limits.")
     ray: RaySection = Field(default_factory=RaySection, description="Placement.")
+    security: SecuritySection = Field(default_factory=SecuritySection, description="Who may come in, and what is encrypted.")
     log: LogSection = Field(default_factory=LogSection, description="Logs.")
 
     def section(self, phase: Phase) -> PrefillSection | DecodeSection:
@@ -257,6 +261,6 @@ def _keys(path: list[str]) -> list[str]:
 
 
 def section_in(kind: Any) -> type[BaseModel] | None:
-    """The section that a key of this type holds, or a list of it; None for a plain value."""
-    inner = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    """The section that a key of this type holds, a list of it, or one that may be left out; None for a plain value."""
+    inner = get_args(kind)[0] if get_args(kind) and get_origin(kind) is not Literal else kind
     return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None

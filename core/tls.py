@@ -136,5 +136,5 @@ def reloading_context(files: TlsFiles) -> ssl.SSLContext:
         connection.context = watched.context
 
     first = watched.context
-    first.sni_callback = renewed  # type: ignore[assignment]  # called for every ClientHello, whether it names a server or not
+    first.sni_callback = renewed  # called for every ClientHello, whether it names a server or not
     return first

@@ -12,6 +12,11 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
+LINGER_BYTES = 16 << 20
+"""Of a body that was refused so much is read and dropped, so that a client which reads only when it has sent all still gets its answer, and
+keeps its connection."""
+
+
 def limited_protocol(*, read_s: float, write_s: float) -> type[H11Protocol]:
     """A protocol class for `uvicorn.Config(http=…)`. A request must have come whole `read_s` seconds after the connection or its first
     byte; a client must take something within `write_s` seconds of its buffers being full. Else the connection is cut."""
@@ -21,6 +26,7 @@ def limited_protocol(*, read_s: float, write_s: float) -> type[H11Protocol]:
             super().__init__(*args, **kwargs)
             self._reading: asyncio.TimerHandle | None = None
             self._writing: asyncio.TimerHandle | None = None
+            self._dropped = 0
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -28,6 +34,10 @@ def limited_protocol(*, read_s: float, write_s: float) -> type[H11Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            refused = self.conn.their_state is h11.SEND_BODY and self.conn.our_state in (h11.DONE, h11.MUST_CLOSE)
+            self._dropped = self._dropped + len(data) if refused else 0
+            if self._dropped > LINGER_BYTES:
+                self.transport.abort()
             if not self._half_read():
                 _stop(self._reading)
                 self._reading = None

@@ -9,6 +9,7 @@ from functools import partial
 from ..core.commands import Command
 from ..core.fleet import Fleet, Member, WorkerReport
 from ..core.metrics import Recorder
+from ..core.tls import TlsFiles
 from .link import SILENCE_S, Link, Listener
 from .placement import Snapshot
 
@@ -18,9 +19,11 @@ log = logging.getLogger(__name__)
 class FleetView:
     """Implements `rpc.router.RouterFace`. Without a supervisor it keeps the last fleet it was told."""
 
-    def __init__(self, recorder: Recorder, *, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, recorder: Recorder, *, silence_s: float = SILENCE_S, tls: TlsFiles | None = None) -> None:
+        """`tls`: what this router shows to workers, and by what it knows them."""
         self._recorder = recorder
         self._silence_s = silence_s
+        self._tls = tls
         self._fleet = Fleet(version=0)
         self._links: dict[str, Link] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -43,7 +46,7 @@ class FleetView:
                 task.add_done_callback(partial(self._closed, link.member))
         for worker_id, member in members.items():
             if worker_id not in self._links:
-                self._links[worker_id] = Link(member, self._recorder, self.changed.set, silence_s=self._silence_s)
+                self._links[worker_id] = Link(member, self._recorder, self.changed.set, silence_s=self._silence_s, tls=self._tls)
         log.info("fleet version %d: %s", fleet.version, ", ".join(sorted(members)) or "nobody")
         return fleet.version
 

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -28,6 +29,8 @@ from ..core.notes import FIELDS
 from .admission import check_call, check_model
 from .answers import Answer, ChatAnswer, CompletionAnswer, StreamUsage, Whole, error_json, timing_json
 from .bodies import ChatBody, CompletionBody, parse_body
+from .guard import TENANT, Guard
+from .keys import TenantOf, everybody
 from .openapi import document
 from .request_id import KEY, Named
 from .run import Run
@@ -59,7 +62,7 @@ class _Call:
         reply = _Reply(scope, receive, send)
         try:
             raw = await self._body(scope, receive)
-            await _while_connected(receive, self._answer(raw, reply, request_id, accepted))
+            await _while_connected(receive, self._answer(raw, reply, request_id, accepted, scope[TENANT]))
         except _Gone:
             return
         except DiptychError as error:
@@ -78,7 +81,7 @@ class _Call:
             self._service.refused(error)
             raise
 
-    async def _answer(self, raw: bytes, reply: _Reply, request_id: str, accepted: float) -> None:
+    async def _answer(self, raw: bytes, reply: _Reply, request_id: str, accepted: float, tenant: str) -> None:
         service = self._service
         with service.seat() as seat:
             if self._chat:
@@ -95,7 +98,7 @@ class _Call:
                 service.text, answer_id=request_id, model=service.name, created=int(time.time()), choices=body.n, logprobs=logprobs,
                 usage=usage,
             )  # fmt: skip
-            with service.run(seat, call, call.prompt, accepted) as run:
+            with service.run(seat, replace(call, tenant=tenant), call.prompt, accepted) as run:
                 await (_send_stream(run, answer, reply, body.include_usage) if body.stream else _send_whole(run, answer, reply, body.n))
 
     async def _completion_call(self, body: CompletionBody, request_id: str) -> Generate:
@@ -221,8 +224,11 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def make_app(service: Service, metrics_text: Callable[[], bytes]) -> Starlette:
-    """The ASGI application. `metrics_text`: all metrics in Prometheus' text format."""
+def make_app(
+    service: Service, metrics_text: Callable[[], bytes], tenant_of: TenantOf = everybody, *, open_metrics: bool = True
+) -> Starlette:
+    """The ASGI application. `metrics_text`: all metrics in Prometheus' text format. `tenant_of` says whose a request is, or refuses it; it
+    is not asked at `/health` and `/live`, nor at `/metrics` if these are open."""
 
     async def models(request: Request) -> Response:
         return _json({"object": "list", "data": [_model_json(model) for model in service.models()]})
@@ -238,11 +244,15 @@ def make_app(service: Service, metrics_text: Callable[[], bytes]) -> Starlette:
         reason = service.unavailable()
         return _json({"status": "ok"}) if reason is None else _json({"status": "unavailable", "reason": reason}, 503)
 
+    async def live(request: Request) -> Response:
+        return _json({"status": "ok"})
+
     async def metrics(request: Request) -> Response:
         return Response(metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     has_template, running = service.text.template is not None, service.limits.running
-    described = json.dumps(document(service.text.card, service.name, chat=has_template, running=running)).encode()
+    keys = tenant_of is not everybody
+    described = json.dumps(document(service.text.card, service.name, chat=has_template, running=running, keys=keys)).encode()
 
     async def openapi(request: Request) -> Response:
         return Response(described, media_type="application/json")
@@ -253,11 +263,14 @@ def make_app(service: Service, metrics_text: Callable[[], bytes]) -> Starlette:
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
+        Route("/live", live),
         Route("/metrics", metrics),
         Route("/openapi.json", openapi),
     ]
+    open_paths = ("/health", "/live", "/metrics") if open_metrics else ("/health", "/live")
+    guard = Middleware(Guard, tenant_of=tenant_of, open_paths=open_paths, refused=service.refused)
     handlers: Any = {DiptychError: _on_error, HTTPException: _on_http_error}
-    return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(Named)])
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(Named), guard])
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

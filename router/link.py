@@ -12,6 +12,7 @@ from ..core.commands import ChoiceFinished, Command, Decode, Event, Failed, Fini
 from ..core.errors import DiptychError
 from ..core.fleet import Measure, Member, WorkerReport
 from ..core.metrics import METRICS, Recorder
+from ..core.tls import TlsFiles
 from ..rpc.worker import WorkerClient, WorkerStream
 from .placement import Candidate
 
@@ -48,14 +49,16 @@ class _Open:
 class Link:
     """Keeps connecting until closed. `report` is None while the worker is not known to live."""
 
-    def __init__(self, member: Member, recorder: Recorder, changed: Callable[[], None], *, silence_s: float = SILENCE_S) -> None:
+    def __init__(
+        self, member: Member, recorder: Recorder, changed: Callable[[], None], *, silence_s: float = SILENCE_S, tls: TlsFiles | None = None
+    ) -> None:
         """Starts at once; needs a running event loop. `changed` is called when the worker comes, goes or changes its state."""
         self.member = member
         self.report: WorkerReport | None = None
         self._recorder = recorder
         self._changed = changed
         self._silence_s = silence_s
-        self._client = WorkerClient(member.address)
+        self._client = WorkerClient(member.address, tls)
         self._stream: WorkerStream | None = None
         self._open: dict[str, _Open] = {}
         self._counted: dict[tuple[str, str], float] = {}

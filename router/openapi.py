@@ -23,6 +23,7 @@ Schema = dict[str, Any]
 
 _ERRORS = {
     400: "A field is missing, unknown or out of range, or the prompt can never fit.",
+    401: "The router wants an API key, and there is none, or no good one.",
     404: "There is no such model.",
     413: "The body is larger than the router takes.",
     429: "The router has as many requests as it takes at once.",
@@ -36,9 +37,9 @@ _LIMITS = ("max_tokens", "max_completion_tokens", "min_tokens")
 _NULL = {"type": "null"}
 
 
-def document(card: ModelCard, name: str, *, chat: bool, running: int) -> Schema:
+def document(card: ModelCard, name: str, *, chat: bool, running: int, keys: bool = False) -> Schema:
     """The OpenAPI 3.1 document of a router that serves the model `card` as `name`. `chat`: whether it has a chat template; `running`:
-    how many choices it writes at once."""
+    how many choices it writes at once; `keys`: whether it wants API keys."""
     schemas = _schemas([*FORMATS, CompletionBody, *([ChatBody] if chat else [])])
     _state_body(schemas, CompletionBody, card, name, running)
     schemas["CompletionBody"]["properties"]["prompt"] |= _prompt(card)
@@ -56,7 +57,8 @@ def document(card: ModelCard, name: str, *, chat: bool, running: int) -> Schema:
             "of a path (404) or method (405) not listed here.",
         },
         "paths": {**paths, **_lookups(name)},
-        "components": {"schemas": schemas},
+        "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"key": []}] if keys else [],
     }
 
 
@@ -212,9 +214,20 @@ def _lookups(name: str) -> dict[str, Schema]:
             "parameters": [model],
         },
         "/health": {
-            "get": _lookup(
-                "health", "Whether a request could be served.", {"200": _json("Yes.", "Healthy"), "503": _json("No.", "Unhealthy")}
-            )
+            "get": {
+                "operationId": "health",
+                "summary": "Whether a request could be served.",
+                "responses": {"200": _json("Yes.", "Healthy"), "503": _json("No.", "Unhealthy")},
+                "security": [],
+            }
+        },
+        "/live": {
+            "get": {
+                "operationId": "live",
+                "summary": "Whether the router answers, be there workers or not.",
+                "responses": {"200": _json("Yes.", "Healthy")},
+                "security": [],
+            }
         },
         "/metrics": {"get": _lookup("metrics", "All metrics.", {"200": metrics})},
         "/openapi.json": {"get": _lookup("openapi", "This document.", {"200": own})},
@@ -222,7 +235,7 @@ def _lookups(name: str) -> dict[str, Schema]:
 
 
 def _lookup(operation: str, summary: str, responses: Schema) -> Schema:
-    return {"operationId": operation, "summary": summary, "responses": responses}
+    return {"operationId": operation, "summary": summary, "responses": {**responses, "401": _error(401)}}
 
 
 def _error(status: int) -> Schema:

@@ -18,12 +18,15 @@ from ..core.config import LimitsSection
 from ..core.errors import ConfigError
 from ..core.metrics import Recorder
 from ..core.model import read_card
+from ..core.tls import TlsFiles, reloading_context
 from ..rpc.server import Server as RpcServer
 from ..rpc.server import serve
 from .connection import limited_protocol
 from .fleet import FleetView
 from .http import make_app
+from .keys import KeyRing, everybody
 from .link import SILENCE_S
+from .listening import listen
 from .placement import Policy
 from .service import HOLD_S, Service
 from .text import Text
@@ -31,16 +34,11 @@ from .text import Text
 KEEP_ALIVE_S = 65
 """Idle connections are kept longer than clients keep them (httpx 5 s, proxies mostly 60 s), so that it is they who close."""
 
-BACKLOG = 2048
-"""Connections waiting to be accepted; more are refused by the system."""
-SEND_BUFFER = 128 << 10
-"""Bytes the system keeps for a client that does not read (Linux doubles it). By default it grows to 4 MB, and a request whose client
-has stopped reading would go on for that long."""
-
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """What a router is told at its start. Port 0 takes a free one. `model_name` None: the card's."""
+    """What a router is told at its start. Port 0 takes a free one. `model_name` None: the card's. `api_keys` None: nobody is asked who
+    he is. `tls`: of both faces; `internal_tls`: of itself towards workers and supervisor. Without them it speaks plainly."""
 
     model_dir: Path
     host: str = "127.0.0.1"
@@ -52,6 +50,10 @@ class RouterSettings:
     limits: LimitsSection = field(default_factory=LimitsSection)
     silence_s: float = SILENCE_S
     hold_s: float = HOLD_S
+    api_keys: Path | None = None
+    open_metrics: bool = True
+    tls: TlsFiles | None = None
+    internal_tls: TlsFiles | None = None
 
 
 class Router:
@@ -109,12 +111,15 @@ class _WebServer(uvicorn.Server):
 async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_text: Callable[[], bytes]) -> Router:
     """Read the model's card, tokenizer and template, and serve. `metrics_text`: all metrics in Prometheus' text format.
 
-    Raises `ModelError` for a model that cannot be read, `ConfigError` naming the key for a port that cannot be had.
+    Raises `ModelError` for a model that cannot be read, `ConfigError` naming the key for a port that cannot be had, and for API keys or
+    certificates that cannot be read.
     """
     card = await asyncio.to_thread(read_card, settings.model_dir)
     text = await asyncio.to_thread(Text.load, settings.model_dir, card, settings.chat_template)
-    listening = _listen(settings.host, settings.http_port)
-    fleet = FleetView(recorder, silence_s=settings.silence_s)
+    tenant_of = everybody if settings.api_keys is None else KeyRing(settings.api_keys).tenant
+    context = None if settings.tls is None else reloading_context(settings.tls)
+    listening = listen(settings.host, settings.http_port, settings.limits.connections)
+    fleet = FleetView(recorder, silence_s=settings.silence_s, tls=settings.internal_tls)
     service = Service(
         text, fleet, name=settings.model_name or card.name, policy=settings.policy, limits=settings.limits, recorder=recorder,
         clock=MonotonicClock(), hold_s=settings.hold_s,
@@ -123,20 +128,22 @@ async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_
     try:
         rpc = await serve(
             _address(settings.host, settings.grpc_port), inference=service, max_message_bytes=limits.body_bytes,
-            write_timeout_s=limits.write_s,
+            write_timeout_s=limits.write_s, tenant_of=tenant_of, tls=settings.tls, streams=limits.running,
         )  # fmt: skip
     except ConfigError as error:
         listening.close()
         raise ConfigError(f"router.grpc_port {settings.grpc_port}: {error.message}", field="router.grpc_port") from error
-    control = await serve("127.0.0.1:0", router=fleet)
+    control = await serve("127.0.0.1:0", router=fleet, tls=settings.internal_tls)
     web = _WebServer(
         uvicorn.Config(
-            make_app(service, metrics_text), http=limited_protocol(read_s=limits.write_s, write_s=limits.write_s), ws="none",
+            make_app(service, metrics_text, tenant_of, open_metrics=settings.open_metrics),
+            http=limited_protocol(read_s=limits.write_s, write_s=limits.write_s), ws="none",
             lifespan="off", log_config=None, access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
         )
     )  # fmt: skip
     web.config.load()
+    web.config.ssl = context
     return Router(_address(settings.host, listening.getsockname()[1]), service, fleet, web, listening, rpc, control)
 
 
@@ -154,27 +161,6 @@ async def run_router(
     ready(router)
     await stop.wait()
     await router.stop(grace_s)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; `ConfigError` naming `router.http_port` or `router.host` if it cannot be had."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise ConfigError(f"router.host {host!r} is not an address of this machine: {error}.", field="router.host") from None
-    listening = socket.socket(family, kind, protocol)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        listening.bind(address)
-        listening.listen(BACKLOG)
-    except OSError as error:
-        listening.close()
-        hint = "choose another, or 0 for a free one"
-        raise ConfigError(
-            f"router.http_port {port} cannot be had on {host} ({error.strerror}); {hint}.", field="router.http_port"
-        ) from None
-    return listening
 
 
 def _address(host: str, port: int) -> str:

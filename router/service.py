@@ -143,7 +143,8 @@ class Service:
         """
         self._widen(seat, call.sampling.n)
         seed = secrets.randbits(64) if call.sampling.seed is None else call.sampling.seed
-        request = Request(call.request_id or request_id_of(None), self.name, (Tokens(ids),), replace(call.sampling, seed=seed))
+        sampling = replace(call.sampling, seed=seed)
+        request = Request(call.request_id or request_id_of(None), self.name, (Tokens(ids),), sampling, tenant=call.tenant)
         run = Run(
             request, call.stop, accepted=accepted, retries=self.limits.retries, workers=self._workers, policy=self._policy,
             budget=self._budget, decoder=self.text.decoder, recorder=self._recorder, clock=self.clock,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 
@@ -22,7 +23,9 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     def fetch() -> grpc.ServerCertificateConfiguration | None:
         return _configuration(watched) if watched.refresh() else None
 
-    return grpc.dynamic_ssl_server_credentials(_configuration(watched), fetch, require_client_authentication=files.ca is not None)
+    asks = files.ca is not None
+    # None is grpc's word for "as before", which the stubs do not know.
+    return grpc.dynamic_ssl_server_credentials(_configuration(watched), cast(Any, fetch), require_client_authentication=asks)
 
 
 def _configuration(watched: Watched) -> grpc.ServerCertificateConfiguration:

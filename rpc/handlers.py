@@ -97,9 +97,16 @@ def router_handlers(face: RouterFace, active: Active) -> grpc.GenericRpcHandler[
     return _service(ROUTER, {"PublishFleet": publish, "DescribeFleet": describe}, active)
 
 
-def inference_handlers(face: InferenceFace, active: Active, write_timeout_s: float) -> grpc.GenericRpcHandler[bytes, bytes]:
+TenantOf = Callable[[str | None], str]
+"""The tenant of an `authorization` (None: there is none). Raises `Unauthenticated`."""
+
+
+def inference_handlers(
+    face: InferenceFace, active: Active, write_timeout_s: float, tenant_of: TenantOf
+) -> grpc.GenericRpcHandler[bytes, bytes]:
     async def generate(request: bytes, context: Context) -> None:
-        call = await _named(decode_generate(request), context)
+        tenant = tenant_of(_authorization(context))
+        call = await _named(replace(decode_generate(request), tenant=tenant), context)
         async with aclosing(face.generate(call)) as chunks:
             async for chunk in chunks:
                 await _write_within(write_timeout_s, context, encode_chunk(chunk))
@@ -107,11 +114,19 @@ def inference_handlers(face: InferenceFace, active: Active, write_timeout_s: flo
                     return
         raise Internal("The answer ended without a finish.")
 
-    async def models(request: bytes, _: Context) -> bytes:
+    async def models(request: bytes, context: Context) -> bytes:
+        tenant_of(_authorization(context))
         parse(inference_pb2.ListModelsRequest, request)
         return encode_models(face.models())
 
     return _service(INFERENCE, {"Generate": generate, "ListModels": models}, active)
+
+
+def _authorization(context: Context) -> str | None:
+    """The call's `authorization`, as HTTP's header of that name."""
+    said = (value for key, value in context.invocation_metadata() or () if key == "authorization")
+    value = next(said, None)
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 async def _named(call: Generate, context: Context) -> Generate:

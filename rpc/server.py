@@ -6,11 +6,14 @@ import asyncio
 import socket
 from typing import TYPE_CHECKING
 
+import grpc
 import grpc.aio
 
 from ..core.errors import ConfigError
-from .channels import INTERNAL_MESSAGE_BYTES, join_address, server_options, split_address
-from .handlers import Active, inference_handlers, router_handlers, worker_handlers
+from ..core.tls import TlsFiles
+from .channels import INTERNAL_MESSAGE_BYTES, join_address, public_options, server_options, split_address
+from .credentials import server_credentials
+from .handlers import Active, TenantOf, inference_handlers, router_handlers, worker_handlers
 from .inference import InferenceFace
 from .router import RouterFace
 from .stream import CLOSE_S
@@ -53,28 +56,34 @@ async def serve(
     inference: InferenceFace | None = None,
     max_message_bytes: int = INTERNAL_MESSAGE_BYTES,
     write_timeout_s: float = 30.0,
+    tenant_of: TenantOf = lambda authorization: "",
+    tls: TlsFiles | None = None,
+    streams: int | None = None,
 ) -> Server:
     """Serve the faces given at `address` (host:port; port 0 takes a free one).
 
-    Messages from clients larger than `max_message_bytes` are refused. A client of Generate that takes nothing for
-    `write_timeout_s` seconds is cut. Raises `ConfigError` with field "address" if the port is in use or the host unknown.
+    `streams`: calls that one connection of a client may have under way; more wait at the client, and an idle connection is ended. Messages
+    from clients larger than `max_message_bytes` are refused. A client of Generate that takes nothing for
+    `write_timeout_s` seconds is cut; `tenant_of` says whose a call of the public face is, or refuses it (health and reflection are for
+    all). `tls`: of this server, and if it has an authority, of all who may come; without, it speaks plainly. Raises `ConfigError` with
+    field "address" if the port is in use or the host unknown.
     """
     host = await _bindable(address)
     wanted = split_address(address)[1]
     _probe(host, wanted)  # before there is a server: one that was never started complains when it is collected
     active: Active = set()
-    server = grpc.aio.server(options=server_options(max_message_bytes))
+    server = grpc.aio.server(options=[*server_options(max_message_bytes), *(public_options(streams) if streams else ())])
     if worker is not None:
         server.add_generic_rpc_handlers((worker_handlers(worker, active),))
     if router is not None:
         server.add_generic_rpc_handlers((router_handlers(router, active),))
     health = None
     if inference is not None:
-        server.add_generic_rpc_handlers((inference_handlers(inference, active, write_timeout_s),))
+        server.add_generic_rpc_handlers((inference_handlers(inference, active, write_timeout_s, tenant_of),))
         from .public import add_health_and_reflection  # here: workers run where its packages are not installed
 
         health = await add_health_and_reflection(server)
-    port = _bind(server, host, wanted)
+    port = _bind(server, host, wanted, None if tls is None else server_credentials(tls))
     await server.start()
     return Server(server, join_address(host, port), port, active, health)
 
@@ -92,9 +101,10 @@ async def _bindable(address: str) -> str:
     return str(found[0][4][0])
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+def _bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
+    address = join_address(host, port)
     try:
-        return server.add_insecure_port(join_address(host, port))
+        return server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise _cannot_listen(host, port, str(error)) from None
 

@@ -31,8 +31,9 @@ class Endpoint:
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @classmethod
-    async def find(cls, url: str, api_key: str | None) -> Endpoint:
-        """`url`: http://host:port, with or without `/v1`. Raises `ConfigError` for no URL, `Unavailable` for an unknown host."""
+    async def find(cls, url: str, api_key: str | None, ca: str | None = None) -> Endpoint:
+        """`url`: http://host:port, with or without `/v1`; over https it is known by the authority of the file `ca`, or by the system's.
+        Raises `ConfigError` for no URL, `Unavailable` for an unknown host."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url!r} is no address of a server; give http://HOST:PORT.", field="url")
@@ -42,13 +43,20 @@ class Endpoint:
         except OSError as error:
             raise Unavailable(f"{parts.hostname} cannot be found: {error.strerror}.") from None
         headers = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-        tls = ssl.create_default_context() if parts.scheme == "https" else None
+        tls = _known_by(ca) if parts.scheme == "https" else None
         path = parts.path.rstrip("/").removesuffix("/v1")
         return cls(parts.hostname, port, str(found[0][4][0]), path, tls, headers)
 
     @property
     def authority(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _known_by(ca: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"The authority {ca} cannot be read: {error.strerror or error}.", field="ca") from None
 
 
 class _Exchange(asyncio.Protocol):

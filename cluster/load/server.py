@@ -44,13 +44,13 @@ class Server:
 
 
 async def find_server(
-    url: str, *, model: str | None, api_key: str | None, vocabulary: int, seed: int, timeout_s: float, as_text: bool
+    url: str, *, model: str | None, api_key: str | None, ca: str | None = None, vocabulary: int, seed: int, timeout_s: float, as_text: bool
 ) -> Server:
     """Ask for the model's name unless it is given, then with fewer and fewer fields until the server takes a request.
 
     Raises `Unavailable` if it does not answer, `ConfigError` with its own words if it takes none.
     """
-    endpoint = await Endpoint.find(url, api_key)
+    endpoint = await Endpoint.find(url, api_key, ca)
     name = model or await _first_model(endpoint)
     wire = None
     for dialect in dialects():

@@ -44,6 +44,10 @@ async def drain(address: str, within_s: float) -> int:
     return 0
 
 
+async def no_links(state: object, config: object) -> None:
+    """The fakes hand nothing over."""
+
+
 def note(name: str, line: str) -> None:
     with Path(os.environ["FAKES"], name).open("a") as file:
         file.write(line + "\n")
@@ -56,7 +60,7 @@ def small_budget() -> RestartBudget:
 def main() -> int:
     program = (sys.executable, str(HERE / "fakes.py"))
     programs = Programs(rank=(*program, "rank"), route=(*program, "route"))
-    up = Up(load_config(json.loads(sys.argv[1])), programs=programs, connect=FilePublisher, drain=drain, budget=small_budget)
+    up = Up(load_config(json.loads(sys.argv[1])), programs=programs, connect=FilePublisher, drain=drain, budget=small_budget, links=no_links)
     try:
         up.run()
     except DiptychError as error:

@@ -204,7 +204,7 @@ def test_every_answer_is_as_the_document_says(site, described):
                         answer = await c.post(path, json=body | stream, headers=headers)
                         assert said(described, answer, "post") == 200
                         assert ("timing" in answer.text) == (bool(headers) and stream != {"stream": True})
-            for path in ("/v1/models", "/v1/models/tiny", "/health", "/metrics", "/openapi.json"):
+            for path in ("/v1/models", "/v1/models/tiny", "/health", "/live", "/metrics", "/openapi.json"):
                 assert said(described, await c.get(path)) == 200
             assert said(described, await c.get("/v1/models/other")) == 404
             assert (await c.get("/openapi.json")).json() == document(
@@ -226,6 +226,7 @@ def test_every_answer_is_as_the_document_says(site, described):
             assert said(described, await waiting, "post") == 200
         async with site(prefill=0, decode=0) as s, httpx.AsyncClient(base_url=s.url) as c:
             assert said(described, await c.get("/health")) == 503
+            assert said(described, await c.get("/live")) == 200
             assert said(described, await c.post(COMPLETION, json=asked[0][1]), "post") == 503
 
     asyncio.run(check())

@@ -1,0 +1,157 @@
+"""What a client may hold: connections, headers, bodies and time, each bounded whatever the client does."""
+
+import asyncio
+import resource
+import socket
+import time
+from contextlib import ExitStack
+
+import grpc
+import httpx
+import pytest
+from certificates import Issued
+from diptych.core.config import LimitsSection
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+BODY = {"prompt": "x" * 20, "max_tokens": 2}
+MANY = 10_000
+
+
+def port_of(address):
+    return int(address.rsplit(":", 1)[1])
+
+
+def is_open(connection):
+    """Whether the server has not ended it."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False
+
+
+def dribble(port, start):
+    """One byte every 50 ms, until the server has enough of it; how many it took."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(start)
+        for count in range(400):
+            try:
+                connection.send(b"a")
+            except (BrokenPipeError, ConnectionResetError):
+                return count
+            time.sleep(0.05)  # being slow is what is tested
+    return None
+
+
+@pytest.mark.parametrize("start", [b"", HEAD + b"x-long: ", HEAD + b"content-length: 100000\r\n\r\n{"])
+def test_a_request_that_dribbles_in_is_cut_however_often_it_says_a_byte(site, start):
+    async def check():
+        async with site(prefill=0, decode=0, limits=LimitsSection(write_s=0.5)) as s:
+            assert await asyncio.to_thread(dribble, port_of(s.router.http), start) is not None
+
+    asyncio.run(check())
+
+
+def poured(port, start, piece, times):
+    """Bytes that the server took of so many pieces, and what it answered."""
+    taken = 0
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(start)
+        try:
+            for _ in range(times):
+                connection.sendall(piece)
+                taken += len(piece)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        try:
+            return taken, connection.recv(1000)
+        except ConnectionResetError:
+            return taken, b""
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_of_a_body_of_100_mb_no_more_is_taken_than_the_limit(site, announced):
+    length = b"content-length: 104857600" if announced else b"transfer-encoding: chunked"
+    piece = b"x" * (1 << 20) if announced else b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"
+
+    async def check():
+        async with site(limits=LimitsSection(body_bytes=1 << 20)) as s:
+            taken, answer = await asyncio.to_thread(poured, port_of(s.router.http), HEAD + length + b"\r\n\r\n", piece, 100)
+            assert taken < 40 << 20, "the limit, what is dropped behind it, and what the system's buffers hold"
+            assert answer[:12] in (b"HTTP/1.1 413", b"")
+            async with httpx.AsyncClient(base_url=s.url) as c:
+                assert (await c.post("/v1/completions", json=BODY)).status_code == 200
+
+    asyncio.run(check())
+
+
+def test_headers_without_end_are_refused(site):
+    async def check():
+        async with site(prefill=0, decode=0) as s:
+            taken, answer = await asyncio.to_thread(poured, port_of(s.router.http), HEAD, b"x-more: " + b"y" * 1000 + b"\r\n", 100_000)
+            assert taken < 24 << 20
+            assert answer[:12] in (b"HTTP/1.1 400", b"")
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+def test_connections_are_counted_and_those_beyond_the_limit_hung_up_on(site, secure, tmp_path):
+    """Under TLS those too whose handshake never comes; when they have gone, others may come."""
+    files = Issued.below(tmp_path / "ca").public() if secure else None
+
+    async def check():
+        async with site(limits=LimitsSection(connections=20), tls=files) as s:
+            with ExitStack() as stack:
+                idle = [stack.enter_context(socket.create_connection(("127.0.0.1", port_of(s.router.http)))) for _ in range(60)]
+                await s.until(lambda: sum(map(is_open, idle)) == 20)
+            url = f"{'https' if secure else 'http'}://localhost:{port_of(s.router.http)}"
+            async with httpx.AsyncClient(base_url=url, verify=False) as c:
+                assert (await c.post("/v1/completions", json=BODY)).status_code == 200
+
+    asyncio.run(check())
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_ten_thousand_idle_connections_leave_room_for_work_and_are_ended(site):
+    """To either face: HTTP keeps 4,096 of them for its 30 s, gRPC each for 10 s, and requests go on meanwhile on connections there are."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files[1] < 5 * MANY:
+        pytest.skip("this process may not open so many files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (5 * MANY, files[1]))
+
+    def connect(port, stack):
+        return [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)) for _ in range(MANY)]
+
+    async def check():
+        async with site() as s, httpx.AsyncClient(base_url=s.url) as c:
+            assert (await c.post("/v1/completions", json=BODY)).status_code == 200
+            with ExitStack() as stack:
+                for port, most in ((port_of(s.router.http), s.settings.get("connections", 4096)), (port_of(s.router.grpc), MANY)):
+                    idle = await asyncio.to_thread(connect, port, stack)
+                    await s.until(lambda idle=idle, most=most: sum(map(is_open, idle)) <= most, timeout_s=60)
+                    assert (await c.post("/v1/completions", json=BODY)).status_code == 200
+                    await s.until(lambda idle=idle: not any(map(is_open, idle)), timeout_s=120)
+
+    try:
+        asyncio.run(check())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(200)
+def test_a_grpc_connection_without_calls_is_ended_and_comes_back_by_itself(site):
+    async def check():
+        async with site() as s, grpc.aio.insecure_channel(s.router.grpc) as channel:
+            health = channel.unary_unary("/grpc.health.v1.Health/Check")
+            await health(b"")
+            async with asyncio.timeout(120):
+                while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:
+                    await channel.wait_for_state_change(state)
+            await health(b"")
+
+    asyncio.run(check())
