@@ -55,7 +55,6 @@ app.command()(doctor)
 
 
 LogFormat = Literal["pretty", "json"]
-LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class Dtype(StrEnum):
@@ -79,6 +78,10 @@ ChatTemplate = Annotated[
 ]
 HttpPort = Annotated[int | None, typer.Option("--http-port", metavar="PORT", help="OpenAI HTTP; 0 takes a free port. Default: 8000.")]
 GrpcPort = Annotated[int | None, typer.Option("--grpc-port", metavar="PORT", help="gRPC; 0 takes a free port. Default: 50051.")]
+Address = Annotated[str | None, typer.Option(metavar="RAY", help="A running Ray cluster to join. Default: a local one is started.")]
+Detach = Annotated[
+    bool, typer.Option("--detach", "-d", help="Serve in the background, and start again after a failure, until `diptych down`.")
+]
 NoRay = Annotated[bool, typer.Option("--no-ray", help="Start plain processes on this host, without Ray.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print what happened when while it started.")]
 NewName = Annotated[str | None, typer.Option("--name", "-n", help="The cluster's name on this host. Default: default.")]
@@ -105,16 +108,11 @@ def up(
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
     host: Annotated[str | None, typer.Option(help="Address both listen on. Default: 127.0.0.1.")] = None,
-    address: Annotated[
-        str | None, typer.Option(metavar="RAY", help="A running Ray cluster to join. Default: a local one is started.")
-    ] = None,
+    address: Address = None,
     no_ray: NoRay = False,
     chat_template: ChatTemplate = None,
     log_format: Annotated[LogFormat | None, typer.Option(help="Log lines for people, or JSON for programs. Default: pretty.")] = None,
-    log_level: Annotated[LogLevel | None, typer.Option(help="Least severe level that is logged. Default: info.")] = None,
-    detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Serve in the background, and start again after a failure, until `diptych down`.")
-    ] = False,
+    detach: Detach = False,
     verbose: Verbose = False,
 ) -> None:
     """Start a cluster and serve until Ctrl-C.
@@ -146,7 +144,6 @@ def up(
         "ray.enabled": False if no_ray else None,
         "model.chat_template": str(chat_template) if chat_template else None,
         "log.format": log_format,
-        "log.level": log_level,
     }
     config = _config(file, overrides, colocated)
     if detach:

@@ -24,7 +24,7 @@ from .text import Detokeniser
 from .times import Times
 from .writing import Writing
 
-log = logging.getLogger("diptych.router.requests")
+log = logging.getLogger(__name__)
 
 
 class Workers(Protocol):

@@ -269,7 +269,7 @@ def test_one_line_is_logged_per_request_without_its_text(site, caplog):
             with pytest.raises(DiptychError):
                 await answer(s.router.service)
 
-    with caplog.at_level(logging.INFO, "diptych.router.requests"):
+    with caplog.at_level(logging.INFO, "diptych.router.run"):
         asyncio.run(check())
     done, failed = (record.fields for record in caplog.records if record.message == "request ended")
     assert (done["outcome"], done["output_tokens"], done["attempts"], done["transport"]) == ("length", 24, 1, "shm")
