@@ -60,7 +60,8 @@ def small_budget() -> RestartBudget:
 def main() -> int:
     program = (sys.executable, str(HERE / "fakes.py"))
     programs = Programs(rank=(*program, "rank"), route=(*program, "route"))
-    up = Up(load_config(json.loads(sys.argv[1])), programs=programs, connect=FilePublisher, drain=drain, budget=small_budget, links=no_links)
+    config = load_config(json.loads(sys.argv[1]))
+    up = Up(config, programs=programs, connect=FilePublisher, drain=drain, budget=small_budget, links=no_links)
     try:
         up.run()
     except DiptychError as error:
