@@ -30,7 +30,8 @@ def free(address: int) -> None:
 
 def handle_of(address: int) -> bytes:
     """Of the allocation that begins at `address`, for `open_handle` in another process of the host."""
-    return ctypes.string_at(_done(_runtime().cudaIpcGetMemHandle(address)).getPtr(), HANDLE_BYTES)
+    opaque = _done(_runtime().cudaIpcGetMemHandle(address))  # it must live until its bytes are read
+    return ctypes.string_at(opaque.getPtr(), HANDLE_BYTES)
 
 
 def open_handle(handle: bytes) -> int:

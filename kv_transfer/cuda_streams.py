@@ -17,6 +17,11 @@ def mark(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
     return event
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of the host, good once what the current stream was asked for is done."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
 def shared_event() -> torch.cuda.Event:
     """One that other processes can wait for, of the current device; nothing is before it yet."""
     event = torch.cuda.Event(interprocess=True)  # type: ignore[no-untyped-call]

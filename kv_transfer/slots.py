@@ -7,9 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import cuda_streams
 from .coverage import Span
 from .crossing import Crossing
-from .cuda_streams import mark, new_stream
 from .packing import checksum, checksum_of, pack, sums, unpack
 from .pool import Pool
 from .rows import pack_rows, require_fit, unpack_rows
@@ -64,7 +64,7 @@ class DeviceSlots:
 
     def __init__(self, pool: Pool, crossing: Crossing, slot_bytes: int) -> None:
         self._pool, self._crossing = pool, crossing
-        self._stream = new_stream(pool.device)
+        self._stream = cuda_streams.new_stream(pool.device)
         with torch.cuda.stream(self._stream):
             self._slots = torch.empty(SLOTS_PER_PAIR, slot_bytes, dtype=torch.uint8, device=pool.device)
 
@@ -80,15 +80,14 @@ class DeviceSlots:
 
     def checksum(self, slot: int, length: int) -> int:
         with torch.cuda.stream(self._stream):
-            found = sums(self._slots[slot], length)
-            here = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
-            mark().synchronize()
-        return checksum_of(here)
+            found = cuda_streams.to_host(sums(self._slots[slot], length))
+            cuda_streams.mark().synchronize()
+        return checksum_of(found)
 
     def empty(self, slot: int, span: Span, blocks: tuple[int, ...]) -> None:
         with torch.cuda.stream(self._stream):
             fits = unpack_rows(self._pool, self._crossing, span, blocks, self._slots[slot])
-            mark().synchronize()
+            cuda_streams.mark().synchronize()
             require_fit(fits)
 
 

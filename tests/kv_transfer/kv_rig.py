@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from diptych.core.transfer import GroupGrant, LaneMessage, Transport
 from diptych.kv_transfer import cuda_runtime, cuda_streams
 from diptych.kv_transfer.destination import Destination
 from diptych.kv_transfer.destination_rank import DestinationRank
+from diptych.kv_transfer.device_memory import DeviceMemory
+from diptych.kv_transfer.geometry import Geometry
 from diptych.kv_transfer.lanes import DialLane, Lane
 from diptych.kv_transfer.order_codec import decode, encode
 from diptych.kv_transfer.pool import CPU, Pool
@@ -38,6 +41,7 @@ from diptych.kv_transfer.transports import wiring
 from diptych.rpc.lane import dial_lane
 from diptych.rpc.server import serve
 from diptych.rpc.worker import RouterStream
+from fake_cuda import FakeGpu
 from fake_nccl import Fabric, FakeNccl
 
 HOST = "127.0.0.1"
@@ -45,22 +49,24 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Way:
-    """A transport, and where the pools are. `fake`: over the fake of NCCL, which the test must put in (`faked`)."""
+    """A transport, and where the pools are. `fake`: what the test must put in (`faked`): the fake of NCCL, that of a GPU."""
 
     transport: Transport
     device: torch.device = CPU
-    fake: bool = False
+    fake: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        return f"fake {self.transport}" if self.fake else self.transport
+        return " ".join((self.transport, *(f"fake-{what}" for what in sorted(self.fake))))
 
 
 GPU = torch.device("cuda", 0)
 SHM, GLOO, NCCL, CUDA_IPC = Way(Transport.SHM), Way(Transport.GLOO), Way(Transport.NCCL, GPU), Way(Transport.CUDA_IPC, GPU)
-FAKE_NCCL = Way(Transport.NCCL, fake=True)
+FAKE_NCCL, FAKE_GPU_NCCL = Way(Transport.NCCL, fake=frozenset({"nccl"})), Way(Transport.NCCL, fake=frozenset({"nccl", "gpu"}))
+FAKE_CUDA_IPC = Way(Transport.CUDA_IPC, fake=frozenset({"gpu"}))
+FAKED = [pytest.param(way, id=str(way)) for way in (FAKE_NCCL, FAKE_GPU_NCCL, FAKE_CUDA_IPC)]
 ON_GPU = [pytest.param(way, marks=pytest.mark.gpu, id=str(way)) for way in (NCCL, CUDA_IPC)]
 BETWEEN_PROCESSES = [*(pytest.param(way, id=str(way)) for way in (SHM, GLOO)), *ON_GPU]
-TRANSPORTS = [*BETWEEN_PROCESSES, pytest.param(FAKE_NCCL, id=str(FAKE_NCCL))]
+TRANSPORTS = [*BETWEEN_PROCESSES, *FAKED]
 BLOCK = 16
 LAYOUT = Layout(
     "model",
@@ -79,16 +85,40 @@ Tables = tuple[tuple[int, ...], ...]
 @contextmanager
 def faked(way: Way, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the way needs of a test with both ends in one process."""
-    fabric = Fabric()
-    if way.fake:
+    fabric, gpu = Fabric(), FakeGpu()
+    if "nccl" in way.fake:
         monkeypatch.setattr(wiring, "Nccl", lambda _: FakeNccl(fabric))
-    elif way.transport is Transport.NCCL:
+    if "gpu" in way.fake:
+        gpu.install(monkeypatch)
+        monkeypatch.setattr(ENGINE, "gpu", gpu)
+    if way.device == GPU:
         monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
-    elif way.transport is Transport.CUDA_IPC:
         open_in_one_process(monkeypatch)
     yield
     assert fabric.broken_rules == []
     assert fabric.alive == 0
+    assert not gpu.allocated
+    assert gpu.mapped == 0
+
+
+class Engine:
+    """Stores KV: at once, or when the fake of a GPU comes to it."""
+
+    gpu: FakeGpu | None = None
+
+    def store(self, store: Callable[[], None]) -> None:
+        if self.gpu is None:
+            store()
+        else:
+            self.gpu.ask(store)
+
+    def finish(self) -> None:
+        """What was computed is seen on the host."""
+        if self.gpu is not None:
+            self.gpu.finish()
+
+
+ENGINE = Engine()
 
 
 def open_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +144,14 @@ def layout_with(num_blocks: int, like: Layout = LAYOUT) -> Layout:
     return replace(like, num_blocks=(num_blocks,) * len(like.groups))
 
 
-def pools_of(layout: Layout, device: torch.device) -> list[Pool]:
+def pools_of(layout: Layout, way: Way) -> list[Pool]:
     """One for each rank."""
-    return [Pool.allocate(layout.on(rank).layout, device) for rank in range(layout.ranks)]
+    layouts = [layout.on(rank).layout for rank in range(layout.ranks)]
+    if "gpu" not in way.fake:
+        return [Pool.allocate(each, way.device) for each in layouts]
+    return [
+        Pool(each, DeviceMemory(Geometry(each).size, [layer for group in each.groups for layer in group.layers], CPU)) for each in layouts
+    ]
 
 
 def expected_rows(transfer_id: str, layer: int, group: CacheGroup, start: int, stop: int) -> torch.Tensor:
@@ -294,7 +329,7 @@ class PrefillEnd:
         if prompt is not None:
             for pool, (group, table) in product(self.pools, enumerate(prompt[1])):
                 for cache in pool.caches[group]:
-                    cache[list(table)] = -1
+                    ENGINE.store(partial(cache.__setitem__, list(table), -1))
         self.blocks.give_back(transfer_id)
         self._freed.set()
         self.diary.write("released", transfer_id)
@@ -319,7 +354,7 @@ class PrefillEnd:
         for rank, pool in enumerate(self.pools):
             held = self.layout.on(rank)
             here = tuple(layer for layer in layers if any(layer in group.layers for group in held.layout.groups))
-            write(pool, held, transfer_id, here, start, stop, tables)
+            ENGINE.store(partial(write, pool, held, transfer_id, here, start, stop, tables))
             for layer in here:
                 pool.stored(layer)
             self.source.computed(transfer_id, here, start, stop, tables, rank)
@@ -333,6 +368,7 @@ class PrefillEnd:
                 return
             self.compute(transfer_id, (layer,), start, min(start + chunk, tokens))
             await asyncio.sleep(0)
+        ENGINE.finish()
         self.source.commit(transfer_id, TOKENS)
 
 
@@ -555,7 +591,7 @@ async def prefill_end(
 ) -> AsyncIterator[PrefillEnd]:
     """`dial` None: over gRPC."""
     layout = layout_with(blocks, like)
-    pools = pools_of(layout, way.device)
+    pools = pools_of(layout, way)
     prefill = PrefillEnd(layout, pools, lease_s, dial, worker_id, transports=(way.transport,))
     try:
         yield prefill
@@ -581,7 +617,7 @@ async def decode_end(
 ) -> AsyncIterator[tuple[DecodeEnd, str]]:
     """A destination and its address, on gRPC or in `exchange`."""
     layout = layout_with(blocks, like)
-    pools = pools_of(layout, way.device)
+    pools = pools_of(layout, way)
     decode = DecodeEnd(layout, pools, lease_s, worker_id, offer_wait_s=offer_wait_s, transports=(way.transport,))
     server = await serve("127.0.0.1:0", worker=LaneFace(decode.destination.serve_lane)) if grpc else None
     address = server.address if server else worker_id

@@ -1,0 +1,172 @@
+"""As much of CUDA as `kv_transfer` uses, over memory of the host, so that what a GPU would be asked is seen without one.
+
+The engine's stores are late: they are made when somebody waits for an event behind them, as a GPU makes them when it comes to it. A reader
+that does not wait for a layer's event reads what was there before. What transports ask for is done at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from enum import IntEnum
+from typing import Any
+
+import pytest
+import torch
+from diptych.kv_transfer import cuda_runtime, cuda_streams
+from diptych.kv_transfer.slots import DeviceSlots
+from diptych.kv_transfer.transports import two_sided
+
+
+class FakeGpu:
+    """Its one stream that is late is the engine's."""
+
+    def __init__(self) -> None:
+        self._asked: deque[Callable[[], None]] = deque()
+        self._lock = threading.RLock()
+        self._done = 0
+        self.allocated: dict[int, Any] = {}
+        self.mapped = 0
+        self.exported: dict[bytes, Any] = {}
+        """What stands behind a handle: an address or an event."""
+
+    @property
+    def asked(self) -> int:
+        """How many stores the engine has asked for."""
+        with self._lock:
+            return self._done + len(self._asked)
+
+    def ask(self, store: Callable[[], None]) -> None:
+        with self._lock:
+            self._asked.append(store)
+
+    def run_to(self, number: int) -> None:
+        """Make the first `number` stores."""
+        with self._lock:
+            while self._done < number:
+                self._asked.popleft()()
+                self._done += 1
+
+    def finish(self) -> None:
+        self.run_to(self.asked)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Event:
+            """`torch.cuda.Event`."""
+
+            def __init__(self, **options: bool) -> None:
+                assert set(options) <= {"blocking", "interprocess"}
+                self.behind = 0
+
+            def record(event, stream: object = None) -> None:
+                event.behind = self.asked
+
+            def wait(event, stream: object = None) -> None:
+                self.run_to(event.behind)
+
+            def query(event) -> bool:
+                return True
+
+            def synchronize(event) -> None:
+                return None
+
+            def ipc_handle(event) -> bytes:
+                return self.export(event)
+
+            @staticmethod
+            def from_ipc_handle(device: torch.device, handle: bytes) -> object:
+                return self.exported[handle]
+
+        for name, replaced in {
+            "Event": Event,
+            "Stream": FakeStream,
+            "stream": lambda stream: nullcontext(),
+            "device": lambda device: nullcontext(),
+            "current_stream": FakeStream,
+            "synchronize": self.finish,
+            "mem_get_info": lambda device: (1 << 40, 1 << 40),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, replaced)
+        runtime = FakeRuntime(self)
+        monkeypatch.setattr(cuda_runtime, "_runtime", lambda: runtime)
+        monkeypatch.setattr(cuda_streams, "to_host", lambda tensor: tensor.clone())
+        monkeypatch.setattr(two_sided, "slots_for", DeviceSlots)
+
+    def export(self, thing: object) -> bytes:
+        handle = secrets.token_bytes(cuda_runtime.HANDLE_BYTES)
+        self.exported[handle] = thing
+        return handle
+
+
+class FakeStream:
+    cuda_stream = 0
+
+    def __init__(self, device: object = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        return None
+
+
+class Error(IntEnum):
+    cudaSuccess = 0
+    cudaErrorMemoryAllocation = 2
+    cudaErrorInvalidResourceHandle = 400
+
+
+class Handle:
+    """Opaque, as NVIDIA's bindings have it: bytes at an address."""
+
+    def __init__(self, content: bytes = bytes(cuda_runtime.HANDLE_BYTES)) -> None:
+        self._buffer = ctypes.create_string_buffer(content, cuda_runtime.HANDLE_BYTES)
+
+    def getPtr(self) -> int:
+        return ctypes.addressof(self._buffer)
+
+
+class FakeRuntime:
+    """`cuda.bindings.runtime`: each call answers with an error and a value."""
+
+    cudaError_t = Error
+    cudaIpcMemHandle_t = Handle
+    cudaIpcMemLazyEnablePeerAccess = 1
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self._gpu = gpu
+
+    def cudaMalloc(self, size: int) -> tuple[Error, int | None]:
+        if size > 1 << 32:
+            return Error.cudaErrorMemoryAllocation, None
+        buffer = (ctypes.c_uint8 * (size + 256))()
+        address = -(-ctypes.addressof(buffer) // 256) * 256
+        self._gpu.allocated[address] = buffer
+        return Error.cudaSuccess, address
+
+    def cudaMemset(self, address: int, value: int, size: int) -> tuple[Error]:
+        ctypes.memset(address, value, size)
+        return (Error.cudaSuccess,)
+
+    def cudaFree(self, address: int) -> tuple[Error]:
+        del self._gpu.allocated[address]
+        return (Error.cudaSuccess,)
+
+    def cudaIpcGetMemHandle(self, address: int) -> tuple[Error, Handle]:
+        return Error.cudaSuccess, Handle(self._gpu.export(address))
+
+    def cudaIpcOpenMemHandle(self, handle: Handle, flags: int) -> tuple[Error, int | None]:
+        address = self._gpu.exported.get(ctypes.string_at(handle.getPtr(), cuda_runtime.HANDLE_BYTES))
+        if address not in self._gpu.allocated:
+            return Error.cudaErrorInvalidResourceHandle, None
+        self._gpu.mapped += 1
+        return Error.cudaSuccess, address
+
+    def cudaIpcCloseMemHandle(self, address: int) -> tuple[Error]:
+        self._gpu.mapped -= 1
+        return (Error.cudaSuccess,)
+
+    def cudaGetErrorString(self, error: Error) -> tuple[Error, bytes]:
+        return Error.cudaSuccess, error.name.encode()
