@@ -38,7 +38,7 @@ def chosen(logits: Tensor, draws: Sequence[Sequence[Draw]], seen: Sequence[Seque
     tokens = []
     for row, (wanted, counts, simple) in enumerate(zip(draws, seen, plain, strict=True)):
         for draw_, counted, best in zip(wanted, counts, simple, strict=True):
-            tokens.append(likeliest[row] if best and likeliest is not None else _token(logits[row].float(), draw_, counted))
+            tokens.append(likeliest[row] if best and likeliest is not None else _token(logits[row], draw_, counted))
     return torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64)
 
 
@@ -65,8 +65,8 @@ def _token(logits: Tensor, draw_: Draw, seen: Seen | None) -> Tensor:
 
 
 def _adjusted(logits: Tensor, draw_: Draw, seen: Seen | None) -> Tensor:
-    """Logits after bias, penalties and bans, as a copy."""
-    sampling, logits = draw_.sampling, logits.clone()
+    """Logits after bias, penalties and bans, as a copy in fp32."""
+    sampling, logits = draw_.sampling, logits.to(torch.float32, copy=True)
     if sampling.logit_bias:
         tokens, biases = zip(*sampling.logit_bias, strict=True)
         logits[torch.tensor(tokens, device=logits.device)] += torch.tensor(biases, dtype=torch.float32, device=logits.device)

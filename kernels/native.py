@@ -25,7 +25,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("linear", "residual_norm", "rotary_store", "gated", "attend_singles", "argmax", "copy_runs")
+SOURCES = ("linear", "residual_norm", "rotary_store", "gated", "attend_singles", "argmax", "copy_runs", "draw")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 COMPILE_S = 120.0
@@ -51,6 +51,7 @@ class Native:
     argmax: Kernel
     copy_runs: Kernel
     copy_few: Kernel
+    draw: Kernel
 
 
 @cache
@@ -149,6 +150,7 @@ def _load(path: Path) -> Native:
         argmax=_kernel(alone.diptych_argmax, _P, _P, _I, _I, _I),
         copy_runs=_kernel(together.diptych_copy_runs, _P, _P, _P, _I),
         copy_few=_kernel(alone.diptych_copy_runs, _P, _P, _P, _I),
+        draw=_kernel(alone.diptych_draw, _P, _P, _I, _I, _F, ctypes.c_uint64, _I, _I),
     )
 
 

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from .native import native
 from .noise import GROUP, Noise
 
 NUCLEUS_SIZES = (1024, 16384)
@@ -23,16 +24,27 @@ _FIRST = 4
 
 
 def draw(logits: Tensor, noise: Noise, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
-    """The token drawn from fp32 logits [vocab], int64 [] where they are. temperature > 0; top_k 0, top_p 1 and min_p 0 are no limit."""
-    scaled = logits / temperature
+    """The token drawn from logits [vocab], int64 [] where they are. temperature > 0; top_k 0, top_p 1 and min_p 0 are no limit."""
+    limited = top_k or top_p < 1.0 or min_p > 0.0
+    if logits.is_cpu and not limited:
+        return _drawn_of_all(logits, noise, temperature)
+    scaled = logits.float() / temperature
     if not logits.is_cpu:
         return draw_at_once(scaled, noise, top_k=top_k, top_p=top_p, min_p=min_p)
-    if top_k or top_p < 1.0 or min_p > 0.0:
-        values, tokens = survivors(scaled, top_k, top_p, min_p)
-        if len(tokens) <= _FEW:
-            return tokens[(values + noise.of(tokens)).argmax()]
-        scaled = torch.full_like(scaled, -math.inf).index_copy_(0, tokens, values)
-    return _largest(scaled, noise)
+    values, tokens = survivors(scaled, top_k, top_p, min_p)
+    if len(tokens) <= _FEW:
+        return tokens[(values + noise.of(tokens)).argmax()]
+    return _drawn_of_all(torch.full_like(scaled, -math.inf).index_copy_(0, tokens, values), noise, 1.0)
+
+
+def _drawn_of_all(logits: Tensor, noise: Noise, temperature: float) -> Tensor:
+    kernels = native() if logits.dtype in (torch.float32, torch.bfloat16) and logits.is_contiguous() else None
+    if kernels is None:
+        return draw_torch(logits, noise, temperature)
+    token = torch.empty((), dtype=torch.int64)
+    wide, key = logits.dtype is torch.float32, (noise.seed, noise.choice, noise.index)
+    kernels.draw(token.data_ptr(), logits.data_ptr(), wide, len(logits), temperature, *key)
+    return token
 
 
 def draw_at_once(logits: Tensor, noise: Noise, *, top_k: int, top_p: float, min_p: float) -> Tensor:
@@ -48,13 +60,14 @@ def draw_at_once(logits: Tensor, noise: Noise, *, top_k: int, top_p: float, min_
     return tokens.take((values.masked_fill(~kept, -math.inf) + noise.of(tokens)).argmax())  # an index would be brought to the host
 
 
-def _largest(logits: Tensor, noise: Noise) -> Tensor:
-    """The token whose logit and noise are the largest sum: `(logits + noise.of_all(len(logits))).argmax()`, without most of the noise.
+def draw_torch(logits: Tensor, noise: Noise, temperature: float) -> Tensor:
+    """The token whose logit and noise are the largest sum: `(logits / temperature + noise.of_all(len(logits))).argmax()`, without most of
+    the noise. By torch 262,144 logits take 0.5 ms, draw.cpp 0.05.
 
     A group whose largest logit and largest noise together are below a sum that some token has cannot win. Rounded sums keep that
     order, so the answer is the same to the bit; of equal sums the first wins, as in argmax.
     """
-    rows = _in_groups(logits)
+    rows = _in_groups(logits.float() / temperature)
     caps = noise.caps(len(rows))
     bounds = rows.amax(1) + caps.largest
     promising = bounds.topk(min(_FIRST, len(rows))).indices

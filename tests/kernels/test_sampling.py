@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from diptych.kernels.noise import GROUP, Noise
-from diptych.kernels.sampling import draw, draw_at_once, log_probabilities, survivors
+from diptych.kernels.sampling import draw, draw_at_once, draw_torch, log_probabilities, survivors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,10 +58,11 @@ def test_a_draw_without_most_of_the_noise_is_the_draw_with_all_of_it(seed, vocab
     generator = torch.Generator().manual_seed(seed % 2**60)
     logits = torch.randn(vocabulary, generator=generator) * spread
     logits[torch.rand(vocabulary, generator=generator) < banned] = -torch.inf
-    for index in range(3):
-        noise = Noise(seed, 1, index)
-        drawn = draw(logits, noise, temperature=0.8, top_k=0, top_p=1.0)
-        assert drawn == int((logits / 0.8 + noise.of_all(vocabulary)).argmax())
+    for index, dtype in product(range(3), (torch.float32, torch.bfloat16, torch.float16)):
+        noise, given_ = Noise(seed, 1, index), logits.to(dtype)
+        expected = int((given_.float() / 0.8 + noise.of_all(vocabulary)).argmax())
+        assert draw(given_, noise, temperature=0.8, top_k=0, top_p=1.0) == expected
+        assert draw_torch(given_, noise, 0.8) == expected
 
 
 @pytest.mark.parametrize("limits", [(0, 0.97, 0.0), (0, 1.0, 1e-4), (0, 1.0, 0.1), (3000, 1.0, 0.0), (5000, 0.99, 1e-5)])
