@@ -27,11 +27,14 @@ from kuberay import PodSpec
 PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """In place of the image's."""
 PROBE_S = 5.0
-SANDBOX = "mount --make-rprivate / && mount -t proc proc /proc && echo ready && exec cat"
+SANDBOX = (
+    'mount --make-rprivate / && mount -t proc proc /proc && hostname "$1" && ip route replace default dev eth0 && echo ready && exec cat'
+)
 ROOT = """
 set -e
 mkdir -p "$1/upper/etc" "$1/work" "$1/root"
 cp "$1/hosts" "$1/upper/etc/hosts"
+echo nameserver 127.0.0.1 > "$1/upper/etc/resolv.conf"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root"
 mount -t proc proc "$1/root/proc"
 mount --rbind /dev "$1/root/dev"
@@ -64,10 +67,10 @@ class Container:
         self._make_root()
 
     def _make_root(self) -> None:
-        (self.directory / "hosts").write_text(
-            "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in self.pod.site.names.items())
-        )
-        lines = [ROOT]
+        names = {"localhost": "127.0.0.1", self.pod.spec.name: self.pod.host.address, **self.pod.site.names}
+        (self.directory / "hosts").write_text("".join(f"{address} {name}\n" for name, address in names.items()))
+        above = [f'"$1/root{directory}"' for directory in Path(sys.executable).resolve().parents]
+        lines = [ROOT, f"chmod o+x {' '.join(above)}"]  # the interpreter may be in a directory of root's
         for mount in self.spec["volumeMounts"]:
             source, target = self.pod.volume(mount["name"]), f'"$1/root{mount["mountPath"]}"'
             lines += [f"mkdir -p {target}", f"mount --bind {source} {target}"]
@@ -153,7 +156,7 @@ class Pod:
         self.directory = site.directory / f"{spec.name}-{number}"
         self._uid = spec.spec["securityContext"]["runAsUser"]
         self._pause = subprocess.Popen(
-            [*host.prefix, "unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "sh", "-c", SANDBOX],
+            [*host.prefix, "unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "sh", "-c", SANDBOX, "sh", spec.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -24,6 +24,7 @@
 {{- end -}}
 {{- $_ := set $config $phase $section -}}
 {{- end -}}
+{{- if and (gt (int (include "diptych.gpus" .)) 0) (not (hasKey $config "device")) }}{{ $_ := set $config "device" "cuda" }}{{ end -}}
 {{- $_ := set $config "router" (set ($config.router | default dict) "host" "0.0.0.0") -}}
 {{- $address := printf "%s-head-svc.%s.svc:6379" (include "diptych.fullname" .) .Release.Namespace -}}
 {{- $_ := set $config "ray" (merge (dict "enabled" true "address" $address) ($config.ray | default dict) (dict "wait_s" 600)) -}}

@@ -19,12 +19,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if .Values.image.digest -}}
 {{ .Values.image.repository }}@{{ .Values.image.digest }}
 {{- else -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default (printf "%s-%s" .Chart.AppVersion (ternary "cuda" "cpu" (gt (int (include "diptych.gpus" .)) 0))) }}
+{{- end -}}
+{{- end }}
+
+{{- /* How many GPUs a pod of prefill and one of decode have. */ -}}
+{{- define "diptych.gpus" -}}
 {{- $gpus := 0 -}}
-{{- range $group := list "router" "prefill" "decode" "head" -}}
+{{- range $group := list "prefill" "decode" -}}
 {{- $gpus = add $gpus (int (include "diptych.settings" (dict "root" $ "group" $group) | fromJson).gpus) -}}
 {{- end -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default (printf "%s-%s" .Chart.AppVersion (ternary "cuda" "cpu" (gt $gpus 0))) }}
-{{- end -}}
+{{- $gpus -}}
 {{- end }}
 
 {{- define "diptych.serviceAccount" -}}

@@ -54,6 +54,11 @@
 {{- fail (printf "config.router.%s is %v: the router has no rights for ports below 1024, and probes need to know the port, so 0 is none either." $key (index $router $key)) -}}
 {{- end -}}
 {{- end -}}
+{{- range $key := list "http_port" "grpc_port" -}}
+{{- if has (int (index $router $key)) (list 6379 8080 8265 10001 52365) -}}
+{{- fail (printf "config.router.%s is %v, which Ray uses in every pod." $key (index $router $key)) -}}
+{{- end -}}
+{{- end -}}
 {{- if eq (int $router.http_port) (int $router.grpc_port) -}}
 {{- fail (printf "config.router.grpc_port: both faces would listen on %d." (int $router.grpc_port)) -}}
 {{- end -}}

@@ -1,0 +1,162 @@
+"""The rendered pods are run: head, router, prefill and decode serve a request through the Service, drain, and come back when killed."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from charts import CHART, NAMESPACE, Helm, Manifest, one
+from hosts import Host, hosts, missing
+from kubelet import Pod, Site, endpoint, until_ready
+from kuberay import PodSpec, head_service, pods
+
+START_S = 600.0
+PROMPT = "the thin man and the other thing in the inn; then another one, and the end of it all there"
+VALUES: dict[str, Any] = {
+    "model": {"from": "pvc", "source": "tiny-llama", "pvc": {"claimName": "models"}},
+    "config": {"model": {"name": "tiny", "dtype": "float32"}, "prefill": {"kv_tokens": 2048}, "decode": {"kv_tokens": 2048}},
+    "router": {"preStopDelaySeconds": 1},
+}
+pytestmark = [pytest.mark.root, pytest.mark.nightly, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
+
+
+@dataclass
+class Cluster:
+    """What KubeRay and the kubelets hold: a running pod for each spec, each on a host of its own."""
+
+    site: Site
+    specs: dict[str, PodSpec]
+    service: Manifest
+    free: list[Host]
+    running: dict[str, Pod] = field(default_factory=dict)
+    started: int = 0
+
+    def start(self, group: str) -> Pod:
+        self.started += 1
+        pod = Pod(self.specs[group], self.free.pop(0), self.site, self.started)
+        self.running[group] = pod
+        pod.start(START_S)
+        return pod
+
+    def until_ready(self) -> None:
+        until_ready(list(self.running.values()), START_S)
+
+    def lose(self, group: str) -> Host:
+        """A pod is killed; its host."""
+        pod = self.running.pop(group)
+        pod.kill()
+        return pod.host
+
+    def url(self, path: str) -> str:
+        return f"http://{endpoint(self.service, list(self.running.values()), 'http')}{path}"
+
+    def ask(self, tokens: int, **more: Any) -> Any:
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, **more}
+        request = urllib.request.Request(self.url("/v1/completions"), json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return urllib.request.urlopen(request, timeout=60)
+
+    def text(self) -> str:
+        with self.ask(12) as answer:
+            return str(json.load(answer)["choices"][0]["text"])
+
+    def close(self) -> None:
+        for pod in self.running.values():
+            pod.kill()
+
+
+def readable(source: Path, directory: Path) -> Path:
+    """A copy that every user may read, as a volume is."""
+    shutil.copytree(source, directory / source.name)
+    for path in (directory, *directory.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return directory
+
+
+@pytest.fixture
+def cluster(helm: Helm, tiny_llama_source: Path, tmp_path: Path) -> Iterator[Cluster]:
+    manifests = helm.template(CHART / "ci/laptop-values.yaml", values=VALUES)
+    ray = one(manifests, "RayCluster")
+    specs = {spec.group: spec for spec in pods(ray, NAMESPACE)}
+    test = one(manifests, "Pod")
+    specs["test"] = PodSpec(test["metadata"]["name"], "test", test["metadata"]["labels"], test["spec"])
+    service, config = one(manifests, "Service"), one(manifests, "ConfigMap")
+    claim = tmp_path / "models"
+    with hosts("head", "router", "prefill", "decode", "spare") as (_, *made), ExitStack() as stack:
+        fqdn = head_service(ray, NAMESPACE)
+        names = {fqdn: made[0].address, fqdn.removesuffix(".cluster.local"): made[0].address, service["metadata"]["name"]: made[1].address}
+        site = Site(
+            tmp_path,
+            names,
+            secrets={ray["metadata"]["name"]: {"auth_token": secrets.token_hex(32)}},  # KubeRay makes it
+            config_maps={config["metadata"]["name"]: config["data"]},
+            claims={"models": readable(tiny_llama_source, claim)},
+        )
+        found = Cluster(site, specs, service, list(made))
+        stack.callback(found.close)
+        yield found
+
+
+@pytest.mark.timeout(1800)
+def test_the_rendered_pods_serve_drain_and_come_back(cluster: Cluster) -> None:
+    for group in ("head", "router", "prefill", "decode"):
+        cluster.start(group)
+    cluster.until_ready()
+    expected = cluster.text()
+    assert expected
+    with urllib.request.urlopen(cluster.url("/metrics"), timeout=10) as answer:
+        moved = [line for line in answer.read().decode().splitlines() if line.startswith("diptych_kv_transfer_bytes_total")]
+    assert any('transport="gloo"' in line and not line.endswith(" 0.0") for line in moved), moved
+    generates(cluster)
+
+    spare = cluster.lose("decode")
+    router = cluster.running["router"].containers["diptych"]
+    assert router.runs
+    cluster.start("decode")  # as KubeRay does, on another host
+    cluster.free.append(spare)
+    cluster.until_ready()
+    assert cluster.text() == expected
+
+    cluster.free.insert(0, cluster.lose("router"))
+    cluster.start("router")
+    cluster.until_ready()
+    assert cluster.text() == expected
+
+    said = "".join(cluster.running.pop("prefill").end())
+    assert "draining 1 workers" in said
+    drains(cluster)
+
+
+def generates(cluster: Cluster) -> None:
+    """The hook of `helm test`: a token comes out of the Service's gRPC port."""
+    host = cluster.free[-1]
+    pod = Pod(cluster.specs["test"], host, cluster.site, 0)
+    try:
+        pod.start(START_S)
+        (container,) = pod.containers.values()
+        assert container.wait(60) == 0, container.log.read_text()
+        assert container.log.read_text().strip()
+    finally:
+        pod.kill()
+
+
+def drains(cluster: Cluster) -> None:
+    """An answer that is being written when the router's pod is ended is written to its end."""
+    with cluster.ask(400, stream=True, ignore_eos=True) as answer:
+        first = answer.readline()
+        assert first.startswith(b"data: ")
+        ending = threading.Thread(target=cluster.running.pop("router").end)
+        ending.start()
+        rest = answer.read().decode()
+        ending.join(120)
+    assert rest.rstrip().endswith("data: [DONE]")
+    assert rest.count("data: {") >= 100
+    assert not ending.is_alive()
