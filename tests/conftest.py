@@ -16,11 +16,10 @@ CLUSTERS = ("cluster", "e2e")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs beside what, with `-n`: a file stays whole, since its fixtures are servers; those that start clusters of processes, and
-    look what is left of them in the machine's shared memory, one after another."""
+    """What runs beside what, with `-n`: a file stays whole, since its fixtures are servers; so does a room whose every test starts many."""
     for item in items:
         room = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group("clusters" if room in CLUSTERS else f"{room}/{item.path.name}"))
+        item.add_marker(pytest.mark.xdist_group(room if room in CLUSTERS else f"{room}/{item.path.name}"))
 
 
 @pytest.fixture(autouse=True, scope="session")
