@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kv_rig import TRANSPORTS, Way, faked
+from kv_rig import GLOO, ON_GPU, SHM, Way, faked
 from test_contract import SPREADS, interleaved, layouts
 
 PEER = Path(__file__).with_name("reducing_peer.py")
@@ -47,7 +47,14 @@ def all_reduces(directory: Path, device: torch.device) -> Iterator[list[int]]:
             rank.wait()
 
 
-@pytest.mark.parametrize("way", TRANSPORTS)
+WAYS = [
+    pytest.param(SHM, id=str(SHM)),
+    pytest.param(GLOO, marks=pytest.mark.nightly, id=str(GLOO)),  # two more processes that import torch
+    *ON_GPU,
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_transfers_and_all_reduces_on_one_device(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = layouts(SPREADS["tp2 to tp1"])
     with faked(way, monkeypatch), all_reduces(tmp_path, way.device) as rounds:
