@@ -12,7 +12,7 @@ from diptych.cluster.posts import Programs
 from diptych.cluster.restarts import RestartBudget
 from diptych.cluster.up import Up
 from diptych.core.config import load_config
-from diptych.core.errors import DiptychError
+from diptych.core.errors import ConfigError, DiptychError
 from diptych.core.fleet import Fleet
 
 HERE = Path(__file__).parent
@@ -44,8 +44,14 @@ async def drain(address: str, within_s: float) -> int:
     return 0
 
 
+def ordered(what: str) -> bool:
+    return Path(os.environ["FAKES"], what).exists()
+
+
 async def no_links(state: object, config: object) -> None:
-    """The fakes hand nothing over."""
+    """The fakes hand nothing over; as if it could not be, if so ordered."""
+    if ordered("no-kv-moves"):
+        raise ConfigError("transfer.transports: prefill-0 → decode-0: No KV moves.", field="transfer.transports")
 
 
 def note(name: str, line: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_harness import write_card
+from cluster_harness import Start, write_card
 from diptych.cluster import state
 from diptych.cluster.doctor import examining, gpus, host, probing
 from diptych.cluster.doctor.examining import judge_fleet
@@ -337,6 +337,14 @@ def test_the_command_says_what_is_wrong_and_fails(tmp_path: Path) -> None:
     assert "1 of 1 checks found something wrong." in plain.stdout
     told = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert json.loads(told.stdout)[0]["field"] == "router.htp_port"
+
+
+def test_up_ends_if_no_kv_moves_between_its_workers(start: Start, orders: Path) -> None:
+    (orders / "no-kv-moves").touch()
+    with start() as cluster:
+        assert cluster.wait() == 2
+    assert "prefill-0 → decode-0: No KV moves." in cluster.output
+    assert "Ctrl-C ends it." not in cluster.output, "it never said that it serves"
 
 
 # A running cluster.
