@@ -25,7 +25,6 @@ PUBLISHED = Policies(
     prefill_running=128,  # context_max_batch_size
     decode_running=1024,  # decoding_max_batch_size
     decode_chunk_tokens=2048,  # what was preempted is computed again at once: DistServe swaps it in at once
-    watermark=0.0,  # its decode engine keeps nothing for growth
     ungranted=1.0,  # its bridge queue may fill the prefill engine's blocks: there is one decode engine
     ahead=0,  # it makes a batch when its engine is free
     local_prefill=LocalPrefill.NEVER,
@@ -67,7 +66,11 @@ def profile_of(name: str = "opt-13b-a100") -> Profile:
 def replay(
     profile: Profile, rows: Sequence[Row], prefill: tuple[int, int] = (2, 1), decode: tuple[int, int] = (1, 1)
 ) -> tuple[list[Row], World]:
-    """The same requests at the same times on one prefill and one decode worker of (tp, pp)."""
+    """The same requests at the same times on one prefill and one decode worker of (tp, pp).
+
+    One policy of theirs we lack: when memory is short they swap a request out and in, we compute it again, beside the others' steps.
+    `Comparison.preemptions` says how often, and so which runs that spoils: in a saturated one each slows everybody by some 0.1 s.
+    """
     hardware = [
         hardware_of(profile, phase, tp, pp, profile.kv_tokens(tp, pp), phase.value)
         for phase, (tp, pp) in ((Phase.PREFILL, prefill), (Phase.DECODE, decode))
