@@ -9,6 +9,7 @@ from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
 from ..core.layout import DType
 from ..core.model import ModelCard
+from ..core.transfer import transports_for
 from .memory import available_bytes, kv_bytes, process_bytes
 from .spec import Worker
 
@@ -47,6 +48,12 @@ def _check_port(host: str, port: int, key: str) -> None:
                 + (f"End what uses it, or choose another with {flag} (0 takes a free one)." if port else "Choose another --host."),
                 field=f"router.{key}",
             ) from None
+
+
+def check_transports(config: ClusterConfig, *, on_gpu: bool) -> None:
+    """`ConfigError` if `transfer.transports` names one that KV on GPUs, or in host memory, cannot move by."""
+    if "transports" in config.transfer.model_fields_set:
+        transports_for(config.transfer.transports, on_gpu=on_gpu)
 
 
 def check_ray(config: ClusterConfig) -> None:
