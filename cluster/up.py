@@ -97,6 +97,7 @@ class Up:
         self._gpus = chosen(self.config.device, visible_gpus(), torch_cuda())
         preflight.check_ports(self.config)
         preflight.check_ray(self.config)
+        preflight.check_transports(self.config, on_gpu=bool(self._gpus) or self.config.device == "cuda")
         for said in before_up(self.config):
             terminal.warn(said)
         try:
