@@ -20,7 +20,7 @@ from diptych.worker.timeline import read_stamps
 
 START_S = 180.0
 """For a machine that does other things too; alone a rank starts in 3."""
-ENDS_S = 30.0
+ENDS_S = 60.0
 
 
 @dataclass
