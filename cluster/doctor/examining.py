@@ -12,8 +12,11 @@ from ...core.config import ClusterConfig
 from ...core.errors import ConfigError, DiptychError
 from ...core.fleet import Fleet, LocalPrefill, WorkerReport
 from ...core.model import ModelCard, read_card
+from ...core.transfer import Transport, transports_for
 from ...rpc.router import RouterClient
 from .. import preflight, state
+from ..allotment import allot
+from ..devices import chosen, torch_cuda, visible_gpus
 from ..models import find_model
 from ..posts import workers
 from . import gpus, host, probing
@@ -31,11 +34,20 @@ def hands_over(config: ClusterConfig) -> bool:
     return config.prefill.all_workers > 0 and config.router.local_prefill is not LocalPrefill.ALWAYS
 
 
+def transports(config: ClusterConfig) -> tuple[Transport, ...]:
+    """Those that the workers may use, the best first. `ConfigError` if they are not for what the workers compute on."""
+    on_gpu = config.device == "cuda" if config.ray.joined else bool(chosen(config.device, visible_gpus(), torch_cuda()))
+    return transports_for(config.transfer.transports if "transports" in config.transfer.model_fields_set else (), on_gpu=on_gpu)
+
+
 def before_up(config: ClusterConfig) -> list[str]:
     """What `up` has to say of this host; `ConfigError` for what it refuses."""
     smi = probing.ask_smi()
     facts = probing.look(ray=config.ray.enabled, gpus=_count(smi))
-    found = [*_host(config, facts), *gpus.judge_nccl(_nccl(facts), wanted="nccl" in config.transfer.transports)]
+    wanted = transports(config)
+    if config.ray.joined and config.device == "cuda":
+        wanted = ()  # the GPUs are those of the nodes, not of this host
+    found = [*_host(config, facts, wanted), *gpus.judge_nccl(_nccl(facts), wanted=Transport.NCCL in wanted)]
     for finding in found:
         if finding.state is State.WRONG and finding.check in UP_REFUSES:
             raise ConfigError(f"{_of(finding)}{finding.said} {finding.mend}", field=finding.field)
@@ -50,32 +62,38 @@ def examine(config: ClusterConfig, running: state.ClusterState | None) -> Iterat
     """Every check, one after another; those of ports and memory only where the cluster does not run yet."""
     smi = probing.ask_smi()
     facts = probing.look(ray=config.ray.enabled, gpus=_count(smi))
-    yield from _host(config, facts)
+    try:
+        wanted = transports(config)
+    except ConfigError as error:
+        yield wrong("transports", error.message, "", error.field)
+        wanted = ()
+    yield from _host(config, facts, wanted)
     yield host.judge_files(facts)
     yield host.judge_disk(facts)
     yield host.judge_clock(facts)
     yield from gpus.judge_gpus(smi.query, smi.failure)
     if facts.gpus:
-        from ..devices import torch_cuda
-
         yield from gpus.judge_driver(smi.head, torch_cuda())
-    yield from gpus.judge_nccl(_nccl(facts), wanted="nccl" in config.transfer.transports)
+    yield from gpus.judge_nccl(_nccl(facts), wanted=Transport.NCCL in wanted)
     found: list[ModelCard] = []
     yield _tried("model", partial(_model, config, found))
     yield _tried("Ray", partial(_ray, config, facts))
     if running is not None:
-        yield from examine_cluster(running, config)
+        yield from examine_cluster(running, config, wanted)
         return
     yield _tried("ports", partial(_ports, config))
+    said: list[str] = []
     if found:
-        yield _tried("memory", partial(_memory, config, found[0], sorted(os.sched_getaffinity(0))))
+        yield _tried("memory", partial(_memory, config, found[0], sorted(os.sched_getaffinity(0)), said))
+    yield from (note("settings", each, "") for each in said)
 
 
-def _host(config: ClusterConfig, facts: HostFacts) -> Iterator[Finding]:
+def _host(config: ClusterConfig, facts: HostFacts, wanted: tuple[Transport, ...]) -> Iterator[Finding]:
     yield host.judge_packages(facts)
     yield host.judge_compiler(facts)
     yield host.judge_shared_memory(facts, ray=config.ray.enabled and not config.ray.joined)
-    yield from host.judge_transports(config.transfer.transports, facts, hands_over=hands_over(config))
+    if wanted:
+        yield from host.judge_transports(wanted, facts, hands_over=hands_over(config))
     yield host.judge_address(facts, joined=config.ray.joined)
 
 
@@ -121,15 +139,17 @@ def _ports(config: ClusterConfig) -> Finding:
     return ok("ports", f"HTTP {config.router.http_port}, gRPC {config.router.grpc_port} on {config.router.host} are free")
 
 
-def _memory(config: ClusterConfig, card: ModelCard, cores: list[int]) -> Finding:
+def _memory(config: ClusterConfig, card: ModelCard, cores: list[int], said: list[str]) -> Finding:
+    """Adds to `said` what works, but not well."""
     planned = workers(config, card, Path(), cores)
+    planned = allot(config, card, planned, chosen(config.device, visible_gpus(), torch_cuda()))
     preflight.check_memory(config, card, planned)
-    said = preflight.warnings(config, card, planned, len(cores))
-    return note("memory", "It suffices. " + " ".join(said), "Fewer workers, or fewer threads each.") if said else ok("memory", "suffices")
+    said += preflight.warnings(config, card, planned, len(cores))
+    return ok("memory", f"suffices for {len(planned)} workers")
 
 
-def examine_cluster(running: state.ClusterState, config: ClusterConfig) -> Iterator[Finding]:
-    """What can be asked of a cluster of this host."""
+def examine_cluster(running: state.ClusterState, config: ClusterConfig, wanted: tuple[Transport, ...]) -> Iterator[Finding]:
+    """What can be asked of a cluster of this host. `wanted`: its transports, the best first."""
     if not running.alive:
         yield wrong("cluster", f"The supervisor of {running.name!r} (pid {running.pid}) is gone.", "`diptych down` cleans up after it.")
         return
@@ -146,7 +166,7 @@ def examine_cluster(running: state.ClusterState, config: ClusterConfig) -> Itera
         yield host.judge_skew("the router", *clocks)
     if hands_over(config):
         links = asyncio.run(try_links(fleet.members, running.internal_tls))
-        yield from (judge_link(link, config.transfer.transports) for link in links)
+        yield from (judge_link(link, wanted) for link in links)
 
 
 async def _describe(running: state.ClusterState) -> tuple[Fleet, tuple[WorkerReport, ...]]:
@@ -177,5 +197,5 @@ async def require_links(running: state.ClusterState, config: ClusterConfig) -> N
     if not hands_over(config):
         return
     for link in await _failing(running) and await _failing(running):
-        finding = judge_link(link, config.transfer.transports)
+        finding = judge_link(link, transports(config))
         raise ConfigError(f"{finding.field}: {link.name}: {finding.said} {finding.mend}", field=finding.field)

@@ -12,7 +12,7 @@ from ...core.errors import DiptychError
 from ...core.fleet import Member, Phase
 from ...core.request import Request, Tokens, new_attempt_id
 from ...core.sampling import SamplingParams
-from ...core.tls import TlsFiles
+from ...core.security import TlsFiles
 from ...core.transfer import Transport
 from ...rpc.worker import WorkerClient
 from .finding import Finding, note, ok, wrong

@@ -357,7 +357,7 @@ def running(**changes: Any) -> state.ClusterState:
 
 
 def test_a_supervisor_that_is_gone(tmp_path: Path) -> None:
-    assert only(examining.examine_cluster(running(), config(tmp_path))).state is State.WRONG
+    assert only(examining.examine_cluster(running(), config(tmp_path), BOTH)).state is State.WRONG
 
 
 def test_a_worker_nobody_hears() -> None:
