@@ -15,11 +15,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from charts import ROOT as REPOSITORY
 from cluster_harness import wait_for
 from hosts import Host
 from kuberay import PodSpec
@@ -71,6 +72,8 @@ class Container:
         (self.directory / "hosts").write_text("".join(f"{address} {name}\n" for name, address in names.items()))
         above = [f'"$1/root{directory}"' for directory in Path(sys.executable).resolve().parents]
         lines = [ROOT, f"chmod o+x {' '.join(above)}"]  # the interpreter may be in a directory of root's
+        for directory in (REPOSITORY, Path(sys.prefix)):  # which may be on disks of their own
+            lines += [f'mkdir -p "$1/root{directory}"', f'mount --bind {directory} "$1/root{directory}"']
         for mount in self.spec["volumeMounts"]:
             source, target = self.pod.volume(mount["name"]), f'"$1/root{mount["mountPath"]}"'
             lines += [f"mkdir -p {target}", f"mount --bind {source} {target}"]
@@ -200,9 +203,21 @@ class Pod:
             if not container.runs:
                 container.start()
 
-    @property
-    def ready(self) -> bool:
-        return bool(self.containers) and all(each.runs and each.passes("readinessProbe") for each in self.containers.values())
+    def ready(self, names: Iterable[str] = ()) -> bool:
+        """Whether these containers are, by default all."""
+        return all(self.containers[name].runs and self.containers[name].passes("readinessProbe") for name in names or self.containers)
+
+    def until_ready(self, names: Iterable[str], within_s: float) -> None:
+        """Tend the pod meanwhile; fails with its logs."""
+
+        def is_ready() -> bool:
+            self.tend()
+            return self.ready(names)
+
+        try:
+            wait_for(f"{self.spec.name} is ready", slowly(is_ready), within_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.logs()}") from None
 
     def end(self) -> list[str]:
         """As the API server ends a pod: preStop of each container, SIGTERM, and what is left is killed."""
@@ -233,20 +248,6 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def until_ready(pods: list[Pod], within_s: float) -> None:
-    """Tend pods until all are ready; else their logs."""
-
-    def all_ready() -> bool:
-        for pod in pods:
-            pod.tend()
-        return all(pod.ready for pod in pods)
-
-    try:
-        wait_for("pods that are ready", slowly(all_ready), within_s)
-    except AssertionError as error:
-        raise AssertionError(f"{error}\n{''.join(pod.logs() for pod in pods)}") from None
-
-
 def slowly(condition: Callable[[], bool], every_s: float = 1.0) -> Callable[[], bool]:
     """Asked at most so often, as a kubelet probes."""
     last = [-every_s]
@@ -266,7 +267,7 @@ def matches(pod: Pod, selector: Mapping[str, str]) -> bool:
 
 def endpoint(service: dict[str, Any], pods: list[Pod], port: str) -> str:
     """host:port behind a Service's port: that of a pod it selects which is ready."""
-    ready = [pod for pod in pods if matches(pod, service["spec"]["selector"]) and pod.ready]
+    ready = [pod for pod in pods if matches(pod, service["spec"]["selector"]) and pod.ready()]
     assert ready, f"no pod behind {json.dumps(service['spec']['selector'])}"
     target = next(each["targetPort"] for each in service["spec"]["ports"] if each["name"] == port)
     numbers = [each.port(target) for each in ready[0].containers.values() if any(p["name"] == target for p in each.spec.get("ports", []))]

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from charts import CHART, NAMESPACE, Helm, Manifest, one
+from cluster_harness import wait_for
 from hosts import Host, hosts, missing
-from kubelet import Pod, Site, endpoint, until_ready
+from kubelet import Pod, Site, endpoint, slowly
 from kuberay import PodSpec, head_service, pods
 
 START_S = 600.0
@@ -31,30 +32,29 @@ pytestmark = [pytest.mark.root, pytest.mark.nightly, pytest.mark.skipif(missing(
 
 @dataclass
 class Cluster:
-    """What KubeRay and the kubelets hold: a running pod for each spec, each on a host of its own."""
+    """What KubeRay and the kubelets hold: a running pod for each spec, each on a host of its own (`homes`, by group)."""
 
     site: Site
     specs: dict[str, PodSpec]
     service: Manifest
-    free: list[Host]
+    homes: dict[str, Host]
     running: dict[str, Pod] = field(default_factory=dict)
     started: int = 0
 
     def start(self, group: str) -> Pod:
         self.started += 1
-        pod = Pod(self.specs[group], self.free.pop(0), self.site, self.started)
+        pod = Pod(self.specs[group], self.homes[group], self.site, self.started)
         self.running[group] = pod
         pod.start(START_S)
         return pod
 
     def until_ready(self) -> None:
-        until_ready(list(self.running.values()), START_S)
+        for pod in self.running.values():
+            pod.until_ready(pod.containers, START_S)
 
-    def lose(self, group: str) -> Host:
-        """A pod is killed; its host."""
-        pod = self.running.pop(group)
-        pod.kill()
-        return pod.host
+    def lose(self, group: str) -> None:
+        """A pod is killed."""
+        self.running.pop(group).kill()
 
     def url(self, path: str) -> str:
         return f"http://{endpoint(self.service, list(self.running.values()), 'http')}{path}"
@@ -90,9 +90,10 @@ def cluster(helm: Helm, tiny_llama_source: Path, tmp_path: Path) -> Iterator[Clu
     specs["test"] = PodSpec(test["metadata"]["name"], "test", test["metadata"]["labels"], test["spec"])
     service, config = one(manifests, "Service"), one(manifests, "ConfigMap")
     claim = tmp_path / "models"
-    with hosts("head", "router", "prefill", "decode", "spare") as (_, *made), ExitStack() as stack:
-        fqdn = head_service(ray, NAMESPACE)
-        names = {fqdn: made[0].address, fqdn.removesuffix(".cluster.local"): made[0].address, service["metadata"]["name"]: made[1].address}
+    with hosts("head", "router", "prefill", "decode", "test") as (_, *made), ExitStack() as stack:
+        homes = {host.name: host for host in made}
+        fqdn, head = head_service(ray, NAMESPACE), homes["head"].address
+        names = {fqdn: head, fqdn.removesuffix(".cluster.local"): head, service["metadata"]["name"]: homes["router"].address}
         site = Site(
             tmp_path,
             names,
@@ -100,15 +101,16 @@ def cluster(helm: Helm, tiny_llama_source: Path, tmp_path: Path) -> Iterator[Clu
             config_maps={config["metadata"]["name"]: config["data"]},
             claims={"models": readable(tiny_llama_source, claim)},
         )
-        found = Cluster(site, specs, service, list(made))
+        found = Cluster(site, specs, service, homes)
         stack.callback(found.close)
         yield found
 
 
 @pytest.mark.timeout(1800)
 def test_the_rendered_pods_serve_drain_and_come_back(cluster: Cluster) -> None:
-    for group in ("head", "router", "prefill", "decode"):
-        cluster.start(group)
+    for group in ("head", "prefill", "decode", "router"):
+        pod = cluster.start(group)
+        pod.until_ready(["ray"], START_S)  # one after another: Ray gives up a node whose agent has not come up within 15 s
     cluster.until_ready()
     expected = cluster.text()
     assert expected
@@ -117,15 +119,16 @@ def test_the_rendered_pods_serve_drain_and_come_back(cluster: Cluster) -> None:
     assert any('transport="gloo"' in line and not line.endswith(" 0.0") for line in moved), moved
     generates(cluster)
 
-    spare = cluster.lose("decode")
+    cluster.lose("decode")
     router = cluster.running["router"].containers["diptych"]
-    assert router.runs
-    cluster.start("decode")  # as KubeRay does, on another host
-    cluster.free.append(spare)
+    wait_for("readiness to go", slowly(lambda: not router.passes("readinessProbe")), START_S)
+    assert router.passes("livenessProbe"), "alive, not ready"
+    cluster.homes["decode"] = cluster.homes["test"]
+    cluster.start("decode")  # as KubeRay does, elsewhere
     cluster.until_ready()
     assert cluster.text() == expected
 
-    cluster.free.insert(0, cluster.lose("router"))
+    cluster.lose("router")
     cluster.start("router")
     cluster.until_ready()
     assert cluster.text() == expected
@@ -137,8 +140,7 @@ def test_the_rendered_pods_serve_drain_and_come_back(cluster: Cluster) -> None:
 
 def generates(cluster: Cluster) -> None:
     """The hook of `helm test`: a token comes out of the Service's gRPC port."""
-    host = cluster.free[-1]
-    pod = Pod(cluster.specs["test"], host, cluster.site, 0)
+    pod = Pod(cluster.specs["test"], cluster.homes["test"], cluster.site, 0)
     try:
         pod.start(START_S)
         (container,) = pod.containers.values()
