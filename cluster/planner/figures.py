@@ -34,7 +34,7 @@ class Histogram:
         for number in sorted(self._bins):
             seen += self._bins[number]
             if seen >= wanted:
-                return min(self.most, _SMALLEST * STEP ** (number + 0.5))
+                return min(self.most, _SMALLEST * math.pow(STEP, number + 0.5))
         return 0.0
 
     def as_json(self) -> dict[str, float] | None:

@@ -20,7 +20,7 @@ def policies_for(profile: Profile, tp: int, sample: Sample) -> Policies:
     saturating = (prefill.constant + known.times.step) / CONSTANT_SHARE / prefill.token if prefill.token else 512
     chunk = max(512, min(8192, int(saturating) // 16 * 16))
     most = max(known.kv_tokens.values(), default=profile.kv_tokens(known.tp, 1))
-    rows = int(1.2 * most / max(1.0, sample.mean("prompt_tokens")))
+    rows = int(1.2 * most / max(1.0, sample.prompt_tokens))
     return Policies(chunk_tokens=chunk, prefill_running=max(32, min(1024, rows)), decode_running=max(32, min(1024, rows)))
 
 

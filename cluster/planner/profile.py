@@ -12,7 +12,6 @@ from ...core.errors import ConfigError
 from ...core.fleet import Phase
 from .latency import StepTimes
 
-VERSION = 1
 SHARE_OF_MEMORY = 0.9
 """Of a device's memory, for weights and KV, where a profile does not say how many tokens fit."""
 
@@ -82,7 +81,7 @@ class Overheads(_Part):
 class Profile(_Part):
     """Times, memory and links of one model on one kind of device."""
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     source: str = Field(description="Where the numbers are from.")
     estimate: bool = Field(False, description="Nobody measured them.")
     model: Model

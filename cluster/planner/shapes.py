@@ -84,8 +84,15 @@ class Sample:
 
     arrivals: tuple[Arrival, ...]
 
-    def mean(self, of: str) -> float:
-        return sum(getattr(arrival, of) for arrival in self.arrivals) / len(self.arrivals)
+    @property
+    def prompt_tokens(self) -> float:
+        """Of a request, on average."""
+        return sum(arrival.prompt_tokens for arrival in self.arrivals) / len(self.arrivals)
+
+    @property
+    def output_tokens(self) -> float:
+        """Of a request, on average."""
+        return sum(arrival.output_tokens for arrival in self.arrivals) / len(self.arrivals)
 
     @property
     def longest(self) -> int:
@@ -125,7 +132,7 @@ def idle_seconds(profile: Profile, phase: Phase, shape: Shape, sample: Sample, s
 def most_prompts(profile: Profile, shape: Shape, sample: Sample, policies: Policies) -> float:
     """Requests per second above which a prefill worker's queue grows without end, whatever it batches."""
     times = _times(profile, shape)
-    tokens = sample.mean("prompt_tokens")
+    tokens = sample.prompt_tokens
     pairs = sum(arrival.prompt_tokens**2 for arrival in sample.arrivals) / len(sample.arrivals)
     constant = (times.prefill.constant + times.step) * min(1.0, tokens / policies.chunk_tokens)
     return shape.pp / (constant + times.prefill.token * tokens + times.prefill.pair * pairs)
@@ -134,7 +141,7 @@ def most_prompts(profile: Profile, shape: Shape, sample: Sample, policies: Polic
 def most_answers(profile: Profile, shape: Shape, sample: Sample, slo: Slo, policies: Policies) -> float:
     """Requests per second of a decode worker with the largest batch that its memory and the TPOT limit allow."""
     times = _times(profile, shape)
-    output, prompt = sample.mean("output_tokens"), sample.mean("prompt_tokens")
+    output, prompt = sample.output_tokens, sample.prompt_tokens
     context = prompt + output / 2
     most = max(1, min(policies.decode_running, int(profile.kv_tokens(shape.tp, shape.pp) / context)))
 
