@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ..core.errors import ConfigError
-from ..core.tls import INTERNAL_NAME, TlsFiles
+from ..core.security import INTERNAL_NAME, TlsFiles
 
 EARLIER = timedelta(hours=1)
 """How long before now a certificate begins: clocks of hosts differ."""

@@ -11,7 +11,7 @@ from ..core.config import ClusterConfig, WorkerGroup, load_config
 from ..core.errors import ConfigError, Unavailable
 from ..core.fleet import Phase
 from ..core.model import ModelCard
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from . import preflight
 from .allotment import allot
 from .control import Numbers, Tell

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
-from ..core.security import Internal
-from ..core.tls import INTERNAL_NAME, TlsFiles, read_pems
+from ..core.security import INTERNAL_NAME, Internal, TlsFiles
+from ..core.tls import read_pems
 from .identities import is_mutual
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from ..core.config import ClusterConfig
-from ..core.security import Internal
-from ..core.tls import INTERNAL_NAME, TlsFiles, read_pems
+from ..core.security import INTERNAL_NAME, Internal, TlsFiles
+from ..core.tls import read_pems
 
 VARIABLE = "DIPTYCH_INTERNAL_TLS"
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from ..core.config import ClusterConfig
 from ..core.fleet import Phase
 from ..core.model import ModelCard
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
+from .allotment import gpus_of
 from .cores import Share, share_cores, shares_for_newcomer
 from .launch import Launch
 from .layouts import Layouts, layouts, pairs_of, section_of
@@ -158,6 +159,7 @@ def launch_on_nodes(worker: Worker, config: ClusterConfig, card: ModelCard, sour
             rank=spec.rank,
             threads=config.section(worker.phase).all_groups[worker.group].threads,
             memory=kv_bytes(card, spec) + process_bytes(card, spec),
+            gpus=gpus_of(spec, len(worker.ranks)),
         )
         for spec in worker.ranks
     )

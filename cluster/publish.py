@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.fleet import Fleet
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from ..rpc.router import RouterClient
 from ..rpc.worker import WorkerClient
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..core.config import Placing
 from ..core.errors import ConfigError, DiptychError, Unavailable
 from ..core.fleet import Phase
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from . import processes
 from .launch import Launch, PlainLauncher, PlainProcess, Running, parse_line
 from .logs import LogFormat
@@ -80,7 +80,7 @@ class RayLauncher:
         *,
         address: str | None,
         cores: int,
-        wanted: Sequence[tuple[Phase, Sequence[tuple[int | None, int]]]],
+        wanted: Sequence[tuple[Phase, Sequence[tuple[int | None, int, float]]]],
         placing: Placing,
         wait_s: float,
         log: Path,
@@ -89,8 +89,8 @@ class RayLauncher:
         observer: Observer,
         internal_tls: TlsFiles | None = None,
     ) -> None:
-        """`cores`: for a local Ray. For one that is joined: `wanted`, the phase of each worker of the start with threads and memory of each
-        of its ranks; `wait_s`, how long a worker waits for a node; `internal_tls`, to be sent to the nodes."""
+        """`cores`: for a local Ray. For one that is joined: `wanted`, the phase of each worker of the start with threads, memory and GPUs
+        of each of its ranks; `wait_s`, how long a worker waits for a node; `internal_tls`, to be sent to the nodes."""
         self._observer = observer
         self._log = log
         self._count = 0
@@ -128,7 +128,7 @@ class RayLauncher:
             log=str(launch.log),
             rank=launch.rank,
             leader=leader.number if isinstance(leader, RayProcess) else process.number,
-            ranks=[(rank.threads, rank.memory) for rank in launch.ranks],
+            ranks=[(rank.threads, rank.memory, rank.gpus) for rank in launch.ranks],
         )
         try:
             await process.placed.wait()  # or refused: the driver looks for a node for `wait_s`

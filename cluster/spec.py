@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..core.config import LimitsSection, Placing
 from ..core.errors import ConfigError
 from ..core.fleet import LocalPrefill, Phase
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from ..core.transfer import Transport
 from .logs import LogFormat
 
@@ -113,8 +113,8 @@ class RaySpec(_Spec):
     address: str | None = Field(None, description="A Ray cluster to join; by default a local one is started.")
     directory: Path = Field(description="For the session files and sockets of a local one.")
     cores: int = Field(ge=1, description="CPUs a local one has to give.")
-    wanted: tuple[tuple[Phase, tuple[tuple[int | None, int], ...]], ...] = Field(
-        min_length=1, description="Of each worker of the start its phase, and threads (None: what there is) and bytes of each rank."
+    wanted: tuple[tuple[Phase, tuple[tuple[int | None, int, float], ...]], ...] = Field(
+        min_length=1, description="Of each worker of the start its phase, and threads (None: what there is), bytes and GPUs of each rank."
     )
     placing: Placing = Field(Placing.PACK, description="Which node of a joined one a worker goes to.")
     wait_s: float = Field(60.0, gt=0, description="How long a worker waits for a node of a joined one with room for it.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import ConfigError, Unavailable
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from . import processes
 
 FILE = "cluster.json"

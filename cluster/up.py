@@ -23,7 +23,7 @@ from ..core.errors import ConfigError, DiptychError
 from ..core.generate import Generate
 from ..core.model import ModelCard, read_card
 from ..core.sampling import SamplingParams
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from ..rpc.inference import InferenceClient
 from . import exposure, preflight, processes, state
 from .allotment import allot
@@ -94,7 +94,7 @@ class Up:
         stop, kill = asyncio.Event(), asyncio.Event()
         _on_signals(stop, kill, terminal)
         exposure.check(self.config)
-        self._gpus = chosen(self.config.device, visible_gpus(), torch_cuda())
+        self._gpus = () if self.config.ray.joined else chosen(self.config.device, visible_gpus(), torch_cuda())
         preflight.check_ports(self.config)
         preflight.check_ray(self.config)
         preflight.check_transports(self.config, on_gpu=bool(self._gpus) or self.config.device == "cuda")
@@ -155,7 +155,9 @@ class Up:
             plain,
             address=self.config.ray.address,
             cores=len(self.cores),
-            wanted=[(launch.phase, [(rank.threads, rank.memory) for rank in launch.ranks]) for launch in launches if launch.phase],
+            wanted=[
+                (launch.phase, [(rank.threads, rank.memory, rank.gpus) for rank in launch.ranks]) for launch in launches if launch.phase
+            ],
             placing=self.config.ray.placement,
             wait_s=self.config.ray.wait_s,
             log=launches[0].log.with_name("ray.log"),

@@ -1,10 +1,29 @@
-"""The config's section on who may come in, and what is encrypted."""
+"""Who may come in, and what is encrypted: the config's section, and the files of a certificate."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+INTERNAL_NAME = "diptych.internal"
+"""The name in the certificates of a cluster's processes. It is one for all: a process may be on any host, and being of the cluster is
+what counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """Paths of PEM files. `ca`: the authority of who may come in (a cluster's own); None on a public face, which takes everybody."""
+
+    cert: Path
+    key: Path
+    ca: Path | None = None
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        return (self.cert, self.key) if self.ca is None else (self.cert, self.key, self.ca)
 
 
 class _Section(BaseModel):

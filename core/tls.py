@@ -10,25 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ConfigError
+from .security import TlsFiles
 
 log = logging.getLogger(__name__)
-
-INTERNAL_NAME = "diptych.internal"
-"""The name in the certificates of a cluster's processes. It is one for all: a process may be on any host, and being of the cluster is
-what counts."""
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """Paths of PEM files. `ca`: the authority of who may come in (a cluster's own); None on a public face, which takes everybody."""
-
-    cert: Path
-    key: Path
-    ca: Path | None = None
-
-    @property
-    def all(self) -> tuple[Path, ...]:
-        return (self.cert, self.key) if self.ca is None else (self.cert, self.key, self.ca)
 
 
 @dataclass(frozen=True, slots=True)

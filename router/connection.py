@@ -11,7 +11,6 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-
 LINGER_BYTES = 16 << 20
 """Of a body that was refused so much is read and dropped, so that a client which reads only when it has sent all still gets its answer, and
 keeps its connection."""

@@ -9,7 +9,7 @@ from functools import partial
 from ..core.commands import Command
 from ..core.fleet import Fleet, Member, WorkerReport
 from ..core.metrics import Recorder
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from .link import SILENCE_S, Link, Listener
 from .placement import Snapshot
 

@@ -12,7 +12,7 @@ from ..core.commands import ChoiceFinished, Command, Decode, Event, Failed, Fini
 from ..core.errors import DiptychError
 from ..core.fleet import Measure, Member, WorkerReport
 from ..core.metrics import METRICS, Recorder
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from ..rpc.worker import WorkerClient, WorkerStream
 from .placement import Candidate
 

@@ -18,7 +18,8 @@ from ..core.config import LimitsSection
 from ..core.errors import ConfigError
 from ..core.metrics import Recorder
 from ..core.model import read_card
-from ..core.tls import TlsFiles, reloading_context
+from ..core.security import TlsFiles
+from ..core.tls import reloading_context
 from ..rpc.server import Server as RpcServer
 from ..rpc.server import serve
 from .connection import limited_protocol

@@ -12,7 +12,7 @@ import grpc.aio
 from google.protobuf.descriptor import MethodDescriptor
 
 from ..core.errors import Cancelled, ConfigError, Unavailable
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from .credentials import INTERNAL_OPTIONS, internal_credentials
 from .errors import from_grpc
 

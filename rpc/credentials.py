@@ -10,7 +10,8 @@ import grpc
 
 from ..core.access import Access
 from ..core.errors import ConfigError
-from ..core.tls import INTERNAL_NAME, Pems, TlsFiles, Watched
+from ..core.security import INTERNAL_NAME, TlsFiles
+from ..core.tls import Pems, Watched
 
 INTERNAL_OPTIONS = [("grpc.ssl_target_name_override", INTERNAL_NAME), ("grpc.default_authority", INTERNAL_NAME)]
 """For a channel to a process of the cluster, which is known by this name wherever it is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from ..core.errors import Unavailable
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from ..core.transfer import LaneMessage
 from ..proto.worker_pb2 import DESCRIPTOR
 from .channels import ClientCall, open_internal_channel

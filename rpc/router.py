@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from ..core.fleet import Fleet, WorkerReport
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from ..proto.worker_pb2 import DESCRIPTOR, DescribeFleetRequest, PublishFleetResponse
 from .channels import ANSWER_S, call_unary, open_internal_channel
 from .codec_fields import parse

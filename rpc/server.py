@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from ..core.errors import ConfigError
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from .channels import INTERNAL_MESSAGE_BYTES, join_address, public_options, server_options, split_address
 from .credentials import server_credentials
 from .handlers import Active, TenantOf, inference_handlers, router_handlers, worker_handlers

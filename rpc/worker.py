@@ -10,7 +10,7 @@ from typing import Protocol, Self
 
 from ..core.commands import Command, StepEvents
 from ..core.fleet import WorkerReport
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from ..proto.worker_pb2 import DESCRIPTOR, DrainRequest, DrainResponse, WatchRequest
 from .channels import ANSWER_S, ClientCall, call_stream, call_unary, open_internal_channel
 from .codec_commands import decode_command, decode_step_events, encode_command, encode_step_events

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from ..core.errors import ConfigError, DiptychError, Unavailable
 from ..core.layout import Layout
 from ..core.plain_json import from_json, to_json
-from ..core.tls import TlsFiles
+from ..core.security import TlsFiles
 from ..rpc.channels import join_address, split_address
 from .channel import Connection, Kind, hear, say
 from .secure import accepted, connected

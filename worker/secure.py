@@ -10,7 +10,8 @@ import socket
 import ssl
 import threading
 
-from ..core.tls import INTERNAL_NAME, TlsFiles, client_context, server_context
+from ..core.security import INTERNAL_NAME, TlsFiles
+from ..core.tls import client_context, server_context
 from .channel import Connection
 
 READ_BYTES = 1 << 16
@@ -66,15 +67,19 @@ class SecureConnection:
 
     def recv(self, count: int) -> bytes:
         """What has come, `count` bytes at most; b"" at the end of the stream."""
-        while True:
-            with self._lock:
-                try:
-                    return self._tunnel.read(count)
-                except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                    return b""
-                except ssl.SSLWantReadError:
-                    pass
+        while (data := self._opened(count)) is None:
             self._fetch()
+        return data
+
+    def _opened(self, count: int) -> bytes | None:
+        """What has been decrypted; None if more must come first."""
+        with self._lock:
+            try:
+                return self._tunnel.read(count)
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return b""
+            except ssl.SSLWantReadError:
+                return None
 
     def sendall(self, data: bytes) -> None:
         with self._lock:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import grpc
-from diptych.core.tls import TlsFiles
+from diptych.core.security import TlsFiles
 
 LISTEN = "0A"
 ANSWERS_S = 2.0

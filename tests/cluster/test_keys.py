@@ -18,7 +18,8 @@ from diptych.cluster.cli import app
 from diptych.cluster.identities import from_environment, internal_files, to_environment
 from diptych.core.config import load_config
 from diptych.core.errors import ConfigError
-from diptych.core.tls import INTERNAL_NAME, client_context, read_pems, server_context
+from diptych.core.security import INTERNAL_NAME
+from diptych.core.tls import client_context, read_pems, server_context
 from diptych.router.keys import KeyRing
 from typer.testing import CliRunner
 

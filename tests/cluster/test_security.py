@@ -24,7 +24,7 @@ from diptych.cluster import processes
 from diptych.cluster.keys import new, revoke
 from diptych.core.api_keys import id_of
 from diptych.core.errors import DiptychError, Unauthenticated
-from diptych.core.tls import TlsFiles
+from diptych.core.security import TlsFiles
 from ports import HTTP2, Port, answers_plainly, gets_in, listening, ray_answers
 from real_harness import PROMPT, UP_S, diptych, ray_of_others, up
 

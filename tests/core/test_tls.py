@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from certificates import Issued
 from diptych.core.errors import ConfigError
-from diptych.core.tls import TlsFiles, Watched, client_context, reloading_context, server_context
+from diptych.core.security import TlsFiles
+from diptych.core.tls import Watched, client_context, reloading_context, server_context
 
 
 @pytest.fixture

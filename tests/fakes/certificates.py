@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diptych.cluster.certs import CA, Authority
-from diptych.core.tls import INTERNAL_NAME, TlsFiles
+from diptych.core.security import INTERNAL_NAME, TlsFiles
 
 A_QUARTER_OF_AN_HOUR_AGO = -0.01
 """In days."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, get_origin
 
 import typer.main
-from diptych.core.config import ClusterConfig
+from diptych.core.config import ClusterConfig, section_in
 from house_rules import ROOMS, ROOT
 from pydantic import BaseModel
 
@@ -121,10 +121,8 @@ def test_the_command_check_finds_what_is_wrong() -> None:
 
 
 def keys(section: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    return {
-        name: field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
-        for name, field in section.model_fields.items()
-    }
+    inner = {name: section_in(field.annotation) for name, field in section.model_fields.items()}
+    return {name: None if get_origin(section.model_fields[name].annotation) is tuple else found for name, found in inner.items()}
 
 
 def test_pages_name_config_keys_that_exist() -> None:

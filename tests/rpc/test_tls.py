@@ -14,7 +14,7 @@ from diptych.core.access import Access
 from diptych.core.errors import ConfigError, DiptychError, Unauthenticated, Unavailable
 from diptych.core.fleet import Fleet
 from diptych.core.generate import Generate
-from diptych.core.tls import TlsFiles
+from diptych.core.security import TlsFiles
 from diptych.core.transfer import KeepAlive
 from diptych.rpc.inference import InferenceClient, SyncInferenceClient
 from diptych.rpc.lane import dial_lane

@@ -15,7 +15,7 @@ import pytest
 from certificates import Issued, strangers
 from diptych.core.errors import Unavailable
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
-from diptych.core.tls import TlsFiles
+from diptych.core.security import TlsFiles
 from diptych.worker.channel import Channel, Connection, Kind
 from diptych.worker.meeting import Hello, address_of, join, listen, meet
 from diptych.worker.secure import accepted, connected
