@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ async def moved(transport: Transport, passes: int) -> dict[str, Any]:
 
 async def join(here: Here, transport: Transport, store: Path) -> None:
     """Make the raw link."""
-    if transport is Transport.SHM:
+    if not transport.two_sided:
         await here.ask("map", here.pool.endpoint)
     else:
         here.tell("join", str(store))
@@ -71,7 +72,7 @@ async def join(here: Here, transport: Transport, store: Path) -> None:
 
 async def raw_pass(here: Here, transport: Transport, piece: int) -> float:
     """Seconds to move the whole pool over it."""
-    if transport is Transport.SHM:
+    if not transport.two_sided:
         return float(await here.ask("copy", piece))
     here.tell("receive", piece)
     await asyncio.to_thread(here.raw.send, piece)
@@ -104,14 +105,18 @@ def show(transport: Transport, found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diptych.benchmarks.links", description="How near does a KV transfer come to its link?")
     parser.add_argument("--passes", type=int, default=5, help="over the whole pool, of each piece size")
-    parser.add_argument("--transport", action="append", choices=[each.value for each in Transport], help="by default each of them")
+    parser.add_argument(
+        "--transport", action="append", choices=[each.value for each in Transport], help="by default each that this machine has"
+    )
     parser.add_argument("--output", type=int, default=256, help="output tokens of a request")
     parser.add_argument("--runs", type=int, default=5, help="requests of the demo model; 0: none")
     options = parser.parse_args()
     torch.set_num_threads(1)
     where = surroundings()
     print(describe(where))
-    chosen = [each for each in Transport if options.transport is None or each.value in options.transport]
+    able = [each for each in Transport if not each.on_gpu or torch.cuda.is_available()]
+    chosen = [each for each in able if options.transport is None or each.value in options.transport]
+    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")  # both processes are on one GPU
     layers = CacheGroup(CacheKind.FULL, tuple(range(18)), kv_heads=4, head_dim=64, dtype=DType.BFLOAT16)
     alone = machines_alone(Layout("model", (layers,), 16, (PROMPT // 16,)), PROMPT, 200)
     results: dict[str, Any] = {"machines_us": 1e6 * percentile(alone[20:], 0.5)}

@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 import torch
-from diptych.benchmarks.links.raw import RawLink
+from diptych.benchmarks.links.raw_gpu import raw_link
 from diptych.core.clock import MonotonicClock
 from diptych.core.errors import DiptychError
 from diptych.core.fleet import WorkerReport
@@ -24,7 +24,7 @@ from diptych.core.layout import Layout
 from diptych.core.request import Token
 from diptych.core.transfer import GroupGrant, Transport
 from diptych.kv_transfer.destination import Destination
-from diptych.kv_transfer.pool import Pool
+from diptych.kv_transfer.pool import CPU, Pool
 from diptych.kv_transfer.source import Source
 from diptych.rpc.lane import Lane
 from diptych.rpc.server import serve
@@ -35,6 +35,11 @@ HOST = "127.0.0.1"
 TOKENS = (Token(0, 42),)
 AT_ONCE = 8
 """Transfers under way at a time: enough that none waits for another's Ack, few enough that what is announced is soon copied."""
+
+
+def device_for(transport: Transport) -> torch.device:
+    """Where the pools are. Both processes share a GPU."""
+    return torch.device("cuda", 0) if transport.on_gpu else CPU
 
 
 def blocks_of(layout: Layout, seed: int, first: int, count: int) -> tuple[int, ...]:
@@ -84,12 +89,12 @@ def other_process(pipe: Connection, layout: Layout, transport: Transport) -> Non
 
 
 async def _answer(pipe: Connection, layout: Layout, transport: Transport) -> None:
-    pool, grants = Pool.allocate(layout), Grants(layout)
+    pool, grants = Pool.allocate(layout, device_for(transport)), Grants(layout)
     only: dict[str, Any] = {"transports": (transport,), "host": HOST}
     grants.destination = Destination("D", 2, pool, layout, MonotonicClock(), LEASE_S, LEASE_S, grants, **only)
     server = await serve(f"{HOST}:0", worker=grants)
     pipe.send(server.address)
-    raw = RawLink(pool, layout, 1)
+    raw = raw_link(pool, layout, 1)
     while (asked := await asyncio.to_thread(pipe.recv)) is not None:
         match asked:
             case ("expect", *names):
@@ -116,7 +121,7 @@ class Here:
 
     def __init__(self, layout: Layout, pool: Pool, pipe: Connection, address: str, transport: Transport) -> None:
         self._layout, self._pipe, self._address = layout, pipe, address
-        self.pool, self.raw = pool, RawLink(pool, layout, 0)
+        self.pool, self.raw = pool, raw_link(pool, layout, 0)
         only: dict[str, Any] = {"transports": (transport,), "host": HOST}
         self.source = Source("P", 1, pool, layout, MonotonicClock(), LEASE_S, self, **only)
         self._made = self._moved = 0
@@ -175,6 +180,7 @@ class Here:
 
     async def _hand_over(self, name: str, tables: tuple[tuple[int, ...], ...], tokens: int) -> None:
         for layer in sorted(layer for group in self._layout.groups for layer in group.layers):
+            self.pool.stored(layer)
             self.source.computed(name, (layer,), 0, tokens, tables)
             await asyncio.sleep(0)  # the loop turns, so that the next layer is a piece of its own
         self.source.commit(name, TOKENS)
@@ -185,6 +191,8 @@ class Here:
         ((name, tables),) = await self.granted_transfers(self._layout.block_size, 1)
         layers = tuple(layer for group in self._layout.groups for layer in group.layers)
         begun = time.perf_counter()
+        for layer in layers:
+            self.pool.stored(layer)
         self.source.computed(name, layers, 0, self._layout.block_size, tables)
         await asyncio.sleep(0)
         self.source.commit(name, TOKENS)
@@ -199,7 +207,7 @@ async def two_workers(layout: Layout, transport: Transport) -> AsyncIterator[Her
     child = multiprocessing.get_context("spawn").Process(target=other_process, args=(far, layout, transport), daemon=True)
     child.start()
     far.close()
-    pool = Pool.allocate(layout)
+    pool = Pool.allocate(layout, device_for(transport))
     try:
         here = Here(layout, pool, pipe, await asyncio.to_thread(pipe.recv), transport)
         yield here

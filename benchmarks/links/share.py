@@ -33,7 +33,10 @@ def share_of_requests(transport: Transport, *, prompt: int, output: int, runs: i
 
     with tempfile.TemporaryDirectory(prefix="diptych-benchmark-") as logs:
         sections: dict[str, Any] = {"log": {"level": "debug", "directory": logs}, "transfer": {"transports": [transport.value]}}
-        serve(settings(prefill=1, decode=1, model=None, dtype="bfloat16", **sections), one_by_one)
+        if transport.on_gpu:  # which both workers share
+            sections |= {phase: {"memory_fraction": 0.4} for phase in ("prefill", "decode")}
+        config = settings(prefill=1, decode=1, model=None, dtype="bfloat16", **sections)
+        serve(config | {"device": "cuda" if transport.on_gpu else "cpu"}, one_by_one)
         reached = sorted(stages(Path(logs)).values(), key=lambda attempt: attempt[Stage.PREFILL_QUEUED])
     if len(reached) != len(answers):
         raise RuntimeError(f"{len(answers)} requests made {len(reached)} attempts: something failed and was tried again")

@@ -28,7 +28,7 @@ from .one_sided import PeerFile
 
 
 class DevicePool:
-    """`one_sided.PeerPool`. `begin` and `close` are called on one thread."""
+    """`one_sided.PeerPool`. `whole` is all of it, as bytes on our device. `begin` and `close` are called on one thread."""
 
     def __init__(self, layout: Layout, file: PeerFile, device: torch.device) -> None:
         """`layout`: the pool's. `device`: ours. Raises `TransferFailed` if the memory cannot be reached from it."""
@@ -40,7 +40,7 @@ class DevicePool:
             self._stream = cuda_streams.new_stream(device)
             self._address = cuda_runtime.open_handle(memory)
         self._offsets, self._device = geometry.offsets, device
-        self._whole = tensor_at(self._address, geometry.size, device)
+        self.whole = tensor_at(self._address, geometry.size, device)
         self.file = file
 
     def begin(self, into: Pool, crossing: Crossing, copy: Copy) -> Callable[[], None]:
@@ -50,7 +50,7 @@ class DevicePool:
         with torch.cuda.stream(self._stream):
             for layer in span.layers:
                 self._events[layer].wait()
-            fits = copy_rows(self._whole, self._offsets, into, crossing, span, found)
+            fits = copy_rows(self.whole, self._offsets, into, crossing, span, found)
             done = cuda_streams.mark()
 
         def wait() -> None:
@@ -63,7 +63,7 @@ class DevicePool:
         with torch.cuda.device(self._device):
             self._stream.synchronize()
             self._events.clear()
-            del self._whole
+            del self.whole
             cuda_runtime.close_handle(self._address)
         self.file.close()
 

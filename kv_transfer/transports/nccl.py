@@ -19,8 +19,8 @@ from time import monotonic
 from typing import Protocol, TypeVar
 
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 
-from .rendezvous import ToldStore
 from .two_sided import SOURCE, Work
 
 CONNECT_S = 30.0
@@ -93,12 +93,12 @@ class NcclWire:
         self._using = Lock()
         """Held while the communicator is used: nobody may while it is aborted."""
 
-    def connect(self, store: ToldStore) -> None:
+    def connect(self, store: Store) -> None:
         """A byte crosses too: NCCL makes the connections of a pair when something is first sent."""
         source = self._end == SOURCE
         if source:
-            store.set(UNIQUE_ID, self._binding.unique_id())
-        self._communicator = self._binding.join(store.get(UNIQUE_ID), self._end)
+            store.set(UNIQUE_ID, self._binding.unique_id().hex())
+        self._communicator = self._binding.join(bytes.fromhex(store.get(UNIQUE_ID).decode()), self._end)
         self._settle()
         probe = self._communicator.probe()
         (self.send if source else self.receive)(probe).wait(timedelta(seconds=CONNECT_S))
