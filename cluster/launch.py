@@ -24,8 +24,8 @@ LINE_BYTES = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A process to start. `argv` is the whole command; `log` receives its stderr. What it needs of a node of a Ray cluster: that it is for
-    its `phase` (None: no worker's process), `threads` CPUs (None: what there is), `memory` bytes. A worker of many ranks is its leader,
-    rank 0, with the others as `followers`."""
+    its `phase` (None: no worker's process), `threads` CPUs (None: what there is), `memory` bytes, `gpus`. A worker of many ranks is its
+    leader, rank 0, with the others as `followers`."""
 
     name: str
     argv: tuple[str, ...]
@@ -33,6 +33,7 @@ class Launch:
     phase: Phase | None = None
     threads: int | None = None
     memory: int = 0
+    gpus: float = 0.0
     rank: int = 0
     followers: tuple[Launch, ...] = ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from ..kernels.native import native
 from ..kv_transfer.pool import Pool
 from ..worker.leader import STEP_S
 from .child import progress
+from .devices import VISIBLE
 from .identity import worker_layout
 from .pool_size import blocks_here, say_size, smallest
 from .spec import BLOCK_SIZE, RankSpec
@@ -80,10 +82,9 @@ def _device(spec: RankSpec) -> torch.device:
     if spec.device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
+        gpu = spec.gpu or os.environ.get(VISIBLE) or "of its own"
         why = "torch is a CPU build" if torch.version.cuda is None else "torch finds no GPU there"
-        raise ConfigError(
-            f"{spec.worker_id} is to compute on GPU {spec.gpu or 'of its own'}, but {why} ({torch.__version__}).", field="device"
-        )
+        raise ConfigError(f"{spec.worker_id} is to compute on GPU {gpu}, but {why} ({torch.__version__}).", field="device")
     return torch.device("cuda", 0)
 
 

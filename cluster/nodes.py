@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ..core.config import Placing
 from ..core.fleet import Phase
@@ -15,11 +16,25 @@ from ..core.fleet import Phase
 ROUTER_ROLE = "diptych-router"
 """Of the node that `diptych up`, and with it the router, runs on."""
 
-Need = tuple[int, int]
-"""What a rank takes of a node: threads, and memory in bytes."""
 
-Asked = tuple[int | None, int]
-"""The same before it is known: None asks for an equal part of what there is."""
+class Need(NamedTuple):
+    """What a rank takes of a node: threads, memory in bytes, and GPUs, of which it may want a part."""
+
+    threads: int
+    memory: int
+    gpus: float = 0.0
+
+
+class Asked(NamedTuple):
+    """The same before it is known: no threads ask for an equal part of what there is."""
+
+    threads: int | None
+    memory: int
+    gpus: float = 0.0
+
+    def given(self, threads: int) -> Need:
+        """`threads`: if it names none."""
+        return Need(self.threads or threads, self.memory, self.gpus)
 
 
 def role(phase: Phase) -> str:
@@ -32,7 +47,7 @@ ROLES = frozenset({ROUTER_ROLE, *map(role, Phase)})
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node as it can be used now. `cpus`, `memory` (bytes): what is free. `ranks`: ours there. `roles`: which of `ROLES` it has."""
+    """A node as it can be used now. `cpus`, `memory` (bytes), `gpus`: what is free. `ranks`: ours there. `roles`: of `ROLES`, its own."""
 
     node_id: str
     address: str
@@ -40,15 +55,15 @@ class Node:
     memory: float
     ranks: int = 0
     roles: frozenset[str] = frozenset()
+    gpus: float = 0.0
 
     def fits(self, need: Need) -> bool:
-        threads, memory = need
-        return self.cpus >= threads and self.memory >= memory
+        return self.cpus >= need.threads and self.memory >= need.memory and self.gpus >= need.gpus
 
     def after(self, need: Need) -> Node:
         """What it is when one more rank has taken this."""
-        threads, memory = need
-        return replace(self, cpus=self.cpus - threads, memory=self.memory - memory, ranks=self.ranks + 1)
+        cpus, memory, gpus = self.cpus - need.threads, self.memory - need.memory, self.gpus - need.gpus
+        return replace(self, cpus=cpus, memory=memory, gpus=gpus, ranks=self.ranks + 1)
 
     def room_for(self, needs: Sequence[Need]) -> int:
         """How many of these ranks fit together, from the first on."""
@@ -101,9 +116,9 @@ def fit(nodes: Sequence[Node], workers: Sequence[tuple[Phase, Sequence[Need]]], 
 
 
 def equal_part(nodes: Sequence[Node], workers: Sequence[tuple[Phase, Sequence[Asked]]], placing: Placing) -> int:
-    """Threads for each rank of `workers` (threads, memory) that names none: the most with which all fit, at least 1."""
+    """Threads for each rank of `workers` that names none: the most with which all fit, at least 1."""
     for threads in range(int(max((node.cpus for node in nodes), default=1)), 1, -1):
-        named = [(phase, [(threads if asked is None else asked, memory) for asked, memory in ranks]) for phase, ranks in workers]
+        named = [(phase, [asked.given(threads) for asked in ranks]) for phase, ranks in workers]
         if fit(nodes, named, placing):
             return threads
     return 1
@@ -127,9 +142,14 @@ def no_room(name: str, phase: Phase, needs: Sequence[Need], nodes: Sequence[Node
             f"No node of the Ray cluster is for {phase.value} workers ({roles}). Start one with "
             f"`ray start --address … --resources '{{\"{needed}\": 1}}'`."
         )
-    threads, memory = max(needs)
+    threads, memory, gpus = max(needs)
     cpus = f"{threads} CPU" if threads == 1 else f"{threads} CPUs"
     each = f"each of the {len(needs)} ranks of {name}" if len(needs) > 1 else name
-    free = "; ".join(f"{node.address}: {node.cpus:g} CPUs, {node.memory / 2**30:.1f} GiB" for node in ours)
+    free = "; ".join(f"{node.address}: {_amounts(node.cpus, node.memory, node.gpus if gpus else None)}" for node in ours)
     which = f" with {needed}" if needed else ""
-    return f"No node of the Ray cluster{which} has {cpus} and {memory / 2**30:.1f} GiB free for {each} (free are {free or 'none'})."
+    wanted = f"{cpus}, {gpus:g} GPU" if gpus else cpus
+    return f"No node of the Ray cluster{which} has {wanted} and {memory / 2**30:.1f} GiB free for {each} (free are {free or 'none'})."
+
+
+def _amounts(cpus: float, memory: float, gpus: float | None) -> str:
+    return f"{cpus:g} CPUs, {memory / 2**30:.1f} GiB" + (f", {gpus:g} GPUs" if gpus is not None else "")

@@ -19,6 +19,7 @@ from ..core.errors import ConfigError, DiptychError
 from ..core.fleet import Phase
 from .child import progress, say
 from .identities import to_environment
+from .nodes import Asked
 from .ray_keeper import Keeper
 from .ray_room import Place, Room
 from .spec import RaySpec
@@ -62,7 +63,8 @@ class Driver:
             raise ConfigError(f"{where}: {' '.join(str(error).split())}", field="ray.address") from error
         progress("connected")
         if self._spec.address is not None:
-            self._room = Room(self._spec.wanted, self._spec.placing, self._spec.wait_s)
+            wanted = [(phase, [Asked(*rank) for rank in ranks]) for phase, ranks in self._spec.wanted]
+            self._room = Room(wanted, self._spec.placing, self._spec.wait_s)
 
     @property
     def address(self) -> str:
@@ -104,7 +106,9 @@ class Driver:
         number, leader = order["id"], order["leader"]
         try:
             if self._room is not None and leader == number:
-                self._places[number] = await self._room.reserve(order["name"], Phase(order["phase"]), order["ranks"])
+                self._places[number] = await self._room.reserve(
+                    order["name"], Phase(order["phase"]), [Asked(*rank) for rank in order["ranks"]]
+                )
         except DiptychError as error:
             say("refused", id=number, message=error.message, field=error.field)
             return
@@ -132,7 +136,8 @@ class Driver:
             keeper = keeper.options(num_cpus=0, max_concurrency=4, max_restarts=0)
         else:
             where = place.strategy(rank)
-            keeper = keeper.options(num_cpus=place.seats[rank].threads, scheduling_strategy=where, max_concurrency=4, max_restarts=0)
+            seat, more = place.seats[rank], {"max_concurrency": 4, "max_restarts": 0}
+            keeper = keeper.options(num_cpus=seat.threads, num_gpus=seat.gpus, scheduling_strategy=where, **more)
         log, options = (order["log"], None) if place is None else (None, place.options(rank))
         actor: Any = keeper.remote(order["argv"], log, self._environment, options)
         self._actors[number] = actor

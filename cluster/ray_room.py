@@ -30,11 +30,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """A rank's part of a place. `cores`: which of the node's cores are its own, None for any."""
+    """A rank's part of a place. `cores`: which of the node's cores are its own, None for any; of which GPUs its own are Ray tells it."""
 
     node_id: str
     threads: int
     cores: range | None
+    gpus: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,11 +82,11 @@ class Room:
             async with self._one_by_one:
                 nodes = await asyncio.to_thread(self._nodes)
                 each = min(self._equal_part(nodes), equal_part(nodes, [(phase, ranks)], self._placing))
-                needs = [(threads or each, memory) for threads, memory in ranks]
+                needs = [asked.given(each) for asked in ranks]
                 chosen = choose(for_phase(nodes, phase), needs, self._placing)
                 if chosen is None and not told:
                     told = _waits(name, no_room(name, phase, needs, nodes), self._wait_s)
-                guessed = chosen is None and any(threads is None for threads, _ in ranks)
+                guessed = chosen is None and any(asked.threads is None for asked in ranks)
                 if place := await asyncio.to_thread(self._reserve, chosen, needs, role_needed(nodes, phase), guessed):
                     self.places.append(place)
                     return place
@@ -107,13 +108,13 @@ class Room:
         finds is not kept, for only with the node it is known how many threads a rank gets."""
         pins: list[dict[str, float]] = [{f"node:{node.address}": PIN} for node in nodes] if nodes else [{} for _ in needs]
         roles = {role: PIN} if role else {}
-        bundles = [{"CPU": threads, "memory": memory, **pin, **roles} for (threads, memory), pin in zip(needs, pins, strict=True)]
+        bundles = [{**_resources(need), **pin, **roles} for need, pin in zip(needs, pins, strict=True)]
         group = placement_group(bundles, strategy="PACK")
         if not group.wait(LOOK_AGAIN_S) or guessed:
             remove_placement_group(group)
             return None
         where = placement_group_table(group)["bundles_to_node_id"]
-        return Place(self, group, self._seats([where[rank] for rank in range(len(needs))], [threads for threads, _ in needs]))
+        return Place(self, group, self._seats([where[rank] for rank in range(len(needs))], needs))
 
     def _nodes(self) -> list[Node]:
         """The living nodes. What Ray says is free lags behind by up to a second: what we have reserved is subtracted by ourselves."""
@@ -125,19 +126,20 @@ class Room:
                 ours = self._ours(node_id)
                 cpus = min(free[node_id].get("CPU", 0.0), total.get("CPU", 0.0) - sum(seat.threads for seat in ours))
                 roles = ROLES.intersection(total)
-                nodes.append(Node(node_id, node["NodeManagerAddress"], cpus, free[node_id].get("memory", 0.0), len(ours), roles))
+                gpus = min(free[node_id].get("GPU", 0.0), total.get("GPU", 0.0) - sum(seat.gpus for seat in ours))
+                nodes.append(Node(node_id, node["NodeManagerAddress"], cpus, free[node_id].get("memory", 0.0), len(ours), roles, gpus))
         return nodes
 
     def _ours(self, node_id: str) -> list[Seat]:
         return [seat for place in self.places for seat in place.seats if seat.node_id == node_id]
 
-    def _seats(self, where: Sequence[str], threads: Sequence[int]) -> tuple[Seat, ...]:
+    def _seats(self, where: Sequence[str], needs: Sequence[Need]) -> tuple[Seat, ...]:
         """For ranks with a bundle each on the nodes `where`."""
         cores = {
-            node_id: iter(self._cores(node_id, [count for there, count in zip(where, threads, strict=True) if there == node_id]))
+            node_id: iter(self._cores(node_id, [need.threads for there, need in zip(where, needs, strict=True) if there == node_id]))
             for node_id in where
         }
-        return tuple(Seat(node_id, count, next(cores[node_id])) for node_id, count in zip(where, threads, strict=True))
+        return tuple(Seat(node_id, need.threads, next(cores[node_id]), need.gpus) for node_id, need in zip(where, needs, strict=True))
 
     def _cores(self, node_id: str, threads: Sequence[int]) -> list[range | None]:
         """Cores of their own for new ranks, as places among the node's; None if others compute there too, or its own ranks roam."""
@@ -152,6 +154,11 @@ class Room:
             found.append(run := free_run(int(total), taken, count))
             taken += [run] if run else []
         return found
+
+
+def _resources(need: Need) -> dict[str, float]:
+    """As Ray names them; it wants no zero."""
+    return {"CPU": need.threads, "memory": need.memory, **({"GPU": need.gpus} if need.gpus else {})}
 
 
 def _waits(name: str, why: str, wait_s: float) -> bool:

@@ -187,7 +187,8 @@ class ClusterConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="What the workers compute on: cuda takes the host's GPUs (those in CUDA_VISIBLE_DEVICES, if it is set), one for each "
-        "rank unless a memory_fraction lets workers share one; auto does so if torch and the host have CUDA, and takes the CPU if not.",
+        "rank unless a memory_fraction lets workers share one; auto does so if torch and the host have CUDA, and takes the CPU if not. On "
+        "a joined Ray cluster auto takes CPUs, and cuda the nodes' GPUs, as Ray gives them.",
     )
     model: ModelSection = Field(default_factory=ModelSection, description="What is served.")
     prefill: PrefillSection = Field(default_factory=PrefillSection, description="Workers that read prompts.")

@@ -36,8 +36,9 @@ PROMPT = "the thin man and the other thing in the inn; then another one, and the
 
 
 @contextmanager
-def ray_of_others(directory: Path, monkeypatch: pytest.MonkeyPatch, *cpus: int) -> Iterator[str]:
-    """A Ray cluster of nodes with so many CPUs, at 127.0.0.1, .2 and so on, that somebody else has started; its address."""
+def ray_of_others(directory: Path, monkeypatch: pytest.MonkeyPatch, *cpus: int, gpus: int = 0) -> Iterator[str]:
+    """A Ray cluster of nodes with so many CPUs, and GPUs that Ray believes in, at 127.0.0.1, .2 and so on, that somebody else has started;
+    its address."""
     mark = f"others-{directory.name}"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -47,7 +48,7 @@ def ray_of_others(directory: Path, monkeypatch: pytest.MonkeyPatch, *cpus: int) 
     head = ["--head", f"--port={port}", f"--temp-dir={directory}", "--include-dashboard=false"]
     try:
         for number, count in enumerate(cpus, start=1):
-            where = [f"--node-ip-address=127.0.0.{number}", f"--num-cpus={count}"]
+            where = [f"--node-ip-address=127.0.0.{number}", f"--num-cpus={count}", f"--num-gpus={gpus}"]
             role = [f"--address=127.0.0.1:{port}"] if number > 1 else head
             whole, environment = [*command, *where, *role], {**os.environ, processes.MARK: mark}
             started = subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=90, check=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from cluster_harness import write_card
-from diptych.cluster.allotment import allot
+from diptych.cluster.allotment import allot, gpus_of
 from diptych.cluster.devices import Gpu, assign, chosen, torch_cuda, visible_gpus
 from diptych.cluster.posts import newcomers, workers
 from diptych.cluster.spec import RankSpec, Worker
@@ -15,6 +15,7 @@ from diptych.core.config import load_config
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Phase
 from diptych.core.model import ModelCard, read_card
+from diptych.core.transfer import Transport
 
 GPUS = [Gpu("0", "H100", 80 << 30), Gpu("3", "H100", 80 << 30)]
 
@@ -82,6 +83,14 @@ def test_without_gpus_ranks_share_half_of_the_host(card: ModelCard) -> None:
 def test_on_a_joined_cluster_a_node_is_asked_for_a_size(card: ModelCard) -> None:
     found = allotted(card, [], ray={"address": "somewhere:6379"}, decode={"max_running": 2})
     assert [worker.ranks[0].kv_tokens for worker in found] == [2 * min(1024, card.max_context)] * 2
+
+
+def test_on_a_joined_cluster_ray_gives_the_gpus(card: ModelCard) -> None:
+    found = allotted(card, [], device="cuda", ray={"address": "somewhere:6379"}, prefill={"memory_fraction": 0.4}, decode={"tp": 2})
+    assert given(found) == [[("cuda", None, 0.4)], [("cuda", None, 0.9)] * 2]
+    assert [worker.ranks[0].kv_tokens for worker in found] == [None, None]
+    assert [[gpus_of(spec, len(worker.ranks)) for spec in worker.ranks] for worker in found] == [[0.4], [1.0, 1.0]]
+    assert found[0].ranks[0].transports == (Transport.CUDA_IPC, Transport.NCCL)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from cluster_harness import write_card
 from diptych.cluster.cores import Share, share_cores, shares_for_newcomer
 from diptych.cluster.headcount import Change, changes
 from diptych.cluster.memory import available_bytes
-from diptych.cluster.nodes import Need, Node, choose, equal_part, fit, for_phase, free_run, no_room, role_needed
+from diptych.cluster.nodes import Asked, Need, Node, choose, equal_part, fit, for_phase, free_run, no_room, role_needed
 from diptych.cluster.on_node import own_cores
 from diptych.cluster.posts import newcomers, route_spec, workers
 from diptych.cluster.restarts import RestartBudget
@@ -120,17 +120,17 @@ def where(places: list[list[Node]] | None) -> list[str]:
 
 
 def test_packing_fills_a_node_and_spreading_takes_the_emptiest() -> None:
-    four = decoding([[(1, 0)]] * 4)
+    four = decoding([[Need(1, 0)]] * 4)
     assert where(fit(nodes(4, 4), four, Placing.PACK)) == ["n0"] * 4
     assert where(fit(nodes(4, 4), four, Placing.SPREAD)) == ["n0", "n1", "n0", "n1"]
 
 
 def test_a_worker_goes_where_its_threads_and_memory_are_free() -> None:
     small = Node("small", "10.0.0.9", 8, 10)
-    assert choose([small, *nodes(2, 3)], [(3, 50)], Placing.PACK) == [nodes(2, 3)[1]]
-    assert choose([small, *nodes(2, 2)], [(3, 50)], Placing.PACK) is None
-    assert fit(nodes(1, 1), decoding([[(1, 60)], [(1, 60)]]), Placing.PACK) is not None
-    assert fit(nodes(2), decoding([[(1, 60)], [(1, 60)]]), Placing.PACK) is None
+    assert choose([small, *nodes(2, 3)], [Need(3, 50)], Placing.PACK) == [nodes(2, 3)[1]]
+    assert choose([small, *nodes(2, 2)], [Need(3, 50)], Placing.PACK) is None
+    assert fit(nodes(1, 1), decoding([[Need(1, 60)], [Need(1, 60)]]), Placing.PACK) is not None
+    assert fit(nodes(2), decoding([[Need(1, 60)], [Need(1, 60)]]), Placing.PACK) is None
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_worker_goes_where_its_threads_and_memory_are_free() -> None:
 def test_the_ranks_of_a_worker_share_a_node_or_as_few_as_can_be(
     free: list[float], ranks: int, expected: list[str] | None, placing: Placing
 ) -> None:
-    chosen = choose(nodes(*free), [(1, 0)] * ranks, placing)
+    chosen = choose(nodes(*free), [Need(1, 0)] * ranks, placing)
     assert (None if chosen is None else [node.node_id for node in chosen]) == expected
 
 
@@ -163,8 +163,19 @@ def test_the_ranks_of_a_worker_share_a_node_or_as_few_as_can_be(
     ],
 )
 def test_ranks_that_name_no_threads_share_what_the_nodes_have(free: list[float], wanted: list[list[int | None]], threads: int) -> None:
-    asked = [(Phase.DECODE, [(threads, 0) for threads in ranks]) for ranks in wanted]
+    asked = [(Phase.DECODE, [Asked(threads, 0) for threads in ranks]) for ranks in wanted]
     assert equal_part(nodes(*free), asked, Placing.PACK) == threads
+
+
+def test_a_rank_goes_where_a_gpu_is_free_or_a_part_of_one() -> None:
+    site = [replace(node, gpus=count) for node, count in zip(nodes(8, 8), (1.0, 2.0), strict=True)]
+    assert where(fit(site, decoding([[Need(1, 0, 1.0)]] * 3), Placing.PACK)) == ["n0", "n1", "n1"]
+    assert fit(site, decoding([[Need(1, 0, 1.0)]] * 4), Placing.PACK) is None
+    assert where(fit(site, decoding([[Need(1, 0, 0.5)]] * 6), Placing.PACK)) == ["n0"] * 2 + ["n1"] * 4
+    assert (
+        "has 1 CPU, 1 GPU and 0.0 GiB free for d (free are 10.0.0.0: 8 CPUs, 0.0 GiB, 1 GPUs; 10.0.0.1: 8 CPUs, 0.0 GiB, 2 GPUs)"
+        in no_room("d", Phase.DECODE, [Need(1, 0, 1.0)], site)
+    )
 
 
 def in_roles(*roles: str) -> list[Node]:
@@ -190,25 +201,25 @@ def test_a_worker_goes_to_nodes_of_its_phase_where_nodes_have_roles(roles: list[
     for phase, expected in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)):
         assert for_phase(site, phase) == [site[index] for index in expected]
         assert role_needed(site, phase) == (f"diptych-{phase}" if any(roles) else None)
-    both = fit(site, [(Phase.PREFILL, [(4, 0)]), (Phase.DECODE, [(4, 0)])], Placing.PACK)
+    both = fit(site, [(Phase.PREFILL, [Need(4, 0)]), (Phase.DECODE, [Need(4, 0)])], Placing.PACK)
     assert (both is None) == (not prefill or len({*prefill, *decode}) < 2)
 
 
 def test_who_has_no_node_is_told_what_is_missing() -> None:
     site = in_roles("router", "decode", "")
-    assert no_room("prefill-0", Phase.PREFILL, [(1, 0)], site) == (
+    assert no_room("prefill-0", Phase.PREFILL, [Need(1, 0)], site) == (
         "No node of the Ray cluster is for prefill workers (10.0.0.0: diptych-router; 10.0.0.1: diptych-decode). Start one with "
         "`ray start --address … --resources '{\"diptych-prefill\": 1}'`."
     )
-    assert no_room("decode-0", Phase.DECODE, [(8, 1 << 30)], site) == (
+    assert no_room("decode-0", Phase.DECODE, [Need(8, 1 << 30)], site) == (
         "No node of the Ray cluster with diptych-decode has 8 CPUs and 1.0 GiB free for decode-0 (free are 10.0.0.1: 4 CPUs, 0.0 GiB)."
     )
     assert "the Ray cluster has 1 CPU and 0.0 GiB free for each of the 2 ranks of decode-0" in no_room(
-        "decode-0", Phase.DECODE, [(1, 0), (1, 0)], []
+        "decode-0", Phase.DECODE, [Need(1, 0), Need(1, 0)], []
     )
 
 
-NEEDS = st.tuples(st.integers(1, 4), st.sampled_from([1, 30, 60]))
+NEEDS = st.builds(Need, st.integers(1, 4), st.sampled_from([1, 30, 60]))
 
 
 @given(
@@ -216,7 +227,7 @@ NEEDS = st.tuples(st.integers(1, 4), st.sampled_from([1, 30, 60]))
     st.lists(st.lists(NEEDS, min_size=1, max_size=4), max_size=5),
     st.sampled_from(Placing),
 )
-def test_no_node_is_given_more_than_it_has(free: list[int], wanted: list[list[tuple[int, int]]], placing: Placing) -> None:
+def test_no_node_is_given_more_than_it_has(free: list[int], wanted: list[list[Need]], placing: Placing) -> None:
     chosen = fit(nodes(*free), decoding(wanted), placing)
     given = [
         (node.node_id, need)
@@ -224,13 +235,13 @@ def test_no_node_is_given_more_than_it_has(free: list[int], wanted: list[list[tu
         for node, need in zip(places, ranks, strict=True)
     ]
     for node in nodes(*free):
-        assert sum(threads for there, (threads, _) in given if there == node.node_id) <= node.cpus
-        assert sum(memory for there, (_, memory) in given if there == node.node_id) <= node.memory
+        assert sum(need.threads for there, need in given if there == node.node_id) <= node.cpus
+        assert sum(need.memory for there, need in given if there == node.node_id) <= node.memory
 
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=4), NEEDS, st.integers(1, 6), st.sampled_from(Placing))
 def test_equal_ranks_find_room_if_there_is_any_and_one_node_if_one_has_it(
-    free: list[int], need: tuple[int, int], count: int, placing: Placing
+    free: list[int], need: Need, count: int, placing: Placing
 ) -> None:
     room = sorted((node.room_for([need] * count) for node in nodes(*free)), reverse=True)
     chosen = choose(nodes(*free), [need] * count, placing)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from cluster_harness import Cluster, nothing_left, shared_memory, wait_for
 from diptych.cluster import processes
 from diptych.core.generate import Generate
@@ -143,3 +144,19 @@ def test_ranks_that_no_node_has_room_for_go_to_several(
         assert len(set(hosts.values())) == 3
         assert answer(cluster) == alone
         assert cluster.end() == 0
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_on_ray_a_rank_is_given_a_gpu_and_says_that_torch_cannot_use_it(
+    tiny_gemma3_dir: Path, runtime: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, file: Path
+) -> None:
+    """The GPUs are Ray's belief: a rank gets that far on a host without any."""
+    if torch.cuda.is_available():
+        pytest.skip("here torch can use it")
+    with (
+        ray_of_others(scratch, monkeypatch, 4, gpus=2) as address,
+        up(tiny_gemma3_dir, runtime, "-f", str(file), "--address", address, "--device", "cuda") as cluster,
+    ):
+        assert cluster.wait(UP_S) == 2
+        assert re.search(r"device: (prefill|decode)-0 is to compute on GPU [01], but torch is a CPU build", cluster.output)
