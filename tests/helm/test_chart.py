@@ -161,6 +161,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("no limit of memory", wrong(prefill={"resources": {"limits": {"memory": None}}}), "missing property 'memory'"),
     ("more threads than CPUs", wrong(config={"prefill": {"threads": 4}}), "with config.prefill.threads 4 do not fit"),
     ("GPUs for nobody", wrong(decode={"gpus": 2}), "decode.gpus is 2, and a pod has 1 ranks"),
+    ("an authority in no secret", wrong(security={"allowUnauthenticated": True, "tls": {"caKey": "ca.crt"}}), "no secret is named"),
+    ("a port of Ray's", wrong(config={"router": {"http_port": 8080}}), "which Ray uses in every pod"),
     ("a state without Redis", wrong(ray={"gcsFaultTolerance": {"enabled": True}}), "has no Redis to keep the state in"),
     ("an Ingress for nothing", wrong(ingress={"enabled": True}), "ingress.host: the Ingress is enabled and has no host"),
     (

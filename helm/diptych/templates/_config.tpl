@@ -32,7 +32,9 @@
 {{- if .Values.security.apiKeys.secretName }}{{ $_ := set $security "api_keys" (printf "/etc/diptych/keys/%s" .Values.security.apiKeys.key) }}{{ end -}}
 {{- if .Values.security.allowUnauthenticated }}{{ $_ := set $security "allow_unauthenticated" true }}{{ end -}}
 {{- if .Values.security.tls.secretName -}}
-{{- $_ := set $security "tls" (dict "cert" "/etc/diptych/tls/tls.crt" "key" "/etc/diptych/tls/tls.key") -}}
+{{- $files := dict "cert" "/etc/diptych/tls/tls.crt" "key" "/etc/diptych/tls/tls.key" -}}
+{{- with .Values.security.tls.caKey }}{{ $_ := set $files "ca" (printf "/etc/diptych/tls/%s" .) }}{{ end -}}
+{{- $_ := set $security "tls" $files -}}
 {{- end -}}
 {{- if .Values.security.internalTls.secretName -}}
 {{- $there := "/etc/diptych/internal-tls" -}}

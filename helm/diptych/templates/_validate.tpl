@@ -20,6 +20,9 @@
 {{- fail "security.apiKeys.secretName names no secret, so whoever reaches the router would be served. Make one with `diptych keys` and `kubectl create secret generic`, or set security.allowUnauthenticated to true." -}}
 {{- end -}}
 {{- end -}}
+{{- if and $values.security.tls.caKey (not $values.security.tls.secretName) -}}
+{{- fail "security.tls.secretName: caKey names the authority in a secret, and no secret is named." -}}
+{{- end -}}
 {{- if and $values.ray.gcsFaultTolerance.enabled (not $values.ray.gcsFaultTolerance.redisAddress) -}}
 {{- fail "ray.gcsFaultTolerance.redisAddress: fault tolerance is enabled and has no Redis to keep the state in; give its host:port." -}}
 {{- end -}}
