@@ -2,7 +2,7 @@
 
 torch's allocator cuts its tensors out of larger allocations, and a CUDA IPC handle is that of a whole allocation; torch's own sharing
 (`UntypedStorage._share_cuda_`) is private and counts references in a named file in /dev/shm. So a pool is one cudaMalloc, and its
-handle is the pool's alone. Nothing is imported before a GPU is used.
+handle is the pool's alone. Nothing is imported before a GPU is used; what goes wrong is a `RuntimeError`, as with torch.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from ..core.errors import TransferFailed
-
 HANDLE_BYTES = 64
 """CUDA_IPC_HANDLE_SIZE."""
 
 
 def allocate(size: int) -> int:
-    """The address of `size` bytes of zeros on the current device. Raises `TransferFailed` if it has not so many."""
+    """The address of `size` bytes of zeros on the current device. Raises `RuntimeError` if it has not so many."""
     runtime = _runtime()
     address = int(_done(runtime.cudaMalloc(size)))
     _done(runtime.cudaMemset(address, 0, size))
+    _done(runtime.cudaDeviceSynchronize())  # torch's streams do not wait for the one that this went to
     return address
 
 
@@ -36,7 +35,7 @@ def handle_of(address: int) -> bytes:
 
 def open_handle(handle: bytes) -> int:
     """Where the allocation of another process lies in the address space of the current device, which may be another than the
-    allocation's if the two reach each other. Raises `TransferFailed` if they do not, or in the process that made it."""
+    allocation's if the two reach each other. Raises `RuntimeError` if they do not, or in the process that made it."""
     runtime = _runtime()
     opaque = runtime.cudaIpcMemHandle_t()
     ctypes.memmove(opaque.getPtr(), handle, HANDLE_BYTES)
@@ -58,5 +57,5 @@ def _done(answer: tuple[Any, ...]) -> Any:
     runtime = _runtime()
     error, *values = answer
     if error != runtime.cudaError_t.cudaSuccess:
-        raise TransferFailed(f"CUDA says {runtime.cudaGetErrorString(error)[1].decode()} ({error.name}).")
+        raise RuntimeError(f"CUDA says {runtime.cudaGetErrorString(error)[1].decode()} ({error.name})")
     return values[0] if values else None

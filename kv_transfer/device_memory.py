@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..core.errors import ConfigError, TransferFailed
+from ..core.errors import ConfigError
 from . import cuda_runtime, cuda_streams
 from .cuda_runtime import HANDLE_BYTES
 from .geometry import HEADER_BYTES, padded
@@ -26,7 +26,7 @@ class DeviceMemory:
     """`kv_transfer.pool.Memory`. Once it is closed no tensor of it may be used."""
 
     def __init__(self, size: int, layers: Sequence[int], device: torch.device) -> None:
-        """Raises `ConfigError` (field `kv_tokens`) if the device has not that much memory free."""
+        """Raises `ConfigError`: field `kv_tokens` if the device has not that much memory free, `device` without NVIDIA's bindings."""
         self._device = device
         with torch.cuda.device(device):
             self._address = _allocated(size, device)
@@ -71,6 +71,8 @@ def _allocated(size: int, device: torch.device) -> int:
     try:
         if size <= free:
             return cuda_runtime.allocate(size)
-    except TransferFailed as error:
-        raise ConfigError(f"The KV pool's {size >> 20} MiB cannot be had on {device}: {error.message}", field="kv_tokens") from error
+    except ImportError as error:
+        raise ConfigError("A KV pool on a GPU needs NVIDIA's bindings: pip install 'diptych[gpu]'.", field="device") from error
+    except RuntimeError as error:
+        raise ConfigError(f"The KV pool's {size >> 20} MiB cannot be had on {device}: {error}.", field="kv_tokens") from error
     raise ConfigError(f"The KV pool needs {size >> 20} MiB and {device} has {free >> 20} MiB free; lower kv_tokens.", field="kv_tokens")

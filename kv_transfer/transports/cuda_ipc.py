@@ -31,7 +31,7 @@ class DevicePool:
     """`one_sided.PeerPool`. `whole` is all of it, as bytes on our device. `begin` and `close` are called on one thread."""
 
     def __init__(self, layout: Layout, file: PeerFile, device: torch.device) -> None:
-        """`layout`: the pool's. `device`: ours. Raises `TransferFailed` if the memory cannot be reached from it."""
+        """`layout`: the pool's. `device`: ours. Raises `RuntimeError` if memory or events cannot be reached from it."""
         geometry = Geometry(layout)
         layers = [layer for group in layout.groups for layer in group.layers]
         memory, *events = handles(memoryview(file.mapped), len(layers))
@@ -74,5 +74,5 @@ async def attach(worker_id: str, endpoint: ShmEndpoint, layout: Layout, device: 
     size = shared_bytes(sum(len(group.layers) for group in layout.groups))
     try:
         return await one_sided.attach(Transport.CUDA_IPC, worker_id, endpoint, lambda file: DevicePool(layout, file, device), size)
-    except RuntimeError as error:  # torch's, of an event
+    except RuntimeError as error:
         raise one_sided.unreachable(Transport.CUDA_IPC, worker_id, error) from error

@@ -150,6 +150,9 @@ class FakeRuntime:
         ctypes.memset(address, value, size)
         return (Error.cudaSuccess,)
 
+    def cudaDeviceSynchronize(self) -> tuple[Error]:
+        return (Error.cudaSuccess,)
+
     def cudaFree(self, address: int) -> tuple[Error]:
         del self._gpu.allocated[address]
         return (Error.cudaSuccess,)

@@ -1,0 +1,97 @@
+"""A pool on a GPU, over the fake of one: what peers find in its file, and what is said where it cannot be had or reached."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diptych.core.errors import ConfigError, TransferFailed
+from diptych.kv_transfer.device_memory import DeviceMemory, handles, shared_bytes
+from diptych.kv_transfer.geometry import Geometry
+from diptych.kv_transfer.pool import CPU, Pool
+from diptych.kv_transfer.transports import cuda_ipc
+from diptych.kv_transfer.transports.cuda_ipc import DevicePool
+from fake_cuda import FakeGpu
+from kv_rig import LAYERS, LAYOUT, layout_with, left_behind
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    made = FakeGpu()
+    made.install(monkeypatch)
+    yield made
+    assert not made.allocated
+    assert made.mapped == 0
+    assert left_behind() == []
+
+
+def on_gpu(blocks: int = 8) -> Pool:
+    layout = layout_with(blocks)
+    return Pool(layout, DeviceMemory(Geometry(layout).size, LAYERS, CPU))
+
+
+async def attached(pool: Pool) -> DevicePool:
+    loop = asyncio.get_running_loop()
+    loop.add_reader(pool.listener, pool.hand_out)
+    try:
+        return await cuda_ipc.attach("P", pool.endpoint, pool.layout, CPU)
+    finally:
+        loop.remove_reader(pool.listener)
+
+
+def test_caches_are_zeros_of_the_layouts_shape(gpu: FakeGpu) -> None:
+    pool = on_gpu()
+    for group, caches in zip(LAYOUT.groups, pool.caches, strict=True):
+        for cache in caches:
+            assert cache.shape == (8, group.kv_heads, 2, 16, group.head_dim)
+            assert not cache.any()
+    assert len(gpu.allocated) == 1, "one allocation, so that its handle is that of the pool"
+    pool.close()
+
+
+def test_a_peer_finds_memory_events_and_words_in_its_file(gpu: FakeGpu) -> None:
+    pool = on_gpu()
+    peer = asyncio.run(attached(pool))
+    pool.caches[1][2].fill_(3)
+    pool.set_word(7, 2**63 + 5)
+    assert peer.file.word(7) == 2**63 + 5
+    offset = pool.geometry.offsets[LAYOUT.groups[1].layers[2]]
+    assert peer.whole[offset : offset + 2].view(torch.bfloat16).item() == 3
+    assert len(peer.file.mapped) == shared_bytes(len(LAYERS)) < pool.geometry.size, "no KV is in it"
+    assert len(set(handles(memoryview(peer.file.mapped), len(LAYERS)))) == 1 + len(LAYERS)
+    peer.close()
+    pool.close()
+
+
+def test_what_is_waited_for_is_the_layers_last_store_and_no_later_one(gpu: FakeGpu) -> None:
+    pool, stores = on_gpu(), []
+    for store, layer in enumerate((0, 1, 0, 2)):
+        gpu.ask(lambda store=store: stores.append(store))
+        pool.stored(layer)
+    assert stores == []
+    pool.await_stored(1)
+    assert stores == [0, 1]
+    pool.await_stored(0)
+    assert stores == [0, 1, 2]
+    pool.close()
+    assert stores == [0, 1, 2, 3], "what is freed is not written to any more"
+
+
+def test_too_large_a_pool_is_refused_at_start(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="cannot be had on cpu: CUDA says cudaErrorMemoryAllocation") as caught:
+        on_gpu(1 << 20)
+    assert caught.value.field == "kv_tokens"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 40))
+    with pytest.raises(ConfigError, match="has 1 MiB free; lower kv_tokens") as caught:
+        on_gpu(512)
+    assert caught.value.field == "kv_tokens"
+
+
+def test_memory_that_cannot_be_mapped_is_said(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = on_gpu()
+    gpu.exported = {handle: thing if not isinstance(thing, int) else 0 for handle, thing in gpu.exported.items()}
+    with pytest.raises(TransferFailed, match=r"P cannot be reached by CUDA IPC from here \(CUDA says cudaErrorInvalid"):
+        asyncio.run(attached(pool))
+    pool.close()
