@@ -10,8 +10,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..core.errors import Unauthenticated
+from ..rpc.handlers import TenantOf
 from .answers import error_json
-from .keys import TenantOf
 
 TENANT = "diptych.tenant"
 """Where the tenant is in a request's scope."""

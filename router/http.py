@@ -26,11 +26,11 @@ from starlette.types import Receive, Scope, Send
 from ..core.errors import DiptychError, Internal, InvalidRequest, NotFound, TooLarge
 from ..core.generate import Chunk, Finish, Generate, Model
 from ..core.notes import FIELDS
+from ..rpc.handlers import TenantOf, everybody
 from .admission import check_call, check_model
 from .answers import Answer, ChatAnswer, CompletionAnswer, StreamUsage, Whole, error_json, timing_json
 from .bodies import ChatBody, CompletionBody, parse_body
 from .guard import TENANT, Guard
-from .keys import TenantOf, everybody
 from .openapi import document
 from .request_id import KEY, Named
 from .run import Run

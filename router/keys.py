@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -15,16 +14,8 @@ from ..core.errors import ConfigError, Unauthenticated
 
 log = logging.getLogger(__name__)
 
-TenantOf = Callable[[str | None], str]
-"""The tenant of an `Authorization` header (None: there is none). Raises `Unauthenticated`."""
-
 _NOBODY = "0" * 64
 """Compared with where there is no such key, so that this takes as long."""
-
-
-def everybody(authorization: str | None) -> str:
-    """The tenant of every request where no keys are configured."""
-    return ""
 
 
 class KeyRing:

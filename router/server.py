@@ -20,12 +20,13 @@ from ..core.metrics import Recorder
 from ..core.model import read_card
 from ..core.security import TlsFiles
 from ..core.tls import reloading_context
+from ..rpc.handlers import everybody
 from ..rpc.server import Server as RpcServer
 from ..rpc.server import serve
 from .connection import limited_protocol
 from .fleet import FleetView
 from .http import make_app
-from .keys import KeyRing, everybody
+from .keys import KeyRing
 from .link import SILENCE_S
 from .listening import listen
 from .placement import Policy

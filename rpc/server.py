@@ -13,7 +13,7 @@ from ..core.errors import ConfigError
 from ..core.security import TlsFiles
 from .channels import INTERNAL_MESSAGE_BYTES, join_address, public_options, server_options, split_address
 from .credentials import server_credentials
-from .handlers import Active, TenantOf, inference_handlers, router_handlers, worker_handlers
+from .handlers import Active, TenantOf, everybody, inference_handlers, router_handlers, worker_handlers
 from .inference import InferenceFace
 from .router import RouterFace
 from .stream import CLOSE_S
@@ -56,7 +56,7 @@ async def serve(
     inference: InferenceFace | None = None,
     max_message_bytes: int = INTERNAL_MESSAGE_BYTES,
     write_timeout_s: float = 30.0,
-    tenant_of: TenantOf = lambda authorization: "",
+    tenant_of: TenantOf = everybody,
     tls: TlsFiles | None = None,
     streams: int | None = None,
 ) -> Server:
