@@ -209,7 +209,7 @@ class DecodeRole:
 
     def report(self) -> WorkerReport:
         state = WorkerState.DRAINING if self._draining else WorkerState.READY
-        return self._reporter.report(state, self._scheduler.load(self._clock.now()))
+        return self._reporter.report(state, self._scheduler.load(self._clock.now()), self._scheduler.measures())
 
     def idle(self) -> bool:
         return not self._attempts and self._scheduler.load(self._clock.now()).leases == 0

@@ -21,6 +21,7 @@ from dataclasses import replace
 
 from ..core.commands import ChoiceFinished, Decode, Finished
 from ..core.errors import InvalidRequest
+from ..core.fleet import Measure
 from ..core.prefix import chain
 from ..core.request import FinishReason, Request, Token
 from ..core.transfer import GroupGrant, RefusedReason
@@ -373,8 +374,11 @@ class DecodeScheduler:
             blocks_total=total,
             leases=len(self._leases),
             counters=self._totals.counters(self._step),
-            measures=measures(self._pool, sum(not sequence.local_prefill for sequence in self._admission.queue.values())),
         )
+
+    def measures(self) -> tuple[Measure, ...]:
+        """What else the report says."""
+        return measures(self._pool, sum(not sequence.local_prefill for sequence in self._admission.queue.values()))
 
     def check(self) -> None:
         """Raise `AssertionError` if an invariant does not hold."""

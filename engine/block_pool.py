@@ -133,8 +133,9 @@ class BlockPool:
 
     def by_state(self) -> dict[str, int]:
         """Blocks of all groups: free, cached, referenced, fenced."""
-        free, cached = sum(part.free for part in self.parts), sum(part.available - part.free for part in self.parts)
-        fenced = sum(part.fenced for part in self.parts)
+        free = cached = fenced = 0
+        for part in self.parts:
+            free, cached, fenced = free + part.free, cached + part.available - part.free, fenced + part.fenced
         return {"free": free, "cached": cached, "referenced": sum(self.num_blocks) - free - cached - fenced, "fenced": fenced}
 
     def _full(self) -> list[int]:

@@ -17,6 +17,7 @@ from enum import Enum, auto
 
 from ..core.commands import Finished, FirstTokens, Prefill
 from ..core.errors import ContextExceeded, InvalidRequest
+from ..core.fleet import Measure
 from ..core.layout import CacheKind
 from ..core.prefix import chain
 from ..core.request import FinishReason, Request, Token
@@ -332,8 +333,11 @@ class PrefillScheduler:
                 ("diptych_worker_computed_tokens_total", self._computed_tokens),
                 ("diptych_worker_cached_tokens_total", self._cached_tokens),
             ),
-            measures=measures(self._pool, self._leases.ungranted),
         )
+
+    def measures(self) -> tuple[Measure, ...]:
+        """What else the report says."""
+        return measures(self._pool, self._leases.ungranted)
 
     def check(self) -> None:
         """Raise `AssertionError` if an invariant does not hold."""

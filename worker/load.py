@@ -22,10 +22,9 @@ class Load:
     blocks_total: int
     leases: int
     counters: tuple[tuple[str, float], ...] = ()
-    measures: tuple[Measure, ...] = ()
 
 
 def measures(pool: BlockPool, grants_waiting: int) -> tuple[Measure, ...]:
-    """What both phases' schedulers measure."""
+    """What both phases' schedulers measure; asked for a report alone, as it costs more than the rest of it."""
     blocks = (Measure("diptych_worker_blocks", count, state) for state, count in pool.by_state().items())
     return (Measure("diptych_worker_grants_waiting", grants_waiting), *blocks)

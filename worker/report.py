@@ -25,7 +25,7 @@ class Reporter:
         """Count an Offer refused for this reason."""
         self._refused[reason] = self._refused.get(reason, 0.0) + 1.0
 
-    def report(self, state: WorkerState, load: Load) -> WorkerReport:
+    def report(self, state: WorkerState, load: Load, measures: tuple[Measure, ...]) -> WorkerReport:
         return WorkerReport(
             worker_id=self._worker_id,
             incarnation=self._incarnation,
@@ -37,7 +37,7 @@ class Reporter:
             blocks_total=load.blocks_total,
             leases=load.leases,
             counters=(*load.counters, *self._totals.items()),
-            measures=(*load.measures, *(Measure(REFUSED, count, reason) for reason, count in self._refused.items())),
+            measures=(*measures, *(Measure(REFUSED, count, reason) for reason, count in self._refused.items())),
         )
 
     def checked(self, load: Load, *, idle: bool) -> None:
