@@ -52,7 +52,7 @@ def _changes(draw_: Draw, seen: Seen | None) -> bool:
 
 def _drawn(logits: Tensor, draw_: Draw, token: int) -> Drawn:
     count = draw_.sampling.logprobs
-    return Drawn(token) if count is None else Drawn(token, *log_probabilities(logits.float(), token, count))
+    return Drawn(token) if count is None else Drawn(token, *log_probabilities(logits, token, count))
 
 
 def _token(logits: Tensor, draw_: Draw, seen: Seen | None) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("linear", "residual_norm", "rotary_store", "gated", "attend_singles", "argmax", "copy_runs", "draw")
+SOURCES = ("linear", "residual_norm", "rotary_store", "gated", "attend_singles", "argmax", "copy_runs", "draw", "likeliest")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 COMPILE_S = 120.0
@@ -52,6 +52,8 @@ class Native:
     copy_runs: Kernel
     copy_few: Kernel
     draw: Kernel
+    likeliest: Kernel
+    log_total: Kernel
 
 
 @cache
@@ -150,6 +152,8 @@ def _load(path: Path) -> Native:
         argmax=_kernel(alone.diptych_argmax, _P, _P, _I, _I, _I),
         copy_runs=_kernel(together.diptych_copy_runs, _P, _P, _P, _I),
         copy_few=_kernel(alone.diptych_copy_runs, _P, _P, _P, _I),
+        likeliest=_kernel(alone.diptych_likeliest, _P, _P, _P, _P, _I, _I, _I, _F),
+        log_total=_kernel(alone.diptych_log_total, _P, _P, _I, _I, _F),
         draw=_kernel(alone.diptych_draw, _P, _P, _I, _I, _F, ctypes.c_uint64, _I, _I),
     )
 
