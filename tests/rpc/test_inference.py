@@ -208,6 +208,12 @@ def test_a_write_under_way_is_not_cancelled_with_its_call(parrot: NewParrot) -> 
         def __init__(self) -> None:
             self.writing, self.taken, self.written = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
+        def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+            return ()
+
+        async def send_initial_metadata(self, metadata: object) -> None:
+            return None
+
         async def write(self, message: bytes) -> None:
             self.writing.set()
             await self.taken.wait()
