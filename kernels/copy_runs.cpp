@@ -29,13 +29,13 @@ void stream(char* to, const char* from, int64_t length) {
 
 }  // namespace
 
-// runs [n, 3]: from where after `source`, to where after `destination`, how many bytes.
-extern "C" void diptych_copy_runs(const char* source, char* destination, const int64_t* runs, int64_t n) {
+// runs [n, 3]: from where after `source`, to where after `destination`, how many bytes. `again`: the copy is read again at once.
+extern "C" void diptych_copy_runs(const char* source, char* destination, const int64_t* runs, int64_t n, int64_t again) {
     for (int64_t r = 0; r < n; r++) {
         const char* from = source + runs[3 * r];
         char* to = destination + runs[3 * r + 1];
         const int64_t length = runs[3 * r + 2];
-        if (length >= STREAMED) {
+        if (length >= STREAMED && !again) {
             stream(to, from, length);
             continue;
         }

@@ -16,14 +16,15 @@ _move_and_hold = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_vo
 )
 
 
-def copy_runs(source: int, destination: int, runs: Sequence[tuple[int, int, int]]) -> None:
-    """Copy each run, `(offset after source, offset after destination, length)`, in bytes; `source` and `destination` are addresses."""
+def copy_runs(source: int, destination: int, runs: Sequence[tuple[int, int, int]], *, again: bool = False) -> None:
+    """Copy each run, `(offset after source, offset after destination, length)`, in bytes; `source` and `destination` are addresses.
+    `again`: the copy is read again at once, so it had better be in the caches; else long runs are written past them."""
     if (kernels := native()) is None:
         copy_runs_memmove(source, destination, runs)
         return
     table = np.array(runs, np.int64)
     copy = kernels.copy_few if table[:, 2].sum() < HOLD_BELOW else kernels.copy_runs
-    copy(source, destination, table.ctypes.data, len(table))
+    copy(source, destination, table.ctypes.data, len(table), again)
 
 
 def copy_runs_memmove(source: int, destination: int, runs: Sequence[tuple[int, int, int]]) -> None:

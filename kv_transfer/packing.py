@@ -25,7 +25,7 @@ def pack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], sl
     """Copy `span`, which lies in `blocks` of the source's `pool`, to the beginning of `slot` (uint8)."""
     found, staged = crossing.packed(span, blocks), slot.data_ptr()
     for layer in span.layers:
-        copy_runs(pool.address + pool.geometry.offsets[layer], staged, found)
+        copy_runs(pool.address + pool.geometry.offsets[layer], staged, found, again=True)
         staged += crossing.bytes(span) // len(span.layers)
 
 

@@ -30,10 +30,10 @@ def _compiled() -> None:
         pytest.skip("no C++ compiler")
 
 
-@given(runs())
-def test_as_the_c_library_copies(found: list[tuple[int, int, int]]) -> None:
+@given(runs(), st.booleans())
+def test_as_the_c_library_copies(found: list[tuple[int, int, int]], again: bool) -> None:
     source = np.random.default_rng(1).integers(0, 256, SIZE, np.uint8)
     ours, expected = (np.full(SIZE, 7, np.uint8) for _ in range(2))
-    copy_runs(source.ctypes.data, ours.ctypes.data, found)
+    copy_runs(source.ctypes.data, ours.ctypes.data, found, again=again)
     copy_runs_memmove(source.ctypes.data, expected.ctypes.data, found)
     assert np.array_equal(ours, expected)
