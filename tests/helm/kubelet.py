@@ -7,7 +7,6 @@ says so. What is left out: images (the files are this machine's), limits of CPU 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -265,10 +264,10 @@ def matches(pod: Pod, selector: Mapping[str, str]) -> bool:
     return selector.items() <= pod.spec.labels.items()
 
 
-def endpoint(service: dict[str, Any], pods: list[Pod], port: str) -> str:
-    """host:port behind a Service's port: that of a pod it selects which is ready."""
-    ready = [pod for pod in pods if matches(pod, service["spec"]["selector"]) and pod.ready()]
-    assert ready, f"no pod behind {json.dumps(service['spec']['selector'])}"
+def endpoint(service: dict[str, Any], pods: list[Pod], port: str, within_s: float = 60.0) -> str:
+    """host:port behind a Service's port: that of a pod it selects, once it is ready. (A kubelet forgives a probe or two that come late.)"""
+    (pod,) = (pod for pod in pods if matches(pod, service["spec"]["selector"]))
+    pod.until_ready((), within_s)
     target = next(each["targetPort"] for each in service["spec"]["ports"] if each["name"] == port)
-    numbers = [each.port(target) for each in ready[0].containers.values() if any(p["name"] == target for p in each.spec.get("ports", []))]
-    return f"{ready[0].host.address}:{numbers[0]}"
+    (number,) = (each.port(target) for each in pod.containers.values() if any(p["name"] == target for p in each.spec.get("ports", [])))
+    return f"{pod.host.address}:{number}"

@@ -13,8 +13,9 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from charts import CHART, ROOT, SETS, Helm, Manifest, Refused, one
+from charts import CHART, NAMESPACE, ROOT, SETS, Helm, Manifest, Refused, one
 from diptych.cluster.config_file import read_config
+from kuberay import pods
 
 KUBERAY = ROOT.parent / "shared/kuberay"
 OTHERS = {"RayCluster", "HTTPRoute", "GRPCRoute", "ServiceMonitor"}
@@ -132,6 +133,32 @@ def test_what_is_asked_for_is_there(rendered: dict[str, list[Manifest]]) -> None
     assert "nodeSelector" not in spec["headGroupSpec"]["template"]["spec"]
     text = json.dumps(rendered)
     assert '"Secret"' not in text, "secrets are made by others"
+
+
+def test_more_workers_are_more_pods_and_nothing_else(helm: Helm) -> None:
+    """Then KubeRay adds pods, and keeps those that are there; any other change makes the cluster anew."""
+    counts = ("replicas", "minReplicas", "maxReplicas")
+
+    def groups(**config: Any) -> list[dict[str, Any]]:
+        found = one(helm.template(values=GOOD | {"config": config}), "RayCluster")["spec"]
+        return [
+            found["headGroupSpec"],
+            *({key: value for key, value in each.items() if key not in counts} for each in found["workerGroupSpecs"]),
+        ]
+
+    assert groups(decode={"workers": 3}) == groups()
+    assert groups(decode={"max_running": 3})[0] != groups()[0]
+
+
+def test_what_kuberay_starts(rendered: dict[str, list[Manifest]]) -> None:
+    found = pods(one(rendered["large"], "RayCluster"), NAMESPACE)
+    assert [pod.group for pod in found] == ["head", "router", *["prefill"] * 2, *["decode"] * 6], (
+        "two pods for each of three decode workers"
+    )
+    (line,) = found[-1].spec["containers"][0]["args"]
+    assert "; ray start --address=llm-diptych-head-svc.models.svc.cluster.local:6379 --block " in line
+    assert "--num-cpus=64 --num-gpus=8 --object-store-memory=83886080 --resources='{\"diptych-decode\": 1}'" in line
+    assert "--head" in found[0].spec["containers"][0]["args"][0]
 
 
 def wrong(**values: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import secrets
 import shutil
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from charts import CHART, NAMESPACE, Helm, Manifest, one
 from cluster_harness import wait_for
+from diptych.core.api_keys import ApiKeyFile, new_key
 from hosts import Host, hosts, missing
 from kubelet import Pod, Site, endpoint, slowly
 from kuberay import PodSpec, head_service, pods
@@ -26,6 +28,7 @@ VALUES: dict[str, Any] = {
     "model": {"from": "pvc", "source": "tiny-llama", "pvc": {"claimName": "models"}},
     "config": {"model": {"name": "tiny", "dtype": "float32"}, "prefill": {"kv_tokens": 2048}, "decode": {"kv_tokens": 2048}},
     "router": {"preStopDelaySeconds": 1},
+    "security": {"allowUnauthenticated": False, "apiKeys": {"secretName": "keys", "clientSecret": "one-key"}},
 }
 pytestmark = [pytest.mark.root, pytest.mark.nightly, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
 
@@ -38,6 +41,7 @@ class Cluster:
     specs: dict[str, PodSpec]
     service: Manifest
     homes: dict[str, Host]
+    key: str
     running: dict[str, Pod] = field(default_factory=dict)
     started: int = 0
 
@@ -56,13 +60,16 @@ class Cluster:
         """A pod is killed."""
         self.running.pop(group).kill()
 
-    def url(self, path: str) -> str:
-        return f"http://{endpoint(self.service, list(self.running.values()), 'http')}{path}"
-
-    def ask(self, tokens: int, **more: Any) -> Any:
-        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, **more}
-        request = urllib.request.Request(self.url("/v1/completions"), json.dumps(body).encode(), {"Content-Type": "application/json"})
+    def open(self, path: str, body: dict[str, Any] | None = None, key: str | None = None) -> Any:
+        """Through the Service; with a body it is posted."""
+        url = f"http://{endpoint(self.service, list(self.running.values()), 'http')}{path}"
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key or self.key}"}
+        request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)
         return urllib.request.urlopen(request, timeout=60)
+
+    def ask(self, tokens: int, key: str | None = None, **more: Any) -> Any:
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, **more}
+        return self.open("/v1/completions", body, key)
 
     def text(self) -> str:
         with self.ask(12) as answer:
@@ -90,6 +97,7 @@ def cluster(helm: Helm, tiny_llama_source: Path, tmp_path: Path) -> Iterator[Clu
     specs["test"] = PodSpec(test["metadata"]["name"], "test", test["metadata"]["labels"], test["spec"])
     service, config = one(manifests, "Service"), one(manifests, "ConfigMap")
     claim = tmp_path / "models"
+    key, kept = new_key("tests")
     with hosts("head", "router", "prefill", "decode", "test") as (_, *made), ExitStack() as stack:
         homes = {host.name: host for host in made}
         fqdn, head = head_service(ray, NAMESPACE), homes["head"].address
@@ -97,11 +105,15 @@ def cluster(helm: Helm, tiny_llama_source: Path, tmp_path: Path) -> Iterator[Clu
         site = Site(
             tmp_path,
             names,
-            secrets={ray["metadata"]["name"]: {"auth_token": secrets.token_hex(32)}},  # KubeRay makes it
+            secrets={
+                ray["metadata"]["name"]: {"auth_token": secrets.token_hex(32)},  # which KubeRay makes
+                "keys": {"keys.json": ApiKeyFile(keys=(kept,)).model_dump_json()},
+                "one-key": {"key": key},
+            },
             config_maps={config["metadata"]["name"]: config["data"]},
             claims={"models": readable(tiny_llama_source, claim)},
         )
-        found = Cluster(site, specs, service, homes)
+        found = Cluster(site, specs, service, homes, key)
         stack.callback(found.close)
         yield found
 
@@ -114,7 +126,9 @@ def test_the_rendered_pods_serve_drain_and_come_back(cluster: Cluster) -> None:
     cluster.until_ready()
     expected = cluster.text()
     assert expected
-    with urllib.request.urlopen(cluster.url("/metrics"), timeout=10) as answer:
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        cluster.ask(1, key="dpt-00000000-wrong")
+    with cluster.open("/metrics") as answer:
         moved = [line for line in answer.read().decode().splitlines() if line.startswith("diptych_kv_transfer_bytes_total")]
     assert any('transport="gloo"' in line and not line.endswith(" 0.0") for line in moved), moved
     generates(cluster)

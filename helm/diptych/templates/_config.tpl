@@ -44,3 +44,10 @@
 {{- if $security }}{{ $_ := set $config "security" $security }}{{ end -}}
 {{- toYaml $config -}}
 {{- end }}
+
+{{- /* The config but for the numbers of workers: only a change of this makes other pods. KubeRay adds pods to those that are there. */ -}}
+{{- define "diptych.fixedConfig" -}}
+{{- $config := include "diptych.config" . | fromYaml -}}
+{{- range $phase := list "prefill" "decode" }}{{ $_ := unset (index $config $phase) "workers" }}{{ end -}}
+{{- toYaml $config -}}
+{{- end }}

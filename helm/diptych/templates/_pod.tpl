@@ -10,7 +10,7 @@ metadata:
     app.kubernetes.io/component: {{ $group }}
     {{- with $settings.labels }}{{ toYaml . | nindent 4 }}{{ end }}
   annotations:
-    diptych/config: {{ include "diptych.config" $root | sha256sum }}
+    diptych/config: {{ include "diptych.fixedConfig" $root | sha256sum }}
     {{- with $settings.annotations }}{{ toYaml . | nindent 4 }}{{ end }}
 spec:
   serviceAccountName: {{ include "diptych.serviceAccount" $root }}
