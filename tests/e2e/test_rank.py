@@ -33,7 +33,7 @@ def test_it_tells_its_start_and_finishes_its_work_when_asked_to_end(rank: Rank) 
     assert set(ready) == {"event", "address", "incarnation", "layout", "capacity_tokens"}
     assert ready["capacity_tokens"] == 1024
     progress = [(event["what"], event["seconds"]) for event in rank.events if event["event"] == "progress"]
-    assert [what for what, _ in progress] == ["started", "imported", "model mapped, pool allocated", "warm", "serving"]
+    assert [what for what, _ in progress] == ["started", "imported", "model mapped", "warm", "pool allocated", "serving"]
     assert [at for _, at in progress] == sorted(at for _, at in progress)
 
     async def main() -> None:
