@@ -28,7 +28,7 @@ from ..rpc.inference import InferenceClient
 from . import exposure, preflight, processes, state
 from .allotment import allot
 from .child import seconds_alive
-from .control import listen
+from .control import Numbers, Tell, listen
 from .crew import Crew
 from .devices import Gpu, chosen, torch_cuda, visible_gpus
 from .doctor.examining import before_up, require_links
@@ -135,7 +135,7 @@ class Up:
             shown = {} if tls is None else {"tls": tls}
             supervisor = Supervisor(posts, connect=partial(self.connect, **shown), drain=partial(self.drain, **shown), observer=observer)
             greeting = asyncio.create_task(self._greet(supervisor, record, card, terminal, stop))
-            ear = await listen(self.cluster_id, partial(crew.scale, supervisor, launcher))
+            ear = await listen(self.cluster_id, partial(self._scale, crew, supervisor, launcher, record))
             try:
                 terminal.say(f"Serving {name} ({card.dtype}): {_count(first)}. Cluster {self.config.name!r}, logs in {record.state.logs}")
                 await supervisor.run(stop, kill)
@@ -167,6 +167,11 @@ class Up:
             # Files of the config are on every host already; those made for this cluster are on this one.
             internal_tls=tls if self.config.ray.joined and self.config.security.internal_tls is None else None,
         )
+
+    async def _scale(self, crew: Crew, supervisor: Supervisor, launcher: Launcher, record: _Record, wanted: Numbers, tell: Tell) -> None:
+        """Have so many workers, and see that KV moves between those there are then. Raises `DiptychError` if not."""
+        await crew.scale(supervisor, launcher, wanted, tell)
+        await self.links(record.state, crew.config)
 
     async def _greet(self, supervisor: Supervisor, record: _Record, card: ModelCard, terminal: Terminal, stop: asyncio.Event) -> None:
         """Once the cluster serves: see that KV moves, say where it is, do what was asked for then, and perhaps end it."""

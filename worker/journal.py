@@ -52,5 +52,10 @@ class Journal:
         known = self._open.pop(attempt_id, None)
         if known is not None:
             seconds = round(self._clock.now() - known.since, 4)
-            head: dict[str, Any] = {"request": known.request_id, "attempt": attempt_id, "prompt_tokens": known.prompt_tokens, "seconds": seconds}
+            head: dict[str, Any] = {
+                "request": known.request_id,
+                "attempt": attempt_id,
+                "prompt_tokens": known.prompt_tokens,
+                "seconds": seconds,
+            }
             note(log, what, level=level, **head, **fields)
