@@ -59,7 +59,7 @@ def sums(slot: Tensor, length: int) -> Tensor:
     return torch.cat([table.sum(0), table.sum(1)])
 
 
-def checksum_of(found: Tensor) -> int:
+def checksum_from(found: Tensor) -> int:
     """`checksum` from `sums`, which must have come to the host."""
     return zlib.crc32(found.numpy().data)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from . import cuda_streams
 from .coverage import Span
 from .crossing import Crossing
-from .packing import checksum, checksum_of, pack, sums, unpack
+from .packing import checksum as checksum_of
+from .packing import checksum_from, pack, sums, unpack
 from .pool import Pool
 from .rows import pack_rows, require_fit, unpack_rows
 from .staging import SLOTS_PER_PAIR
@@ -27,12 +28,9 @@ class Slots(Protocol):
         """Pack `span`, which lies in `blocks` of the pool; its checksum."""
         ...
 
-    def checksum(self, slot: int, length: int) -> int:
-        """Of what has come."""
-        ...
-
-    def empty(self, slot: int, span: Span, blocks: tuple[int, ...]) -> None:
-        """Unpack `span` into `blocks` of the pool. Raises `OverflowError` if it is cast and does not fit."""
+    def empty(self, slot: int, span: Span, blocks: tuple[int, ...], checksum: int) -> bool:
+        """Unpack `span` into `blocks` of the pool: whether its checksum is this one. If it is not, they may hold anything. Raises
+        `OverflowError` if it is cast and does not fit."""
         ...
 
 
@@ -46,13 +44,13 @@ class HostSlots:
 
     def fill(self, slot: int, span: Span, blocks: tuple[int, ...]) -> int:
         pack(self._pool, self._crossing, span, blocks, self._slots[slot])
-        return self.checksum(slot, self._crossing.bytes(span))
+        return checksum_of(self._slots[slot], self._crossing.bytes(span))
 
-    def checksum(self, slot: int, length: int) -> int:
-        return checksum(self._slots[slot], length)
-
-    def empty(self, slot: int, span: Span, blocks: tuple[int, ...]) -> None:
+    def empty(self, slot: int, span: Span, blocks: tuple[int, ...], checksum: int) -> bool:
+        if checksum_of(self._slots[slot], self._crossing.bytes(span)) != checksum:
+            return False
         unpack(self._pool, self._crossing, span, blocks, self._slots[slot])
+        return True
 
 
 class DeviceSlots:
@@ -76,19 +74,22 @@ class DeviceSlots:
             for layer in span.layers:
                 self._pool.await_stored(layer)
             pack_rows(self._pool, self._crossing, span, blocks, self._slots[slot])
-            return self.checksum(slot, self._crossing.bytes(span))
-
-    def checksum(self, slot: int, length: int) -> int:
-        with torch.cuda.stream(self._stream):
-            found = cuda_streams.to_host(sums(self._slots[slot], length))
+            found = self._sums(slot, span)
             cuda_streams.mark().synchronize()
-        return checksum_of(found)
+        return checksum_from(found)
 
-    def empty(self, slot: int, span: Span, blocks: tuple[int, ...]) -> None:
+    def empty(self, slot: int, span: Span, blocks: tuple[int, ...], checksum: int) -> bool:
         with torch.cuda.stream(self._stream):
+            found = self._sums(slot, span)
             fits = unpack_rows(self._pool, self._crossing, span, blocks, self._slots[slot])
             cuda_streams.mark().synchronize()
+            if checksum_from(found) != checksum:
+                return False
             require_fit(fits)
+        return True
+
+    def _sums(self, slot: int, span: Span) -> Tensor:
+        return cuda_streams.to_host(sums(self._slots[slot], self._crossing.bytes(span)))
 
 
 def slots_for(pool: Pool, crossing: Crossing, slot_bytes: int) -> Slots:

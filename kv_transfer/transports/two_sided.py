@@ -293,9 +293,6 @@ class Incoming(Pair):
         self._free.put(slot)
 
     def _take(self, receive: Receive, blocks: tuple[int, ...], slot: int) -> None:
-        if self._slots.checksum(slot, self._crossing.bytes(receive.span)) != receive.checksum:
-            self._tell(self._events.copied, receive.transfer_id, receive.seq, f"The checksum of piece {receive.seq} is wrong.")
-            return
         with self._lock:
             if receive.transfer_id in self._given_up:
                 return
@@ -311,7 +308,8 @@ class Incoming(Pair):
     def _emptied(self, receive: Receive, blocks: tuple[int, ...], slot: int) -> str | None:
         """Why the piece does not count, or None if it lies in the pool."""
         try:
-            self._slots.empty(slot, receive.span, blocks)
+            if self._slots.empty(slot, receive.span, blocks, receive.checksum):
+                return None
         except OverflowError as error:
             return f"Piece {receive.seq} could not be copied: {error}."
-        return None
+        return f"The checksum of piece {receive.seq} is wrong."

@@ -600,6 +600,7 @@ async def prefill_end(
         yield prefill
     finally:
         await prefill.source.close()
+        ENGINE.finish()
         prefill.source.check()
         for pool in pools:
             pool.close()

@@ -75,7 +75,7 @@ def test_a_corrupted_piece_is_refused_and_the_next_transfer_is_whole(monkeypatch
         return found
 
     monkeypatch.setattr(slots, "pack", corrupt)
-    monkeypatch.setattr(slots, "checksum", checksum)
+    monkeypatch.setattr(slots, "checksum_of", checksum)
 
     async def run() -> None:
         async with rig(GLOO) as (prefill, decode, address, exchange):
