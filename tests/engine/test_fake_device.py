@@ -6,6 +6,8 @@ numbers; those of the same code on the CPU are tested elsewhere, those of a GPU 
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 from diptych.core.layout import DType
@@ -14,6 +16,7 @@ from diptych.core.sampling import SamplingParams
 from diptych.engine.batch import Draw, Row
 from diptych.engine.decoder import LoadedDecoder
 from diptych.engine.inputs import CPU, Inputs, make_inputs
+from diptych.engine.nccl_groups import nccl
 from diptych.engine.parallel import Parallel
 from diptych.engine.placing import Upload, _each_tensor
 from diptych.engine.sampler import chosen
@@ -21,6 +24,7 @@ from diptych.engine.weights import TORCH_DTYPE, shapes_of
 from diptych.kernels.block_copy import copy_blocks
 from diptych.kernels.penalties import Seen
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import HashStore
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 BLOCK, VOCABULARY = 16, 500
@@ -175,3 +179,10 @@ def test_weights_cross_in_pieces_and_unchanged() -> None:
     upload.weight(weight.T)
     assert max(len(piece) for piece in pieces) == 32
     assert torch.equal(torch.cat(pieces), weight.T.flatten())
+
+
+def test_groups_over_nccl_need_a_torch_that_has_it() -> None:
+    if torch.distributed.is_nccl_available():
+        pytest.skip("this torch has it; groups over it need a GPU each")
+    with pytest.raises(RuntimeError, match="was built without NCCL"):
+        nccl(THERE)(HashStore(), 0, 2, timedelta(seconds=1))
