@@ -48,7 +48,8 @@ class Json(logging.Formatter):
             "message": record.getMessage(),
         }
         trace = {"trace": self.formatException(record.exc_info)} if record.exc_info else {}
-        return json.dumps({**_fields(record), **line, **trace}, default=str, ensure_ascii=False)
+        fields = {name: value for name, value in _fields(record).items() if name not in line}
+        return json.dumps({**line, **fields, **trace}, default=str, ensure_ascii=False)
 
 
 def formatter(form: LogFormat, process: str) -> logging.Formatter:
