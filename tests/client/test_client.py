@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,10 @@ def test_every_option_reaches_the_server(served: Served) -> None:
         )
         client.generate("a")
     sampling = SamplingParams(3, 0.5, 0.9, 7, 11, (8,), True, 2, 0.1, 1.1, 0.5, -0.5, ((4, -2.0), (9, 1.0)), 1, 2)
-    assert served.face.calls == [Generate((1, 2), "m", sampling, ("end",), "mine"), Generate("a")]
+    first, second = served.face.calls
+    assert first == Generate((1, 2), "m", sampling, ("end",), "mine")
+    assert second.request_id, "who names none is given one"
+    assert replace(second, request_id="") == Generate("a")
 
 
 def test_an_option_that_does_not_exist_is_a_type_error(served: Served) -> None:
