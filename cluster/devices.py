@@ -65,7 +65,7 @@ def chosen(wanted: str, gpus: Sequence[Gpu], cuda: str | None) -> Sequence[Gpu]:
     if cuda is None:
         raise ConfigError(f"device: cuda, but the torch installed here is a CPU build. {_there(gpus)}.", field="device")
     if not gpus:
-        raise ConfigError(f"device: cuda, but {_there(gpus)}; device: cpu would work.", field="device")
+        raise ConfigError("device: cuda, but this host has no GPU that CUDA can use; device: cpu would work.", field="device")
     return gpus
 
 
@@ -100,5 +100,5 @@ def _too_many(gpus: Sequence[Gpu], workers: Sequence[tuple[str, Sequence[float]]
 
 def _there(gpus: Sequence[Gpu]) -> str:
     if not gpus:
-        return "this host has no GPU that CUDA can use"
+        return "This host has no GPU that CUDA can use either"
     return "Here are " + ", ".join(f"{gpu.key}: {gpu.name} ({gpu.size / 2**30:.0f} GiB)" for gpu in gpus)
