@@ -134,10 +134,17 @@ def test_a_host_of_ones_own_gets_the_phase_that_the_file_says(tmp_path: Path, ad
 def test_a_running_head_learns_of_new_addresses(tmp_path: Path) -> None:
     (tmp_path / "diptych").symlink_to(sys.prefix)
     (command,) = read(LAUNCH / "local.yaml")["head_setup_commands"]
+    assert command.replace("~/diptych/bin/python", "python") in read(LAUNCH / "local.yaml")["head_start_ray_commands"]
     environment = {**os.environ, "HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
     for addresses in (["10.0.0.2"], ["10.0.0.2", "10.0.0.3"]):
         provider = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": addresses}
-        (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps({"cluster_name": "ours", "provider": provider}))
+        prepared = prepare_config({"cluster_name": "ours", "provider": provider, "auth": {"ssh_user": "ours"}})
+        (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(prepared))
         subprocess.run(["bash", "-c", command], env=environment, check=True, timeout=60)
         (known,) = tmp_path.rglob("cluster-ours.state")
-        assert sorted(json.loads(known.read_text())) == ["10.0.0.1", *addresses]
+        hosts = json.loads(known.read_text())
+        assert sorted(hosts) == ["10.0.0.1", *addresses]
+        assert [address for address, host in hosts.items() if host["state"] == "running"] == ["10.0.0.1"]
+        again = json.loads((tmp_path / "ray_bootstrap_config.yaml").read_text())
+        validate_config(prepare_config(again))
+        assert [of["min_workers"] for of in again["available_node_types"].values()] == [len(hosts)]
