@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..core.metrics import METRICS, MODEL, VLLM, Metric
+from .dashboards.alerts import ALERTS
 
 INTRO = f"""# Metrics
 
@@ -23,7 +25,8 @@ are told in their timing.
 Made from the same table, in `cluster/dashboards/`: a Grafana dashboard (`grafana.json`, import it and choose the data source) and
 Prometheus alert rules (`alerts.yaml`), each with a test that it fires (`alerts_test.yaml`, for `promtool test rules`).
 
-<!-- Made by `python -m diptych.cluster.metrics_docs docs/metrics.md` from core/metrics.py; change it there. -->
+<!-- Made by `python -m diptych.cluster.metrics_docs docs/metrics.md` from core/metrics.py and
+cluster/dashboards/alerts.py; change it there. -->
 """
 
 
@@ -33,7 +36,14 @@ def reference() -> str:
     workers = [metric for metric in METRICS if metric not in vllm and metric.of_worker]
     router = [metric for metric in METRICS if metric not in vllm and metric not in workers]
     parts = (("Names that vLLM has", vllm), ("Requests and transfers", router), ("Workers", workers))
-    return INTRO + "\n".join(line for title, metrics in parts for line in _table(title, metrics)) + "\n"
+    return INTRO + "\n".join([*(line for title, metrics in parts for line in _table(title, metrics)), *_alerts()]) + "\n"
+
+
+def _alerts() -> Iterator[str]:
+    yield from ("\n## Alerts\n", "| alert | severity | after | when |", "| --- | --- | --- | --- |")
+    for alert in ALERTS:
+        summary = re.sub(r"{{ \$labels\.(\w+) }}", r"(\1)", alert.summary)
+        yield f"| {alert.name} | {alert.severity} | {alert.held} | {summary} |"
 
 
 def _table(title: str, metrics: list[Metric]) -> Iterator[str]:
