@@ -205,6 +205,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("no time to drain", wrong(pod={"terminationGracePeriodSeconds": 20}), "draining and ending takes up to"),
     ("a long name", wrong(fullnameOverride="x" * 41), "give one of at most 40"),
+    ("a name too long for the release", wrong(nameOverride="y" * 38), "give one of at most 40"),
     ("root", wrong(securityContext={"runAsUser": 0}), "minimum: got 0, want 1"),
     ("no digest", wrong(image={"digest": "sha256:abc"}), "'sha256:abc' does not match pattern"),
 ]

@@ -123,7 +123,7 @@ spec:
         failureThreshold: 2
       lifecycle:
         preStop:
-          exec: {command: [sh, -c, "sleep {{ int $settings.preStopDelaySeconds }}; exec diptych down"]}
+          exec: {command: [sh, -c, "sleep {{ int $settings.preStopDelaySeconds }}; exec diptych down --all"]}
     {{- end }}
   volumes:
     - name: tmp

@@ -5,6 +5,9 @@
 {{- if gt (len $name) 40 -}}
 {{- fail (printf "fullnameOverride: the name %s has %d characters; KubeRay cuts names above 40 or so, so give one of at most 40." $name (len $name)) -}}
 {{- end -}}
+{{- if not (regexMatch "^[a-z]" $name) -}}
+{{- fail (printf "fullnameOverride: the name %s begins with no letter, as Services' names must; give another." $name) -}}
+{{- end -}}
 {{- include "diptych.validateConfig" . -}}
 {{- include "diptych.validateModel" . -}}
 {{- range $phase := list "prefill" "decode" -}}{{- include "diptych.validatePhase" (dict "root" $ "phase" $phase) -}}{{- end -}}
