@@ -164,6 +164,7 @@ class PrefillRole:
         for first in outcome.first_tokens:
             stamp(Stage.FIRST_TOKEN, first.attempt_id, times.ended)
             self._attempts.tell(first)
+            self._journal.first(first)
             if first.attempt_id not in complete:
                 self._drawn[first.attempt_id] = times.ended
                 self.outbox.call(partial(self._commit, first.attempt_id, first.tokens))

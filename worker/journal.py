@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.clock import Clock
-from ..core.commands import Failed, Finished, HandedOver
+from ..core.commands import Failed, Finished, FirstTokens, HandedOver
 from ..core.errors import Cancelled
 from ..core.notes import note
 from ..core.request import Request
@@ -21,6 +21,8 @@ class _Open:
     request_id: str
     prompt_tokens: int
     since: float
+    first: dict[str, Any] = field(default_factory=dict)
+    """What is known of its prompt since that was read."""
 
 
 class Journal:
@@ -32,6 +34,12 @@ class Journal:
 
     def opened(self, attempt_id: str, request: Request) -> None:
         self._open[attempt_id] = _Open(request.request_id, len(request.prompt_ids), self._clock.now())
+
+    def first(self, event: FirstTokens) -> None:
+        """Its prompt has been read."""
+        if event.attempt_id in self._open:
+            times = {"queued_seconds": round(event.queued, 5), "computed_seconds": round(event.computed, 5)}
+            self._open[event.attempt_id].first.update(times, prompt_cached=event.cached_tokens)
 
     def ended(self, event: Terminal) -> None:
         match event:
@@ -58,4 +66,4 @@ class Journal:
                 "prompt_tokens": known.prompt_tokens,
                 "seconds": seconds,
             }
-            note(log, what, level=level, **head, **fields)
+            note(log, what, level=level, **head, **known.first, **fields)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from diptych.cluster.logs import Json, Pretty, last_lines, logging_to
-from diptych.core.commands import Failed, Finished, HandedOver
+from diptych.core.commands import Failed, Finished, FirstTokens, HandedOver
 from diptych.core.errors import Cancelled, TransferFailed
 from diptych.core.notes import note
 from diptych.core.request import MAX_REQUEST_ID, Request, Tokens, request_id_of
@@ -96,6 +96,8 @@ def test_an_attempt_has_one_line_with_its_requests_id(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, "diptych.worker.journal"):
         for attempt in "abcd":
             journal.opened(attempt, Request(f"r-{attempt}", "", (Tokens((7, 8, 9)),)))
+        journal.first(FirstTokens("a", (), (), queued=0.5, computed=0.25, cached_tokens=2))
+        journal.first(FirstTokens("of another", (), ()))
         journal.ended(HandedOver("a", 100, 0.25, "shm", 0.125))
         journal.ended(Finished("b", cached_tokens=16, recomputed_tokens=3))
         journal.ended(Failed("c", TransferFailed("broken")))
@@ -110,5 +112,6 @@ def test_an_attempt_has_one_line_with_its_requests_id(caplog: pytest.LogCaptureF
         ("WARNING", "failed", "r-c"),
         ("INFO", "stopped: the router is gone", "r-d"),
     ]
-    assert caplog.records[0].__dict__["fields"]["kv_bytes"] == 100
+    fields = caplog.records[0].__dict__["fields"]
+    assert (fields["kv_bytes"], fields["queued_seconds"], fields["computed_seconds"], fields["prompt_cached"]) == (100, 0.5, 0.25, 2)
     assert not re.search(r"\b7, 8\b", caplog.text)
