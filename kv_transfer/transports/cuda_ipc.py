@@ -55,7 +55,8 @@ class DevicePool:
 
         def wait() -> None:
             done.synchronize()
-            require_fit(fits)
+            with torch.cuda.stream(self._stream):
+                require_fit(fits)
 
         return wait
 

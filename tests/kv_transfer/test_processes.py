@@ -36,7 +36,9 @@ pytestmark = pytest.mark.parametrize("way", BETWEEN_PROCESSES)
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in SHARED_GPU.items():
+        monkeypatch.setenv(name, value)
     yield
     if left_behind():
         gc.collect()
