@@ -98,3 +98,22 @@ def test_bfloat16_follows_float32(bench, prompt, tiny_gemma3_source, tiny_gemma3
         assert len(shared) >= 12
         assert [n for _, n in shared] == pytest.approx([w for w, _ in shared], abs=0.25)
     assert torch.backends.mkldnn.enabled
+
+
+def test_a_first_step_as_large_as_any_takes_one_block(bench, tiny_gemma3_dir):
+    """What a GPU is asked for before its pool has a size: a chunk behind a long context, then a row for each slot."""
+    made = bench(tiny_gemma3_dir, kv_tokens=16)
+    made.engine.warm_up(tokens=40, context=700, rows=8)
+    assert all(len(cache) == 1 and cache.abs().sum() > 0 for group in made.caches for cache in group)
+
+
+def test_caches_are_changed_for_others_and_a_layer_is_noted_before_it_is_told(bench, prompt, tiny_llama_dir):
+    made, told = bench(tiny_llama_dir), []
+    first = made.caches
+    made.caches = [[torch.zeros_like(cache) for cache in group] for group in first]
+    made.engine.hold(made.caches, lambda layer: told.append(("stored", layer)))
+    ids = prompt(16)
+    made.run(Row(0, 0, tuple(ids), made.table(16)), on_layer=lambda layer: told.append(("told", layer)))
+    assert told == [(what, layer) for layer in range(3) for what in ("stored", "told")]
+    assert all(cache.abs().sum() > 0 for group in made.caches for cache in group)
+    assert not any(cache.any() for group in first for cache in group)

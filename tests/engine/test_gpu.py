@@ -58,17 +58,3 @@ def test_half_precision_stays_near_float32(on_gpu, prompt, tiny_llama_source, tm
 def test_weights_cross_whole_through_small_buffers():
     weight = torch.randn(1000, 77)
     assert torch.equal(Upload(CUDA, staged_bytes=4096).weight(weight).cpu(), weight)
-
-
-def test_a_layer_is_noted_before_it_is_told(on_gpu, prompt, tiny_llama_dir):
-    made, told = on_gpu(tiny_llama_dir), []
-    made.engine.hold(made.caches, lambda layer: told.append(("stored", layer)))
-    tables = made.table(20)
-    made.engine.run(made.batch(_row(prompt(16), tables)), lambda layer: told.append(("told", layer)))
-    assert told == [(what, layer) for layer in range(3) for what in ("stored", "told")]
-
-
-def _row(ids, tables):
-    from diptych.engine.batch import Row
-
-    return Row(0, 0, tuple(ids), tables)
