@@ -15,6 +15,7 @@ import pytest
 import yaml
 from charts import CHART, NAMESPACE, ROOT, SETS, Helm, Manifest, Refused, one
 from diptych.cluster.config_file import read_config
+from diptych.core.config import ClusterConfig
 from kuberay import pods
 
 KUBERAY = ROOT.parent / "shared/kuberay"
@@ -170,6 +171,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("no keys", {}, "security.apiKeys.secretName names no secret"),
     ("a misspelled value", wrong(servce={}), "additional properties 'servce' not allowed"),
     ("a misspelled inner value", wrong(model={"claim": "x"}), "additional properties 'claim' not allowed"),
+    ("a misspelled section", wrong(config={"decod": {}}), "at '/config': additional properties 'decod' not allowed"),
     ("no such source", wrong(model={"from": "ftp"}), "value must be one of 'image', 'hub', 'pvc', 'objectStore'"),
     ("a hub without a name", wrong(model={"from": "hub"}), "model.source: a model from hub has to be named"),
     ("a path for a hub's name", wrong(model={"from": "hub", "source": "a/b/c"}), "a/b/c is no name of the hub"),
@@ -224,6 +226,11 @@ def test_what_is_wrong_is_refused_with_a_sentence(helm: Helm) -> None:
         answers = list(pool.map(said, [values for _, values, _ in REFUSED]))
     assert [(what, answer) for (what, _, sentence), answer in zip(REFUSED, answers, strict=True) if sentence not in answer] == []
     assert len(REFUSED) >= 15
+
+
+def test_the_schema_names_the_config_s_keys() -> None:
+    named = json.loads((CHART / "values.schema.json").read_text())["properties"]["config"]["properties"]
+    assert set(named) == set(ClusterConfig.model_fields), "a key that is new belongs there too"
 
 
 def test_the_reference_is_what_the_comments_say() -> None:
