@@ -150,7 +150,11 @@ def _copy_speed(timed: Timed) -> float:
     """Bytes per second of copying the blocks of one cache to another, as a destination copies from a source's pool."""
     source = timed.caches[0][0]
     target = torch.empty_like(source)
-    return source.numel() * source.element_size() / _median(lambda: target.copy_(source) and None, 9)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    return source.numel() * source.element_size() / _median(copy, 9)
 
 
 def _show(made: Profile, prefills: list[PrefillPoint], decodes: list[DecodePoint]) -> None:

@@ -14,6 +14,8 @@ from .policies import Policies
 from .profile import Hardware, Link, Profile
 from .world import World
 
+FILLINGS = 5
+"""A queue that grows by a fifth of what comes has, by then, doubled what is in the cluster."""
 Arrivals = Callable[[float, int], Iterator[Arrival]]
 """The load at a rate, by seed; endless."""
 
@@ -42,14 +44,14 @@ class Bench:
 
     def probe(self, hardware: Sequence[Hardware], rate: float, *, slo: Slo | None = None, arrivals: Arrivals | None = None) -> Probe:
         """Simulate one rate until its attainment is surely above or below the target. Requests that come while the cluster fills,
-        within the time that one may take, are not counted."""
+        within the time that one may take, are not counted; and that it is met is not believed before `FILLINGS` times as many."""
         terms = self.terms
         trial, tally = Trial.growing(terms.target, terms.confidence, terms.most), Tally()
         looks, verdict = iter(trial.looks), Verdict.OPEN
         look = next(looks)
         limits = slo or terms.slo
         load = (arrivals or terms.arrivals)(rate, terms.seed)
-        ahead, load = _filling(load, settle_seconds(limits, self.profile))
+        ahead, load = _filling(load, limits)
         done = False
 
         def ended(life: Life) -> None:
@@ -59,6 +61,8 @@ class Bench:
             tally.add(life.arrival.number - ahead, world.meets(life))
             while not done and tally.advance(look):
                 verdict = trial.judge(tally.met, tally.total)
+                if verdict is Verdict.MET and look < min(trial.most, FILLINGS * ahead):
+                    verdict = Verdict.OPEN
                 done = verdict is not Verdict.OPEN or look == trial.most
                 look = next(looks, look)
 
@@ -75,17 +79,14 @@ class Bench:
         return search
 
 
-def settle_seconds(slo: Slo, profile: Profile) -> float:
-    """How long a cluster fills: what one request may take, of 100 tokens where no limit says."""
-    return (slo.ttft or 1.0) + 100 * (slo.tpot or 0.05)
-
-
-def _filling(load: Iterator[Arrival], seconds: float) -> tuple[int, Iterator[Arrival]]:
-    """How many requests come within so many seconds, and all of them again."""
+def _filling(load: Iterator[Arrival], slo: Slo) -> tuple[int, Iterator[Arrival]]:
+    """How many requests come while a cluster fills, which is as long as one of mean length may take; and all of them again."""
     early: list[Arrival] = []
+    tokens = 0
     for arrival in load:
         early.append(arrival)
-        if arrival.at >= seconds:
+        tokens += arrival.output_tokens
+        if arrival.at >= (slo.ttft or 1.0) + (slo.tpot or 0.05) * tokens / len(early):
             break
     return len(early) - 1, _again(early, load)
 

@@ -2,8 +2,9 @@
 
 `paired` is DistServe's Algorithm 2, for nodes with slow links between them: a prefill and a decode worker share each node, so that KV stays
 on it; every pair of shapes that fits is tried together. `apart` is its Algorithm 1: each phase is tried by itself, the best few of
-both are combined, in the numbers that balance them, and simulated together. What cannot win is not simulated: plans are tried in the
-order of an upper bound of their rate, so the first whose bound is below the best found ends the search, with the same answer.
+both are combined, in the numbers that balance them, and simulated together. What cannot win is not
+searched, with the same answer: neither a plan whose upper bound is below the best found, nor one that misses the SLO at the rate with
+which it would win.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..load.slo import Slo
 from .goodput import Bench, prompts_only
 from .latency import DecodeTimes, PrefillTimes, StepTimes
 from .profile import Hardware, Profile
-from .shapes import Loss, Lost, Plan, Sample, Shape, hardware, lacking, most_answers, most_prompts
+from .shapes import Loss, Lost, Plan, Sample, Shape, hardware, idle_seconds, lacking, most_answers, most_prompts
 
 CONTENDERS = 3
 """Shapes of each phase that are tried together, where phases are searched apart."""
@@ -76,6 +77,16 @@ class Outcome:
     def best(self) -> Scored | None:
         return self.scored[0] if self.scored else None
 
+    def sort(self, tolerance: float) -> Outcome:
+        """By rate for its cost; first the smallest of those that serve equally much, as far as rates are known."""
+        self.scored.sort(key=lambda each: (-each.per_cost, each.plan.devices))
+        if self.scored:
+            equal = [each for each in self.scored if each.per_cost >= self.scored[0].per_cost * (1 - tolerance)]
+            smallest = min(equal, key=lambda each: each.plan.devices)
+            self.scored.remove(smallest)
+            self.scored.insert(0, smallest)
+        return self
+
     def front(self) -> list[Scored]:
         """Those that no other serves more than at no more cost, the cheapest first."""
         made: list[Scored] = []
@@ -121,7 +132,7 @@ class Planner:
             return outcome
         for plan in plans:
             self._meet(plan, rate, outcome)
-        return _sorted(outcome)
+        return outcome.sort(self._bench.terms.tolerance)
 
     # -- what there is to try ------------------------------------------------------------------------------------------
 
@@ -166,13 +177,11 @@ class Planner:
         """Simulate, the most promising first, as long as one can still win."""
         best = 0.0
         bounds = {plan: self._bound(plan) for plan in plans}
-        for plan in sorted(bounds, key=lambda plan: -bounds[plan] / plan.devices):
-            most = bounds[plan] / plan.devices
-            if most <= best and not self._exhaustive:
-                why = f"at most {most:.3g} requests/s per device, whatever is simulated; the best serves {best:.3g}"
+        for plan in sorted(bounds, key=lambda plan: -self._promise(plan)):
+            self._shown(str(plan))
+            if not self._exhaustive and (why := self._beaten(plan, bounds[plan], best)) is not None:
                 outcome.lost.append(Lost(str(plan), Loss.DOMINATED, why))
                 continue
-            self._shown(str(plan))
             outcome.simulated += 1
             scored = self._score(plan, bounds[plan])
             if scored is None:
@@ -180,7 +189,29 @@ class Planner:
                 continue
             outcome.scored.append(scored)
             best = max(best, scored.per_device)
-        _sorted(outcome)
+        outcome.sort(self._bench.terms.tolerance)
+
+    def _promise(self, plan: Plan) -> float:
+        """By which plans are ordered: the bound per device, less what of the TTFT limit a prompt takes alone. The sooner a good plan is
+        found, the more of the others are beaten at once."""
+        policies, slo = self._bench.policies, self._slo
+        prompts = most_prompts(self._profile, plan.prefill, self._sample, policies)
+        if slo.ttft is not None:
+            prompts *= max(0.0, 1 - idle_seconds(self._profile, Phase.PREFILL, plan.prefill, self._sample, self._target) / slo.ttft)
+        answers = most_answers(self._profile, plan.decode, self._sample, slo, policies)
+        return min(plan.prefills * prompts, plan.decodes * answers) / plan.devices
+
+    def _beaten(self, plan: Plan, bound: float, best: float) -> str | None:
+        """Why the plan serves less per device than `best`, by more than rates are known; None if it might not."""
+        enough = best * (1 - self._bench.terms.tolerance)
+        if bound / plan.devices <= enough:
+            return f"at most {bound / plan.devices:.3g} requests/s per device, whatever is simulated; the best serves {best:.3g}"
+        if best == 0.0:
+            return None
+        probe = self._bench.probe(plan.hardware(self._profile), enough * plan.devices)
+        if probe.verdict is Verdict.MISSED or (probe.verdict is Verdict.OPEN and probe.share < self._target):
+            return f"at {enough:.3g} requests/s per device {probe.share:.1%} are within the limits ({probe.total} simulated)"
+        return None
 
     def _score(self, plan: Plan, bound: float) -> Scored | None:
         search = self._bench.goodput(plan.hardware(self._profile), bound / 2)
@@ -250,7 +281,7 @@ class Planner:
         for unit in units[: 2 * CONTENDERS]:
             count = max(1, math.ceil(rate / unit.rate))
             self._meet(Plan(unit.plan.prefill, unit.plan.decode, count, count), rate, outcome, step=(1, 1))
-        return _sorted(outcome)
+        return outcome.sort(self._bench.terms.tolerance)
 
     def _meet(self, plan: Plan, rate: float, outcome: Outcome, step: tuple[int, int] | None = None) -> None:
         """The verdict at the target rate: with a worker more, of the phase that is short or by `step`, until it is met."""
@@ -273,8 +304,3 @@ class Planner:
         first = self._bench.probe(workers, rate, slo=Slo(ttft=self._slo.ttft))
         rest = self._bench.probe(workers, rate, slo=Slo(tpot=self._slo.tpot))
         return (1, 0) if first.share < rest.share else (0, 1)
-
-
-def _sorted(outcome: Outcome) -> Outcome:
-    outcome.scored.sort(key=lambda each: (-each.per_cost, each.plan.devices))
-    return outcome
