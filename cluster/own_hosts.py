@@ -28,7 +28,8 @@ def main() -> int:
 
     path = Path(sys.argv[1]).expanduser()
     config = json.loads(path.read_text())
-    record_local_head_state_if_needed(LocalNodeProvider(config["provider"], config["cluster_name"]))
+    provider = LocalNodeProvider(config["provider"], config["cluster_name"])  # type: ignore[no-untyped-call]
+    record_local_head_state_if_needed(provider)
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(counting_the_head(config)))
     os.replace(draft, path)  # the autoscaler reads it every 5 s

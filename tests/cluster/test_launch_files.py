@@ -25,7 +25,7 @@ with warnings.catch_warnings(action="ignore"):  # Ray's own code, to pydantic
     from ray.scripts.scripts import cli as ray_cli
 
 LAUNCH = ROOT / "cluster" / "launch"
-FILES = sorted(path for path in LAUNCH.glob("*.yaml") if path.name != "diptych.yaml")
+FILES = sorted(path for path in LAUNCH.glob("*.yaml") if path.name != "cluster.yaml")
 CLOUDS = [path for path in FILES if path.name != "local.yaml"]
 COMMANDS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
             "worker_start_ray_commands")  # fmt: skip
@@ -107,7 +107,7 @@ def test_a_cloud_has_nodes_for_each_phase_with_and_without_gpus(path: Path) -> N
 
 
 def test_the_config_that_the_head_serves_is_right() -> None:
-    config = read_config(LAUNCH / "diptych.yaml", {})
+    config = read_config(LAUNCH / "cluster.yaml", {})
     assert config.ray.joined
     assert config.ray.wait_s > 600, "nodes are still being made"
 

@@ -5,7 +5,8 @@
     host b ─ veth ─┘
 
 Each namespace is held by one process with a leash and has no name: when its processes have gone, however they went, the kernel takes
-it back with its end of every cable. Needs root and iproute2.
+it back with its end of every cable. Needs root and iproute2. `own_processes` gives each host a process namespace too, for what looks for
+processes by name (`ray stop` ends all it sees).
 
 As a script it makes hosts and runs one command in each, until all have ended:  python tests/e2e/hosts.py 'command of a' 'command of b'
 """
@@ -26,7 +27,9 @@ from pathlib import Path
 
 TOOLS = ("ip", "unshare", "nsenter")
 NAMESPACES = ("--mount", "--ipc", "--uts", "--net")
-PRIVATE = 'hostname "$1" && mount -t tmpfs tmpfs /dev/shm && ip link set lo up && echo ready && exec cat'
+OWN_PROCESSES = ("--pid", "--fork", "--mount-proc", "--kill-child")
+PRIVATE = 'hostname "$1" && mount -t tmpfs tmpfs /dev/shm && ip link set lo up && echo ready && exec env --ignore-signal=CHLD cat'
+"""What holds the namespaces. As the first of a host's own processes it inherits orphans; it ignores SIGCHLD, so none stays a zombie."""
 
 
 def missing() -> str | None:
@@ -44,10 +47,25 @@ class Host:
     name: str
     address: str
     holder: int
+    own_processes: bool = False
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        return ("nsenter", f"--target={self.holder}", *NAMESPACES, "--")
+        processes = (f"--pid=/proc/{self.holder}/ns/pid_for_children",) if self.own_processes else ()
+        return ("nsenter", f"--target={self.holder}", *NAMESPACES, *processes, "--")
+
+    @property
+    def keepers(self) -> set[int]:
+        """The processes that hold its namespaces."""
+        children = Path(f"/proc/{self.holder}/task/{self.holder}/children").read_text().split()
+        return {self.holder, *map(int, children)}
+
+    @property
+    def processes(self) -> list[int]:
+        """What runs there, without what holds its namespaces."""
+        inside = Path(f"/proc/{self.holder}/ns/net").readlink()
+        assert inside != _network(os.getpid()), "its namespace is not ours"
+        return [pid for pid in _pids() if pid not in self.keepers and _network(pid) == inside]
 
     @property
     def received(self) -> int:
@@ -58,9 +76,7 @@ class Host:
 
     def crash(self) -> None:
         """End everything that runs there at once, as by a power cut; its cable and its memory stay."""
-        inside = Path(f"/proc/{self.holder}/ns/net").readlink()
-        assert inside != _network(os.getpid()), "its namespace is not ours"
-        while found := [pid for pid in _pids() if pid != self.holder and _network(pid) == inside]:
+        while found := self.processes:
             for pid in found:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -91,23 +107,24 @@ def _run(*command: str) -> None:
 
 
 @contextmanager
-def _host(name: str, address: str) -> Iterator[Host]:
-    holder = subprocess.Popen(["unshare", *NAMESPACES, "sh", "-c", PRIVATE, "sh", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def _host(name: str, address: str, own_processes: bool = False) -> Iterator[Host]:
+    namespaces = (*NAMESPACES, *(OWN_PROCESSES if own_processes else ()))
+    holder = subprocess.Popen(["unshare", *namespaces, "sh", "-c", PRIVATE, "sh", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdin is not None
     assert holder.stdout is not None
     try:
         assert holder.stdout.readline() == b"ready\n", f"the namespaces of {name} cannot be made"
-        yield Host(name, address, holder.pid)
+        yield Host(name, address, holder.pid, own_processes)
     finally:
         if holder.poll() is None:
-            Host(name, address, holder.pid).crash()
+            Host(name, address, holder.pid, own_processes).crash()
         holder.stdin.close()
         holder.wait(timeout=20)
         holder.stdout.close()
 
 
 @contextmanager
-def hosts(*names: str) -> Iterator[tuple[Host, ...]]:
+def hosts(*names: str, own_processes: bool = False) -> Iterator[tuple[Host, ...]]:
     """The switch, then a host for each name. This process reaches all of them."""
     number = os.getpid() % 250
     network = f"10.213.{number}"
@@ -115,7 +132,7 @@ def hosts(*names: str) -> Iterator[tuple[Host, ...]]:
         switch = stack.enter_context(_host("switch", ""))
         _run(*switch.prefix, "ip", "link", "add", "bridge", "type", "bridge")
         _run(*switch.prefix, "ip", "link", "set", "bridge", "up")
-        made = [stack.enter_context(_host(name, f"{network}.{index}")) for index, name in enumerate(names, 1)]
+        made = [stack.enter_context(_host(name, f"{network}.{index}", own_processes)) for index, name in enumerate(names, 1)]
         for host in made:
             _cable(switch, host.name, f"{host.address}/24", "eth0", host)
         _cable(switch, "here", f"{network}.254/24", f"dip{os.getpid()}", None)
