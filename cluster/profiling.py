@@ -30,6 +30,8 @@ PREFILLS = ((1, 16), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (2, 256),
 """Batch and length."""
 DECODES = ((1, 16), (1, 512), (1, 1024), (2, 256), (4, 16), (4, 512), (8, 256), (16, 16), (16, 256), (32, 16), (32, 128))
 """Batch and tokens attended to."""
+POOR = 0.25
+"""Residuals of an idle machine are below this share."""
 GREEDY = SamplingParams(temperature=0.0)
 _out = Console(highlight=False, soft_wrap=True)
 
@@ -176,6 +178,12 @@ def _show(made: Profile, prefills: list[PrefillPoint], decodes: list[DecodePoint
         _fit(known.decode_residuals),
     )
     _out.print(table)
+    worst = max(each.worst for each in (known.prefill_residuals, known.decode_residuals) if each is not None)
+    if worst > POOR:
+        _out.print(
+            f"A fit that is off by {worst:.0%} somewhere is poor: was the machine busy with something else? Measure again when it is idle.",
+            markup=False,
+        )
 
 
 def _fit(residuals: Residuals | None) -> str:
