@@ -60,6 +60,7 @@ def test_the_best_pair_serves_most_for_each_device(found: Outcome) -> None:
     assert found.simulated + sum(each.loss is Loss.DOMINATED for each in found.lost) == found.considered
 
 
+@pytest.mark.nightly
 def test_what_is_not_simulated_could_not_have_won(found: Outcome) -> None:
     exhaustive = planner(two_tps(), Space(1, 3), exhaustive=True).paired()
     assert exhaustive.simulated == exhaustive.considered == found.considered
