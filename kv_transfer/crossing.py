@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..core.layout import DType, Layout, RankLayout
 from .coverage import Span
 from .geometry import Blocks, Runs, runs_between, runs_unpacked
 from .slices import Route
+
+KEPT = 64
+"""Runs kept: a transfer's pieces of one group have the same, layer after layer, and a few transfers take turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,8 @@ class Crossing:
         self._groups = route.groups
         self.sources = _places(route, source.on(route.source))
         self.destinations = _places(route, destination.on(route.destination))
+        self._between, self._unpacked = lru_cache(KEPT)(self._find_between), lru_cache(KEPT)(self._find_unpacked)
+        self._packed = lru_cache(KEPT)(self._find_packed)
 
     def casts(self, group: int) -> bool:
         return self.sources[group].dtype is not self.destinations[group].dtype
@@ -51,23 +57,29 @@ class Crossing:
 
     def between(self, span: Span, source_blocks: tuple[int, ...], destination_blocks: tuple[int, ...]) -> Runs:
         """From the source's pool to the destination's."""
-        here, there = self.sources[span.group], self.destinations[span.group]
-        group = self._groups[span.group]
-        row = self._row(span.group)
-        return runs_between(here.holds(source_blocks), there.holds(destination_blocks), group.kv_heads, span.start, span.stop, row)
+        return self._between(span.group, span.start, span.stop, source_blocks, destination_blocks)
 
     def packed(self, span: Span, blocks: tuple[int, ...]) -> Runs:
         """From the source's pool to a packed piece; in bytes, since it is not cast yet."""
-        here, group = self.sources[span.group], self._groups[span.group]
-        row = group.head_dim * here.dtype.itemsize
-        runs = runs_unpacked(here.size, here.holds(blocks), group.kv_heads, span.start, span.stop, row)
-        return [(there, at, length) for at, there, length in runs]
+        return self._packed(span.group, span.start, span.stop, blocks)
 
     def unpacked(self, span: Span, blocks: tuple[int, ...]) -> Runs:
         """From a packed piece to the destination's pool."""
-        there = self.destinations[span.group].holds(blocks)
-        size, heads = self.sources[span.group].size, self._groups[span.group].kv_heads
-        return runs_unpacked(size, there, heads, span.start, span.stop, self._row(span.group))
+        return self._unpacked(span.group, span.start, span.stop, blocks)
+
+    def _find_between(self, group: int, start: int, stop: int, blocks: tuple[int, ...], blocks_there: tuple[int, ...]) -> Runs:
+        here, there = self.sources[group].holds(blocks), self.destinations[group].holds(blocks_there)
+        return runs_between(here, there, self._groups[group].kv_heads, start, stop, self._row(group))
+
+    def _find_packed(self, group: int, start: int, stop: int, blocks: tuple[int, ...]) -> Runs:
+        here, crossing = self.sources[group], self._groups[group]
+        row = crossing.head_dim * here.dtype.itemsize
+        runs = runs_unpacked(here.size, here.holds(blocks), crossing.kv_heads, start, stop, row)
+        return [(there, at, length) for at, there, length in runs]
+
+    def _find_unpacked(self, group: int, start: int, stop: int, blocks: tuple[int, ...]) -> Runs:
+        there, size = self.destinations[group].holds(blocks), self.sources[group].size
+        return runs_unpacked(size, there, self._groups[group].kv_heads, start, stop, self._row(group))
 
     def _row(self, group: int) -> int:
         """One head's K of one token."""
