@@ -16,7 +16,8 @@ import time
 import traceback
 from pathlib import Path
 
-from .logs import LogFormat, formatter
+from ..core.config import LogFormat
+from .logs import formatter
 
 PR_SET_PDEATHSIG = 1
 FAILED = 2

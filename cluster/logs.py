@@ -8,11 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
+from ..core.config import LogFormat
 from ..core.notes import FIELDS
 
-LogFormat = Literal["pretty", "json"]
 TAIL_BYTES = 1 << 16
 _ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r", "\x1b": "\\x1b"})
 """What would let a message begin a line of its own, or colour the terminal of whoever reads it."""

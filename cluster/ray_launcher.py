@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.config import Placing
+from ..core.config import LogFormat, Placing
 from ..core.errors import ConfigError, DiptychError, Unavailable
 from ..core.fleet import Phase
 from ..core.security import TlsFiles
 from . import processes
 from .launch import Launch, PlainLauncher, PlainProcess, Running, parse_line
-from .logs import LogFormat
 from .post import Observer
 from .spec import LogLevel, RaySpec
 

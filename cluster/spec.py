@@ -8,12 +8,11 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..core.config import LimitsSection, Placing
+from ..core.config import LimitsSection, LogFormat, Placing
 from ..core.errors import ConfigError
 from ..core.fleet import LocalPrefill, Phase
 from ..core.security import TlsFiles
 from ..core.transfer import Transport
-from .logs import LogFormat
 
 BLOCK_SIZE = 16
 """Tokens per block of every cache group."""

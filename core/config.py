@@ -14,6 +14,8 @@ from .layout import even_stages
 from .security import SecuritySection
 from .transfer import Transport
 
+LogFormat = Literal["pretty", "json"]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -172,7 +174,7 @@ class RaySection(_Section):
 
 class LogSection(_Section):
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level that is logged.")
-    format: Literal["pretty", "json"] = Field("pretty", description="Lines for people, or one JSON object a line.")
+    format: LogFormat = Field("pretty", description="Lines for people, or one JSON object a line.")
     directory: str | None = Field(
         None, description="Where each process writes its log; by default a directory of the cluster's own, removed by `down`."
     )
