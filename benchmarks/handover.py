@@ -10,6 +10,7 @@ step has ended, head and sampling included. `decode_started`: D's first step beg
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,18 @@ SPANS = {
     "commit_sent_to_committed": (Stage.COMMIT_SENT, Stage.COMMITTED),
     "committed_to_decode_started": (Stage.COMMITTED, Stage.DECODE_STARTED),
 }
+TRIED = re.compile(r"request=doctor-\S+ attempt=(\S+)")
 
 
 def stages(logs: Path) -> dict[str, dict[Stage, float]]:
-    """Attempt → stage → last time it was reached, from all logs below `logs`."""
+    """Attempt → stage → last time it was reached, from all logs below `logs`; without those by which `up` tries the links."""
     reached: dict[str, dict[Stage, float]] = {}
-    for log in logs.glob("*.log"):
-        for stage, attempt, at in read_stamps(log.read_text(errors="replace").splitlines()):
+    texts = [log.read_text(errors="replace") for log in logs.glob("*.log")]
+    for text in texts:
+        for stage, attempt, at in read_stamps(text.splitlines()):
             reached.setdefault(attempt, {})[stage] = at
-    return reached
+    tried = {attempt for text in texts for attempt in TRIED.findall(text)}
+    return {attempt: found for attempt, found in reached.items() if attempt not in tried}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

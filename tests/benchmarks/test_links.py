@@ -14,7 +14,7 @@ from diptych.core.transfer import Transport
 SMALL = Layout("small", (CacheGroup(CacheKind.FULL, (0, 1, 2), kv_heads=2, head_dim=64, dtype=DType.BFLOAT16),), 16, (16,))
 
 
-@pytest.mark.parametrize("transport", list(Transport))
+@pytest.mark.parametrize("transport", [pytest.param(each, marks=pytest.mark.gpu if each.on_gpu else ()) for each in Transport])
 def test_a_pool_is_handed_over_and_moved(transport: Transport, tmp_path: Path) -> None:
     async def run() -> None:
         async with two_workers(SMALL, transport) as here:
