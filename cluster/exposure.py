@@ -30,11 +30,11 @@ def check(config: ClusterConfig) -> None:
     _check_certificates(config)
     if security.allow_unauthenticated:
         return
-    if security.api_keys is None and not is_loopback(config.router.host):
+    if not security.asks and not is_loopback(config.router.host):
         raise ConfigError(
             f"router.host: {config.router.host} lets others than this host in, and nobody is asked who he is. Make a key "
-            "(`diptych keys new --tenant NAME --file keys.json`) and name the file as security.api_keys; or, on a network where everybody "
-            "may come in, say security.allow_unauthenticated: true.",
+            "(`diptych keys new --tenant NAME --file keys.json`) and name the file as security.api_keys, or take the tokens of an "
+            "identity provider (security.jwt); or, on a network where everybody may come in, say security.allow_unauthenticated: true.",
             field="security.api_keys",
         )
     if config.ray.joined and security.internal is Internal.PLAIN:
@@ -49,10 +49,10 @@ def warnings(config: ClusterConfig) -> list[str]:
     """What will work, and should be known."""
     said: list[str] = []
     security, beyond = config.security, not is_loopback(config.router.host)
-    if security.allow_unauthenticated and security.api_keys is None and beyond:
+    if security.allow_unauthenticated and not security.asks and beyond:
         said.append("security.allow_unauthenticated: whoever reaches this host may use the model.")
-    if security.api_keys is not None and security.tls is None and beyond:
-        said.append("API keys cross the network unencrypted: give security.tls, unless a proxy before the router does TLS.")
+    if security.asks and security.tls is None and beyond:
+        said.append("API keys and tokens cross the network unencrypted: give security.tls, unless a proxy before the router does TLS.")
     if config.ray.joined and not is_loopback_address(config.ray.address or "") and not has_ray_token():
         said.append(
             "No Ray token is known here (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), so this Ray cluster asks nobody who he "

@@ -54,6 +54,7 @@ async def _serve(spec: RouteSpec) -> None:
         policy=Policy(spec.local_prefill, spec.local_prefill_below),
         limits=spec.limits,
         api_keys=spec.api_keys,
+        jwt=spec.jwt,
         open_metrics=spec.open_metrics,
         tls=spec.tls,
         internal_tls=spec.internal_tls,

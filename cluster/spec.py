@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..core.config import LimitsSection, LogFormat, Placing
 from ..core.errors import ConfigError
 from ..core.fleet import LocalPrefill, Phase
-from ..core.security import TlsFiles
+from ..core.security import JwtSection, TlsFiles
 from ..core.transfer import Transport
 
 BLOCK_SIZE = 16
@@ -98,6 +98,7 @@ class RouteSpec(_Spec):
     local_prefill_below: int = Field(16, ge=0, description="With auto: prompts of fewer tokens are read by the decode worker.")
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What a client may use.")
     api_keys: Path | None = Field(None, description="The keys of which a request needs one; without, nobody is asked who he is.")
+    jwt: JwtSection | None = Field(None, description="The tokens that are good too, or in place of keys.")
     open_metrics: bool = Field(True, description="Whether /metrics answers without a key.")
     tls: TlsFiles | None = Field(None, description="TLS on both faces.")
     internal_tls: TlsFiles | None = Field(None, description="Mutual TLS with workers and supervisor.")

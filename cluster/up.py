@@ -191,9 +191,7 @@ class Up:
         terminal.timeline.mark("cluster", "serves")
         access = known(record.state, Access(os.environ.get("DIPTYCH_API_KEY")))
         terminal.say(_addresses(f"{access.scheme}://{http}", grpc, self.config, self.config.model.name or card.name))
-        if self.when_up is not None and await self.when_up(
-            Served(http, grpc, access, self.config.security.api_keys is not None, card, terminal)
-        ):
+        if self.when_up is not None and await self.when_up(Served(http, grpc, access, self.config.security.asks, card, terminal)):
             stop.set()
 
     @contextmanager
@@ -365,7 +363,7 @@ def _count(workers: Sequence[Worker]) -> str:
 
 
 def _addresses(url: str, grpc: str, config: ClusterConfig, model: str) -> str:
-    key = " -H 'Authorization: Bearer KEY'" if config.security.api_keys else ""
+    key = " -H 'Authorization: Bearer KEY'" if config.security.asks else ""
     ca = f" --cacert {config.security.tls.ca}" if config.security.tls and config.security.tls.ca else ""
     asked = "diptych generate --api-key KEY" if key else "diptych generate"
     return (

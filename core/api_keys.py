@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 _PREFIX = "dpt"
 """What every key begins with, so that whoever scans for leaked secrets can know one."""
 
+TENANT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+"""What a tenant may be called, wherever the name comes from."""
+
 
 class ApiKey(BaseModel):
     """One key. `id` is part of the key's text and no secret; times are UTC, in ISO format."""
@@ -18,7 +21,7 @@ class ApiKey(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = Field(pattern=r"^[0-9a-f]{8}$")
-    tenant: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    tenant: str = Field(pattern=TENANT)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     created: str
     revoked: str | None = None

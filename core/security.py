@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 INTERNAL_NAME = "diptych.internal"
 """The name in the certificates of a cluster's processes. It is one for all: a process may be on any host, and being of the cluster is
@@ -54,13 +56,53 @@ class Internal(StrEnum):
     PLAIN = "plain"
 
 
+JwtAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+"""By a key pair, all of them: with a shared secret (HS256) whoever can check a token could make one."""
+
+
+class JwtSection(_Section):
+    issuer: str = Field(min_length=1, description="Who signs: the claim `iss`, letter for letter.")
+    audience: str = Field(min_length=1, description="For whom: what the claim `aud` must be, or have in its list.")
+    jwks: str = Field(
+        min_length=1,
+        description="The issuer's public keys, a JWK set: a file, read again when it changes, or an https URL, asked every 5 minutes.",
+    )
+    tenant_claim: str = Field(
+        "sub",
+        min_length=1,
+        description="The claim that is the tenant. sub, which every OIDC token has, is the user himself; where users of an organisation "
+        "may share a cache, name the claim with the organisation.",
+    )
+    algorithms: tuple[JwtAlgorithm, ...] = Field(("RS256", "ES256", "EdDSA"), min_length=1, description="By which it may be signed.")
+
+    @property
+    def is_url(self) -> bool:
+        return "://" in self.jwks
+
+    def from_here(self) -> JwtSection:
+        """The same for a process in another directory."""
+        return self if self.is_url else self.model_copy(update={"jwks": str(Path(self.jwks).absolute())})
+
+    @field_validator("jwks")
+    @classmethod
+    def _is_a_file_or_https(cls, value: str) -> str:
+        if "://" in value:
+            url = urlsplit(value)
+            if url.scheme != "https" or not url.hostname or url.port == 0:
+                raise ValueError("a URL must be https://HOST/…: whoever could change keys on their way could sign for anybody")
+        return value
+
+
 class SecuritySection(_Section):
     api_keys: str | None = Field(
         None,
         description="A file made by `diptych keys`. With it every request needs a key, and is of the key's tenant. Read again when it "
         "changes.",
     )
-    open_metrics: bool = Field(False, description="With API keys: whether `/metrics` answers without one. `/health` always does.")
+    jwt: JwtSection | None = Field(
+        None, description="Tokens (JWT) of an OIDC identity provider: good in place of API keys, or beside them if there are both."
+    )
+    open_metrics: bool = Field(False, description="With API keys or tokens: whether `/metrics` answers without one. `/health` always does.")
     tls: PublicTls | None = Field(None, description="TLS on both public faces, HTTP and gRPC.")
     internal: Internal = Field(
         Internal.AUTO,
@@ -73,6 +115,11 @@ class SecuritySection(_Section):
     allow_unauthenticated: bool = Field(
         False, description="Let the cluster listen beyond loopback although who comes is not asked who he is."
     )
+
+    @property
+    def asks(self) -> bool:
+        """Whether who comes is asked who he is."""
+        return self.api_keys is not None or self.jwt is not None
 
     @model_validator(mode="after")
     def _is_one_thing(self) -> SecuritySection:

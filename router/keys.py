@@ -28,7 +28,7 @@ class KeyRing:
     def __init__(self, path: Path) -> None:
         """Raises `ConfigError` naming `security.api_keys` if the file cannot be read."""
         self._path = path
-        self._seen = self._signature()
+        self._seen = signature(path)
         try:
             self._keys = _read(path)
         except (OSError, ValueError) as error:
@@ -40,11 +40,8 @@ class KeyRing:
 
     def tenant(self, authorization: str | None) -> str:
         """Raises `Unauthenticated` for no key, a wrong one and a revoked one."""
-        scheme, _, key = (authorization or "").strip().partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            raise Unauthenticated("There is no API key: send one as `Authorization: Bearer KEY`.")
+        key = bearer(authorization)
         self._refresh()
-        key = key.strip()
         known = self._keys.get(id_of(key))
         right = hmac.compare_digest(sha256_of(key), known.sha256 if known else _NOBODY)
         if known is None or not right or known.revoked is not None:
@@ -52,7 +49,7 @@ class KeyRing:
         return known.tenant
 
     def _refresh(self) -> None:
-        found = self._signature()
+        found = signature(self._path)
         if found == self._seen:
             return
         self._seen = found
@@ -64,13 +61,22 @@ class KeyRing:
             good = sum(key.revoked is None for key in self._keys.values())
             log.info("API keys read again: %d good, %d revoked", good, len(self._keys) - good)
 
-    def _signature(self) -> tuple[int, int, int]:
-        """Changes whenever the file does; following links, which is how Kubernetes replaces a mounted secret."""
-        try:
-            found = os.stat(self._path)
-        except OSError:
-            return (0, 0, 0)
-        return (found.st_ino, found.st_size, found.st_mtime_ns)
+
+def bearer(authorization: str | None) -> str:
+    """What is shown. Raises `Unauthenticated` for nothing."""
+    scheme, _, shown = (authorization or "").strip().partition(" ")
+    if scheme.lower() != "bearer" or not shown.strip():
+        raise Unauthenticated("There is no API key or token: send one as `Authorization: Bearer KEY`.")
+    return shown.strip()
+
+
+def signature(path: Path) -> tuple[int, int, int]:
+    """Changes whenever the file does; following links, which is how Kubernetes replaces a mounted secret."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (0, 0, 0)
+    return (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _read(path: Path) -> dict[str, ApiKey]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -18,9 +19,9 @@ from ..core.config import LimitsSection
 from ..core.errors import ConfigError
 from ..core.metrics import Recorder
 from ..core.model import read_card
-from ..core.security import TlsFiles
+from ..core.security import JwtSection, TlsFiles
 from ..core.tls import reloading_context
-from ..rpc.handlers import everybody
+from ..rpc.handlers import TenantOf, everybody
 from ..rpc.server import Server as RpcServer
 from ..rpc.server import serve
 from .connection import limited_protocol
@@ -39,8 +40,8 @@ KEEP_ALIVE_S = 65
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """What a router is told at its start. Port 0 takes a free one. `model_name` None: the card's. `api_keys` None: nobody is asked who
-    he is. `tls`: of both faces; `internal_tls`: of itself towards workers and supervisor. Without them it speaks plainly."""
+    """What a router is told at its start. Port 0 takes a free one. `model_name` None: the card's. `api_keys` and `jwt` None: nobody
+    is asked who he is. `tls`: of both faces; `internal_tls`: of itself towards workers and supervisor. Without them it speaks plainly."""
 
     model_dir: Path
     host: str = "127.0.0.1"
@@ -53,6 +54,7 @@ class RouterSettings:
     silence_s: float = SILENCE_S
     hold_s: float = HOLD_S
     api_keys: Path | None = None
+    jwt: JwtSection | None = None
     open_metrics: bool = True
     tls: TlsFiles | None = None
     internal_tls: TlsFiles | None = None
@@ -70,6 +72,7 @@ class Router:
         listening: socket.socket,
         rpc: RpcServer,
         control: RpcServer,
+        follow_keys: FollowKeys,
     ) -> None:
         self.http = http
         self.grpc = rpc.address
@@ -80,12 +83,13 @@ class Router:
         self._control = control
         self._web = web
         self._web_task = asyncio.create_task(web.serve([listening]))
-        self._fleet_task = asyncio.create_task(self._follow_fleet())
+        self._following = [asyncio.create_task(self._follow_fleet()), asyncio.create_task(follow_keys())]
 
     async def stop(self, grace_s: float) -> None:
         """Refuse what is new, let what runs end for up to `grace_s` seconds, end the rest with an error, and free the ports."""
-        self._fleet_task.cancel()
-        await asyncio.gather(self._fleet_task, return_exceptions=True)
+        for task in self._following:
+            task.cancel()
+        await asyncio.gather(*self._following, return_exceptions=True)
         await self._rpc.set_serving(False)
         await self.service.stop(grace_s)
         self._web.should_exit = True
@@ -110,15 +114,32 @@ class _WebServer(uvicorn.Server):
         yield
 
 
+FollowKeys = Callable[[], Coroutine[Any, Any, None]]
+"""Keeps up with keys that are elsewhere, until cancelled."""
+
+
+async def _who_asks(settings: RouterSettings) -> tuple[TenantOf, FollowKeys]:
+    if settings.jwt is not None:
+        from .doors import open_doors  # with httpx and PyJWT, 0.1 s of a start that few need
+
+        doors = await open_doors(settings.api_keys, settings.jwt)
+        return doors.tenant, doors.follow
+    return (everybody if settings.api_keys is None else KeyRing(settings.api_keys).tenant), _nothing
+
+
+async def _nothing() -> None:
+    """To follow: a file of API keys is looked at by each request."""
+
+
 async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_text: Callable[[], bytes]) -> Router:
     """Read the model's card, tokenizer and template, and serve. `metrics_text`: all metrics in Prometheus' text format.
 
-    Raises `ModelError` for a model that cannot be read, `ConfigError` naming the key for a port that cannot be had, and for API keys or
-    certificates that cannot be read.
+    Raises `ModelError` for a model that cannot be read, `ConfigError` naming the key for a port that cannot be had, and for API keys,
+    keys of tokens or certificates that cannot be read.
     """
     card = await asyncio.to_thread(read_card, settings.model_dir)
     text = await asyncio.to_thread(Text.load, settings.model_dir, card, settings.chat_template)
-    tenant_of = everybody if settings.api_keys is None else KeyRing(settings.api_keys).tenant
+    tenant_of, follow_keys = await _who_asks(settings)
     context = None if settings.tls is None else reloading_context(settings.tls)
     listening = listen(settings.host, settings.http_port, settings.limits.connections)
     fleet = FleetView(recorder, silence_s=settings.silence_s, tls=settings.internal_tls)
@@ -146,7 +167,7 @@ async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_
     )  # fmt: skip
     web.config.load()
     web.config.ssl = context
-    return Router(_address(settings.host, listening.getsockname()[1]), service, fleet, web, listening, rpc, control)
+    return Router(_address(settings.host, listening.getsockname()[1]), service, fleet, web, listening, rpc, control, follow_keys)
 
 
 async def run_router(

@@ -16,6 +16,8 @@ from diptych.cluster import exposure
 from diptych.cluster.certs import write_all
 from diptych.cluster.cli import app
 from diptych.cluster.identities import from_environment, internal_files, to_environment
+from diptych.cluster.posts import route_spec
+from diptych.cluster.spec import RouteSpec
 from diptych.core.config import load_config
 from diptych.core.errors import ConfigError
 from diptych.core.security import INTERNAL_NAME
@@ -124,6 +126,7 @@ def test_a_cluster_of_several_hosts_gets_an_authority_of_its_own_which_crosses_i
 
 OPEN = {"router": {"host": "0.0.0.0"}}
 ASKS = {"security": {"api_keys": "keys.json"}}
+TOKENS = {"security": {"jwt": {"issuer": "https://id.example.com/", "audience": "us", "jwks": "https://id.example.com/keys"}}}
 ANYBODY = {"security": {"allow_unauthenticated": True}}
 
 
@@ -138,6 +141,7 @@ ANYBODY = {"security": {"allow_unauthenticated": True}}
         ({"router": {"host": "::"}}, "security.api_keys"),
         ({"router": {"host": "10.1.2.3"}}, "security.api_keys"),
         (OPEN | ASKS, None),
+        (OPEN | TOKENS, None),
         (OPEN | ANYBODY, None),
         ({"ray": {"address": "10.1.2.3:6379"}}, None),
         ({"ray": {"address": "10.1.2.3:6379"}, "security": {"internal": "plain"}}, "security.internal"),
@@ -154,6 +158,17 @@ def test_nothing_is_left_open_unless_the_config_says_so(values: dict[str, Any], 
         exposure.check(config)
     assert caught.value.field == field
     assert "allow_unauthenticated: true" in caught.value.message
+
+
+def test_the_router_is_told_of_tokens_and_then_its_metrics_are_not_open() -> None:
+    spec = route_spec(load_config(TOKENS), Path("model"))
+    assert spec.jwt is not None
+    assert (spec.jwt.jwks, spec.open_metrics) == ("https://id.example.com/keys", False)
+    file = load_config({"security": {"jwt": TOKENS["security"]["jwt"] | {"jwks": "jwks.json"}}})
+    there = route_spec(file, Path("model"))
+    assert there.jwt is not None
+    assert there.jwt.jwks == str(Path("jwks.json").absolute())
+    assert RouteSpec.model_validate_json(there.model_dump_json()) == there
 
 
 def test_plain_and_files_contradict_each_other(tmp_path: Path) -> None:

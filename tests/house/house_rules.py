@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "worker": ({"core", "rpc", "engine", "kv_transfer"}, set()),
     "prefill_worker": ({"core", "rpc", "engine", "kv_transfer", "worker"}, set()),
     "decode_worker": ({"core", "rpc", "engine", "kv_transfer", "worker"}, set()),
-    "router": ({"core", "rpc"}, {"starlette", "uvicorn", "h11", "tokenizers", "jinja2", "pydantic"}),
+    "router": ({"core", "rpc"}, {"starlette", "uvicorn", "h11", "tokenizers", "jinja2", "pydantic", "jwt", "httpx"}),
     "client": ({"core", "rpc"}, set()),
     "cluster": (
         {"core", "kernels", "proto", "rpc", "engine", "kv_transfer", "worker", "prefill_worker", "decode_worker", "router", "client"},
