@@ -91,7 +91,7 @@ def _print(found: state.ClusterState, api_key: str | None) -> None:
 
 
 def _moved(http: str, access: Access) -> list[tuple[str, float]]:
-    """Bytes of KV handed over by transport, from the router's metrics; nothing while it does not answer."""
+    """Bytes of KV handed over by each transport that has, from the router's metrics; nothing while it does not answer."""
     try:
         request = urllib.request.Request(f"{access.scheme}://{http}/metrics", headers=access.headers)
         context = ssl.create_default_context(cafile=access.ca) if access.encrypted else None
@@ -100,7 +100,7 @@ def _moved(http: str, access: Access) -> list[tuple[str, float]]:
     except OSError:
         return []
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-    return [(sample.labels["transport"], sample.value) for sample in samples if sample.name == MOVED]
+    return [(sample.labels["transport"], sample.value) for sample in samples if sample.name == MOVED and sample.value]
 
 
 def _columns(report: WorkerReport | None, process: state.Started) -> tuple[str, ...]:
