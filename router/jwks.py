@@ -29,7 +29,7 @@ LEAST_S = 30.0
 FETCH_S = 10.0
 """In which the whole answer must be there."""
 MAX_BYTES = 1 << 20
-"""Of an answer; those of large providers have 3 KB."""
+"""Of an answer; a key is a few hundred bytes, and a set has few."""
 
 _FAULTS = (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL)
 """What reading keys may raise, from whatever place."""
