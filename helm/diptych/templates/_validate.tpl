@@ -19,8 +19,8 @@
 {{- end -}}
 {{- end -}}
 {{- with $values.security -}}
-{{- if not (or .apiKeys.secretName .allowUnauthenticated) -}}
-{{- fail "security.apiKeys.secretName names no secret, so whoever reaches the router would be served. Make one with `diptych keys` and `kubectl create secret generic`, or set security.allowUnauthenticated to true." -}}
+{{- if not (or .apiKeys.secretName .allowUnauthenticated (dig "security" "jwt" false ($values.config | default dict))) -}}
+{{- fail "security.apiKeys.secretName names no secret, so whoever reaches the router would be served. Make one with `diptych keys` and `kubectl create secret generic`, set config.security.jwt to take an identity provider's tokens, or set security.allowUnauthenticated to true." -}}
 {{- end -}}
 {{- end -}}
 {{- if and $values.security.tls.caKey (not $values.security.tls.secretName) -}}
