@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from diptych.cluster import processes
@@ -162,11 +162,16 @@ def sockets_below(directory: str) -> list[str]:
 
 
 def killed_at_once(cluster: Cluster, cluster_id: str) -> None:
-    """SIGKILL for the supervisor and every process of the cluster, the reaper among them, before any could do something about it."""
+    """SIGKILL for the supervisor and every process of the cluster, the reaper among them, before any could do something about it.
+
+    Returns when they have ended: a killed process is found in /proc until the kernel has taken back its memory, gigabytes at times.
+    """
     pids = processes.marked(cluster_id)
     for pid in (cluster.process.pid, *pids):
-        os.kill(pid, signal.SIGSTOP)
+        with suppress(ProcessLookupError):  # it ended by itself since it was listed
+            os.kill(pid, signal.SIGSTOP)
     for pid in pids:
         processes.kill(pid, cluster_id)
     cluster.process.kill()
     cluster.wait()
+    wait_for("the end of the killed", lambda: not processes.marked(cluster_id))
