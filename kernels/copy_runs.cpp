@@ -27,10 +27,7 @@ void stream(char* to, const char* from, int64_t length) {
 #endif
 }
 
-}  // namespace
-
-// runs [n, 3]: from where after `source`, to where after `destination`, how many bytes. `again`: the copy is read again at once.
-extern "C" void diptych_copy_runs(const char* source, char* destination, const int64_t* runs, int64_t n, int64_t again) {
+void copy_layer(const char* source, char* destination, const int64_t* runs, int64_t n, int64_t again) {
     for (int64_t r = 0; r < n; r++) {
         const char* from = source + runs[3 * r];
         char* to = destination + runs[3 * r + 1];
@@ -43,6 +40,14 @@ extern "C" void diptych_copy_runs(const char* source, char* destination, const i
             for (int64_t ahead = 0; ahead < NEXT; ahead += CACHE_LINE) __builtin_prefetch(source + runs[3 * r + 3] + ahead);
         std::memcpy(to, from, length);
     }
+}
+
+}  // namespace
+
+// layers [m, 2]: addresses of a source and of a destination. runs [n, 3], the same for each: from where after the source, to where after
+// the destination, how many bytes. `again`: the copy is read again at once.
+extern "C" void diptych_copy_runs(const int64_t* layers, int64_t m, const int64_t* runs, int64_t n, int64_t again) {
+    for (int64_t l = 0; l < m; l++) copy_layer((const char*)layers[2 * l], (char*)layers[2 * l + 1], runs, n, again);
 #if defined(__x86_64__)
     _mm_sfence();
 #endif

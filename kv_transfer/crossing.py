@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..core.layout import DType, Layout, RankLayout
 from .coverage import Span
 from .geometry import Blocks, Runs, runs_between, runs_unpacked
 from .slices import Route
 
+Table = NDArray[np.int64]
+"""Runs, [n, 3]: offset at the source, offset at the destination, length."""
 KEPT = 64
-"""Runs kept: a transfer's pieces of one group have the same, layer after layer, and a few transfers take turns."""
+"""Tables kept: a transfer's pieces of one group have the same, layer after layer, and a few transfers take turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,10 @@ class Place:
 def _places(route: Route, rank: RankLayout) -> tuple[Place, ...]:
     groups = zip(rank.layout.groups, route.first_heads, rank.first_heads, strict=True)
     return tuple(Place(rank.layout.block_size, group.kv_heads, first - held, group.dtype) for group, first, held in groups)
+
+
+def _table(runs: Runs) -> Table:
+    return np.array(runs, np.int64)
 
 
 class Crossing:
@@ -55,31 +64,31 @@ class Crossing:
         """Bytes of what goes the route of one whole block of the source, in one layer."""
         return self.sources[group].size * self._groups[group].token_bytes
 
-    def between(self, span: Span, source_blocks: tuple[int, ...], destination_blocks: tuple[int, ...]) -> Runs:
+    def between(self, span: Span, source_blocks: tuple[int, ...], destination_blocks: tuple[int, ...]) -> Table:
         """From the source's pool to the destination's."""
         return self._between(span.group, span.start, span.stop, source_blocks, destination_blocks)
 
-    def packed(self, span: Span, blocks: tuple[int, ...]) -> Runs:
+    def packed(self, span: Span, blocks: tuple[int, ...]) -> Table:
         """From the source's pool to a packed piece; in bytes, since it is not cast yet."""
         return self._packed(span.group, span.start, span.stop, blocks)
 
-    def unpacked(self, span: Span, blocks: tuple[int, ...]) -> Runs:
+    def unpacked(self, span: Span, blocks: tuple[int, ...]) -> Table:
         """From a packed piece to the destination's pool."""
         return self._unpacked(span.group, span.start, span.stop, blocks)
 
-    def _find_between(self, group: int, start: int, stop: int, blocks: tuple[int, ...], blocks_there: tuple[int, ...]) -> Runs:
+    def _find_between(self, group: int, start: int, stop: int, blocks: tuple[int, ...], blocks_there: tuple[int, ...]) -> Table:
         here, there = self.sources[group].holds(blocks), self.destinations[group].holds(blocks_there)
-        return runs_between(here, there, self._groups[group].kv_heads, start, stop, self._row(group))
+        return _table(runs_between(here, there, self._groups[group].kv_heads, start, stop, self._row(group)))
 
-    def _find_packed(self, group: int, start: int, stop: int, blocks: tuple[int, ...]) -> Runs:
+    def _find_packed(self, group: int, start: int, stop: int, blocks: tuple[int, ...]) -> Table:
         here, crossing = self.sources[group], self._groups[group]
         row = crossing.head_dim * here.dtype.itemsize
         runs = runs_unpacked(here.size, here.holds(blocks), crossing.kv_heads, start, stop, row)
-        return [(there, at, length) for at, there, length in runs]
+        return _table([(there, at, length) for at, there, length in runs])
 
-    def _find_unpacked(self, group: int, start: int, stop: int, blocks: tuple[int, ...]) -> Runs:
+    def _find_unpacked(self, group: int, start: int, stop: int, blocks: tuple[int, ...]) -> Table:
         there, size = self.destinations[group].holds(blocks), self.sources[group].size
-        return runs_unpacked(size, there, self._groups[group].kv_heads, start, stop, self._row(group))
+        return _table(runs_unpacked(size, there, self._groups[group].kv_heads, start, stop, self._row(group)))
 
     def _row(self, group: int) -> int:
         """One head's K of one token."""

@@ -23,23 +23,25 @@ WORDS = ROW // 8
 
 def pack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], slot: Tensor) -> None:
     """Copy `span`, which lies in `blocks` of the source's `pool`, to the beginning of `slot` (uint8)."""
-    found, staged = crossing.packed(span, blocks), slot.data_ptr()
-    for layer in span.layers:
-        copy_runs(pool.address + pool.geometry.offsets[layer], staged, found, again=True)
-        staged += crossing.bytes(span) // len(span.layers)
+    copy_runs(_layers(pool, crossing, span, slot), crossing.packed(span, blocks), again=True)
 
 
 def unpack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], slot: Tensor) -> None:
     """The inverse of `pack`: the beginning of `slot` into `blocks` of the destination's `pool`."""
-    found, staged = crossing.unpacked(span, blocks), slot.data_ptr()
+    found, layers = crossing.unpacked(span, blocks), _layers(pool, crossing, span, slot)
+    if not crossing.casts(span.group):
+        copy_runs([(staged, there) for there, staged in layers], found)
+        return
     reads, writes = (DTYPES[places[span.group].dtype] for places in (crossing.sources, crossing.destinations))
-    for layer in span.layers:
-        there = pool.address + pool.geometry.offsets[layer]
-        if crossing.casts(span.group):
-            cast_runs(staged, reads, there, writes, found)
-        else:
-            copy_runs(staged, there, found)
-        staged += crossing.bytes(span) // len(span.layers)
+    for there, staged in layers:
+        cast_runs(staged, reads, there, writes, found)
+
+
+def _layers(pool: Pool, crossing: Crossing, span: Span, slot: Tensor) -> list[tuple[int, int]]:
+    """Of each layer the address in the pool and in the slot."""
+    length = crossing.bytes(span) // len(span.layers)
+    places = (slot.data_ptr() + i * length for i in range(len(span.layers)))
+    return [(pool.address + pool.geometry.offsets[layer], place) for layer, place in zip(span.layers, places, strict=True)]
 
 
 def checksum(slot: Tensor, length: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .coverage import Span
-from .crossing import Crossing
+from .crossing import Crossing, Table
 from .geometry import Runs
 from .memory import TOO_LARGE
 from .pool import DTYPES, Pool
@@ -35,10 +35,10 @@ class Rows:
     there: Tensor
 
 
-def rows(runs: Runs, most: int, device: torch.device) -> list[Rows]:
+def rows(runs: Table, most: int, device: torch.device) -> list[Rows]:
     """`runs` in rows of at most `most`."""
     tables: dict[int, Runs] = {}
-    for here, there, length in runs:
+    for here, there, length in runs.tolist():
         tables.setdefault(gcd(here, there, length, most), []).append((here, there, length))
     return [_table(unit, found, device) for unit, found in tables.items()]
 
@@ -67,7 +67,7 @@ def unpack_rows(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, .
     return _carry(crossing, span, crossing.unpacked(span, blocks), pairs)
 
 
-def copy_rows(source: Tensor, offsets: dict[int, int], into: Pool, crossing: Crossing, span: Span, runs: Runs) -> Fits:
+def copy_rows(source: Tensor, offsets: dict[int, int], into: Pool, crossing: Crossing, span: Span, runs: Table) -> Fits:
     """`runs` of `Crossing.between` from a whole pool `source` (uint8), whose layers begin at `offsets`, into another on the same device."""
     pairs = [(source[offsets[layer] :], into.whole[into.geometry.offsets[layer] :]) for layer in span.layers]
     return _carry(crossing, span, runs, pairs)
@@ -79,7 +79,7 @@ def require_fit(fits: Fits) -> None:
         raise OverflowError(TOO_LARGE)
 
 
-def _carry(crossing: Crossing, span: Span, runs: Runs, layers: list[tuple[Tensor, Tensor]]) -> Fits:
+def _carry(crossing: Crossing, span: Span, runs: Table, layers: list[tuple[Tensor, Tensor]]) -> Fits:
     """`runs`, which count bytes or, where it is cast, elements, from the first to the second of each pair."""
     dtypes = [DTYPES[places[span.group].dtype] for places in (crossing.sources, crossing.destinations)]
     if not crossing.casts(span.group):

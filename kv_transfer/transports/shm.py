@@ -25,13 +25,13 @@ class ShmPool:
     def begin(self, into: Pool, crossing: Crossing, copy: Copy) -> None:
         span = copy.span
         found = crossing.between(span, copy.source_blocks, copy.destination_blocks)
+        layers = [(self.address + self.geometry.offsets[layer], into.address + into.geometry.offsets[layer]) for layer in span.layers]
+        if not crossing.casts(span.group):
+            copy_runs(layers, found)
+            return
         reads, writes = (DTYPES[places[span.group].dtype] for places in (crossing.sources, crossing.destinations))
-        for layer in span.layers:
-            here, there = self.address + self.geometry.offsets[layer], into.address + into.geometry.offsets[layer]
-            if reads is writes:
-                copy_runs(here, there, found)
-            else:
-                cast_runs(here, reads, there, writes, found)
+        for here, there in layers:
+            cast_runs(here, reads, there, writes, found)
 
     def close(self) -> None:
         self.file.close()

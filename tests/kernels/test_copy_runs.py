@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from diptych.kernels.copy_runs import copy_runs, copy_runs_memmove
@@ -32,8 +34,9 @@ def _compiled() -> None:
 
 @given(runs(), st.booleans())
 def test_as_the_c_library_copies(found: list[tuple[int, int, int]], again: bool) -> None:
-    source = np.random.default_rng(1).integers(0, 256, SIZE, np.uint8)
-    ours, expected = (np.full(SIZE, 7, np.uint8) for _ in range(2))
-    copy_runs(source.ctypes.data, ours.ctypes.data, found, again=again)
-    copy_runs_memmove(source.ctypes.data, expected.ctypes.data, found)
+    source = np.random.default_rng(1).integers(0, 256, 2 * SIZE, np.uint8)
+    ours, expected = (np.full(2 * SIZE, 7, np.uint8) for _ in range(2))
+    table = np.array(found, np.int64)
+    for copy, into in ((partial(copy_runs, again=again), ours), (copy_runs_memmove, expected)):
+        copy([(source.ctypes.data + shift, into.ctypes.data + shift) for shift in (0, SIZE)], table)
     assert np.array_equal(ours, expected)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 from diptych.core.errors import TransferFailed
+from diptych.kv_transfer.crossing import Table
 from diptych.kv_transfer.transports import shm
 from kv_rig import SHM, rig
 
@@ -13,10 +15,10 @@ from kv_rig import SHM, rig
 def test_a_copy_that_raises_fails_its_transfer_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     copy_runs, broken = shm.copy_runs, True
 
-    def copy(source: int, destination: int, runs: list[tuple[int, int, int]]) -> None:
+    def copy(layers: Sequence[tuple[int, int]], runs: Table) -> None:
         if broken:
             raise OverflowError("no such address")
-        copy_runs(source, destination, runs)
+        copy_runs(layers, runs)
 
     monkeypatch.setattr(shm, "copy_runs", copy)
 
