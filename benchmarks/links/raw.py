@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -21,8 +21,9 @@ from diptych.kv_transfer.pool import Pool
 from diptych.kv_transfer.staging import SLOTS_PER_PAIR
 from diptych.kv_transfer.transports.gloo import Device
 from diptych.kv_transfer.transports.shm import ShmPool, attach
+from diptych.kv_transfer.transports.two_sided import Work
 from torch import Tensor
-from torch.distributed import FileStore, ProcessGroupGloo, Work  # type: ignore[attr-defined]  # torch says so at run time only
+from torch.distributed import FileStore, ProcessGroupGloo  # type: ignore[attr-defined]  # torch says so at run time only
 
 LONGEST_S = 60.0
 
@@ -37,6 +38,19 @@ def whole(layout: Layout, address: int) -> Tensor:
 def parts(pool: Tensor, piece: int) -> list[Tensor]:
     """Views of `piece` bytes each."""
     return [pool[start : start + piece] for start in range(0, len(pool), piece)]
+
+
+def move(pieces: Iterable[Tensor], post: Callable[[Tensor], Work]) -> float:
+    """Post a send or a receive for each, as many at a time as production does; the seconds until the last is done."""
+    posted: deque[Work] = deque()
+    begun = time.perf_counter()
+    for piece in pieces:
+        if len(posted) == SLOTS_PER_PAIR:
+            posted.popleft().wait(timedelta(seconds=LONGEST_S))
+        posted.append(post(piece))
+    for work in posted:
+        work.wait(timedelta(seconds=LONGEST_S))
+    return time.perf_counter() - begun
 
 
 class RawLink:
@@ -68,21 +82,10 @@ class RawLink:
         self._group = ProcessGroupGloo(FileStore(path, 2), self._rank, 2, options)
 
     def send(self, piece: int) -> float:
-        return self._move(piece, lambda part: self._group.send([part], 1, 0))
+        return move(parts(self._here, piece), lambda part: self._group.send([part], 1, 0))
 
     def receive(self, piece: int) -> float:
-        return self._move(piece, lambda part: self._group.recv([part], 0, 0))
-
-    def _move(self, piece: int, post: Callable[[Tensor], Work]) -> float:
-        posted: deque[Work] = deque()
-        begun = time.perf_counter()
-        for part in parts(self._here, piece):
-            if len(posted) == SLOTS_PER_PAIR:
-                posted.popleft().wait(timedelta(seconds=LONGEST_S))
-            posted.append(post(part))
-        for work in posted:
-            work.wait(timedelta(seconds=LONGEST_S))
-        return time.perf_counter() - begun
+        return move(parts(self._here, piece), lambda part: self._group.recv([part], 0, 0))
 
     def close(self) -> None:
         self._group = None

@@ -7,22 +7,16 @@ one pool into the other, several posted at a time, by a communicator like produc
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
-from datetime import timedelta
 
 import torch
-from diptych.benchmarks.links.raw import LONGEST_S, RawLink, parts
+from diptych.benchmarks.links.raw import RawLink, move, parts
 from diptych.core.layout import Layout
 from diptych.core.transfer import ShmEndpoint
 from diptych.kv_transfer.geometry import HEADER_BYTES
 from diptych.kv_transfer.pool import Pool
-from diptych.kv_transfer.staging import SLOTS_PER_PAIR
 from diptych.kv_transfer.transports.cuda_ipc import DevicePool, attach
 from diptych.kv_transfer.transports.nccl import NcclWire
 from diptych.kv_transfer.transports.nccl_binding import Nccl
-from diptych.kv_transfer.transports.two_sided import Work
-from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # torch says so at run time only
 
 
@@ -52,21 +46,10 @@ class RawGpuLink:
         self._wire.connect(FileStore(path, 2))
 
     def send(self, piece: int) -> float:
-        return self._move(piece, self._wire.send)
+        return move(parts(self._here, piece), self._wire.send)
 
     def receive(self, piece: int) -> float:
-        return self._move(piece, self._wire.receive)
-
-    def _move(self, piece: int, post: Callable[[Tensor], Work]) -> float:
-        posted: deque[Work] = deque()
-        begun = time.perf_counter()
-        for part in parts(self._here, piece):
-            if len(posted) == SLOTS_PER_PAIR:
-                posted.popleft().wait(timedelta(seconds=LONGEST_S))
-            posted.append(post(part))
-        for work in posted:
-            work.wait(timedelta(seconds=LONGEST_S))
-        return time.perf_counter() - begun
+        return move(parts(self._here, piece), self._wire.receive)
 
     def close(self) -> None:
         self._wire.give_up()
