@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from functools import lru_cache
-
-import numpy as np
-from numpy.typing import NDArray
+from itertools import chain
 
 from ..core.layout import DType, Layout, RankLayout
 from .coverage import Span
-from .geometry import Blocks, Runs, runs_between, runs_unpacked
+from .geometry import Blocks, Runs, Table, runs_between, runs_unpacked
 from .slices import Route
 
-Table = NDArray[np.int64]
-"""Runs, [n, 3]: offset at the source, offset at the destination, length."""
 KEPT = 64
 """Tables kept: a transfer's pieces of one group have the same, layer after layer, and a few transfers take turns."""
 
@@ -39,7 +36,7 @@ def _places(route: Route, rank: RankLayout) -> tuple[Place, ...]:
 
 
 def _table(runs: Runs) -> Table:
-    return np.array(runs, np.int64)
+    return array("q", chain.from_iterable(runs))
 
 
 class Crossing:

@@ -6,9 +6,11 @@ layers   in the order of the cache groups; each [num_blocks, kv_heads, 2, block_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
 from ..core.layout import Layout
 
@@ -19,6 +21,12 @@ WORD_BYTES = 8
 PAGE = 4096
 Runs = list[tuple[int, int, int]]
 """What is copied: offset at the source, offset at the destination, length."""
+Table: TypeAlias = "array[int]"
+"""The same as 64-bit numbers in a row, three a run, for code that takes an address."""
+
+
+def runs_in(table: Table) -> Iterator[tuple[int, int, int]]:
+    return zip(table[::3], table[1::3], table[2::3], strict=True)
 
 
 def padded(size: int) -> int:

@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from .crossing import Table
+from .geometry import Table, runs_in
 
 _MADV_POPULATE_WRITE = 23
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,9 +68,9 @@ def tensor_at(address: int, length: int, device: torch.device) -> torch.Tensor:
 def cast_runs(source: int, reads: torch.dtype, destination: int, writes: torch.dtype, runs: Table) -> None:
     """Copy each run, in elements, of dtype `reads` at the address `source`, and round it to `writes` at the address `destination`. Raises
     `OverflowError` if that is float16 and cannot hold one."""
-    here = _elements(source, reads, int((runs[:, 0] + runs[:, 2]).max()))
-    there = _elements(destination, writes, int((runs[:, 1] + runs[:, 2]).max()))
-    for offset, offset_there, length in runs.tolist():
+    here = _elements(source, reads, max(offset + length for offset, _, length in runs_in(runs)))
+    there = _elements(destination, writes, max(offset + length for _, offset, length in runs_in(runs)))
+    for offset, offset_there, length in runs_in(runs):
         rounded = there[offset_there : offset_there + length].copy_(here[offset : offset + length])
         if writes is torch.float16 and not rounded.isfinite().all():
             raise OverflowError(TOO_LARGE)

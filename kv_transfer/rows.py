@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .coverage import Span
-from .crossing import Crossing, Table
-from .geometry import Runs
+from .crossing import Crossing
+from .geometry import Runs, Table, runs_in
 from .memory import TOO_LARGE
 from .pool import DTYPES, Pool
 
@@ -38,7 +38,7 @@ class Rows:
 def rows(runs: Table, most: int, device: torch.device) -> list[Rows]:
     """`runs` in rows of at most `most`."""
     tables: dict[int, Runs] = {}
-    for here, there, length in runs.tolist():
+    for here, there, length in runs_in(runs):
         tables.setdefault(gcd(here, there, length, most), []).append((here, there, length))
     return [_table(unit, found, device) for unit, found in tables.items()]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def _compiled() -> None:
 def test_as_the_c_library_copies(found: list[tuple[int, int, int]], again: bool) -> None:
     source = np.random.default_rng(1).integers(0, 256, 2 * SIZE, np.uint8)
     ours, expected = (np.full(2 * SIZE, 7, np.uint8) for _ in range(2))
-    table = np.array(found, np.int64)
+    table = array("q", chain.from_iterable(found))
     for copy, into in ((partial(copy_runs, again=again), ours), (copy_runs_memmove, expected)):
         copy([(source.ctypes.data + shift, into.ctypes.data + shift) for shift in (0, SIZE)], table)
     assert np.array_equal(ours, expected)

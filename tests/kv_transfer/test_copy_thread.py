@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 from diptych.core.errors import TransferFailed
-from diptych.kv_transfer.crossing import Table
+from diptych.kv_transfer.geometry import Table
 from diptych.kv_transfer.transports import shm
 from kv_rig import SHM, rig
 
