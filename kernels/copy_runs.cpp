@@ -44,10 +44,15 @@ void copy_layer(const char* source, char* destination, const int64_t* runs, int6
 
 }  // namespace
 
-// layers [m, 2]: addresses of a source and of a destination. runs [n, 3], the same for each: from where after the source, to where after
-// the destination, how many bytes. `again`: the copy is read again at once.
-extern "C" void diptych_copy_runs(const int64_t* layers, int64_t m, const int64_t* runs, int64_t n, int64_t again) {
-    for (int64_t l = 0; l < m; l++) copy_layer((const char*)layers[2 * l], (char*)layers[2 * l + 1], runs, n, again);
+// pieces [k, 4]: where its layers begin, how many; where its runs begin, how many. layers [m, 2]: addresses of a source and of a
+// destination. runs [n, 3], the same for each layer: from where after the source, to where after the destination, how many bytes.
+// `again`: the copy is read again at once.
+extern "C" void diptych_copy_runs(const int64_t* pieces, int64_t k, int64_t again) {
+    for (const int64_t* piece = pieces; piece < pieces + 4 * k; piece += 4) {
+        const int64_t* layers = (const int64_t*)piece[0];
+        for (int64_t l = 0; l < piece[1]; l++)
+            copy_layer((const char*)layers[2 * l], (char*)layers[2 * l + 1], (const int64_t*)piece[2], piece[3], again);
+    }
 #if defined(__x86_64__)
     _mm_sfence();
 #endif

@@ -23,14 +23,14 @@ WORDS = ROW // 8
 
 def pack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], slot: Tensor) -> None:
     """Copy `span`, which lies in `blocks` of the source's `pool`, to the beginning of `slot` (uint8)."""
-    copy_runs(_layers(pool, crossing, span, slot), crossing.packed(span, blocks), again=True)
+    copy_runs([(_layers(pool, crossing, span, slot), crossing.packed(span, blocks))], again=True)
 
 
 def unpack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], slot: Tensor) -> None:
     """The inverse of `pack`: the beginning of `slot` into `blocks` of the destination's `pool`."""
     found, layers = crossing.unpacked(span, blocks), _layers(pool, crossing, span, slot)
     if not crossing.casts(span.group):
-        copy_runs([(staged, there) for there, staged in layers], found)
+        copy_runs([([(staged, there) for there, staged in layers], found)])
         return
     reads, writes = (DTYPES[places[span.group].dtype] for places in (crossing.sources, crossing.destinations))
     for there, staged in layers:

@@ -9,7 +9,7 @@ when the copy is known to be done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -43,20 +43,22 @@ class DevicePool:
         self.whole = tensor_at(self._address, geometry.size, device)
         self.file = file
 
-    def begin(self, into: Pool, crossing: Crossing, copy: Copy) -> Callable[[], None]:
-        """Asks the GPU for the copy; what is returned waits for it, with the thread asleep."""
-        span = copy.span
-        found = crossing.between(span, copy.source_blocks, copy.destination_blocks)
+    def begin(self, into: Pool, asked: Sequence[tuple[Crossing, Copy]]) -> Callable[[], None]:
+        """Asks the GPU for the copies; what is returned waits for them, with the thread asleep."""
+        fits = []
         with torch.cuda.stream(self._stream):
-            for layer in span.layers:
+            for layer in {layer for _, copy in asked for layer in copy.span.layers}:
                 self._events[layer].wait()
-            fits = copy_rows(self.whole, self._offsets, into, crossing, span, found)
+            for crossing, copy in asked:
+                found = crossing.between(copy.span, copy.source_blocks, copy.destination_blocks)
+                fits.append(copy_rows(self.whole, self._offsets, into, crossing, copy.span, found))
             done = cuda_streams.mark()
 
         def wait() -> None:
             done.synchronize()
             with torch.cuda.stream(self._stream):
-                require_fit(fits)
+                for fit in fits:
+                    require_fit(fit)
 
         return wait
 

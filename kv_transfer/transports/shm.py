@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...core.layout import Layout
 from ...core.transfer import ShmEndpoint, Transport
-from ...kernels.copy_runs import copy_runs
+from ...kernels.copy_runs import Piece, copy_runs
 from ..actions import Copy
 from ..crossing import Crossing
 from ..geometry import Geometry
@@ -22,16 +24,19 @@ class ShmPool:
         self.address = address_of(file.mapped)
         self.file = file
 
-    def begin(self, into: Pool, crossing: Crossing, copy: Copy) -> None:
-        span = copy.span
-        found = crossing.between(span, copy.source_blocks, copy.destination_blocks)
-        layers = [(self.address + self.geometry.offsets[layer], into.address + into.geometry.offsets[layer]) for layer in span.layers]
-        if not crossing.casts(span.group):
-            copy_runs(layers, found)
-            return
-        reads, writes = (DTYPES[places[span.group].dtype] for places in (crossing.sources, crossing.destinations))
-        for here, there in layers:
-            cast_runs(here, reads, there, writes, found)
+    def begin(self, into: Pool, asked: Sequence[tuple[Crossing, Copy]]) -> None:
+        plain: list[Piece] = []
+        for crossing, copy in asked:
+            span = copy.span
+            found = crossing.between(span, copy.source_blocks, copy.destination_blocks)
+            layers = [(self.address + self.geometry.offsets[layer], into.address + into.geometry.offsets[layer]) for layer in span.layers]
+            if not crossing.casts(span.group):
+                plain.append((layers, found))
+                continue
+            reads, writes = (DTYPES[places[span.group].dtype] for places in (crossing.sources, crossing.destinations))
+            for here, there in layers:
+                cast_runs(here, reads, there, writes, found)
+        copy_runs(plain)
 
     def close(self) -> None:
         self.file.close()

@@ -63,7 +63,7 @@ def by_copying(source: Pool, destination: Pool, crossing: Crossing, span: Span, 
         if crossing.casts(0):
             cast_runs(ends[0], reads, ends[1], writes, crossing.between(span, here, there))
         else:
-            copy_runs([ends], crossing.between(span, here, there))
+            copy_runs([([ends], crossing.between(span, here, there))])
 
 
 def by_packing_rows(source: Pool, destination: Pool, crossing: Crossing, span: Span, here: tuple[int, ...], there: tuple[int, ...]) -> None:
