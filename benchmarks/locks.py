@@ -29,8 +29,8 @@ from typing import Any
 
 import httpx
 from diptych.benchmarks.record import describe, keep, surroundings
-from diptych.cluster import processes
-from diptych.cluster.certs import write_all
+from diptych.cluster.process import processes
+from diptych.cluster.process.certs import write_all
 from diptych.core.api_keys import ApiKeyFile, new_key
 
 START_S = 180.0

@@ -21,12 +21,12 @@ from typing import Any
 from diptych.benchmarks import open_loop
 from diptych.benchmarks.record import describe, keep, surroundings
 from diptych.benchmarks.served import serve, settings
-from diptych.cluster.up import Served
+from diptych.cluster.commands.up import Served
 from diptych.core.model import WEIGHTS
 from diptych.rpc.inference import InferenceClient
 
-RANK = "diptych.cluster.rank"
-IMPORT_ONLY = "import os, torch, diptych.cluster.serving; torch.set_num_threads(1); os.write(1, b'.'); os.read(0, 1)"
+RANK = "diptych.cluster.programs.rank"
+IMPORT_ONLY = "import os, torch, diptych.cluster.programs.serving; torch.set_num_threads(1); os.write(1, b'.'); os.read(0, 1)"
 MIB = 2**20
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from diptych.cluster.up import Served, Up
+from diptych.cluster.commands.up import Served, Up
 from diptych.core.config import load_config
 
 Measure = Callable[[Served], Awaitable[None]]

@@ -12,13 +12,13 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import ConfigError, DiptychError
-from . import knobs
-from .bench import bench
+from .commands import knobs
+from .commands.bench import bench
+from .commands.keys import certs, keys_app
+from .commands.plan_commands import plan, profile, simulate
+from .commands.reach import ApiKey, Ca, Tls
 from .doctor.command import doctor
-from .keys import certs, keys_app
-from .plan_commands import plan, profile, simulate
-from .reach import ApiKey, Ca, Tls
-from .top import top
+from .top.command import top
 
 
 class _Commands(TyperGroup):
@@ -124,7 +124,7 @@ def up(
     [bold]diptych up --prefill-tp 2 --decode-pp 2[/]  workers of two ranks each, shared out differently
     [bold]diptych up -f cluster.yaml -v[/]            from a file (see `diptych config schema`)
     """
-    from .up import Up, probe
+    from .commands.up import Up, probe
 
     overrides = {
         "model.source": model,
@@ -147,7 +147,7 @@ def up(
     }
     config = _config(file, overrides, colocated)
     if detach:
-        from .detached import detach as keep
+        from .commands.detached import detach as keep
 
         typer.echo(f"Cluster {config.name!r} starts in the background. What it prints: {keep(config)}")
         return
@@ -156,7 +156,7 @@ def up(
 
 def _config(file: Path | None, overrides: dict[str, Any], colocated: int | None = None) -> Any:
     """The `ClusterConfig` of a file and flags."""
-    from .config_file import read_config
+    from .supervising.config_file import read_config
 
     if overrides.get("ray.address") and overrides.get("ray.enabled") is False:
         raise ConfigError("--address joins a Ray cluster and --no-ray does without: give one of them.", field="ray.address")
@@ -179,8 +179,8 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Start a cluster, ask it something over gRPC and show what the hand-over cost."""
-    from .ask import DEMO_PROMPT, Demo
-    from .up import Up
+    from .commands.ask import DEMO_PROMPT, Demo
+    from .commands.up import Up
 
     overrides = {
         "model.source": model,
@@ -198,7 +198,7 @@ def status(
     api_key: ApiKey = None,
 ) -> None:
     """Show the clusters on this host and their workers. Exit status 1 if there is none."""
-    from .status import show
+    from .commands.status import show
 
     if not show(name, as_json=as_json, api_key=api_key):
         raise typer.Exit(1)
@@ -219,8 +219,8 @@ def scale(
     [bold]diptych scale --decode 1,2[/]              with two decode.groups in the config file, so many of each
     """
     from ..core.fleet import Phase
-    from .control import ask
-    from .state import running
+    from .supervising.control import ask
+    from .supervising.state import running
 
     wanted = {phase: _numbers(phase, text) for phase, text in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)) if text is not None}
     if not wanted:
@@ -242,7 +242,7 @@ def _numbers(phase: str, text: str) -> tuple[int, ...]:
 @app.command()
 def down(name: Name = "default", every: Annotated[bool, typer.Option("--all", help="Every cluster on this host.")] = False) -> None:
     """End a cluster: what runs may finish, then nothing is left of it. Also cleans up after one that was killed."""
-    from .status import end
+    from .commands.status import end
 
     end(None if every else name)
 
@@ -281,8 +281,8 @@ def generate(
     """
     from ..core.access import Access
     from ..core.generate import Generate
-    from .ask import answer, read_stdin
-    from .reach import reach
+    from .commands.ask import answer, read_stdin
+    from .commands.reach import reach
 
     if prompt is None:
         if sys.stdin.isatty():
@@ -325,7 +325,7 @@ def chat(
     A model without one can be given one where it is served: [bold]diptych up --chat-template FILE[/].
     """
     from ..core.access import Access
-    from .chat import Conversation
+    from .commands.chat import Conversation
 
     sampling = knobs.sampling_of(
         max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
@@ -347,7 +347,7 @@ def prepare(
 
     `diptych up` does this by itself where it is needed.
     """
-    from .preparing import prepare_here
+    from .commands.preparing import prepare_here
 
     typer.echo(prepare_here(source, dtype.value, out, name, chat_template))
 
@@ -363,7 +363,7 @@ def schema() -> None:
 @config_app.command()
 def check(file: Annotated[Path, typer.Argument(help="A config file.")]) -> None:
     """Say whether a config file is right, without starting anything."""
-    from .config_file import read_config
+    from .supervising.config_file import read_config
 
     read_config(file, {})
     typer.echo(f"{file} is right.")

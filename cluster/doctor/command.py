@@ -50,8 +50,8 @@ def doctor(
 
 
 def _findings(file: Path | None, overrides: dict[str, Any]) -> Iterator[Finding]:
-    from .. import state
-    from ..config_file import read_config
+    from ..supervising import state
+    from ..supervising.config_file import read_config
     from .examining import examine
     from .finding import ok
 

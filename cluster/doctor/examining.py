@@ -14,11 +14,12 @@ from ...core.fleet import Fleet, LocalPrefill, WorkerReport
 from ...core.model import ModelCard, read_card
 from ...core.transfer import Transport, transports_for
 from ...rpc.router import RouterClient
-from .. import preflight, state
-from ..allotment import allot
-from ..devices import chosen, torch_cuda, visible_gpus
-from ..models import find_model
-from ..posts import workers
+from ..resources import preflight
+from ..resources.allotment import allot
+from ..resources.devices import chosen, torch_cuda, visible_gpus
+from ..supervising import state
+from ..supervising.models import find_model
+from ..supervising.posts import workers
 from . import gpus, host, probing
 from .finding import Finding, State, note, ok, wrong
 from .host import HostFacts

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from diptych.cluster import processes
-from diptych.cluster.control import Numbers, ask
+from diptych.cluster.process import processes
+from diptych.cluster.supervising.control import Numbers, ask
 from diptych.core.layout import DType
 from diptych.core.model import CARD, Decoder, ModelCard, Rope
 

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diptych.cluster.posts import Programs
-from diptych.cluster.restarts import RestartBudget
-from diptych.cluster.up import Up
+from diptych.cluster.commands.up import Up
+from diptych.cluster.supervising.posts import Programs
+from diptych.cluster.supervising.restarts import RestartBudget
 from diptych.core.config import load_config
 from diptych.core.errors import ConfigError, DiptychError
 from diptych.core.fleet import Fleet

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from diptych.cluster.ray_placement import Driver
-from diptych.cluster.spec import RaySpec
+from diptych.cluster.on_ray.placement import Driver
+from diptych.cluster.process.spec import RaySpec
 from diptych.core.fleet import Phase
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from cluster_harness import running
-from diptych.cluster import processes
-from diptych.cluster.ray_launcher import ray_environment
+from diptych.cluster.on_ray.launcher import ray_environment
+from diptych.cluster.process import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 UP_S = 90.0

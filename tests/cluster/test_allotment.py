@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from cluster_harness import write_card
-from diptych.cluster.allotment import allot, gpus_of
-from diptych.cluster.devices import Gpu, assign, chosen, torch_cuda, visible_gpus
-from diptych.cluster.posts import newcomers, workers
-from diptych.cluster.spec import RankSpec, Worker
+from diptych.cluster.process.spec import RankSpec, Worker
+from diptych.cluster.resources.allotment import allot, gpus_of
+from diptych.cluster.resources.devices import Gpu, assign, chosen, torch_cuda, visible_gpus
+from diptych.cluster.supervising.posts import newcomers, workers
 from diptych.core.config import load_config
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Phase
@@ -128,7 +128,7 @@ def test_this_host_is_asked_without_torch() -> None:
 
 
 def test_a_rank_says_what_its_device_lacks() -> None:
-    from diptych.cluster.loading import _device
+    from diptych.cluster.programs.loading import _device
 
     spec = RankSpec(worker_id="d", phase=Phase.DECODE, model_dir=Path("/"), device="cuda", gpu="7")
     with pytest.raises(ConfigError, match="d is to compute on GPU 7, but torch"):

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 from cluster_harness import write_card
-from diptych.cluster import config_docs, preflight
-from diptych.cluster.config_file import read_config
-from diptych.cluster.layouts import layouts
-from diptych.cluster.memory import kv_bytes, pool_bytes, process_bytes, require_memory, weights_bytes
-from diptych.cluster.models import find_model
-from diptych.cluster.posts import workers
-from diptych.cluster.spec import BLOCK_SIZE, RankSpec, Worker
+from diptych.cluster import config_docs
+from diptych.cluster.process.spec import BLOCK_SIZE, RankSpec, Worker
+from diptych.cluster.resources import preflight
+from diptych.cluster.resources.layouts import layouts
+from diptych.cluster.resources.memory import kv_bytes, pool_bytes, process_bytes, require_memory, weights_bytes
+from diptych.cluster.supervising.config_file import read_config
+from diptych.cluster.supervising.models import find_model
+from diptych.cluster.supervising.posts import workers
 from diptych.core.config import ClusterConfig, load_config
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Phase
@@ -305,7 +306,7 @@ def test_the_model_must_exist_and_be_what_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_without_a_model_and_without_the_demo_package_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diptych.cluster.models.demo_source", lambda: None)
+    monkeypatch.setattr("diptych.cluster.supervising.models.demo_source", lambda: None)
     with pytest.raises(ConfigError, match="Name one with --model") as caught:
         find_model(load_config({}))
     assert caught.value.field == "model.source"

@@ -8,7 +8,7 @@ import secrets
 from typing import Any
 
 import pytest
-from diptych.cluster.control import Numbers, Tell, _connected, ask, listen
+from diptych.cluster.supervising.control import Numbers, Tell, _connected, ask, listen
 from diptych.core.errors import ConfigError, Unavailable
 from diptych.core.fleet import Phase
 

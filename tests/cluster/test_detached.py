@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from cluster_harness import nothing_left, wait_for
-from diptych.cluster import detached, state
-from diptych.cluster.restarts import RestartBudget
+from diptych.cluster.commands import detached
+from diptych.cluster.supervising import state
+from diptych.cluster.supervising.restarts import RestartBudget
 from diptych.core.config import ClusterConfig, load_config
 from diptych.core.errors import ConfigError
 from real_harness import PROMPT, UP_S, diptych

@@ -23,12 +23,12 @@ from typing import Any
 
 import pytest
 from cluster_harness import Start, write_card
-from diptych.cluster import state
 from diptych.cluster.doctor import examining, gpus, host, probing
 from diptych.cluster.doctor.examining import judge_fleet
 from diptych.cluster.doctor.finding import Finding, State
 from diptych.cluster.doctor.host import HostFacts
 from diptych.cluster.doctor.links import Link, judge_link, pairs
+from diptych.cluster.supervising import state
 from diptych.core.config import ClusterConfig, load_config
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Fleet, Member, Phase

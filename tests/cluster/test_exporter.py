@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from diptych.cluster.exporter import Exporter
-from diptych.cluster.scraped import parse
+from diptych.cluster.programs.exporter import Exporter
+from diptych.cluster.top.scraped import parse
 from diptych.core.metrics import METRICS, MODEL, VLLM, Metric, Recorder
 
 

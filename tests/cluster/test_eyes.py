@@ -19,7 +19,7 @@ import grpc
 import httpx
 import pytest
 from cluster_harness import Cluster, wait_for
-from diptych.cluster.scraped import Scrape, parse
+from diptych.cluster.top.scraped import Scrape, parse
 from diptych.core.metrics import METRICS, MODEL, VLLM
 from diptych.proto.inference_pb2 import GenerateRequest, Sampling
 from prometheus_client.parser import text_string_to_metric_families

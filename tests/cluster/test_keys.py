@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from certificates import Issued
 from cryptography import x509
-from diptych.cluster import exposure
-from diptych.cluster.certs import write_all
 from diptych.cluster.cli import app
-from diptych.cluster.identities import from_environment, internal_files, to_environment
-from diptych.cluster.posts import route_spec
-from diptych.cluster.spec import RouteSpec
+from diptych.cluster.process.certs import write_all
+from diptych.cluster.process.identities import from_environment, internal_files, to_environment
+from diptych.cluster.process.spec import RouteSpec
+from diptych.cluster.supervising import exposure
+from diptych.cluster.supervising.posts import route_spec
 from diptych.core.config import load_config
 from diptych.core.errors import ConfigError
 from diptych.core.security import INTERNAL_NAME
@@ -71,7 +71,7 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, arguments: tuple[str, ...],
 
 
 def test_of_many_who_make_keys_at_once_none_is_lost(tmp_path: Path) -> None:
-    from diptych.cluster.keys import new, show
+    from diptych.cluster.commands.keys import new, show
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: new(f"t{i}", tmp_path / "keys.json"), range(24)))
@@ -207,6 +207,6 @@ def test_what_works_and_should_be_known_is_said(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_an_authority_of_the_clusters_own_outlives_it() -> None:
-    from diptych.cluster.certs import Authority
+    from diptych.cluster.process.certs import Authority
 
     assert Authority.new("x", days=3650).cert.not_valid_after_utc > datetime.now(UTC) + timedelta(days=3600)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 from diptych.cluster.cli import app
-from diptych.cluster.config_file import read_config
-from diptych.cluster.nodes import ROLES, ROUTER_ROLE, role
+from diptych.cluster.on_ray.nodes import ROLES, ROUTER_ROLE, role
+from diptych.cluster.supervising.config_file import read_config
 from diptych.core.fleet import Phase
 from house_rules import ROOT
 from ray.autoscaler._private.util import prepare_config, validate_config

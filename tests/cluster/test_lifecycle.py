@@ -18,8 +18,8 @@ from cluster_harness import (
     sockets_below,
     wait_for,
 )
-from diptych.cluster import processes
-from diptych.cluster.control import ask
+from diptych.cluster.process import processes
+from diptych.cluster.supervising.control import ask
 from diptych.core.errors import ConfigError, Unavailable
 from diptych.core.fleet import Phase
 

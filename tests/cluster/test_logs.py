@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from diptych.cluster.logs import Json, Pretty, last_lines, logging_to
+from diptych.cluster.process.logs import Json, Pretty, last_lines, logging_to
 from diptych.core.commands import Failed, Finished, FirstTokens, HandedOver
 from diptych.core.errors import Cancelled, TransferFailed
 from diptych.core.notes import note

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cluster_harness import Cluster, Start, fleets, nothing_left, pid_of, scaled, wait_for
-from diptych.cluster import processes
+from diptych.cluster.process import processes
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Phase
 

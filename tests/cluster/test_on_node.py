@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from cluster_harness import write_card
-from diptych.cluster.on_node import model_here
-from diptych.cluster.spec import RankSpec
+from diptych.cluster.process.spec import RankSpec
+from diptych.cluster.programs.on_node import model_here
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Phase
 from diptych.core.layout import DType
@@ -25,7 +25,7 @@ UNLEASHED = 3
 @contextmanager
 def on_node(model: Path, fingerprint: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     spec = RankSpec(worker_id="decode-0", phase=Phase.DECODE, model_dir=model, threads=8, kv_tokens=512)
-    command = [sys.executable, "-m", "diptych.cluster.on_node", "--spec", spec.model_dump_json(), "--source", "/nowhere/model"]
+    command = [sys.executable, "-m", "diptych.cluster.programs.on_node", "--spec", spec.model_dump_json(), "--source", "/nowhere/model"]
     here = ["--dtype", "float32", "--fingerprint", fingerprint, "--host", "127.0.0.1", "--threads", "1", *options, "--leash"]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     process = subprocess.Popen(

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from cluster_harness import write_card
-from diptych.cluster import pool_size
-from diptych.cluster.memory import LEAST_TOKENS, MANY, blocks_in, most_tokens, pool_bytes, rank_layout, require_gpu_memory
-from diptych.cluster.pool_size import blocks_here, smallest
-from diptych.cluster.spec import BLOCK_SIZE, RankSpec
+from diptych.cluster.process.spec import BLOCK_SIZE, RankSpec
+from diptych.cluster.resources import pool_size
+from diptych.cluster.resources.memory import LEAST_TOKENS, MANY, blocks_in, most_tokens, pool_bytes, rank_layout, require_gpu_memory
+from diptych.cluster.resources.pool_size import blocks_here, smallest
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Phase
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 from cluster_harness import write_card
-from diptych.cluster.cores import Share, share_cores, shares_for_newcomer
-from diptych.cluster.headcount import Change, changes
-from diptych.cluster.memory import available_bytes
-from diptych.cluster.nodes import Asked, Need, Node, choose, equal_part, fit, for_phase, free_run, no_room, role_needed
-from diptych.cluster.on_node import own_cores
-from diptych.cluster.posts import newcomers, route_spec, workers
-from diptych.cluster.restarts import RestartBudget
-from diptych.cluster.timeline import TimeLine
+from diptych.cluster.on_ray.nodes import Asked, Need, Node, choose, equal_part, fit, for_phase, free_run, no_room, role_needed
+from diptych.cluster.programs.on_node import own_cores
+from diptych.cluster.resources.cores import Share, share_cores, shares_for_newcomer
+from diptych.cluster.resources.memory import available_bytes
+from diptych.cluster.supervising.headcount import Change, changes
+from diptych.cluster.supervising.posts import newcomers, route_spec, workers
+from diptych.cluster.supervising.restarts import RestartBudget
+from diptych.cluster.supervising.timeline import TimeLine
 from diptych.core.config import Placing, load_config
 from diptych.core.fleet import Phase
 from diptych.core.model import read_card

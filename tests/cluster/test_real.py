@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 from cluster_harness import killed_at_once, nothing_left, shared_memory, sockets_below, wait_for
-from diptych.cluster import processes
-from diptych.cluster.launch import Launch, PlainLauncher
-from diptych.cluster.ray_launcher import ray_environment
+from diptych.cluster.on_ray.launcher import ray_environment
+from diptych.cluster.process import processes
+from diptych.cluster.process.launcher import Launch, PlainLauncher
 from real_harness import PROMPT, ROOT, UP_S, diptych, ray_of_others, up
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cluster_harness import Cluster, nothing_left, shared_memory, wait_for
-from diptych.cluster import processes
+from diptych.cluster.process import processes
 from diptych.core.generate import Generate
 from diptych.core.sampling import SamplingParams
 from diptych.rpc.inference import InferenceClient

@@ -20,8 +20,8 @@ import pytest
 from certificates import Issued, strangers
 from cluster_harness import Cluster, wait_for
 from diptych.client.aio import AsyncClient
-from diptych.cluster import processes
-from diptych.cluster.keys import new, revoke
+from diptych.cluster.commands.keys import new, revoke
+from diptych.cluster.process import processes
 from diptych.core.api_keys import id_of
 from diptych.core.errors import DiptychError, Unauthenticated
 from diptych.core.security import TlsFiles
@@ -97,7 +97,7 @@ def owner(here: Secured, port: Port) -> str:
     known |= {address.rsplit(":", 1)[1]: "worker" for address in workers}
     if name := known.get(str(port.port)):
         return name
-    return "gloo" if port.program == "diptych.cluster.rank" else f"nobody's: {port}"
+    return "gloo" if port.program == "diptych.cluster.programs.rank" else f"nobody's: {port}"
 
 
 def test_every_port_is_in_the_table_and_strangers_get_what_it_says(
@@ -226,7 +226,7 @@ def test_up_refuses_to_be_open_to_strangers(tiny_llama_dir: Path, runtime: Path,
 def test_a_ray_of_its_own_is_the_hosts_alone_and_refuses_who_has_no_token(tiny_llama_dir: Path, runtime: Path) -> None:
     with up(tiny_llama_dir, runtime) as cluster:
         cluster.expect("Ctrl-C ends it.", UP_S)
-        ours = ("diptych.cluster.rank", "diptych.cluster.route")
+        ours = ("diptych.cluster.programs.rank", "diptych.cluster.programs.route")
         pids = [*processes.marked(str(cluster.state()["id"])), cluster.process.pid]
         ports = [port for port in listening(pids) if port.program not in ours]
         assert len(ports) >= 5

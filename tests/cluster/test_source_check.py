@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diptych.cluster.source_check import FAMILIES, check_spread, sketch
-from diptych.cluster.up import Up
+from diptych.cluster.commands.up import Up
+from diptych.cluster.resources.source_check import FAMILIES, check_spread, sketch
 from diptych.core.config import load_config
 from diptych.core.errors import ConfigError
 from diptych.core.layout import DType

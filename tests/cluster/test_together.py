@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diptych.cluster import together
-from diptych.cluster.child import DIED
-from diptych.cluster.launch import Launch, Running
-from diptych.cluster.together import first_fault, start
+from diptych.cluster.process.child import DIED
+from diptych.cluster.process.launcher import Launch, Running
+from diptych.cluster.supervising import together
+from diptych.cluster.supervising.together import first_fault, start
 from diptych.core.errors import ConfigError, DiptychError
 
 LAUNCH = Launch(

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from diptych.cluster.exporter import Exporter
 from diptych.cluster.load.slo import Slo
-from diptych.cluster.picture import TPOT, TTFT, picture
-from diptych.cluster.scraped import NOTHING, Change, Scrape, parse
-from diptych.cluster.top_tables import draw
-from diptych.cluster.watching import _look
+from diptych.cluster.programs.exporter import Exporter
+from diptych.cluster.top.picture import TPOT, TTFT, picture
+from diptych.cluster.top.scraped import NOTHING, Change, Scrape, parse
+from diptych.cluster.top.tables import draw
+from diptych.cluster.top.watching import _look
 from diptych.core.errors import NotFound, Unauthenticated, Unavailable
 from rich.console import Console
 

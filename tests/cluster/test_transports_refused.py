@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from diptych.cluster.preflight import check_transports
+from diptych.cluster.resources.preflight import check_transports
 from diptych.core.config import ClusterConfig
 from diptych.core.errors import ConfigError
 from diptych.core.transfer import Transport

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from diptych.cluster.spec import RankSpec
+from diptych.cluster.process.spec import RankSpec
 from diptych.core.commands import (
     ChoiceFinished,
     Command,

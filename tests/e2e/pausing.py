@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from diptych.cluster.spec import RankSpec
+from diptych.cluster.process.spec import RankSpec
 from rank_process import Rank
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diptych.cluster import rank
+from diptych.cluster.programs import rank
 from diptych.core.transfer import Ack, Commit, Ready
 from diptych.decode_worker.role import DecodeRole
 from diptych.kv_transfer.destination_machine import DestinationMachine

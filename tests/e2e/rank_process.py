@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from diptych.cluster.spec import RankSpec
+from diptych.cluster.process.spec import RankSpec
 from diptych.core.stages import Stage
 from diptych.worker.timeline import read_stamps
 
@@ -46,7 +46,7 @@ class Rank:
         *,
         environment: dict[str, str] | None = None,
         prefix: tuple[str, ...] = (),
-        program: tuple[str, ...] = ("-m", "diptych.cluster.rank"),
+        program: tuple[str, ...] = ("-m", "diptych.cluster.programs.rank"),
     ) -> Rank:
         """`leader`: where it meets the others, for ranks from 1 on; `prefix`: what runs the command elsewhere (`hosts.Host.prefix`);
         `program`: what Python runs."""

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import httpx
-from diptych.cluster.spec import BLOCK_SIZE, RouteSpec
+from diptych.cluster.process.spec import BLOCK_SIZE, RouteSpec
 from diptych.core.fleet import Fleet, LocalPrefill, WorkerReport
 from diptych.core.generate import Chunk, Generate
 from diptych.core.layout import CacheGroup
@@ -245,7 +245,7 @@ def start_router(model_dir: Path, directory: Path) -> tuple[subprocess.Popen[byt
     spec = RouteSpec(model_dir=model_dir, local_prefill=LocalPrefill.AUTO, local_prefill_below=24, log_level="warning")
     with (directory / "router.log").open("ab") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "diptych.cluster.route", "--spec", spec.model_dump_json(), "--leash"],
+            [sys.executable, "-m", "diptych.cluster.programs.route", "--spec", spec.model_dump_json(), "--leash"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=sink,

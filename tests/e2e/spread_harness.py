@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diptych.cluster.spec import BLOCK_SIZE
+from diptych.cluster.process.spec import BLOCK_SIZE
 from diptych.core.layout import Layout
 from diptych.core.model import read_card
 from diptych.core.request import Request

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diptych.cluster.child import DIED
+from diptych.cluster.process.child import DIED
 from diptych.core.commands import Decode, Failed, NewTokens, Prefill
 from diptych.core.errors import TransferFailed, Unavailable
 from diptych.core.fleet import Phase

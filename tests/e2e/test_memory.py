@@ -26,7 +26,7 @@ def account(pid: int) -> dict[str, int]:
 
 def importing() -> dict[str, int]:
     """The account of a process that has only imported what a worker imports."""
-    code = "import diptych.cluster.serving; print(open('/proc/self/smaps_rollup').read())"
+    code = "import diptych.cluster.programs.serving; print(open('/proc/self/smaps_rollup').read())"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, timeout=60, check=True, cwd="/", env=environment)
     lines = run.stdout.decode().strip().splitlines()[1:]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diptych.cluster.memory import available_bytes
+from diptych.cluster.resources.memory import available_bytes
 from diptych.core.fleet import Phase
 from diptych.core.transfer import Transport
 from e2e_harness import Rank, attached, rank_spec, request

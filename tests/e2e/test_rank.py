@@ -13,7 +13,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from diptych.cluster import child
+from diptych.cluster.process import child
 from diptych.core.commands import Decode, Finished, NewTokens
 from diptych.core.errors import Unavailable
 from diptych.core.fleet import Phase, WorkerState
@@ -99,7 +99,7 @@ def test_the_leash_ends_it_with_its_parent(rank: Rank) -> None:
 def refused(spec_json: str) -> dict[str, object]:
     """What a rank that cannot start says."""
     run = subprocess.run(
-        [sys.executable, "-m", "diptych.cluster.rank", "--spec", spec_json], capture_output=True, timeout=60, cwd="/", check=False
+        [sys.executable, "-m", "diptych.cluster.programs.rank", "--spec", spec_json], capture_output=True, timeout=60, cwd="/", check=False
     )
     assert run.returncode == child.FAILED, run.stderr.decode()
     event = json.loads(run.stdout.splitlines()[-1])
@@ -126,7 +126,8 @@ def test_what_it_cannot_start_with_is_named(tiny_llama_dir: Path, tmp_path: Path
 
 
 def test_a_serving_process_imports_neither_transformers_nor_ray() -> None:
-    look = "import sys, diptych.cluster.serving; print([m for m in ('transformers', 'ray', 'starlette', 'typer') if m in sys.modules])"
+    heavy = ("transformers", "ray", "starlette", "typer")
+    look = f"import sys, diptych.cluster.programs.serving; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-P", "-c", look], capture_output=True, timeout=60, check=True, cwd="/")
     assert run.stdout.strip() == b"[]"
 

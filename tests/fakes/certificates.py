@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diptych.cluster.certs import CA, Authority
+from diptych.cluster.process.certs import CA, Authority
 from diptych.core.security import INTERNAL_NAME, TlsFiles
 
 A_QUARTER_OF_AN_HOUR_AGO = -0.01

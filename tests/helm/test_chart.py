@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 from charts import CHART, NAMESPACE, ROOT, SETS, Helm, Manifest, Refused, one
-from diptych.cluster.config_file import read_config
+from diptych.cluster.supervising.config_file import read_config
 from diptych.core.config import ClusterConfig
 from kuberay import pods
 

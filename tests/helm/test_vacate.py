@@ -11,7 +11,7 @@ from hosts import missing
 
 SCRIPT = """
 import subprocess, sys
-from diptych.cluster.vacate import vacate
+from diptych.cluster.programs.vacate import vacate
 
 def start(code, *words):
     code = f"import signal\\n{code}\\nprint('up', flush=True)\\nsignal.pause()"
@@ -19,13 +19,13 @@ def start(code, *words):
     assert process.stdout.readline() == b"up\\n"
     return process
 
-leader = start("", "diptych.cluster.rank", "--spec", "{}")
-follower = start("", "diptych.cluster.rank", "--spec", "{}", "--leader", "10.0.0.1:5")
-other = start("", "diptych.cluster.route")
+leader = start("", "diptych.cluster.programs.rank", "--spec", "{}")
+follower = start("", "diptych.cluster.programs.rank", "--spec", "{}", "--leader", "10.0.0.1:5")
+other = start("", "diptych.cluster.programs.route")
 assert vacate(60) == 0
 assert leader.wait() == -15
 assert follower.poll() is None and other.poll() is None
-start("signal.signal(signal.SIGTERM, signal.SIG_IGN)", "diptych.cluster.rank")
+start("signal.signal(signal.SIGTERM, signal.SIG_IGN)", "diptych.cluster.programs.rank")
 assert vacate(0.2) == 1, "one that does not end is said"
 """
 

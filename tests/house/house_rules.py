@@ -48,6 +48,23 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
 }
 
+# The rooms of cluster/, in the order of DESIGN §4: each imports only those before it.
+CLUSTER_STAIRS = [
+    "process",
+    "resources",
+    "programs",
+    "load",
+    "planner",
+    "autoplan",
+    "spans",
+    "supervising",
+    "on_ray",
+    "dashboards",
+    "doctor",
+    "commands",
+    "top",
+]
+
 FORBIDDEN_WORDS = {"manager", "helper", "helpers", "util", "utils", "base", "info", "common", "impl", "obj"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -167,6 +184,31 @@ def check_table(tree: Tree) -> list[str]:
             elif found.top not in packages and found.top not in sys.stdlib_module_names:
                 wrong.append(f"{where}: {source.room or 'the root'} may not import {found.top}")
     return wrong
+
+
+def check_stairs(tree: Tree) -> list[str]:
+    """A room of cluster/ imports only rooms before it in `CLUSTER_STAIRS`; every module in a folder of cluster/ is in one of them."""
+    wrong = []
+    for source in tree.sources.values():
+        step = _step(source.name if not source.is_package else f"{source.name}.__init__")
+        if step == -1:
+            wrong.append(f"{tree.where(source, 1)}: {source.name} is in no room of cluster/ that CLUSTER_STAIRS names")
+        for found in source.imports:
+            above = _step(tree.module_of(found.module))
+            if step is not None and above is not None and above > step:
+                wrong.append(f"{tree.where(source, found.line)}: {CLUSTER_STAIRS[step]} may not import {found.module}")
+    return wrong
+
+
+def _step(name: str) -> int | None:
+    """Which stair a module of cluster/ stands on: the landing above all of them if it is in no folder; -1 if its folder is not listed;
+    None outside cluster/."""
+    match name.split("."):
+        case ["diptych", "cluster", room, _, *_]:
+            return CLUSTER_STAIRS.index(room) if room in CLUSTER_STAIRS else -1
+        case ["diptych", "cluster", _]:
+            return len(CLUSTER_STAIRS)
+    return None
 
 
 def check_quiet_packages(tree: Tree) -> list[str]:

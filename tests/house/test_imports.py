@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from house_rules import ROOMS, ROOT, Tree, check_circles, check_quiet_packages, check_table
+from house_rules import ROOMS, ROOT, Tree, check_circles, check_quiet_packages, check_stairs, check_table
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,23 @@ def small(root: Path, files: dict[str, str]) -> Tree:
 
 def test_rooms_import_only_what_the_table_allows(house: Tree) -> None:
     assert check_table(house) == []
+
+
+def test_the_rooms_of_cluster_are_stairs(house: Tree) -> None:
+    assert check_stairs(house) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("cluster/process/spec.py", "from ..supervising import post\n", "process may not import diptych.cluster.supervising.post"),
+        ("cluster/commands/up.py", "from .. import cli\n", "commands may not import diptych.cluster.cli"),
+        ("cluster/misc/odds.py", "", "diptych.cluster.misc.odds is in no room"),
+    ],
+)
+def test_the_stairs_are_checked(tmp_path: Path, path: str, text: str, expected: str) -> None:
+    tree = small(tmp_path, {"cluster/supervising/post.py": "", "cluster/cli.py": "", path: text})
+    assert any(expected in violation for violation in check_stairs(tree)), check_stairs(tree)
 
 
 def test_packages_import_nothing(house: Tree) -> None:
@@ -83,7 +100,7 @@ def test_what_the_table_itself_promises() -> None:
         ("decode_worker/role.py", "from ..prefill_worker.role import x\n", "decode_worker may not import prefill_worker"),
         ("kv_transfer/transports/shm.py", "from ...engine.block_pool import BlockPool\n", "kv_transfer may not import engine"),
         ("kv_transfer/pool.py", "from .. import engine\n", "kv_transfer may not import engine"),
-        ("worker/loop.py", "from ..cluster.spec import RankSpec\n", "worker may not import cluster"),
+        ("worker/loop.py", "from ..cluster.process.spec import RankSpec\n", "worker may not import cluster"),
         ("worker/face.py", "import grpc\n", "worker may not import grpc"),
         ("router/http.py", "from ..proto import inference_pb2\n", "router may not import proto"),
         ("core/x.py", "import numpy as np\n", "core may not import numpy"),

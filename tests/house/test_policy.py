@@ -18,7 +18,9 @@ POLICIES = {
     "kv_transfer": "actions announcing answers closed_ids coverage crossing destination_machine destination_state faults geometry "
     "order_codec ranks receipt slices source_machine source_state staging",
     "router": "admission budget machine openapi outputs placement times",
-    "cluster": "cores headcount layouts nodes restarts",
+    "cluster.resources": "cores layouts",
+    "cluster.supervising": "headcount restarts",
+    "cluster.on_ray": "nodes",
     "cluster.doctor": "finding gpus host",
     "cluster.load": "agreement answer arrivals choice dialect goodput lengths mix prompts report slo sse summary traces workload",
     "cluster.planner": "agenda data_sheets decode extrapolating figures goodput lane latency life plan_file policies prefill profile "

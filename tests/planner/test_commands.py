@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from diptych.cluster.cli import app
-from diptych.cluster.config_file import read_config
+from diptych.cluster.supervising.config_file import read_config
 from typer.testing import CliRunner
 from worlds import profile
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diptych.cluster import child
-from diptych.cluster.spec import RankSpec
+from diptych.cluster.process import child
+from diptych.cluster.process.spec import RankSpec
 from diptych.core.fleet import Phase
 from e2e_harness import Rank, attached, rank_spec, request
 
@@ -34,7 +34,7 @@ def started(*processes: Rank) -> Iterator[None]:
 
 def refused(spec: RankSpec, *arguments: str) -> dict[str, Any]:
     """What a rank says that cannot start."""
-    command = [sys.executable, "-m", "diptych.cluster.rank", "--spec", spec.model_dump_json(), *arguments]
+    command = [sys.executable, "-m", "diptych.cluster.programs.rank", "--spec", spec.model_dump_json(), *arguments]
     run = subprocess.run(command, capture_output=True, timeout=START_S, cwd="/", check=False)
     assert run.returncode == child.FAILED, run.stderr.decode()
     assert b"Traceback" not in run.stderr

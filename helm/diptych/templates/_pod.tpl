@@ -91,7 +91,7 @@ spec:
       lifecycle:
         preStop:
           # What the ranks here have they finish, and take nothing new, before Ray's end takes them along.
-          exec: {command: [python, -m, diptych.cluster.vacate, --within, {{ sub (int $settings.terminationGracePeriodSeconds) 15 | toString | quote }}]}
+          exec: {command: [python, -m, diptych.cluster.programs.vacate, --within, {{ sub (int $settings.terminationGracePeriodSeconds) 15 | toString | quote }}]}
       {{- end }}
     {{- if eq $group "router" }}
     - name: diptych

@@ -1,0 +1,237 @@
+"""What `diptych simulate` does: files read, progress shown, what came of it written as it comes."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ...core.config import ClusterConfig
+from ...core.errors import ConfigError
+from ..load.choice import Load
+from ..load.mix import parse_mix
+from ..load.slo import Slo, parse_slo
+from ..load.traces import read_arrivals
+from ..load.workload import Arrival, limited, read_pairs
+from ..planner.life import Life
+from ..planner.policies import Policies, workers_of
+from ..planner.profile import Link, Profile, read_profile
+from ..planner.world import World
+from ..supervising.config_file import read_config
+
+DRAWN_REQUESTS = 1000
+"""How many are simulated of a load without an end."""
+_out = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """`total`: None where only the file's end tells. `begin` opens what it comes from anew."""
+
+    begin: Callable[[], Iterator[Arrival]]
+    total: int | None
+    name: str
+
+
+def load_of(
+    workload: Path | None, lengths: Path | None, *, rate: float | None, burstiness: float, requests: int | None, seed: int
+) -> Requests:
+    """`ConfigError` names what is lacking or one too many."""
+    if (workload is None) == (lengths is None):
+        raise ConfigError("Give --workload, or --lengths and --rate.", field="workload")
+    if lengths is not None:
+        if rate is None:
+            raise ConfigError("--lengths says how long requests are; --rate must say how many come per second.", field="rate")
+        drawn = Load(lengths=tuple(read_pairs(_text(lengths), lengths.name)), burstiness=burstiness, seed=seed)
+        drawn.check()
+        count = requests or DRAWN_REQUESTS
+        return Requests(lambda: limited(drawn.arrivals(rate), count, None), count, f"{lengths.name} at {rate:g}/s")
+    assert workload is not None
+    if workload.suffix == ".json":
+        mix = parse_mix(_text(workload), workload.name)
+        count = requests or DRAWN_REQUESTS
+        return Requests(lambda: limited(mix.arrivals(rate or mix.rate, seed), count, None), count, workload.name)
+    if rate is not None:
+        raise ConfigError(f"{workload.name} says when its requests come: leave --rate out.", field="rate")
+    _check(workload)
+    return Requests(lambda: limited(lines_of(workload), requests, None), requests, workload.name)
+
+
+def _check(workload: Path) -> None:
+    """All of it, before anything is simulated or written."""
+    for _ in lines_of(workload):
+        pass
+
+
+def lines_of(workload: Path) -> Iterator[Arrival]:
+    """The requests of a trace file, as they are read."""
+    try:
+        with workload.open(encoding="utf-8") as file:
+            yield from read_arrivals(file, workload.name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{workload} cannot be read: {error}.", field="workload") from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}.", field="workload") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Simulating:
+    """One call of the command."""
+
+    profile: Profile
+    config: ClusterConfig
+    slo: Slo
+    link: Link
+
+    @classmethod
+    def begin(cls, profile: Path, plan: Path, slo: str, link: str | None) -> Simulating:
+        """Read all that is named; `ConfigError` for what is wrong, or does not fit together."""
+        known, config = read_profile(profile), read_config(plan, {})
+        check_model(known, config)
+        return cls(known, config, parse_slo(slo), link_of(known, link))
+
+    def run(self, requests: Requests, out: Path | None) -> World:
+        with _requests_file(out) as (file, row), _bar(requests.total) as step:
+
+            def ended(life: Life) -> None:
+                row(life, world.meets(life))
+                step()
+
+            hardware = workers_of(self.config, self.profile)
+            world = World(self.profile, hardware, Policies.of(self.config), link=self.link, slo=self.slo, on_end=ended)
+            with _few_collections():
+                world.run(requests.begin())
+            summary = world.as_json() | {"profile": self.profile.source, "estimate": self.profile.estimate, "workload": requests.name}
+            if file is not None:
+                file.write(f'\n ],\n "summary": {json.dumps(summary, indent=1)}\n}}\n')
+        show(summary)
+        return world
+
+
+def check_model(profile: Profile, config: ClusterConfig) -> None:
+    """`ConfigError` if the plan serves another model, or another type, than the profile is about."""
+    name, dtype = config.model.name, config.model.dtype
+    if name is not None and name != profile.model.name:
+        raise ConfigError(f"The profile is of {profile.model.name}, and the plan serves {name}.", field="model.name")
+    if "dtype" in config.model.model_fields_set and dtype != profile.model.dtype:
+        raise ConfigError(f"The profile is of {profile.model.dtype}, and the plan serves {dtype}.", field="model.dtype")
+
+
+def link_of(profile: Profile, name: str | None) -> Link:
+    if name is None:
+        return next(iter(profile.links.values()))
+    if name not in profile.links:
+        raise ConfigError(f"The profile has no link {name!r}; it has {', '.join(profile.links)}.", field="link")
+    return profile.links[name]
+
+
+def write_text(out: Path, text: str) -> None:
+    """Write a file; `ConfigError` if it cannot be."""
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error}.", field="out") from None
+
+
+@contextmanager
+def _requests_file(out: Path | None) -> Iterator[tuple[IO[str] | None, Callable[[Life, bool], None]]]:
+    """A JSON object whose `requests` are written one by one as they end, so that none is kept; the caller closes it."""
+    if out is None:
+        yield None, lambda life, met: None
+        return
+    try:
+        file = out.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error}.", field="json") from None
+    with file:
+        file.write('{\n "version": 1,\n "requests": [')
+        first = True
+
+        def row(life: Life, met: bool) -> None:
+            nonlocal first
+            file.write(("\n  " if first else ",\n  ") + json.dumps(row_of(life, met)))
+            first = False
+
+        yield file, row
+
+
+def row_of(life: Life, met: bool) -> dict[str, Any]:
+    """A request as the output file has it: seconds."""
+    arrival = life.arrival
+    return {
+        "number": arrival.number,
+        "arrival_s": round(arrival.at, 6),
+        "prompt_tokens": arrival.prompt_tokens,
+        "output_tokens": arrival.output_tokens,
+        "ttft_s": _rounded(life.ttft),
+        "tpot_s": _rounded(life.tpot),
+        "ended_s": _rounded(life.last),
+        "prefill": life.prefill,
+        "decode": life.decode,
+        "met": met,
+        "refused": life.refused,
+    }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)
+
+
+@contextmanager
+def _bar(total: int | None) -> Iterator[Callable[[], None]]:
+    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TextColumn("requests"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task, ended = progress.add_task("", total=total), 0
+
+        def step() -> None:
+            nonlocal ended
+            ended += 1
+            if ended % 50 == 0:
+                progress.update(task, completed=ended)
+
+        yield step
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Requests are freed by their counts; searching for circles among them took a fifth of the time."""
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+
+
+def show(summary: dict[str, Any]) -> None:
+    """For a person."""
+    table = Table("ms", "mean", "p50", "p90", "p99", "max", box=None, pad_edge=False, header_style="bold")
+    for name, figures in summary["times"].items():
+        table.add_row(name, *(f"{1000 * figures[key]:,.1f}" for key in ("mean", "p50", "p90", "p99", "max")))
+    _out.print(table)
+    found = summary["attainment"]
+    refused = f", {summary['refused']} refused" if summary["refused"] else ""
+    _out.print(f"{summary['requests']} requests in {summary['seconds']:.1f} s of simulated time{refused}", markup=False)
+    _out.print(
+        f"{found['slo']} met jointly by {found['met']}: {found['share']:.1%}; goodput {summary['goodput']:.3g} requests/s", markup=False
+    )
+    busy = ", ".join(f"{name} {100 * course['utilisation']:.0f} %" for name, course in list(summary["workers"].items())[:16])
+    _out.print(f"busy: {busy}{' …' if len(summary['workers']) > 16 else ''}", markup=False)
+    if summary["estimate"]:
+        _out.print(f"The times are an estimate ({summary['profile']}); `diptych profile` measures them.", markup=False)

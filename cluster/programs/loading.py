@@ -1,0 +1,114 @@
+"""What a rank computes with: the model's weights that are its own, its pool, its engine, connected to the other ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from torch.distributed.distributed_c10d import Store
+
+from ...core.errors import ConfigError
+from ...core.layout import DType, Layout
+from ...core.model import ModelCard
+from ...engine.engine import Engine
+from ...engine.nccl_groups import nccl
+from ...engine.parallel import MakeGroup, Parallel, connect, gloo
+from ...engine.prepared import PreparedModel, open_prepared
+from ...engine.weights import TORCH_DTYPE
+from ...kernels.native import native
+from ...kv_transfer.pool import Pool
+from ...worker.leader import STEP_S
+from ..process.child import progress
+from ..process.spec import BLOCK_SIZE, RankSpec
+from ..resources.devices import VISIBLE
+from ..resources.pool_size import blocks_here, say_size, smallest
+from .identity import worker_layout
+
+WARM_CONTEXT = 16384
+"""On a GPU the first step attends to a context of so many tokens, if the model has them: a longer one takes more memory than was put aside
+for it, from what `memory_fraction` leaves."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """`layout`: the worker's. `parallel`: None in a worker of one rank."""
+
+    card: ModelCard
+    layout: Layout
+    pool: Pool
+    engine: Engine
+    parallel: Parallel | None
+
+    def disconnect(self) -> None:
+        """From the other ranks, when no step runs, and before the process ends: gloo's threads would abort it."""
+        if self.parallel is not None:
+            self.parallel.close()
+
+
+def load(spec: RankSpec, host: str, store: Store | None) -> Loaded:
+    """`store`: of the worker's ranks, which all do this at the same time; None if there is but one. Returns with the engine warm. Raises
+    `DiptychError` if there is no memory, no such model, or no such device."""
+    torch.set_num_threads(spec.threads)
+    device = _device(spec)
+    model = open_prepared(spec.model_dir)
+    if model.card.slow_path:
+        log.warning(model.card.slow_path)
+    layout = worker_layout(spec, model.card)
+    progress("model mapped")
+    if model.card.dtype is DType.BFLOAT16 and device.type == "cpu":  # compiled now if this host has not done so: 3 s
+        progress("kernels loaded" if native() else "no C++ kernels, slower: see the log")
+    parallel = None if store is None else connect(layout, spec.rank, store, _groups(device, host), timeout_s=STEP_S)
+    try:
+        engine = _warm(spec, model, layout, parallel, device)
+        progress("warm")
+        if spec.kv_tokens is None:
+            layout = _sized(spec, model, layout, device, store)
+        pool = Pool.allocate(layout.on(spec.rank).layout, device)
+    except BaseException:
+        if parallel is not None:
+            parallel.close()
+        raise
+    engine.hold(pool.caches, pool.stored)
+    progress("pool allocated")
+    return Loaded(model.card, layout, pool, engine, parallel)
+
+
+def _device(spec: RankSpec) -> torch.device:
+    """The rank sees one GPU alone. Raises `ConfigError` if it is not there."""
+    if spec.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        gpu = spec.gpu or os.environ.get(VISIBLE) or "of its own"
+        why = "torch is a CPU build" if torch.version.cuda is None else "torch finds no GPU there"
+        raise ConfigError(f"{spec.worker_id} is to compute on GPU {gpu}, but {why} ({torch.__version__}).", field="device")
+    return torch.device("cuda", 0)
+
+
+def _groups(device: torch.device, host: str) -> MakeGroup:
+    return gloo(host) if device.type == "cpu" else nccl(device)
+
+
+def _warm(spec: RankSpec, model: PreparedModel, layout: Layout, parallel: Parallel | None, device: torch.device) -> Engine:
+    """The engine, with a pool of one block, which is all that a first step needs."""
+    own = layout.on(spec.rank).layout
+    shapes = [(group, (1, group.kv_heads, 2, own.block_size, group.head_dim)) for group in own.groups]
+    small = [[torch.zeros(shape, dtype=TORCH_DTYPE[group.dtype], device=device) for _ in group.layers] for group, shape in shapes]
+    engine = Engine(model, small, block_size=BLOCK_SIZE, max_slots=spec.max_running, parallel=parallel, device=device)
+    if device.type == "cpu":
+        engine.warm_up()
+    else:  # what the largest steps take of its memory is not there for the pool
+        context = min(model.card.max_context - 1, WARM_CONTEXT)
+        engine.warm_up(tokens=min(spec.chunk_tokens, context), context=context, rows=spec.max_running)
+    return engine
+
+
+def _sized(spec: RankSpec, model: PreparedModel, layout: Layout, device: torch.device, store: Store | None) -> Layout:
+    """The layout with as many blocks as the rank with the least memory can hold."""
+    own = blocks_here(model.card, spec, layout.on(spec.rank).layout, device)
+    blocks, decided = smallest(own, spec.rank, layout.ranks, store)
+    say_size(spec, blocks, decided, layout.ranks)
+    return replace(layout, num_blocks=(blocks,) * len(layout.groups))

@@ -1,0 +1,237 @@
+"""What the process of a worker's first rank, its leader, runs: an engine over a pool, a role, and a gRPC port."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+from ...core.clock import Clock, MonotonicClock
+from ...core.fleet import Phase
+from ...core.layout import Layout
+from ...core.model import ModelCard, read_card
+from ...core.prefix import root_hash
+from ...core.request import Request, new_incarnation
+from ...decode_worker.role import DecodeRole
+from ...decode_worker.scheduler import DecodeScheduler
+from ...engine.block_pool import BlockPool
+from ...kv_transfer.destination import Destination
+from ...kv_transfer.source import Source
+from ...kv_transfer.transports.wiring import usable
+from ...prefill_worker.role import PrefillRole
+from ...prefill_worker.scheduler import PrefillScheduler
+from ...rpc.channels import join_address
+from ...rpc.lane import dial_lane
+from ...rpc.server import serve as serve_faces
+from ...worker.face import Face
+from ...worker.leader import FollowerRank, Leader
+from ...worker.loop import BROKEN_AFTER, DEPTH, EngineLoop, Inbox, at_once
+from ...worker.meeting import meet
+from ...worker.outbox import Call, Delivery
+from ...worker.report import Reporter
+from ..process.child import died, progress, say
+from ..process.spec import BLOCK_SIZE, RankSpec
+from .identity import hello, reachable_host, worker_layout
+from .loading import Loaded, load
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 0.25
+"""How long what was said last may take to reach the routers after the drain, in seconds; their streams would never end by themselves."""
+
+
+async def serve(spec: RankSpec, listener: socket.socket | None = None) -> None:
+    """Load, say that all is ready, serve until SIGTERM, drain. `listener`: where the other ranks of this worker come to, if there are any.
+    Raises `DiptychError` if it cannot start."""
+    host = reachable_host(spec)
+    leader = None if listener is None else _meet(spec, listener)
+    loaded = load(spec, host, leader.store if leader else None)
+    if leader is not None:
+        leader.wait_ready()
+        progress("all ranks are ready")
+    try:
+        await _Worker(spec, host, loaded, leader).run()
+    finally:
+        loaded.disconnect()
+
+
+def _meet(spec: RankSpec, listener: socket.socket) -> Leader:
+    layout = worker_layout(spec, read_card(spec.model_dir))
+    connections = meet(listener, hello(spec, layout), tls=spec.internal_tls)
+    progress("all ranks are there")
+    return Leader(connections, layout, died)
+
+
+class _Worker:
+    """The parts of one rank, joined; lives on the asyncio thread."""
+
+    def __init__(self, spec: RankSpec, host: str, loaded: Loaded, leader: Leader | None) -> None:
+        """`host`: by which others reach it. `leader`: its way to the other ranks, if there are any."""
+        self._spec, self._host, self._card, self._pool, self._layout = spec, host, loaded.card, loaded.pool, loaded.layout
+        self._leader = leader
+        self._clock: Clock = MonotonicClock()
+        self._incarnation = new_incarnation()
+        self._asyncio = asyncio.get_running_loop()
+        self._inbox: Inbox = SimpleQueue()
+        self._role = self._prefill_role() if spec.phase is Phase.PREFILL else self._decode_role()
+        self._face = Face(
+            self._role,
+            post=self._inbox.put,
+            first_report=self._role.report(),
+            serve_lane=self._role.transfers.serve_lane if isinstance(self._role, DecodeRole) else None,
+            check=self._check_transfers if spec.check else None,
+        )
+        self._loop: EngineLoop[Any] = EngineLoop(
+            at_once(loaded.engine.run) if leader is None else leader.steps(loaded.engine),
+            self._role,
+            inbox=self._inbox,
+            clock=self._clock,
+            deliver=self._deliver,
+            died=died,
+            check=spec.check,
+            depth=depth(spec.phase, self._layout.pp),
+            broken_after=BROKEN_AFTER if leader is None else 1,  # of many ranks none repairs a step that failed at one
+        )
+
+    async def run(self) -> None:
+        self._loop.start()
+        server = await serve_faces(self._spec.listen, worker=self._face, tls=self._spec.internal_tls)
+        progress("serving")
+        asked = _asked_to_end(self._asyncio)
+        say(
+            "ready",
+            address=join_address(self._host, server.port) if self._spec.advertise else server.address,
+            incarnation=self._incarnation,
+            layout=dataclasses.asdict(self._layout),
+            capacity_tokens=capacity_tokens(self._layout, self._card),
+        )
+        await asked.wait()
+        _end_at_the_next(self._asyncio)
+        unfinished = await self._face.drain(self._spec.drain_s)
+        if unfinished:
+            log.warning("%d attempts are unfinished after %g s; ending.", unfinished, self._spec.drain_s)
+        await server.stop(GRACE_S)
+        await self._role.transfers.close()
+        self._loop.stop()
+        if self._leader is not None:
+            self._leader.end()
+        self._pool.close()
+
+    def _check_transfers(self) -> None:
+        """On the asyncio thread, while the loop is idle."""
+        self._role.transfers.check()
+        if leases := self._role.transfers.leases:
+            raise AssertionError(f"idle, and yet {leases} transfers hold blocks")
+
+    def _call_soon(self, call: Call) -> None:
+        """Have `call` made on the asyncio thread, after those before it. From any thread."""
+        self._asyncio.call_soon_threadsafe(self._trusted, call)
+
+    def _trusted(self, call: Call) -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - asyncio would log it and go on, with a turn half carried out
+            died(error)
+
+    def _deliver(self, delivery: Delivery) -> None:
+        self._call_soon(partial(self._face.deliver, delivery))
+
+    def _prefill_role(self) -> PrefillRole:
+        spec = self._spec
+        return PrefillRole(
+            PrefillScheduler(**self._scheduling()),
+            layers=[tuple(self._layout.stage(rank // self._layout.tp)) for rank in range(self._layout.ranks)],
+            vocab_size=self._card.vocab_size,
+            reporter=Reporter(spec.worker_id, self._incarnation),
+            clock=self._clock,
+            inbox=self._inbox,
+            call_soon=self._call_soon,
+            source=lambda events: Source(
+                spec.worker_id,
+                self._incarnation,
+                self._pool,
+                self._layout,
+                self._clock,
+                spec.lease_s,
+                events,
+                transports=usable(spec.transports, self._pool.device),
+                host=self._host,
+                dial=partial(dial_lane, tls=spec.internal_tls),
+                others=self._others,
+            ),
+        )
+
+    def _decode_role(self) -> DecodeRole:
+        spec = self._spec
+        return DecodeRole(
+            DecodeScheduler(**self._scheduling(), stages=self._layout.pp),
+            vocab_size=self._card.vocab_size,
+            reporter=Reporter(spec.worker_id, self._incarnation),
+            clock=self._clock,
+            inbox=self._inbox,
+            destination=lambda events: Destination(
+                spec.worker_id,
+                self._incarnation,
+                self._pool,
+                self._layout,
+                self._clock,
+                spec.lease_s,
+                spec.offer_wait_s,
+                events,
+                transports=usable(spec.transports, self._pool.device),
+                host=self._host,
+                others=self._others,
+            ),
+        )
+
+    def _others(self, answer: Callable[[Any], None]) -> Sequence[FollowerRank]:
+        """Ranks 1.. for the transfers."""
+        return () if self._leader is None else self._leader.others(answer, self._call_soon)
+
+    def _scheduling(self) -> dict[str, Any]:
+        """What both schedulers are made of."""
+        spec, card = self._spec, self._card
+        return {
+            "pool": BlockPool(self._layout.num_blocks, self._layout.groups, BLOCK_SIZE),
+            "root_hash_of": partial(_root_hash, card),
+            "chunk_tokens": spec.chunk_tokens,
+            "max_running": spec.max_running,
+            "max_context": card.max_context,
+            "eos_token_ids": card.eos_token_ids,
+        }
+
+
+def depth(phase: Phase, stages: int) -> int:
+    """Steps in flight. With several stages each has one; at a prefill worker one more waits, as with one stage. A decode step of several
+    stages is not decided before its rows' last tokens are known, so that no more than one for each stage could be."""
+    return DEPTH if stages == 1 else stages + (phase is Phase.PREFILL)
+
+
+def capacity_tokens(layout: Layout, card: ModelCard) -> int:
+    """The longest sequence the empty pool holds. Every group has blocks for as many tokens."""
+    return min(card.max_context, min(layout.num_blocks) * layout.block_size)
+
+
+def _root_hash(card: ModelCard, request: Request) -> bytes:
+    return root_hash(fingerprint=card.fingerprint, dtype=card.dtype, tenant=request.tenant, adapter=request.adapter)
+
+
+def _asked_to_end(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT from now on."""
+    asked = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    return asked
+
+
+def _end_at_the_next(loop: asyncio.AbstractEventLoop) -> None:
+    """Another ends the process at once."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,104 @@
+"""Which GPUs this host has for us, and which rank computes on which. Asks the driver itself: torch is not loaded here."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...core.errors import ConfigError
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+GPU_FRACTION = 0.9
+"""Of a GPU's memory what its rank takes where nobody named a fraction; the rest is for contexts longer than those it warms up with."""
+CPU_FRACTION = 0.5
+"""Of a host's available memory what its ranks may take together where nobody named a fraction."""
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """`key`: by which `CUDA_VISIBLE_DEVICES` names it. `size`: bytes."""
+
+    key: str
+    name: str
+    size: int
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
+    """Those that a process with this process's environment can use; none without NVIDIA's driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    keys = environment[VISIBLE].split(",") if environment.get(VISIBLE) else [str(number) for number in range(count.value)]
+    return [_gpu(driver, number, key.strip()) for number, key in zip(range(count.value), keys, strict=False)]
+
+
+def _gpu(driver: ctypes.CDLL, number: int, key: str) -> Gpu:
+    handle, name, size = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+    driver.cuDeviceGet(ctypes.byref(handle), number)
+    driver.cuDeviceGetName(name, len(name), handle)
+    driver.cuDeviceTotalMem_v2(ctypes.byref(size), handle)
+    return Gpu(key, name.value.decode(), size.value)
+
+
+def torch_cuda() -> str | None:
+    """The CUDA version that the installed torch was built for; None of a CPU build. Without importing it."""
+    found = importlib.util.find_spec("torch")
+    version = Path(found.origin).with_name("version.py") if found and found.origin else None
+    built = re.search(r"^cuda\b[^=]*= *['\"](.+)['\"]", version.read_text(), re.MULTILINE) if version and version.is_file() else None
+    return built[1] if built else None
+
+
+def chosen(wanted: str, gpus: Sequence[Gpu], cuda: str | None) -> Sequence[Gpu]:
+    """The GPUs to compute on, none for the CPU. `wanted`: the config's `device`. Raises `ConfigError` if there are not what it asks for."""
+    if wanted == "cpu" or (wanted == "auto" and not (gpus and cuda)):
+        return ()
+    if cuda is None:
+        raise ConfigError(f"device: cuda, but the torch installed here is a CPU build. {_there(gpus)}.", field="device")
+    if not gpus:
+        raise ConfigError("device: cuda, but this host has no GPU that CUDA can use; device: cpu would work.", field="device")
+    return gpus
+
+
+def assign(gpus: Sequence[Gpu], workers: Sequence[tuple[str, Sequence[float]]], taken: Mapping[str, float]) -> list[list[Gpu]]:
+    """A GPU for each rank of `workers`, each its name and what fraction of a GPU's memory each of its ranks takes. Ranks of one worker
+    have a GPU each, since NCCL wants that; those of several share one if their fractions allow it. `taken`: by key, what others have.
+    Raises `ConfigError` if they do not fit.
+    """
+    left = [1.0 + _ROUNDING - taken.get(gpu.key, 0.0) for gpu in gpus]
+    found = []
+    for name, fractions in workers:
+        places: list[int] = []
+        for fraction in fractions:
+            place = next((place for place, room in enumerate(left) if room >= fraction and place not in places), None)
+            if place is None:
+                raise _too_many(gpus, workers, name)
+            left[place] -= fraction
+            places.append(place)
+        found.append([gpus[place] for place in places])
+    return found
+
+
+def _too_many(gpus: Sequence[Gpu], workers: Sequence[tuple[str, Sequence[float]]], name: str) -> ConfigError:
+    ranks = sum(len(fractions) for _, fractions in workers)
+    share = f"; workers may share a GPU with a memory_fraction of at most {int(100 / -(-ranks // len(gpus))) / 100:g} each" if gpus else ""
+    return ConfigError(
+        f"device: {ranks} ranks are more than the GPUs have room for: {name} finds none. {_there(gpus)}. Start fewer workers, with fewer "
+        f"ranks{share}, or say device: cpu.",
+        field="device",
+    )
+
+
+def _there(gpus: Sequence[Gpu]) -> str:
+    if not gpus:
+        return "This host has no GPU that CUDA can use either"
+    return "Here are " + ", ".join(f"{gpu.key}: {gpu.name} ({gpu.size / 2**30:.0f} GiB)" for gpu in gpus)

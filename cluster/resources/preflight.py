@@ -1,0 +1,123 @@
+"""Everything that can be known to be wrong before anything is started; each refusal names the key and what to do."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from ...core.config import ClusterConfig
+from ...core.errors import ConfigError
+from ...core.layout import DType
+from ...core.model import ModelCard
+from ...core.transfer import transports_for
+from ..process.spec import Worker
+from .memory import available_bytes, kv_bytes, process_bytes
+
+ROUTER_BYTES = 200 << 20
+RAY_ANSWER_S = 5.0
+RAY_BYTES = 900 << 20
+"""A local Ray 2.60: head, agents and monitors, ten processes of some 80 MB."""
+
+
+def check_ports(config: ClusterConfig) -> None:
+    """`ConfigError` if a face's port is taken, or both want the same."""
+    router = config.router
+    if router.http_port and router.http_port == router.grpc_port:
+        raise ConfigError(f"router.http_port and router.grpc_port are both {router.http_port}.", field="router.grpc_port")
+    for key, port in (("http_port", router.http_port), ("grpc_port", router.grpc_port)):
+        if port:
+            _check_port(router.host, port, key)
+    if not router.http_port or not router.grpc_port:
+        _check_port(router.host, 0, "host")
+
+
+def _check_port(host: str, port: int, key: str) -> None:
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"router.host: {host!r} is no address of this host ({error.strerror}).", field="router.host") from None
+    with socket.socket(family, kind, number) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except OSError as error:
+            flag = f"--{key.replace('_', '-')}"
+            raise ConfigError(
+                f"router.{key}: cannot listen on {host}:{port} ({error.strerror}). "
+                + (f"End what uses it, or choose another with {flag} (0 takes a free one)." if port else "Choose another --host."),
+                field=f"router.{key}",
+            ) from None
+
+
+def check_transports(config: ClusterConfig, *, on_gpu: bool) -> None:
+    """`ConfigError` if `transfer.transports` names one that KV on GPUs, or in host memory, cannot move by."""
+    if "transports" in config.transfer.model_fields_set:
+        transports_for(config.transfer.transports, on_gpu=on_gpu)
+
+
+def check_ray(config: ClusterConfig) -> None:
+    """`ConfigError` if the Ray cluster to join is not there; Ray itself would try for a minute."""
+    address = config.ray.address
+    if not config.ray.enabled or address is None or address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise ConfigError(f"ray.address: {address!r} is not host:port of a Ray head (or `auto`).", field="ray.address")
+    try:
+        socket.create_connection((host, int(port)), timeout=RAY_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"ray.address: no Ray answers at {address} ({error}). Start one there with `ray start --head`, or leave the address out.",
+            field="ray.address",
+        ) from None
+
+
+def check_memory(config: ClusterConfig, card: ModelCard, workers: Sequence[Worker]) -> None:
+    """`ConfigError` if workers on this host would not fit its memory. A Ray cluster that is joined finds them nodes with enough."""
+    if config.ray.joined:
+        return
+    kv = {worker.name: sum(kv_bytes(card, spec) for spec in worker.ranks) for worker in workers}
+    own = sum(process_bytes(card, spec) for worker in workers for spec in worker.ranks)
+    ray = RAY_BYTES if config.ray.enabled else 0
+    weights = card.weights_bytes if any(spec.device == "cpu" for worker in workers for spec in worker.ranks) else 0
+    wanted = weights + sum(kv.values()) + own + ROUTER_BYTES + ray
+    available = available_bytes()
+    if wanted <= available:
+        return
+    largest = max(workers, key=lambda worker: kv[worker.name])
+    key = f"{largest.section}.kv_tokens"
+    raise ConfigError(
+        f"{key}: not enough memory: {_gib(wanted)} wanted ({_gib(weights)} of weights, once; "
+        f"{_gib(sum(kv.values()))} of KV pools and staging in {len(workers)} workers; the rest for processes), "
+        f"{_gib(available)} available. "
+        + (
+            f"Lower {key} (one worker has {_gib(kv[largest.name])}), or the number of workers."
+            if largest.ranks[0].kv_tokens
+            else f"Start fewer workers, free memory, or take a host with that much{_narrower(card)}."
+        ),
+        field=key,
+    )
+
+
+def _narrower(card: ModelCard) -> str:
+    return "; with dtype bfloat16 weights take half" if card.dtype is DType.FLOAT32 else ""
+
+
+def warnings(config: ClusterConfig, card: ModelCard, workers: Sequence[Worker], cores: int) -> list[str]:
+    """What will work, but not well."""
+    said: list[str] = []
+    specs = [spec for worker in workers for spec in worker.ranks]
+    threads = sum(spec.threads for spec in specs)
+    if threads > cores and not config.ray.joined:
+        ranks = f" of {len(specs)} ranks" if len(specs) > len(workers) else ""
+        said.append(f"{len(workers)} workers{ranks} with {threads} threads share {cores} cores: they will slow each other down.")
+    if len(config.model.chat_template or "") == 0 and not card.has_chat_template:
+        said.append(f"{card.name} has no chat template: /v1/chat/completions and `diptych chat` need --chat-template FILE.")
+    if card.slow_path:
+        said.append(card.slow_path)
+    return said
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.0f} MiB"

@@ -1,0 +1,132 @@
+"""The workers of one cluster: makes their posts, and changes their number while it serves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ...core.config import ClusterConfig, WorkerGroup, load_config
+from ...core.errors import ConfigError, Unavailable
+from ...core.fleet import Phase
+from ...core.model import ModelCard
+from ...core.security import TlsFiles
+from ..process.launcher import Launch, Launcher
+from ..process.spec import Worker
+from ..resources import preflight
+from ..resources.allotment import allot
+from ..resources.devices import Gpu
+from .control import Numbers, Tell
+from .headcount import changes
+from .post import Post
+from .posts import Name, Programs, launch_on_nodes, launch_worker, newcomers, worker_number
+from .restarts import RestartBudget
+from .supervisor import Supervisor
+
+
+@dataclass(slots=True)
+class Crew:
+    """`config`: with the numbers of workers that were asked for last. `cores`, `gpus`: those of this host, for the workers on it."""
+
+    config: ClusterConfig
+    card: ModelCard
+    model_dir: Path
+    source: str
+    cores: Sequence[int]
+    programs: Programs
+    logs: Path
+    budget: Callable[[], RestartBudget] = RestartBudget
+    internal_tls: TlsFiles | None = None
+    gpus: Sequence[Gpu] = ()
+    _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def posts(self, workers: Sequence[Worker], launcher: Launcher) -> list[Post]:
+        return [Post(self.launch(worker), launcher, worker, self.budget()) for worker in workers]
+
+    def launch(self, worker: Worker) -> Launch:
+        if self.internal_tls is not None:
+            worker = replace(worker, ranks=tuple(spec.model_copy(update={"internal_tls": self.internal_tls}) for spec in worker.ranks))
+        if self.config.ray.joined:
+            return launch_on_nodes(worker, self.config, self.card, self.source, self.logs)
+        return launch_worker(worker, self.programs, self.logs)
+
+    async def scale(self, supervisor: Supervisor, launcher: Launcher, wanted: Numbers, tell: Tell) -> None:
+        """Have so many workers of each phase named in `wanted`: the new ones join first, then the others leave.
+
+        Raises `DiptychError` if a number is not possible or a worker cannot join; those that could stay, and none leaves.
+        """
+        if not supervisor.all_ready.is_set():
+            raise Unavailable("The cluster is still starting.")
+        async with self._changing:
+            self.config = _changed(self.config, wanted)
+            gone = [post for post in supervisor.workers if post.given_up and post.phase in wanted]
+            await asyncio.gather(*(supervisor.leave(post) for post in gone))
+            names: list[Name] = []
+            leaving: list[Post] = []
+            for phase, numbers in wanted.items():
+                present = _present(supervisor, phase, len(numbers))
+                for group, found in enumerate(changes(present, numbers)):
+                    names += [(phase, group, number) for number in found.join]
+                    leaving += [present[group][number] for number in found.leave]
+            await self._join(supervisor, self.posts(self._newcomers(supervisor, names), launcher), tell)
+            await asyncio.gather(*(self._leave(supervisor, post, tell) for post in leaving))
+
+    def _newcomers(self, supervisor: Supervisor, names: Sequence[Name]) -> list[Worker]:
+        present = [post.worker for post in supervisor.workers if post.worker]
+        joining = newcomers(self.config, self.card, self.model_dir, self.cores, present, names)
+        workers = allot(self.config, self.card, joining, self.gpus, present)
+        if workers:
+            preflight.check_memory(self.config, self.card, workers)
+        return workers
+
+    async def _join(self, supervisor: Supervisor, posts: Sequence[Post], tell: Tell) -> None:
+        outcomes = await asyncio.gather(*(self._welcome(supervisor, post, tell) for post in posts), return_exceptions=True)
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+
+    async def _welcome(self, supervisor: Supervisor, post: Post, tell: Tell) -> None:
+        tell(f"{post.name} is starting")
+        await supervisor.join(post)
+        tell(f"{post.name} has joined")
+
+    async def _leave(self, supervisor: Supervisor, post: Post, tell: Tell) -> None:
+        tell(f"{post.name} finishes what it has")
+        await supervisor.leave(post)
+        tell(f"{post.name} has left")
+
+
+def _present(supervisor: Supervisor, phase: Phase, groups: int) -> list[dict[int, Post]]:
+    """The workers of each group of a phase, by number."""
+    present: list[dict[int, Post]] = [{} for _ in range(groups)]
+    for post in supervisor.workers:
+        if post.worker and post.phase is phase:
+            present[post.worker.group][worker_number(post.name)] = post
+    return present
+
+
+def _changed(config: ClusterConfig, wanted: Numbers) -> ClusterConfig:
+    """The config with these numbers of workers; `ConfigError` if no cluster could be started with them."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    for phase, numbers in wanted.items():
+        groups = config.section(phase).all_groups
+        if len(numbers) != len(groups):
+            raise _not_one_each(phase, groups)
+        section = values.setdefault(phase.value, {})
+        for group, number in zip(section.get("groups") or [section], numbers, strict=True):
+            group["workers"] = number
+    return load_config(values)
+
+
+def _not_one_each(phase: Phase, groups: Sequence[WorkerGroup]) -> ConfigError:
+    if len(groups) == 1:
+        return ConfigError(
+            f"{phase.value} workers are of one group: give one number, as in --{phase.value} 2.", field=f"{phase.value}.workers"
+        )
+    key, example = f"{phase.value}.groups", ",".join(str(group.workers) for group in groups)
+    spread = "; ".join(map(str, groups))
+    return ConfigError(
+        f"{key}: {phase.value} workers are of {len(groups)} groups ({spread}): give a number for each, as in --{phase.value} {example}.",
+        field=key,
+    )
