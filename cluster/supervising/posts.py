@@ -22,16 +22,16 @@ from ..resources.memory import kv_bytes, process_bytes
 ROUTER = "router"
 
 
-def _module(name: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", f"diptych.cluster.{name}")
+def _program(name: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"diptych.cluster.programs.{name}")
 
 
 @dataclass(frozen=True, slots=True)
 class Programs:
     """The commands started for a rank and for the router; tests put small fakes here."""
 
-    rank: tuple[str, ...] = field(default_factory=lambda: _module("rank"))
-    route: tuple[str, ...] = field(default_factory=lambda: _module("route"))
+    rank: tuple[str, ...] = field(default_factory=lambda: _program("rank"))
+    route: tuple[str, ...] = field(default_factory=lambda: _program("route"))
 
 
 Name = tuple[Phase, int, int]
@@ -129,6 +129,8 @@ def route_spec(config: ClusterConfig, model_dir: Path, internal_tls: TlsFiles | 
         open_metrics=security.open_metrics or not security.asks,
         tls=TlsFiles(Path(security.tls.cert).absolute(), Path(security.tls.key).absolute()) if security.tls else None,
         internal_tls=internal_tls,
+        record=Path(router.record).absolute() if router.record else None,
+        record_bytes=router.record_bytes,
         log_level=config.log.level,
         log_format=config.log.format,
     )
@@ -154,7 +156,7 @@ def launch_on_nodes(worker: Worker, config: ClusterConfig, card: ModelCard, sour
     return _as_one(
         Launch(
             name=rank_name(spec),
-            argv=(*_module("on_node"), "--spec", spec.model_dump_json(), *model, "--leash"),
+            argv=(*_program("on_node"), "--spec", spec.model_dump_json(), *model, "--leash"),
             log=logs / f"{rank_name(spec)}.log",
             phase=spec.phase,
             rank=spec.rank,
