@@ -17,6 +17,7 @@ from .commands.bench import bench
 from .commands.keys import certs, keys_app
 from .commands.plan_commands import plan, profile, simulate
 from .commands.reach import ApiKey, Ca, Tls
+from .commands.workload import workload_app
 from .doctor.command import doctor
 from .top.command import top
 
@@ -46,6 +47,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="The config file: its keys, and whether one is right.")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
+app.add_typer(workload_app, name="workload")
 app.command()(certs)
 app.command()(bench)
 for each in (profile, simulate, plan):

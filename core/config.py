@@ -6,7 +6,7 @@ import difflib
 from enum import StrEnum
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from .errors import ConfigError
 from .fleet import LocalPrefill, Phase
@@ -142,6 +142,14 @@ class RouterSection(_Section):
     )
     local_prefill_below: int = Field(16, ge=0, description="With auto: prompts of fewer tokens are read by the decode worker.")
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What a client may use.")
+    record: str | None = Field(
+        None,
+        description="A CSV file for what comes: of each request that has ended when it came, how long prompt, cached part and answer "
+        "were, TTFT and TPOT, no text. `diptych simulate` and `diptych workload fit` read it.",
+    )
+    record_bytes: int = Field(
+        64 << 20, ge=4096, description="When the file is longer than this it becomes FILE.1, in place of the last one."
+    )
 
 
 class Placing(StrEnum):
@@ -172,6 +180,32 @@ class RaySection(_Section):
         return self.enabled and self.address is not None
 
 
+class AutoplanSection(_Section):
+    mode: Literal["off", "propose", "apply"] = Field(
+        "off",
+        description="When the load has changed, simulate other numbers of workers under it: propose says in log and `diptych status` which "
+        "would be better, apply has workers change their role, join and leave.",
+    )
+    profile: str | None = Field(None, description="The file that `diptych profile` wrote for this model on these devices.")
+    slo: str | None = Field(None, description="Limits that requests are to meet jointly, as in ttft=1s,tpot=100ms.")
+    target: float = Field(0.9, gt=0, lt=1, description="The share of requests that shall meet them.")
+    margin: float = Field(0.05, gt=0, lt=1, description="How much larger the share must be in simulation for a change to be worth it.")
+    window_s: float = Field(120.0, ge=5, description="How much of the past a plan is made for, in seconds.")
+    every_s: float = Field(15.0, ge=1, description="How often the load is looked at, in seconds.")
+    cool_down_s: float = Field(300.0, ge=0, description="How long nothing is planned after a change or a proposal, in seconds.")
+    least_requests: int = Field(60, ge=20, description="A load of fewer requests is not judged.")
+    most_workers: int | None = Field(
+        None, ge=2, description="Workers there may be of both phases together; by default as many as there are, and none joins or leaves."
+    )
+    least_workers: int | None = Field(None, ge=2, description="Workers there are at least; by default as many as there are.")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
+
+
 class LogSection(_Section):
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level that is logged.")
     format: LogFormat = Field("pretty", description="Lines for people, or one JSON object a line.")
@@ -198,6 +232,9 @@ class ClusterConfig(_Section):
     transfer: TransferSection = Field(default_factory=TransferSection, description="KV hand-over.")
     router: RouterSection = Field(default_factory=RouterSection, description="Faces, placement and limits.")
     ray: RaySection = Field(default_factory=RaySection, description="Placement.")
+    autoplan: AutoplanSection = Field(
+        default_factory=AutoplanSection, description="Planning again while the cluster serves ([planning](planner.md))."
+    )
     security: SecuritySection = Field(default_factory=SecuritySection, description="Who may come in, and what is encrypted.")
     log: LogSection = Field(default_factory=LogSection, description="Logs.")
 
@@ -224,7 +261,20 @@ def load_config(values: dict[str, Any]) -> ClusterConfig:
         )
     if config.decode.all_workers == 0:
         raise ConfigError("decode.groups have no worker: nobody could write an answer.", field="decode.groups")
+    _check_autoplan(config)
     return config
+
+
+def _check_autoplan(config: ClusterConfig) -> None:
+    if config.autoplan.mode == "off":
+        return
+    for key in ("profile", "slo"):
+        if getattr(config.autoplan, key) is None:
+            raise ConfigError(f"autoplan.{key}: it is needed with autoplan.mode {config.autoplan.mode}.", field=f"autoplan.{key}")
+    if config.prefill.all_workers == 0 or config.router.local_prefill is LocalPrefill.ALWAYS:
+        raise ConfigError(
+            "autoplan.mode: there are no prefill workers, so there is no number of them to plan: set it to off.", field="autoplan.mode"
+        )
 
 
 def _check_groups(name: str, section: _PhaseSection) -> None:

@@ -365,6 +365,32 @@ class FleetStatus(_message.Message):
     reports: _containers.RepeatedCompositeFieldContainer[WorkerReport]
     def __init__(self, fleet: _Optional[_Union[Fleet, _Mapping]] = ..., reports: _Optional[_Iterable[_Union[WorkerReport, _Mapping]]] = ...) -> None: ...
 
+class DescribeWorkloadRequest(_message.Message):
+    __slots__ = ("seconds",)
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    def __init__(self, seconds: _Optional[float] = ...) -> None: ...
+
+class Workload(_message.Message):
+    __slots__ = ("seconds", "age", "prompt_tokens", "cached_tokens", "output_tokens", "ttft", "tpot", "ended")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    AGE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_FIELD_NUMBER: _ClassVar[int]
+    TPOT_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    age: _containers.RepeatedScalarFieldContainer[float]
+    prompt_tokens: _containers.RepeatedScalarFieldContainer[int]
+    cached_tokens: _containers.RepeatedScalarFieldContainer[int]
+    output_tokens: _containers.RepeatedScalarFieldContainer[int]
+    ttft: _containers.RepeatedScalarFieldContainer[float]
+    tpot: _containers.RepeatedScalarFieldContainer[float]
+    ended: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, seconds: _Optional[float] = ..., age: _Optional[_Iterable[float]] = ..., prompt_tokens: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., output_tokens: _Optional[_Iterable[int]] = ..., ttft: _Optional[_Iterable[float]] = ..., tpot: _Optional[_Iterable[float]] = ..., ended: _Optional[_Iterable[bool]] = ...) -> None: ...
+
 class LaneMessage(_message.Message):
     __slots__ = ("hello", "offer", "grant", "refused", "ready", "commit", "ack", "cancel", "keep_alive", "rendezvous", "nearly_done")
     HELLO_FIELD_NUMBER: _ClassVar[int]

@@ -20,6 +20,7 @@ from .budget import RetryBudget
 from .link import Listener
 from .machine import Action, Emit, End, Fail, Place, RequestMachine, Send, Succeed
 from .placement import Path, Policy, Snapshot, place
+from .recording import Past
 from .text import Detokeniser
 from .times import Times
 from .writing import Writing
@@ -253,6 +254,12 @@ class Run:
             self._end = outcome
         self._wake.set()
         self._record(outcome)
+
+    def past(self) -> Past:
+        """What is recorded of it, when it has ended or before."""
+        machine, times = self._machine, self._times
+        prompt_tokens = len(machine.request.prompt_ids)
+        return Past(times.accepted, prompt_tokens, machine.cached_tokens, times.tokens, times.ttft, times.tpot)
 
     def _timing(self) -> Timing:
         placement, moved = self._machine.placement, self._machine.handed_over

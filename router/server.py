@@ -7,8 +7,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import uvicorn
 from ..core.clock import MonotonicClock
 from ..core.config import LimitsSection
 from ..core.errors import ConfigError
+from ..core.fleet import Fleet, WorkerReport
 from ..core.metrics import Recorder
 from ..core.model import read_card
 from ..core.security import JwtSection, TlsFiles
 from ..core.tls import reloading_context
+from ..core.workload import Window
 from ..rpc.handlers import TenantOf, everybody
 from ..rpc.server import Server as RpcServer
 from ..rpc.server import serve
@@ -31,6 +34,7 @@ from .keys import KeyRing
 from .link import SILENCE_S
 from .listening import listen
 from .placement import Policy
+from .recording import RecordFile, keep_written
 from .service import HOLD_S, Service
 from .text import Text
 
@@ -41,7 +45,8 @@ KEEP_ALIVE_S = 65
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
     """What a router is told at its start. Port 0 takes a free one. `model_name` None: the card's. `api_keys` and `jwt` None: nobody
-    is asked who he is. `tls`: of both faces; `internal_tls`: of itself towards workers and supervisor. Without them it speaks plainly."""
+    is asked who he is. `tls`: of both faces; `internal_tls`: of itself towards workers and supervisor. Without them it speaks plainly.
+    `record`: a file for the workload, as long as `recording.RecordFile` makes it."""
 
     model_dir: Path
     host: str = "127.0.0.1"
@@ -58,6 +63,8 @@ class RouterSettings:
     open_metrics: bool = True
     tls: TlsFiles | None = None
     internal_tls: TlsFiles | None = None
+    record: Path | None = None
+    record_bytes: int = 64 << 20
 
 
 class Router:
@@ -72,7 +79,7 @@ class Router:
         listening: socket.socket,
         rpc: RpcServer,
         control: RpcServer,
-        follow_keys: FollowKeys,
+        follow: Sequence[Follow],
     ) -> None:
         self.http = http
         self.grpc = rpc.address
@@ -83,7 +90,7 @@ class Router:
         self._control = control
         self._web = web
         self._web_task = asyncio.create_task(web.serve([listening]))
-        self._following = [asyncio.create_task(self._follow_fleet()), asyncio.create_task(follow_keys())]
+        self._following = [asyncio.create_task(each()) for each in (self._follow_fleet, *follow)]
 
     async def stop(self, grace_s: float) -> None:
         """Refuse what is new, let what runs end for up to `grace_s` seconds, end the rest with an error, and free the ports."""
@@ -114,21 +121,35 @@ class _WebServer(uvicorn.Server):
         yield
 
 
-FollowKeys = Callable[[], Coroutine[Any, Any, None]]
-"""Keeps up with keys that are elsewhere, until cancelled."""
+Follow = Callable[[], Coroutine[Any, Any, None]]
+"""Keeps up with something until cancelled: keys that are elsewhere, a file to be written."""
 
 
-async def _who_asks(settings: RouterSettings) -> tuple[TenantOf, FollowKeys]:
+async def _who_asks(settings: RouterSettings) -> tuple[TenantOf, list[Follow]]:
+    """And what is to be followed: a file of API keys is looked at by each request."""
     if settings.jwt is not None:
         from .doors import open_doors  # with httpx and PyJWT, 0.1 s of a start that few need
 
         doors = await open_doors(settings.api_keys, settings.jwt)
-        return doors.tenant, doors.follow
-    return (everybody if settings.api_keys is None else KeyRing(settings.api_keys).tenant), _nothing
+        return doors.tenant, [doors.follow]
+    return (everybody if settings.api_keys is None else KeyRing(settings.api_keys).tenant), []
 
 
-async def _nothing() -> None:
-    """To follow: a file of API keys is looked at by each request."""
+@dataclass(frozen=True, slots=True)
+class _Control:
+    """What the supervisor asks; implements `rpc.router.RouterFace`."""
+
+    fleet: FleetView
+    service: Service
+
+    def publish(self, fleet: Fleet) -> int:
+        return self.fleet.publish(fleet)
+
+    def describe(self) -> tuple[Fleet, tuple[WorkerReport, ...]]:
+        return self.fleet.describe()
+
+    def window(self, seconds: float) -> Window:
+        return self.service.window(seconds)
 
 
 async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_text: Callable[[], bytes]) -> Router:
@@ -139,7 +160,7 @@ async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_
     """
     card = await asyncio.to_thread(read_card, settings.model_dir)
     text = await asyncio.to_thread(Text.load, settings.model_dir, card, settings.chat_template)
-    tenant_of, follow_keys = await _who_asks(settings)
+    tenant_of, follow = await _who_asks(settings)
     context = None if settings.tls is None else reloading_context(settings.tls)
     listening = listen(settings.host, settings.http_port, settings.limits.connections)
     fleet = FleetView(recorder, silence_s=settings.silence_s, tls=settings.internal_tls)
@@ -147,6 +168,9 @@ async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_
         text, fleet, name=settings.model_name or card.name, policy=settings.policy, limits=settings.limits, recorder=recorder,
         clock=MonotonicClock(), hold_s=settings.hold_s,
     )  # fmt: skip
+    if settings.record is not None:
+        file = RecordFile(settings.record, settings.record_bytes)
+        follow.append(partial(keep_written, service.recording, file, service.oldest))
     limits = settings.limits
     try:
         rpc = await serve(
@@ -156,7 +180,7 @@ async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_
     except ConfigError as error:
         listening.close()
         raise ConfigError(f"router.grpc_port {settings.grpc_port}: {error.message}", field="router.grpc_port") from error
-    control = await serve("127.0.0.1:0", router=fleet, tls=settings.internal_tls)
+    control = await serve("127.0.0.1:0", router=_Control(fleet, service), tls=settings.internal_tls)
     web = _WebServer(
         uvicorn.Config(
             make_app(service, metrics_text, tenant_of, open_metrics=settings.open_metrics),
@@ -167,7 +191,7 @@ async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_
     )  # fmt: skip
     web.config.load()
     web.config.ssl = context
-    return Router(_address(settings.host, listening.getsockname()[1]), service, fleet, web, listening, rpc, control, follow_keys)
+    return Router(_address(settings.host, listening.getsockname()[1]), service, fleet, web, listening, rpc, control, follow)
 
 
 async def run_router(

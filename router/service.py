@@ -14,9 +14,11 @@ from ..core.errors import DiptychError, InvalidRequest, Overloaded, Unavailable
 from ..core.generate import Chunk, Generate, Model
 from ..core.metrics import Recorder
 from ..core.request import Request, Tokens, request_id_of
+from ..core.workload import Window
 from .admission import check_call, check_prompt, room
 from .budget import RetryBudget
 from .placement import Policy, capacity, unavailable
+from .recording import Recording
 from .run import Run, Workers
 from .text import Text
 
@@ -53,6 +55,7 @@ class Service:
         self.name = name
         self.limits = limits
         self.clock = clock
+        self.recording = Recording(clock)
         self._workers = workers
         self._policy = policy
         self._recorder = recorder
@@ -160,6 +163,7 @@ class Service:
         finally:
             del self._runs[run]
             run.close()
+            self.recording.ended(run.past())
 
     def fitted(self, call: Generate, ids: tuple[int, ...]) -> Generate:
         """The call on its token ids, its output no longer than what fits behind them. Raises if the prompt itself does not fit."""
@@ -177,6 +181,14 @@ class Service:
         self._capacity = capacity(snapshot) or self._capacity
         for run in list(self._runs):
             run.fleet_changed()
+
+    def window(self, seconds: float) -> Window:
+        """The load of the last `seconds`, with what is under way."""
+        return self.recording.window(seconds, (run.past() for run in self._runs))
+
+    def oldest(self) -> float | None:
+        """When the first of the requests came that have not ended, on the router's clock; None: there are none."""
+        return min((run.past().accepted for run in self._runs), default=None)
 
     def unavailable(self) -> str | None:
         """Why no request could be served now, or None if one could."""

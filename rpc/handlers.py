@@ -20,6 +20,7 @@ from .channels import EOF
 from .codec_fields import duration, parse
 from .codec_fleet import decode_fleet, encode_fleet_status, encode_report
 from .codec_inference import decode_generate, encode_chunk, encode_models
+from .codec_workload import encode_window
 from .errors import to_status
 from .inference import InferenceFace
 from .lane import Lane
@@ -94,7 +95,10 @@ def router_handlers(face: RouterFace, active: Active) -> grpc.GenericRpcHandler[
         parse(worker_pb2.DescribeFleetRequest, request)
         return encode_fleet_status(face.describe())
 
-    return _service(ROUTER, {"PublishFleet": publish, "DescribeFleet": describe}, active)
+    async def window(request: bytes, _: Context) -> bytes:
+        return encode_window(face.window(duration(parse(worker_pb2.DescribeWorkloadRequest, request).seconds, "seconds")))
+
+    return _service(ROUTER, {"PublishFleet": publish, "DescribeFleet": describe, "DescribeWorkload": window}, active)
 
 
 TenantOf = Callable[[str | None], str]

@@ -7,10 +7,12 @@ from typing import Protocol, Self
 
 from ..core.fleet import Fleet, WorkerReport
 from ..core.security import TlsFiles
-from ..proto.worker_pb2 import DESCRIPTOR, DescribeFleetRequest, PublishFleetResponse
+from ..core.workload import Window
+from ..proto.worker_pb2 import DESCRIPTOR, DescribeFleetRequest, DescribeWorkloadRequest, PublishFleetResponse
 from .channels import ANSWER_S, call_unary, open_internal_channel
 from .codec_fields import parse
 from .codec_fleet import decode_fleet_status, encode_fleet
+from .codec_workload import decode_window
 
 _METHODS = DESCRIPTOR.services_by_name["Router"].methods_by_name
 
@@ -24,6 +26,10 @@ class RouterFace(Protocol):
 
     def describe(self) -> tuple[Fleet, tuple[WorkerReport, ...]]:
         """The fleet in use, and the latest reports of its live workers."""
+        ...
+
+    def window(self, seconds: float) -> Window:
+        """The load of the last `seconds`."""
         ...
 
 
@@ -47,6 +53,12 @@ class RouterClient:
         request = DescribeFleetRequest().SerializeToString()
         method = _METHODS["DescribeFleet"]
         return decode_fleet_status(await call_unary(self._channel, method, request, timeout_s=ANSWER_S, peer=self._peer))
+
+    async def window(self, seconds: float) -> Window:
+        """The load of the last `seconds`, as far as the router remembers."""
+        request = DescribeWorkloadRequest(seconds=seconds).SerializeToString()
+        method = _METHODS["DescribeWorkload"]
+        return decode_window(await call_unary(self._channel, method, request, timeout_s=ANSWER_S, peer=self._peer))
 
     async def close(self) -> None:
         """End everything on this connection."""

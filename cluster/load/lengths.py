@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ...core.errors import ConfigError
 
 Pair = tuple[int, int]
 """Prompt tokens and output tokens, each at least 1."""
+_P = TypeVar("_P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ def drawn(prompt: Range, output: Range, seed: int) -> Iterator[Pair]:
         yield prompt.draw(draw), output.draw(draw)
 
 
-def shuffled(pairs: Sequence[Pair], seed: int) -> Iterator[Pair]:
+def shuffled(pairs: Sequence[_P], seed: int) -> Iterator[_P]:
     """`pairs` in random order, each once, then again in another order: a load of their own mixture however long it is."""
     draw = random.Random(f"lengths {seed}")
     order = list(pairs)

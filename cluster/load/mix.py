@@ -13,7 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ...core.errors import ConfigError
 from . import arrivals
 from .lengths import drawn, parse_range, shuffled
-from .workload import Arrival, arrivals_of
+from .workload import Arrival
+
+Lengths = tuple[int, int] | tuple[int, int, int]
+"""Tokens of prompt and output; a third number says how many of the prompt's are the same for all of the stream that have one."""
 
 
 class Stream(BaseModel):
@@ -28,7 +31,7 @@ class Stream(BaseModel):
     burstiness: float = Field(1.0, gt=0, description="Shape of gamma arrivals: 1 is Poisson, below 1 comes in bursts.")
     prompt: str = "256"
     output: str = "64"
-    pairs: tuple[tuple[int, int], ...] = ()
+    pairs: tuple[Lengths, ...] = ()
     prefixes: int = Field(0, ge=0)
     prefix_tokens: int = Field(0, ge=0)
 
@@ -54,16 +57,19 @@ class Mix(BaseModel):
 def _requests(stream: Stream, number: int, rate: float, seed: int) -> Iterator[Arrival]:
     name = f"{seed} stream {number}"
     own = 7919 * (number + 1) + seed
-    pairs = (
+    lengths: Iterator[Lengths] = (
         shuffled(stream.pairs, own)
         if stream.pairs
         else drawn(parse_range(stream.prompt, "prompt"), parse_range(stream.output, "output"), own)
     )
     draw = random.Random(f"prefixes {name}")
-    for arrival in arrivals_of(arrivals.gamma(rate, stream.burstiness, own), pairs):
-        prefix = 1 + number * 65536 + draw.randrange(stream.prefixes) if stream.prefixes else 0
+    times = arrivals.gamma(rate, stream.burstiness, own)
+    for turn, (at, (prompt, output, *shared)) in enumerate(zip(times, lengths, strict=False)):
+        within = shared[0] if shared else 0
         ahead = stream.prefix_tokens if stream.prefixes else 0
-        yield replace(arrival, tenant=stream.tenant, prefix=prefix, prefix_tokens=ahead, prompt_tokens=arrival.prompt_tokens + ahead)
+        which = draw.randrange(stream.prefixes) if stream.prefixes else 0
+        prefix = 1 + number * 65536 + which if ahead or within else 0
+        yield Arrival(turn, at, prompt + ahead, output, tenant=stream.tenant, prefix=prefix, prefix_tokens=ahead + within)
 
 
 def parse_mix(text: str, name: str) -> Mix:
@@ -78,6 +84,8 @@ def parse_mix(text: str, name: str) -> Mix:
     for number, stream in enumerate(mix.streams):
         for key, lengths in (("prompt", stream.prompt), ("output", stream.output)):
             parse_range(lengths, f"{name}: streams.{number}.{key}")
-        if any(prompt < 1 or output < 1 for prompt, output in stream.pairs):
+        if any(prompt < 1 or output < 1 for prompt, output, *_ in stream.pairs):
             raise ConfigError(f"{name}: streams.{number}.pairs: every length is at least 1.", field="workload")
+        if any(not 0 <= shared <= prompt for prompt, _, *rest in stream.pairs for shared in rest):
+            raise ConfigError(f"{name}: streams.{number}.pairs: a third number is at most the first.", field="workload")
     return mix

@@ -102,6 +102,8 @@ class RouteSpec(_Spec):
     open_metrics: bool = Field(True, description="Whether /metrics answers without a key.")
     tls: TlsFiles | None = Field(None, description="TLS on both faces.")
     internal_tls: TlsFiles | None = Field(None, description="Mutual TLS with workers and supervisor.")
+    record: Path | None = Field(None, description="A file for the workload.")
+    record_bytes: int = Field(64 << 20, ge=4096, description="When it is longer than this, another is begun.")
     drain_s: float = Field(10.0, ge=0, description="How long SIGTERM lets running requests finish, in seconds.")
     log_level: LogLevel = Field("info", description="Least severe level that is logged.")
     log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")

@@ -58,6 +58,8 @@ async def _serve(spec: RouteSpec) -> None:
         open_metrics=spec.open_metrics,
         tls=spec.tls,
         internal_tls=spec.internal_tls,
+        record=spec.record,
+        record_bytes=spec.record_bytes,
     )
     exporter = Exporter(spec.model_name or read_card(spec.model_dir).name)
     await run_router(

@@ -129,6 +129,8 @@ def route_spec(config: ClusterConfig, model_dir: Path, internal_tls: TlsFiles | 
         open_metrics=security.open_metrics or not security.asks,
         tls=TlsFiles(Path(security.tls.cert).absolute(), Path(security.tls.key).absolute()) if security.tls else None,
         internal_tls=internal_tls,
+        record=Path(router.record).absolute() if router.record else None,
+        record_bytes=router.record_bytes,
         log_level=config.log.level,
         log_format=config.log.format,
     )

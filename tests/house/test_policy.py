@@ -21,8 +21,9 @@ POLICIES = {
     "cluster.resources": "cores layouts",
     "cluster.supervising": "headcount restarts",
     "cluster.on_ray": "nodes",
+    "cluster.autoplan": "deciding drift figures replan",
     "cluster.doctor": "finding gpus host",
-    "cluster.load": "agreement answer arrivals choice dialect goodput lengths mix prompts report slo sse summary traces workload",
+    "cluster.load": "agreement answer arrivals choice dialect fitting goodput lengths mix prompts report slo sse summary traces workload",
     "cluster.planner": "agenda data_sheets decode extrapolating figures goodput lane latency life plan_file policies prefill profile "
     "search shapes worker world",
 }

@@ -13,8 +13,9 @@ from diptych.core.generate import Chunk, Finish, Generate, Model, Timing, Usage
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.core.request import FinishReason, Request, Slo, Token, Tokens
 from diptych.core.sampling import SamplingParams
+from diptych.core.workload import Recorded, Window
 from diptych.proto import inference_pb2, worker_pb2
-from diptych.rpc import codec_commands, codec_fleet, codec_inference, codec_lane
+from diptych.rpc import codec_commands, codec_fleet, codec_inference, codec_lane, codec_workload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -141,12 +142,15 @@ finish_values = st.builds(
 chunks = st.builds(Chunk, texts, texts, many(tokens), opt(finish_values), u32, opt(finishes))
 models = many(st.builds(Model, texts, u32, u32, st.booleans()))
 
+windows = st.builds(Window, seconds, many(st.builds(Recorded, seconds, u32, u32, u32, opt(seconds), opt(seconds), st.booleans())))
+
 CODECS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], bytes], Callable[[bytes], Any]]] = {
     "command": (command_values, codec_commands.encode_command, codec_commands.decode_command),
     "step events": (st.builds(commands.StepEvents, many(events)), codec_commands.encode_step_events, codec_commands.decode_step_events),
     "fleet": (fleets, codec_fleet.encode_fleet, codec_fleet.decode_fleet),
     "report": (reports, codec_fleet.encode_report, codec_fleet.decode_report),
     "fleet status": (st.tuples(fleets, many(reports)), codec_fleet.encode_fleet_status, codec_fleet.decode_fleet_status),
+    "workload": (windows, codec_workload.encode_window, codec_workload.decode_window),
     "lane message": (lane_messages, codec_lane.encode_lane_message, codec_lane.decode_lane_message),
     "generate": (calls, codec_inference.encode_generate, codec_inference.decode_generate),
     "chunk": (chunks, codec_inference.encode_chunk, codec_inference.decode_chunk),

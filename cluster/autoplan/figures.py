@@ -1,0 +1,113 @@
+"""What a window of the workload comes to: rate, burstiness, lengths, hits, and how sure each is. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import sqrt
+from statistics import fmean, pvariance
+
+from ...core.workload import Recorded, Window
+from ..load.fitting import gamma_shape
+from ..load.slo import Slo
+from ..load.workload import Arrival
+
+BLOCK = 16
+"""Tokens of a prompt are cached in blocks of so many."""
+_GOLDEN = 0.6180339887
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """`spread`: by how much it may be off by chance, as a share of it (one standard error)."""
+
+    value: float
+    spread: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        mean = fmean(values)
+        return cls(mean, sqrt(pvariance(values, mean) / len(values)) / mean if mean else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """`rate`: requests per second. `burstiness`: shape of gamma arrivals, 1 is Poisson. `prompt`, `output`: tokens of a request.
+    `hits`: the share of prompt tokens that were cached, and its standard error."""
+
+    requests: int
+    rate: Mean
+    burstiness: float
+    prompt: Mean
+    output: Mean
+    hits: float
+    hits_error: float
+
+    @classmethod
+    def of(cls, arrivals: Sequence[Arrival], seconds: float) -> Figures:
+        """At least two arrivals."""
+        count = len(arrivals)
+        shape = gamma_shape([later.at - earlier.at for earlier, later in pairwise(arrivals)])
+        prompts = [arrival.prompt_tokens for arrival in arrivals]
+        hits = sum(arrival.prefix_tokens for arrival in arrivals) / sum(prompts)
+        misfits = sum((arrival.prefix_tokens - hits * arrival.prompt_tokens) ** 2 for arrival in arrivals)
+        return cls(
+            count,
+            # More regular than Poisson is not believed: it would make small changes of the rate look sure.
+            Mean(count / seconds, 1 / sqrt(min(1.0, shape) * count)),
+            shape,
+            Mean.of(prompts),
+            Mean.of([arrival.output_tokens for arrival in arrivals]),
+            hits,
+            sqrt(misfits) / sum(prompts),
+        )
+
+    def as_json(self) -> dict[str, float]:
+        values = {"rate": self.rate.value, "prompt_tokens": self.prompt.value, "output_tokens": self.output.value}
+        rounded = {name: round(value, 3) for name, value in {**values, "hits": self.hits, "burstiness": self.burstiness}.items()}
+        return {"requests": self.requests, **rounded}
+
+
+def arrivals_in(window: Window) -> list[Arrival]:
+    """The window as a load that can be simulated: what has not ended gets an end.
+
+    Its answer is as long as one of those seen that are longer than what it has so far: without that a window would hold few of the long
+    ones. What is cached of a prompt is a prefix that all share; of one that still waits, the share that was cached of the others.
+    """
+    outputs = _whole_outputs(window.requests)
+    begun = [each for each in window.requests if each.ttft is not None]
+    hits = sum(each.cached_tokens for each in begun) / max(1, sum(each.prompt_tokens for each in begun))
+    found = []
+    for number, (each, output) in enumerate(zip(window.requests, outputs, strict=True)):
+        cached = each.cached_tokens if each.ttft is not None else int(each.prompt_tokens * hits) // BLOCK * BLOCK
+        cached = min(cached, each.prompt_tokens)
+        found.append(Arrival(number, window.seconds - each.age, each.prompt_tokens, output, prefix=min(1, cached), prefix_tokens=cached))
+    return found
+
+
+def _whole_outputs(requests: Sequence[Recorded]) -> list[int]:
+    """Of those under way the shortest first, each then being one of those seen (Efron's redistribution to the right)."""
+    outputs = [each.output_tokens for each in requests]
+    seen = sorted(each.output_tokens for each in requests if each.ended)
+    under_way = [number for number, each in enumerate(requests) if not each.ended]
+    for turn, number in enumerate(sorted(under_way, key=lambda number: outputs[number])):
+        first = bisect_right(seen, outputs[number])
+        if longer := len(seen) - first:
+            outputs[number] = seen[first + int((turn + 1) * _GOLDEN % 1 * longer)]
+        outputs[number] = max(1, outputs[number])
+        insort(seen, outputs[number])
+    return outputs
+
+
+def attained(requests: Sequence[Recorded], slo: Slo) -> tuple[int, int]:
+    """How many met the SLO, of those of which that is known: one that waits too long for its first token has missed it already."""
+    met = known = 0
+    for each in requests:
+        late = each.ttft is None and slo.ttft is not None and each.age > slo.ttft
+        if each.ended or late:
+            known += 1
+            times = ((slo.ttft, each.ttft), (slo.tpot, each.tpot))
+            met += not late and all(limit is None or value is None or value <= limit for limit, value in times)
+    return met, known
