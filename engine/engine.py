@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..core.model import ForeignDecoder
+from ..core.recordings import Doing
 from ..core.sampling import SamplingParams
+from ..core.spans import span
 from ..kernels.block_copy import copy_blocks
 from ..kernels.penalties import Seen
 from .batch import Batch, BlockCopy, Draw, Drawn, Row, StepOutput
@@ -75,18 +77,22 @@ class Engine:
         and every other rank's output is empty. `Unavailable` names the ranks that take no part.
         """
         if batch.copies:
-            self._copy(batch.copies)
+            with span(Doing.COPY_BLOCKS, batch.step):
+                self._copy(batch.copies)
         device = self._upload.device
-        inputs = make_inputs(
-            batch.rows, self.last_drawn.tokens, self._groups, block_size=self._block_size, dtype=self._dtype, device=device
-        )
-        logits = self._decoder.logits(self._upload.batch(inputs), on_layer and partial(self._layer_stored, on_layer))
+        with span(Doing.INPUTS, batch.step):
+            inputs = self._upload.batch(
+                make_inputs(batch.rows, self.last_drawn.tokens, self._groups, block_size=self._block_size, dtype=self._dtype, device=device)
+            )
+        with span(Doing.FORWARD, batch.step):
+            logits = self._decoder.logits(inputs, on_layer and partial(self._layer_stored, on_layer))
         drawing = [row for row in batch.rows if row.draws]
         drawn: dict[int, tuple[Drawn, ...]] = {}
         if logits is not None:
-            seen = [self._seen_before(row) for row in drawing]
-            answers = sample(logits, [row.draws for row in drawing], seen)
-            drawn = {row.slot: each for row, each in zip(drawing, answers, strict=True)}
+            with span(Doing.SAMPLE, batch.step):
+                seen = [self._seen_before(row) for row in drawing]
+                answers = sample(logits, [row.draws for row in drawing], seen)
+                drawn = {row.slot: each for row, each in zip(drawing, answers, strict=True)}
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # what draws nothing has not yet waited
         output = StepOutput(batch.step, tuple(drawn.get(row.slot, ()) for row in batch.rows))
@@ -94,9 +100,10 @@ class Engine:
         return output
 
     def _layer_stored(self, on_layer: Callable[[int], None], layer: int) -> None:
-        if self._stored is not None:
-            self._stored(layer)
-        on_layer(layer)
+        with span(Doing.ANNOUNCE):
+            if self._stored is not None:
+                self._stored(layer)
+            on_layer(layer)
 
     def _copy(self, copies: Sequence[BlockCopy]) -> None:
         for g, caches in enumerate(self._caches):

@@ -6,6 +6,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from ..core.recordings import Doing
+from ..core.spans import span
+
 A = TypeVar("A")
 
 
@@ -24,9 +27,10 @@ class Performer(Generic[A]):
         if self._acting:
             return
         self._acting = True
-        try:
-            while self._actions:
-                self._act(self._actions.popleft())
-        finally:
-            self._acting = False
-            self._rest()
+        with span(Doing.TRANSFER):
+            try:
+                while self._actions:
+                    self._act(self._actions.popleft())
+            finally:
+                self._acting = False
+                self._rest()

@@ -562,3 +562,93 @@ class KeepAlive(_message.Message):
     TRANSFER_IDS_FIELD_NUMBER: _ClassVar[int]
     transfer_ids: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, transfer_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SpansCommand(_message.Message):
+    __slots__ = ("begin", "end")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    begin: BeginSpans
+    end: EndSpans
+    def __init__(self, begin: _Optional[_Union[BeginSpans, _Mapping]] = ..., end: _Optional[_Union[EndSpans, _Mapping]] = ...) -> None: ...
+
+class BeginSpans(_message.Message):
+    __slots__ = ("seconds", "most")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MOST_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    most: int
+    def __init__(self, seconds: _Optional[float] = ..., most: _Optional[int] = ...) -> None: ...
+
+class EndSpans(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SpansAnswer(_message.Message):
+    __slots__ = ("begun", "spans", "ended")
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    begun: SpansBegun
+    spans: Spans
+    ended: SpansEnded
+    def __init__(self, begun: _Optional[_Union[SpansBegun, _Mapping]] = ..., spans: _Optional[_Union[Spans, _Mapping]] = ..., ended: _Optional[_Union[SpansEnded, _Mapping]] = ...) -> None: ...
+
+class SpansBegun(_message.Message):
+    __slots__ = ("host", "now", "pid")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    NOW_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    now: int
+    pid: int
+    def __init__(self, host: _Optional[str] = ..., now: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class Spans(_message.Message):
+    __slots__ = ("kinds", "kind", "thread", "began", "lasted", "ran")
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    THREAD_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_FIELD_NUMBER: _ClassVar[int]
+    LASTED_FIELD_NUMBER: _ClassVar[int]
+    RAN_FIELD_NUMBER: _ClassVar[int]
+    kinds: _containers.RepeatedCompositeFieldContainer[SpanKind]
+    kind: _containers.RepeatedScalarFieldContainer[int]
+    thread: _containers.RepeatedScalarFieldContainer[int]
+    began: _containers.RepeatedScalarFieldContainer[int]
+    lasted: _containers.RepeatedScalarFieldContainer[int]
+    ran: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, kinds: _Optional[_Iterable[_Union[SpanKind, _Mapping]]] = ..., kind: _Optional[_Iterable[int]] = ..., thread: _Optional[_Iterable[int]] = ..., began: _Optional[_Iterable[int]] = ..., lasted: _Optional[_Iterable[int]] = ..., ran: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SpanKind(_message.Message):
+    __slots__ = ("doing", "step", "who")
+    DOING_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WHO_FIELD_NUMBER: _ClassVar[int]
+    doing: str
+    step: int
+    who: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, doing: _Optional[str] = ..., step: _Optional[int] = ..., who: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SpansEnded(_message.Message):
+    __slots__ = ("began", "ended", "lost", "threads")
+    BEGAN_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    began: int
+    ended: int
+    lost: int
+    threads: _containers.RepeatedCompositeFieldContainer[ThreadTime]
+    def __init__(self, began: _Optional[int] = ..., ended: _Optional[int] = ..., lost: _Optional[int] = ..., threads: _Optional[_Iterable[_Union[ThreadTime, _Mapping]]] = ...) -> None: ...
+
+class ThreadTime(_message.Message):
+    __slots__ = ("thread", "name", "ran", "ready")
+    THREAD_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RAN_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    thread: int
+    name: str
+    ran: int
+    ready: int
+    def __init__(self, thread: _Optional[int] = ..., name: _Optional[str] = ..., ran: _Optional[int] = ..., ready: _Optional[int] = ...) -> None: ...

@@ -26,6 +26,8 @@ from starlette.types import Receive, Scope, Send
 from ..core.errors import DiptychError, Internal, InvalidRequest, NotFound, TooLarge
 from ..core.generate import Chunk, Finish, Generate, Model
 from ..core.notes import FIELDS
+from ..core.recordings import Doing
+from ..core.spans import span
 from ..rpc.handlers import TenantOf, everybody
 from .admission import check_call, check_model
 from .answers import Answer, ChatAnswer, CompletionAnswer, StreamUsage, Whole, error_json, timing_json
@@ -148,7 +150,8 @@ class _Reply:
         self._streaming = True
 
     async def event(self, data: str, *, last: bool = False) -> None:
-        await self._send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": not last})
+        with span(Doing.WRITE):
+            await self._send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": not last})
 
     async def error(self, error: DiptychError) -> None:
         if self._streaming:
@@ -171,8 +174,10 @@ async def _send_stream(run: Run, answer: Answer, reply: _Reply, include_usage: b
     for piece in answer.opening():
         await reply.event(_compact(piece))
     async for chunk in _chain(first, run):
-        for piece in answer.pieces(chunk):
-            await reply.event(_compact(piece))
+        with span(Doing.FORMAT):
+            events = [_compact(piece) for piece in answer.pieces(chunk)]
+        for event in events:
+            await reply.event(event)
         if chunk.finish and include_usage:
             await reply.event(_compact(reply.timed(answer.usage(chunk.finish.usage), chunk.finish)))
     await reply.event("[DONE]", last=True)

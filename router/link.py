@@ -12,7 +12,9 @@ from ..core.commands import ChoiceFinished, Command, Decode, Event, Failed, Fini
 from ..core.errors import DiptychError
 from ..core.fleet import Measure, Member, WorkerReport
 from ..core.metrics import METRICS, Recorder
+from ..core.recordings import Doing
 from ..core.security import TlsFiles
+from ..core.spans import span
 from ..rpc.worker import WorkerClient, WorkerStream
 from .placement import Candidate
 
@@ -128,7 +130,8 @@ class Link:
         try:
             async for step in stream:
                 heard = True
-                self._dispatch(step)
+                with span(Doing.RECEIVE):
+                    self._dispatch(step)
         finally:
             stream.close()
             self._lose("its stream ended")

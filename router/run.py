@@ -15,7 +15,9 @@ from ..core.errors import Cancelled, DeadlineExceeded, DiptychError, Internal, O
 from ..core.generate import Chunk, Finish, Timing, Usage
 from ..core.metrics import Recorder
 from ..core.notes import FIELDS, note
+from ..core.recordings import Doing
 from ..core.request import FinishReason, Request, Token, new_attempt_id
+from ..core.spans import span
 from .budget import RetryBudget
 from .link import Listener
 from .machine import Action, Emit, End, Fail, Place, RequestMachine, Send, Succeed
@@ -171,7 +173,8 @@ class Run:
             case Send(worker_id, command):
                 self._workers.send(worker_id, command, self)
             case Emit(tokens):
-                self._emit(self._writings[tokens[0].choice], tokens)
+                with span(Doing.EMIT, who=(self.request_id,)):
+                    self._emit(self._writings[tokens[0].choice], tokens)
             case End(choice, reason):
                 self._reasons.add(self._writings[choice].end(reason))
                 self._tell(choice)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..core.generate import Chunk
+from ..core.recordings import Doing
 from ..core.request import FinishReason, Token
+from ..core.spans import span
 from .text import Detokeniser, StopStrings
 
 
@@ -26,7 +28,8 @@ class Writing:
     def push(self, token: Token) -> None:
         """The next token; not to be called once `stopped`."""
         self._tokens.append(token)
-        text = self._decoder.push(token.id)
+        with span(Doing.DETOKENISE):
+            text = self._decoder.push(token.id)
         if token.index >= self._min_tokens:
             text, self.stopped = self._stop.push(text)
         if text:

@@ -25,6 +25,7 @@ from .errors import to_status
 from .inference import InferenceFace
 from .lane import Lane
 from .router import RouterFace
+from .spans import SpansServed, serve_spans
 from .stream import Stream
 from .worker import RouterStream, WorkerFace
 
@@ -84,7 +85,7 @@ def worker_handlers(face: WorkerFace, active: Active) -> grpc.GenericRpcHandler[
         timeout_s = duration(parse(worker_pb2.DrainRequest, request).timeout, "timeout")
         return worker_pb2.DrainResponse(unfinished=await face.drain(timeout_s)).SerializeToString()
 
-    return _service(WORKER, {"Attach": attach, "Lane": lane, "Watch": watch, "Drain": drain}, active)
+    return _service(WORKER, {"Attach": attach, "Lane": lane, "Watch": watch, "Drain": drain, "Spans": _spans}, active)
 
 
 def router_handlers(face: RouterFace, active: Active) -> grpc.GenericRpcHandler[bytes, bytes]:
@@ -98,7 +99,7 @@ def router_handlers(face: RouterFace, active: Active) -> grpc.GenericRpcHandler[
     async def window(request: bytes, _: Context) -> bytes:
         return encode_window(face.window(duration(parse(worker_pb2.DescribeWorkloadRequest, request).seconds, "seconds")))
 
-    return _service(ROUTER, {"PublishFleet": publish, "DescribeFleet": describe, "DescribeWorkload": window}, active)
+    return _service(ROUTER, {"PublishFleet": publish, "DescribeFleet": describe, "DescribeWorkload": window, "Spans": _spans}, active)
 
 
 TenantOf = Callable[[str | None], str]
@@ -169,6 +170,11 @@ async def _serve_stream(stream: S, serve: Callable[[S], Coroutine[Any, Any, None
         raise
     finally:
         await stream.finish()
+
+
+async def _spans(_: Any, context: Context) -> None:
+    """Of this process, whoever serves here."""
+    await _serve_stream(SpansServed(ServerCall(context), peer=f"profiler at {context.peer()}"), serve_spans, context)
 
 
 def _service(service: ServiceDescriptor, handlers: dict[str, Handler], active: Active) -> grpc.GenericRpcHandler[bytes, bytes]:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Generic, Protocol, Self, TypeVar
 
 from ..core.errors import DiptychError, Unavailable
+from ..core.recordings import Doing
+from ..core.spans import span
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +83,8 @@ class Stream(Generic[Out, In]):
         """Queue `message`; never blocks. On a stream that has ended it does nothing: the iteration tells of the end."""
         if self.ended:
             return
-        data = self._encode(message)
+        with span(Doing.ENCODE):
+            data = self._encode(message)
         self._outbox.append(data)
         self._outbox_bytes += len(data)
         if len(self._outbox) > QUEUED_MESSAGES or self._outbox_bytes > QUEUED_BYTES:
@@ -180,7 +183,8 @@ class Stream(Generic[Out, In]):
             while (data := await self._call.read()) is not None:
                 if self._closing:
                     continue
-                self._inbox.append(self._decode(data))
+                with span(Doing.DECODE):
+                    self._inbox.append(self._decode(data))
                 self._wake_consumer.set()
                 while len(self._inbox) >= READ_AHEAD and not self.ended:
                     self._wake_reader.clear()

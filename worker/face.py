@@ -11,6 +11,8 @@ from typing import Protocol
 from ..core.commands import Command
 from ..core.errors import Unavailable
 from ..core.fleet import WorkerReport, WorkerState
+from ..core.recordings import Doing
+from ..core.spans import span
 from ..rpc.lane import Lane
 from ..rpc.worker import RouterStream
 from .outbox import Call, Delivery, Listener
@@ -54,10 +56,11 @@ class Face:
 
     def deliver(self, delivery: Delivery) -> None:
         """Carry out what the loop's last turn asked for."""
-        for call in delivery.calls:
-            call()
-        for listener, events in delivery.events:
-            listener.send(events)
+        with span(Doing.DELIVER):
+            for call in delivery.calls:
+                call()
+            for listener, events in delivery.events:
+                listener.send(events)
         if delivery.report is None:
             return
         self._report, self._idle = delivery.report, delivery.idle

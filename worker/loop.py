@@ -21,6 +21,8 @@ from typing import Generic, Protocol, TypeVar
 from ..core.clock import Clock
 from ..core.errors import DiptychError, Internal
 from ..core.fleet import WorkerReport
+from ..core.recordings import Doing
+from ..core.spans import span
 from ..engine.batch import Batch, StepOutput
 from .outbox import Call, Delivery, Outbox
 
@@ -60,6 +62,11 @@ class HasBatch(Protocol):
     @property
     def batch(self) -> Batch: ...
 
+    @property
+    def attempts(self) -> tuple[str, ...]:
+        """Whose its rows are."""
+        ...
+
 
 D = TypeVar("D", bound=HasBatch)
 
@@ -70,6 +77,15 @@ class StepTimes:
 
     began: float
     ended: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted(Generic[D]):
+    """A step for the engine. `after_rest`: there was nothing to compute before it."""
+
+    decision: D
+    on_layer: OnLayer | None
+    after_rest: bool
 
 
 class Role(Protocol[D]):
@@ -129,8 +145,10 @@ class EngineLoop(Generic[D]):
     ) -> None:
         self._run_step, self._role, self._clock, self._deliver, self._died, self._check = run, role, clock, deliver, died, check
         self._inbox, self._depth, self._broken_after = inbox, depth, broken_after
-        self._steps: SimpleQueue[tuple[D, OnLayer | None] | None] = SimpleQueue()
+        self._steps: SimpleQueue[_Submitted[D] | None] = SimpleQueue()
         self._in_flight = 0
+        self._resting = True
+        """When last looked there was nothing to compute."""
         self._failures = 0
         self._running = True
         self._reported: tuple[WorkerReport, bool] | None = None
@@ -164,15 +182,24 @@ class EngineLoop(Generic[D]):
     def _turns(self) -> None:
         self._flush()
         while self._running:
-            self._inbox.get()()
+            first = self._inbox.get()
+            with span(Doing.TURN):
+                self._turn(first)
+
+    def _turn(self, first: Call) -> None:
+        with span(Doing.HEAR):
+            first()
             self._take_the_rest()
             self._role.settle()
+        self._tell()
+        while self._running and self._in_flight < self._depth and (decision := self._decide()) is not None:
+            # Told before submitted: an attempt is offered before its first layer can be announced.
             self._tell()
-            while self._running and self._in_flight < self._depth and (decision := self._role.decide()) is not None:
-                # Told before submitted: an attempt is offered before its first layer can be announced.
-                self._tell()
-                self._in_flight += 1
-                self._steps.put((decision, self._role.on_layer(decision)))
+            self._in_flight += 1
+            self._steps.put(_Submitted(decision, self._role.on_layer(decision), self._resting))
+            self._resting = False
+        self._resting = not self._in_flight
+        with span(Doing.REPORT):
             self._flush()
 
     def _take_the_rest(self) -> None:
@@ -182,9 +209,14 @@ class EngineLoop(Generic[D]):
         except Empty:
             return
 
+    def _decide(self) -> D | None:
+        with span(Doing.DECIDE):
+            return self._role.decide()
+
     def _tell(self) -> None:
         if self._role.outbox:
-            self._deliver(self._role.outbox.take())
+            with span(Doing.TELL):
+                self._deliver(self._role.outbox.take())
 
     def _flush(self) -> None:
         """Tell what is left to say, and how the worker is if that has changed."""
@@ -198,12 +230,20 @@ class EngineLoop(Generic[D]):
             self._deliver(self._role.outbox.take(report, idle=idle))
 
     def _engine(self) -> None:
-        while (step := self._steps.get()) is not None:
-            decision, on_layer = step
-            try:
-                self._run_step(decision.batch, on_layer, partial(self._ran, decision, self._clock.now()))
-            except Exception as error:  # noqa: BLE001 - any defect of the engine must end its attempts, not hang them
-                self._inbox.put(partial(self._step_failed, decision, error))
+        while (step := self._next()) is not None:
+            decision = step.decision
+            with span(Doing.STEP, decision.batch.step, decision.attempts):
+                try:
+                    self._run_step(decision.batch, step.on_layer, partial(self._ran, decision, self._clock.now()))
+                except Exception as error:  # noqa: BLE001 - any defect of the engine must end its attempts, not hang them
+                    self._inbox.put(partial(self._step_failed, decision, error))
+
+    def _next(self) -> _Submitted[D] | None:
+        with span(Doing.WAIT) as waiting:
+            step = self._steps.get()
+            if step is None or step.after_rest:
+                waiting.rename(Doing.IDLE)
+            return step
 
     def _ran(self, decision: D, began: float, output: StepOutput) -> None:
         self._inbox.put(partial(self._step_ran, decision, output, StepTimes(began, self._clock.now())))
@@ -211,7 +251,8 @@ class EngineLoop(Generic[D]):
     def _step_ran(self, decision: D, output: StepOutput, times: StepTimes) -> None:
         self._in_flight -= 1
         self._failures = 0
-        self._role.complete(decision, output, times)
+        with span(Doing.COMPLETE, output.step):
+            self._role.complete(decision, output, times)
 
     def _step_failed(self, decision: D, error: Exception) -> None:
         self._in_flight -= 1

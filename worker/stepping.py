@@ -8,6 +8,8 @@ from struct import Struct
 from threading import Lock
 from typing import Protocol
 
+from ..core.recordings import Doing
+from ..core.spans import span
 from ..engine.batch import Batch, StepOutput
 from ..engine.last_drawn import LastDrawn
 from ..engine.step_codec import decode_batch, decode_output, encode_batch, encode_output
@@ -51,7 +53,8 @@ class Steps:
         """`worker.loop.RunStep`. What the batch's rows were drawn before must be known: with one stage it is, since this rank draws."""
         batch = self._engine.last_drawn.resolve(batch)
         self._in_flight[batch.step] = _Step(batch, on_layer, ran, self._ranks, StepOutput(batch.step, ()))
-        self._tell_all(Kind.STEP, (TELL_LAYERS if on_layer else b"\0") + encode_batch(batch))
+        with span(Doing.TELL_RANKS, batch.step):
+            self._tell_all(Kind.STEP, (TELL_LAYERS if on_layer else b"\0") + encode_batch(batch))
         self._part_done(0, self._engine.run(batch, on_layer))
 
     def heard(self, rank: int, kind: Kind, payload: bytes) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...core.errors import ConfigError
+from ...core.security import TlsFiles
 from ..load.choice import Load
 from ..load.goodput import Search, Trial
 from ..load.measure import Run, measure
@@ -27,9 +28,30 @@ from ..load.slo import parse_slo
 from ..load.summary import summarise
 from ..load.table import goodput_sentence, show_probe, show_report
 from ..load.workload import limited
+from ..spans.collect import recording
+from ..spans.shares import shares_of
+from ..spans.table import show_shares
+from ..spans.taken import Process
+from ..spans.trace import trace_of
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """A trace for `file`: of the cluster whose router's control port is `control`, for `seconds` at most."""
+
+    file: Path
+    seconds: float
+    control: str
+    tls: TlsFiles | None
+
+    def show(self, processes: tuple[Process, ...]) -> None:
+        """Tables, and the file."""
+        show_shares(_out, [shares_of(process) for process in processes])
+        self.file.write_text(json.dumps(trace_of(processes)))
+        _out.print(f"Where the time went, span by span: {self.file}; open it in https://ui.perfetto.dev.", markup=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +65,7 @@ class Bench:
     warm_up: int
     json: Path | None
     plot: Path | None
+    profiled: Profiled | None = None
 
     async def once(self, slo_text: str | None, *, requests: int | None, seconds: float | None) -> Report | None:
         """Run the load and show its report; None if nothing was answered."""
@@ -51,12 +74,18 @@ class Bench:
         arrivals = limited(self.load.arrivals(self.rate), requests, seconds)
         with _stopped_by_signal() as stop:
             server = await self._find()
-            with _bar("requests", requests or len(self.load.times) or None) as show:
-                run = await measure(server, arrivals, stop, lambda run: show(len(run.answers), _course(run)))
+            async with AsyncExitStack() as recorded:
+                taken = self.profiled and await recorded.enter_async_context(
+                    recording(self.profiled.control, self.profiled.tls, self.profiled.seconds)
+                )
+                with _bar("requests", requests or len(self.load.times) or None) as show:
+                    run = await measure(server, arrivals, stop, lambda run: show(len(run.answers), _course(run)))
         if not run.answers:
             return None
         found = report(run.answers, warm_up=self.warm_up, unfinished=run.unfinished, slo=slo, client=run.client)
         show_report(_out, found)
+        if self.profiled and taken:
+            self.profiled.show(taken.processes)
         self._keep(server, {"report": found.as_json(), "requests": rows(run.answers, self.warm_up)})
         if self.plot:
             plot_run(self.plot, run.answers, self.warm_up, slo, f"{server.model}, {self.rate:g} requests/s")
@@ -93,7 +122,7 @@ class Bench:
 
     def _check_files(self) -> None:
         """Before the load and not behind it."""
-        for file in (self.json, self.plot):
+        for file in (self.json, self.plot, self.profiled and self.profiled.file):
             if file is not None and not file.absolute().parent.is_dir():
                 raise ConfigError(f"{file.absolute().parent} is no directory, so {file.name} cannot be written there.")
 

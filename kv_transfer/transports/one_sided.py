@@ -21,6 +21,8 @@ from threading import Thread
 from typing import Protocol, TypeVar
 
 from ...core.errors import TransferFailed
+from ...core.recordings import Doing
+from ...core.spans import span
 from ...core.transfer import ShmEndpoint, Transport
 from ..actions import Copy
 from ..crossing import Crossing
@@ -207,7 +209,8 @@ class Copies:
 
     def _begin(self, source: PeerPool, asked: list[Asked]) -> None:
         try:
-            done = source.begin(self._pool, [(each.crossing, each.copy) for each in asked])
+            with span(Doing.COPY, who=tuple(each.copy.transfer_id for each in asked)):
+                done = source.begin(self._pool, [(each.crossing, each.copy) for each in asked])
         except Exception as defect:
             log.exception(UNCOPIED, len(asked), asked[0].copy.seq, asked[0].copy.transfer_id)
             self._not_all(source, asked, defect)

@@ -22,6 +22,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ...core.recordings import Doing
+from ...core.spans import span
 from ..actions import Receive, Stage
 from ..crossing import Crossing
 from ..pool import Pool
@@ -237,7 +239,8 @@ class Outgoing(Pair):
 
     def _fill(self, stage: Stage) -> None:
         self._lengths[stage.slot] = self._crossing.bytes(stage.span)
-        checksum = self._slots.fill(stage.slot, stage.span, stage.blocks)
+        with span(Doing.PACK):
+            checksum = self._slots.fill(stage.slot, stage.span, stage.blocks)
         self._tell(self._events.staged, stage.slot, checksum)
 
     def _send(self, slot: int) -> None:
@@ -297,7 +300,8 @@ class Incoming(Pair):
             if receive.transfer_id in self._given_up:
                 return
             self._emptying = receive.transfer_id
-        error = self._emptied(receive, blocks, slot)
+        with span(Doing.UNPACK, who=(receive.transfer_id,)):
+            error = self._emptied(receive, blocks, slot)
         with self._lock:
             self._emptying = None
             if receive.transfer_id in self._given_up:

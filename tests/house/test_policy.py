@@ -24,6 +24,7 @@ POLICIES = {
     "cluster.autoplan": "deciding drift figures replan",
     "cluster.doctor": "finding gpus host",
     "cluster.load": "agreement answer arrivals choice dialect fitting goodput lengths mix prompts report slo sse summary traces workload",
+    "cluster.spans": "shares taken trace",
     "cluster.planner": "agenda data_sheets decode extrapolating figures goodput lane latency life plan_file policies prefill profile "
     "search shapes worker world",
 }

@@ -25,6 +25,7 @@ WAIT_S = 10.0
 @dataclass(frozen=True)
 class FakeDecision:
     batch: Batch
+    attempts: tuple[str, ...] = ()
 
 
 class Ear:
