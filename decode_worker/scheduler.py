@@ -36,7 +36,7 @@ from .decision import Decision, Draft
 from .growth import Growth
 from .roster import Roster
 from .sequence import Sequence, sequence_of
-from .steady import advance_blocks, steady_rounds
+from .steady import advance_rows, steady_rounds
 from .totals import Totals
 
 
@@ -91,7 +91,10 @@ class DecodeScheduler:
         if any(attempt_id in ids for ids in (self._expected, self._admission.queue, self._leases, self._roster.started)):
             raise InvalidRequest(f"Attempt {attempt_id} is under way.", field="attempt_id")
         sequence = sequence_of(decode, self._pool, self._root_hash_of(request), longest=self._longest, eos=self._eos_token_ids)
-        (self._admission.queue if decode.local_prefill else self._expected)[attempt_id] = sequence
+        if decode.local_prefill:
+            self._admission.enqueue(sequence)
+        else:
+            self._expected[attempt_id] = sequence
 
     def on_offer(self, transfer_id: str, prompt_tokens: int, now: float) -> RefusedReason | None:
         """Queue an offered transfer for a grant. A reason: refuse it (CLOSED: no such attempt any more; FAILED: the offer is not
@@ -100,13 +103,12 @@ class DecodeScheduler:
             return RefusedReason.CLOSED
         if prompt_tokens != len(sequence.tokens):
             return RefusedReason.FAILED
-        self._admission.queue[transfer_id] = self._expected.pop(transfer_id)
+        self._admission.enqueue(self._expected.pop(transfer_id))
         return None
 
     def nearly_done(self, transfer_id: str, now: float) -> None:
         """Its source will soon have it whole: it may be granted below the watermark. Unknown ids are ignored."""
-        if (sequence := self._admission.queue.get(transfer_id)) is not None:
-            sequence.nearly_done = True
+        self._admission.nearly_done(transfer_id)
 
     def grants(self, now: float) -> list[tuple[str, tuple[GroupGrant, ...]]]:
         """Transfers to grant now, with their blocks; call after every message and every completed step. While a running request waits
@@ -334,41 +336,46 @@ class DecodeScheduler:
             said.finished.append(Finished(sequence.attempt_id, cached, tally.local_prefill_tokens, tally.recomputed_tokens))
 
     def steady(self) -> int:
-        """For how many rounds from now the decision stays the same rows, each one position on, and no choice ends, if no message comes and
-        no end token is drawn. A round is as many steps, all in flight at once, as it takes until each row was in one; with one stage it
-        is a step. 0 with a step in flight, or when the next has blocks to copy."""
-        if self._in_flight or self._pool.copying or (self._admission.waiting and self._seats()):
+        """For how many rounds from now the decision stays the same rows, each one position on, and no choice ends before the last of them,
+        if no message comes and no end token is drawn. A round is as many steps, all in flight at once, as it takes until each row was in
+        one; with one stage it is a step. 0 with a step in flight, when the next has blocks to copy, or when somebody might start."""
+        if self._in_flight or self._pool.copying or (self._admission.waiting and self._seats() and not self._admission.stuck):
             return 0
-        return steady_rounds(self._pool, self._roster.running)
+        return steady_rounds(self._pool, self._roster.running, self._slots.available)
 
-    def advance(self, rounds: int, token_id: int, now: float) -> tuple[str, ...]:
+    def advance(self, rounds: int, token_id: int, now: float) -> DecodeOutcome:
         """As `rounds` (at most `steady()`) times `decide` for all steps of a round, then `complete` for each, where every row draws
-        `token_id`: one choice of each attempt returned, in row order, has `rounds` tokens more."""
+        `token_id`. The outcome has the choices and attempts that end; all that run have `rounds` tokens more, which it does not list."""
         if not 0 <= rounds <= self.steady():
             raise ValueError(f"{rounds} rounds; {self.steady()} are steady")
-        running = self._roster.running
+        said, running = Said(), self._roster.running
+        if not rounds:
+            return said.outcome()
         for sequence in running:
-            sequence.tokens += [token_id] * rounds
-        steps = -(-len(running) // self._share()) if rounds else 0
-        advance_blocks(self._pool, running, self._step, rounds, steps)
-        self._step += rounds * steps
-        self._short &= not rounds
-        return tuple(sequence.attempt_id for sequence in running)
+            self._growth.seat(sequence)
+        self._step += rounds * -(-len(running) // self._share())
+        advance_rows(self._pool, running, rounds, token_id, self._step - 1)
+        self._admission.look(self._seats())
+        for sequence in [sequence for sequence in running if len(sequence.tokens) == sequence.limit]:
+            said.choices.append(ChoiceFinished(sequence.attempt_id, sequence.choice, FinishReason.LENGTH))
+            self._end(sequence, said)
+        self._short = False
+        return said.outcome()
 
     @property
     def running(self) -> tuple[int, int]:
         """How many sequences run, and how many tokens they have together: what a step of all of them attends to."""
-        return len(self._roster.running), sum(len(sequence.tokens) for sequence in self._roster.running)
+        return len(self._roster.running), sum([len(sequence.tokens) for sequence in self._roster.running])
 
     def load(self, now: float) -> Load:
         """What the worker's report says of this scheduler."""
         free, total = self._pool.scarcest()
         waiting = [*self._admission.queue.values(), *self._admission.preempted]
         to_compute = sum(len(s.tokens) for s in waiting if s.local_prefill or s.preempted)
-        to_compute += sum(max(0, s.target - s.done) for s in self._roster.running)
+        to_compute += sum([s.target - s.done for s in self._roster.running if s.target > s.done])
         return Load(
             waiting=len(self._expected) + len(self._admission.queue) + self._leases.granted,
-            running=sum(len(choices) for choices in self._roster.started.values()),
+            running=len(self._roster.running) + len(self._admission.preempted),
             prompt_tokens_waiting=to_compute,
             blocks_free=free,
             blocks_total=total,

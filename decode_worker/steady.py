@@ -3,56 +3,76 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence as Seq
 
 from ..engine.block_pool import BlockPool
 from .sequence import Sequence
 
 
-def steady_rounds(pool: BlockPool, running: Seq[Sequence]) -> int:
-    """For how many rounds, in which each has a row, all of `running` decode, none ends and none needs more blocks than there are (what
-    leaves a window meanwhile is not counted on). No step is in flight."""
-    if not running or not all(sequence.decoding and sequence.slot >= 0 for sequence in running):
+def steady_rounds(pool: BlockPool, running: Seq[Sequence], slots: int) -> int:
+    """For how many rounds, in which each has a row, all of `running` decode, none ends before the last of them, each has one of `slots` or
+    gets it, and none needs more blocks than there are (what leaves a window meanwhile is not counted on). No step is in flight."""
+    rounds = 1 << 31
+    for sequence in running:
+        if sequence.decided < sequence.target:
+            return 0
+        slots -= sequence.slot < 0
+        left = sequence.limit - len(sequence.tokens)
+        if left < rounds:
+            rounds = left
+    if not running or slots < 0:
         return 0
-    rounds = min(sequence.limit - len(sequence.tokens) for sequence in running) - 1
-    if len(running) * (max(0, rounds) // pool.block_size + 2) <= min(pool.available()):
-        return max(0, rounds)  # more than they can need, and nobody has to be asked
+    if len(running) * (rounds // pool.block_size + 2) <= min(pool.available()):
+        return rounds  # more than they can need, and nobody has to be asked
+    return min([rounds, *(_rounds_of(pool, running, g, rounds) for g in range(len(pool.groups)))])
+
+
+def _rounds_of(pool: BlockPool, running: Seq[Sequence], g: int, most: int) -> int:
+    """How many of `most` rounds the blocks of group `g` last."""
+    size, free = pool.block_size, pool.parts[g].available
+    spare = Counter(len(sequence.table.tables[g]) * size - sequence.decided for sequence in running)
 
     def exceeds(rounds: int) -> bool:
-        lacks = zip(*(sequence.table.lacks(sequence.decided + rounds, 0) for sequence in running), strict=True)
-        return any(sum(column) > free for column, free in zip(lacks, pool.available(), strict=True))
+        return sum(count * -(-(rounds - positions) // size) for positions, count in spare.items() if rounds > positions) > free
 
-    return bisect_left(range(1, rounds + 1), True, key=exceeds)
+    return bisect_left(range(1, most + 1), True, key=exceeds)
 
 
-def advance_blocks(pool: BlockPool, running: Seq[Sequence], first_step: int, rounds: int, steps: int) -> None:
-    """What `rounds` rounds of `steps` single steps from `first_step` on would do to the block tables of `running`, whose tokens are known
-    already.
+def advance_rows(pool: BlockPool, running: Seq[Sequence], rounds: int, token_id: int, last_step: int) -> None:
+    """What `rounds` rounds of single steps, up to `last_step`, that draw `token_id` would do to `running` and their block tables.
 
     A table changes only at the positions where a block opens, leaves a window or becomes whole: every 16th, so a round looks at
-    few rows. The order of changes is that of single steps, or the pool would not be the same afterwards: the first of a round takes
-    the blocks of all.
+    few rows, and most rounds at none. The order of changes is that of single steps, or the pool would not be the same afterwards: the first
+    of a round takes the blocks of all, while nothing is in flight, and its last publishes what has become whole.
     """
-    size = pool.block_size
-    opens = {0} | {(group.window - 1) % size for group in pool.groups if group.window}
-    changing: list[list[Sequence]] = [[] for _ in range(size)]
-    filling: list[list[Sequence]] = [[] for _ in range(size)]
+    size, windowed = pool.block_size, any(group.window for group in pool.groups)
+    opens = tuple({0} | {(group.window - 1) % size for group in pool.groups if group.window})
+    changing: dict[int, list[Sequence]] = {}
+    filling: dict[int, list[Sequence]] = {}
     for sequence in running:
-        turns = {(place - sequence.decided) % size for place in opens}
-        if not sequence.table.ready(sequence.decided, sequence.decided + 1):  # after a chunk
-            turns.add(0)
-        for ahead in turns:
-            changing[ahead].append(sequence)
-        filling[(size - 1 - sequence.decided) % size].append(sequence)
-    for ahead in range(rounds):
-        for sequence in changing[ahead % size]:
-            sequence.table.slide(sequence.decided + ahead)
-            enough = sequence.table.extend(sequence.decided + ahead + 1, sequence.decided + ahead)
-            assert enough, "not steady"
-        last_step = first_step + (ahead + 1) * steps - 1
-        pool.submitted(last_step)
-        pool.completed(last_step)
-        for sequence in filling[ahead % size]:
-            sequence.table.publish(sequence.tokens, sequence.decided + ahead + 1)
+        sequence.tokens += [token_id] * rounds
+        decided = sequence.decided
+        aheads = [(place - decided) % size for place in opens]
+        if windowed and 0 not in aheads and not sequence.table.ready(decided, decided + 1):  # after a chunk
+            aheads.append(0)
+        for ahead in aheads:
+            if ahead < rounds:
+                changing.setdefault(ahead, []).append(sequence)
+        if (ahead := (size - 1 - decided) % size) < rounds:
+            filling.setdefault(ahead, []).append(sequence)
+    turns = sorted({*changing, *filling})
+    for cycle in range(0, rounds, size):
+        for turn in turns:
+            if (ahead := cycle + turn) >= rounds:
+                break
+            for sequence in changing.get(turn, ()):
+                sequence.table.slide(sequence.decided + ahead)
+                enough = sequence.table.extend(sequence.decided + ahead + 1, sequence.decided + ahead)
+                assert enough, "not steady"
+            for sequence in filling.get(turn, ()):
+                sequence.table.publish(sequence.tokens, sequence.decided + ahead + 1)
     for sequence in running:
         sequence.decided = sequence.done = sequence.decided + rounds
+    pool.submitted(last_step)
+    pool.completed(last_step)

@@ -27,6 +27,8 @@ class BlockPool:
         self.block_size = block_size
         self.num_blocks = tuple(num_blocks)
         self.parts = tuple(GroupBlocks(count) for count in num_blocks)
+        self.windows = tuple((g, group.window) for g, group in enumerate(groups) if group.window)
+        self._full = tuple(g for g, group in enumerate(groups) if group.kind is CacheKind.FULL)
         self._tables: set[BlockTable] = set()
         self._submitted = self._completed = -1
 
@@ -80,7 +82,7 @@ class BlockPool:
             for g, part in enumerate(self.parts):
                 runs[g] = runs[g] + 1 if part.find(hashes[index + 1]) is not None else 0
             whole = index + 1
-            if any(runs[g] < whole for g in self._full()):
+            if any(runs[g] < whole for g in self._full):
                 break
             if all(runs[g] >= whole - self.first_block(g, max(whole * self.block_size, position)) for g in range(len(runs))):
                 best = whole
@@ -138,9 +140,6 @@ class BlockPool:
             free, cached, fenced = free + part.free, cached + part.available - part.free, fenced + part.fenced
         return {"free": free, "cached": cached, "referenced": sum(self.num_blocks) - free - cached - fenced, "fenced": fenced}
 
-    def _full(self) -> list[int]:
-        return [g for g, group in enumerate(self.groups) if group.kind is CacheKind.FULL]
-
     def check(self) -> None:
         """Raise `AssertionError` if an invariant does not hold."""
         for g, part in enumerate(self.parts):
@@ -163,10 +162,9 @@ class BlockTable:
 
     def _refresh(self) -> None:
         """After every change: positions with blocks in all groups, and the first query that lets a block leave its window."""
-        size, groups = self.pool.block_size, self.pool.groups
-        self._capacity = min(len(row) for row in self.tables) * size
-        leaving = ((passed + 1) * size + group.window - 1 for passed, group in zip(self._passed, groups, strict=True) if group.window)
-        self._slides_at = min(leaving, default=2**63)
+        size, windows = self.pool.block_size, self.pool.windows
+        self._capacity = min(map(len, self.tables)) * size
+        self._slides_at = min([(self._passed[g] + 1) * size + window - 1 for g, window in windows]) if windows else 2**63
 
     def ready(self, start: int, stop: int) -> bool:
         """Whether `slide(start)` and `extend(stop, start)` have nothing to do: so it is in 7 of 8 decode steps."""
@@ -234,10 +232,12 @@ class BlockTable:
         if gap:
             assert self._passed[g] == len(row), "slide to the position first"
             self._passed[g] = len(row) + gap
-        return row + (NO_BLOCK,) * gap + tuple(self.pool.parts[g].take() for _ in range(count))
+        return row + (NO_BLOCK,) * gap + self.pool.parts[g].take_several(count)
 
     def slide(self, position: int) -> None:
         """No query before `position` will come: give back what left the windows."""
+        if position < self._slides_at:
+            return
         for g, row in enumerate(self.tables):
             passed = self._passed[g]
             first = min(len(row), self.pool.first_block(g, position))
@@ -249,14 +249,14 @@ class BlockTable:
 
     def publish(self, token_ids: Sequence[int], computed: int) -> None:
         """The KV of the first `computed` tokens is stored: enter their whole blocks in the prefix table."""
-        size = self.pool.block_size
-        for index in range(self._published, computed // size):
-            if len(self.hashes) == index + 1:
-                self.hashes.append(extend(self.hashes[index], token_ids[index * size : (index + 1) * size]))
-            for part, row in zip(self.pool.parts, self.tables, strict=True):
-                if row[index] != NO_BLOCK:
-                    part.publish(row[index], self.hashes[index + 1])
-            self._published = index + 1
+        size, first, whole = self.pool.block_size, self._published, computed // self.pool.block_size
+        if whole <= first:
+            return
+        for index in range(len(self.hashes) - 1, whole):
+            self.hashes.append(extend(self.hashes[index], token_ids[index * size : (index + 1) * size]))
+        for part, row in zip(self.pool.parts, self.tables, strict=True):
+            part.publish(row[first:whole], self.hashes[first + 1 : whole + 1])
+        self._published = whole
 
     def reaches(self, tokens: int) -> bool:
         """Whether there are blocks for the first `tokens` tokens, or were until they left a window."""
@@ -282,6 +282,4 @@ class BlockTable:
         self.pool.forget(self)
 
     def _give_back(self, g: int, blocks: Sequence[int]) -> None:
-        part, fence = self.pool.parts[g], self.pool.fence
-        for block in blocks:
-            part.give_back(block, fence)
+        self.pool.parts[g].give_back_several(blocks, self.pool.fence)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
+
+from .batch import NO_BLOCK
 
 
 class GroupBlocks:
@@ -59,6 +62,17 @@ class GroupBlocks:
         self.references[block] = 1
         return block
 
+    def take_several(self, count: int) -> tuple[int, ...]:
+        """As `take`, so often."""
+        free = self._free
+        if count > len(free):
+            return tuple(self.take() for _ in range(count))
+        blocks = tuple(free[len(free) - count :][::-1])
+        del free[len(free) - count :]
+        for block in blocks:
+            self.references[block] = 1
+        return blocks
+
     def take_copy(self, source: int) -> int:
         """A block with one reference that is to be copied from the referenced block `source`."""
         block = self.take()
@@ -102,11 +116,28 @@ class GroupBlocks:
         else:
             self._fenced[block] = fence
 
-    def publish(self, block: int, prefix_hash: bytes) -> None:
-        """A referenced block now holds the tokens hashed to `prefix_hash`. The first block published for a hash keeps it."""
-        if block not in self._hash_of and prefix_hash not in self._by_hash:
-            self._hash_of[block] = prefix_hash
-            self._by_hash[prefix_hash] = block
+    def give_back_several(self, blocks: Sequence[int], fence: int | None) -> None:
+        """As `give_back` for each."""
+        if self._copies or fence is not None:
+            for block in blocks:
+                self.give_back(block, fence)
+            return
+        references, hashed = self.references, self._hash_of
+        for block in blocks:
+            left = references[block] = references[block] - 1
+            if left:
+                continue
+            if block in hashed:
+                self._cached[block] = None
+            else:
+                self._free.append(block)
+
+    def publish(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:
+        """Referenced blocks (or `NO_BLOCK`) now hold the tokens hashed to `hashes`. The first block published for a hash keeps it."""
+        for block, prefix_hash in zip(blocks, hashes, strict=True):
+            if block != NO_BLOCK and block not in self._hash_of and prefix_hash not in self._by_hash:
+                self._hash_of[block] = prefix_hash
+                self._by_hash[prefix_hash] = block
 
     def completed(self, step: int) -> None:
         """`step` and all before it have completed: what only they could touch settles."""

@@ -7,7 +7,7 @@ others exist). Scores lie in [0, 1] and are a worker's own, so that one hot work
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..core.errors import ContextExceeded, Unavailable
@@ -46,9 +46,15 @@ class Snapshot:
 
     candidates: tuple[Candidate, ...]
     turn: int = 0
+    prefills: tuple[Candidate, ...] = field(init=False)
+    decodes: tuple[Candidate, ...] = field(init=False)
 
-    def of(self, phase: Phase) -> tuple[Candidate, ...]:
-        return tuple(candidate for candidate in self.candidates if candidate.member.phase is phase)
+    def __post_init__(self) -> None:
+        sides: dict[Phase, list[Candidate]] = {phase: [] for phase in Phase}
+        for candidate in self.candidates:
+            sides[candidate.member.phase].append(candidate)
+        object.__setattr__(self, "prefills", tuple(sides[Phase.PREFILL]))
+        object.__setattr__(self, "decodes", tuple(sides[Phase.DECODE]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,7 @@ def place(snapshot: Snapshot, demand: Demand, policy: Policy) -> Placement:
 
 def capacity(snapshot: Snapshot) -> int | None:
     """Tokens of the longest request any decode worker of the fleet can hold; None while the fleet has none."""
-    return max((candidate.member.capacity_tokens for candidate in snapshot.of(Phase.DECODE)), default=None)
+    return max((candidate.member.capacity_tokens for candidate in snapshot.decodes), default=None)
 
 
 def check_fits(snapshot: Snapshot, demand: Demand, policy: Policy) -> None:
@@ -132,8 +138,10 @@ def check_fits(snapshot: Snapshot, demand: Demand, policy: Policy) -> None:
             f"the largest decode worker's KV pool holds {decode_room}.",
             field="max_tokens",
         )
-    prefill_room = max((candidate.member.capacity_tokens for candidate in snapshot.of(Phase.PREFILL)), default=None)
-    if policy.local_prefill is LocalPrefill.NEVER and prefill_room is not None and demand.context_tokens > prefill_room:
+    if policy.local_prefill is not LocalPrefill.NEVER:
+        return
+    prefill_room = max((candidate.member.capacity_tokens for candidate in snapshot.prefills), default=None)
+    if prefill_room is not None and demand.context_tokens > prefill_room:
         raise ContextExceeded(
             f"The prompt has {demand.context_tokens} tokens; the largest prefill worker's KV pool holds {prefill_room}.", field="prompt"
         )
@@ -170,14 +178,14 @@ def _wants_local(demand: Demand, policy: Policy) -> bool:
 
 
 def _prefills(snapshot: Snapshot, demand: Demand) -> list[Candidate]:
-    return [c for c in snapshot.of(Phase.PREFILL) if c.usable and c.member.capacity_tokens >= demand.context_tokens]
+    return [c for c in snapshot.prefills if c.usable and c.member.capacity_tokens >= demand.context_tokens]
 
 
 def _decodes(snapshot: Snapshot, demand: Demand) -> list[Candidate]:
     """Those that can hold all choices at once, or if there are none those that can hold one."""
     one, more = demand.context_tokens + demand.output_tokens, (demand.choices - 1) * demand.output_tokens
-    able = [c for c in snapshot.of(Phase.DECODE) if c.usable and c.member.capacity_tokens >= one]
-    return [c for c in able if c.member.capacity_tokens >= one + more] or able
+    able = [c for c in snapshot.decodes if c.usable and c.member.capacity_tokens >= one]
+    return [c for c in able if c.member.capacity_tokens >= one + more] or able if more else able
 
 
 def _pick_pair(decodes: Sequence[Candidate], prefills: Sequence[Candidate], demand: Demand, turn: int) -> Placement | None:
@@ -185,27 +193,26 @@ def _pick_pair(decodes: Sequence[Candidate], prefills: Sequence[Candidate], dema
 
     Layouts are compared only as far as that takes: to compare all of 500 with all of 500 took half a second.
     """
-    left = list(decodes)
-    while (decode := _pick(left, decode_score, demand, turn)) is not None:
-        left = [candidate for candidate in left if candidate.member is not decode]
-        able = list(prefills)
+    while (decode := _pick(decodes, decode_score, demand, turn)) is not None:
+        able = prefills
         while (prefill := _pick(able, prefill_score, demand, turn)) is not None:
             if prefill.layout.difference(decode.layout) is None:
                 return Placement(prefill, decode)
             able = [candidate for candidate in able if candidate.member is not prefill]
+        decodes = [candidate for candidate in decodes if candidate.member is not decode]
     return None
 
 
 def _pick(candidates: Sequence[Candidate], score: Callable[[Candidate], float], demand: Demand, turn: int) -> Member | None:
-    fresh = [c for c in candidates if c.member.worker_id not in demand.avoid] or list(candidates)
+    fresh = [c for c in candidates if c.member.worker_id not in demand.avoid] or candidates if demand.avoid else candidates
     if not fresh:
         return None
     start = turn % len(fresh)
-    return max(fresh[start:] + fresh[:start], key=score).member
+    return max([*fresh[start:], *fresh[:start]], key=score).member
 
 
 def _why_nobody(snapshot: Snapshot, policy: Policy) -> str:
-    decodes, prefills = snapshot.of(Phase.DECODE), snapshot.of(Phase.PREFILL)
+    decodes, prefills = snapshot.decodes, snapshot.prefills
     alive = sum(c.usable for c in decodes)
     if not alive:
         return f"No decode worker is ready ({len(decodes)} in the fleet)."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from ...core.fleet import LocalPrefill, Phase
 from ..load.choice import Load
 from ..load.mix import Mix, parse_mix
 from ..load.slo import parse_slo
-from ..load.workload import Arrival, limited, read_pairs
+from ..load.workload import limited, read_pairs
 from ..planner.extrapolating import extended
 from ..planner.goodput import Arrivals, Bench, Terms
 from ..planner.plan_file import config_of, policies_for
 from ..planner.profile import Profile, read_profile
-from ..planner.search import Outcome, Planner, Scored, Space
+from ..planner.search import AT_ONCE, Outcome, Planner, Space
 from ..planner.shapes import Loss, Sample, Shape, idle_seconds
+from ..planner.trying import Scored
 from .simulating import link_of, write_text
 
 SAMPLE = 2000
@@ -65,9 +68,14 @@ class Planning:
 
     def run(self, rate: float | None, out: Path | None, plot: Path | None, *, exhaustive: bool) -> Outcome:
         """Search, print, write; `DiptychError` if nothing serves, with what binds and the nearest that works."""
-        with _err.status("planning") as status:
+        with _err.status("planning") as status, ProcessPoolExecutor(_processes(), get_context("spawn")) as processes:
             planner = Planner(
-                self.bench, self.space, self.sample, exhaustive=exhaustive, shown=lambda what: status.update(f"trying {what}")
+                self.bench,
+                self.space,
+                self.sample,
+                executor=processes,
+                exhaustive=exhaustive,
+                shown=lambda what: status.update(f"trying {what}"),
             )
             outcome = planner.paired(rate) if self.paired else planner.apart(rate)
         if outcome.best is None:
@@ -140,6 +148,11 @@ class Planning:
         return None
 
 
+def _processes() -> int:
+    """One for each core that this process may use, up to as many plans as are tried at once."""
+    return min(AT_ONCE, len(os.sched_getaffinity(0)))
+
+
 def _derived(known: Profile, space: Space) -> Profile:
     """With times for every tp that splits the model; says how far off they may be."""
     full = extended(known, [tp for tp in range(1, space.per_node + 1) if known.model.heads % tp == 0])
@@ -166,11 +179,7 @@ def load_for(workload: Path | None, lengths: Path | None, burstiness: float, *, 
     else:
         load = Load(input=input, output=output, burstiness=burstiness)
     load.check()
-
-    def arrivals(rate: float, seed: int) -> Iterator[Arrival]:
-        return load.arrivals(rate, seed)
-
-    return arrivals
+    return load.arrivals
 
 
 def _text(file: Path) -> str:

@@ -6,9 +6,18 @@ import heapq
 from collections.abc import Callable
 from typing import Any
 
+GRID = 2.0**-40
+"""Seconds, about one picosecond. Multiples of it below 2 hours add up without rounding, so that many steps at once end, to the last bit,
+when they would end one by one."""
+
+
+def on_grid(seconds: float) -> float:
+    """The nearest multiple of `GRID`."""
+    return round(seconds / GRID) * GRID
+
 
 class Agenda:
-    """`now` in seconds from the begin; it moves only in `run`."""
+    """`now` in seconds from the begin, on the grid; it moves only in `run`."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -18,7 +27,7 @@ class Agenda:
     def at(self, when: float, call: Callable[..., None], *arguments: Any) -> None:
         """What falls on one moment is done in the order in which it was asked for; what is asked for too late, at once."""
         self._made += 1
-        heapq.heappush(self._entries, (max(when, self.now), self._made, call, arguments))
+        heapq.heappush(self._entries, (max(on_grid(when), self.now), self._made, call, arguments))
 
     def after(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
         self.at(self.now + seconds, call, *arguments)

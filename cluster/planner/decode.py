@@ -19,20 +19,20 @@ from ...kv_transfer.actions import Attach, Copy, Fence, Send, TellCommitted, Tel
 from ...kv_transfer.destination_machine import DestinationMachine
 from .figures import Histogram
 from .lane import Lane
-from .latency import Work, decode_seconds, step_seconds, steps_within
-from .life import TOKEN, Life, request_of
+from .latency import Rounds, Work, step_seconds
+from .life import TOKEN, Life
 from .profile import Hardware
 from .worker import SLOTS, Scene, Worker, output_of, root_of, work_of
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """`rounds` like rounds from `begun` on, of `rows` sequences in each step, which attend to `context` tokens in the first."""
+    """So many like rounds from `begun` on, of `rows` sequences; the last may end some."""
 
     begun: float
-    rounds: int
+    count: int
     rows: int
-    context: int
+    times: Rounds
 
 
 class DecodeWorker(Worker):
@@ -56,21 +56,25 @@ class DecodeWorker(Worker):
         self._itl = itl
         self._stretch: Stretch | None = None
         self._flying: list[Decision] = []
-        self._round = 0
+        self._round = self._rows = 0
         self._began = 0.0
         self._busy = False
-        self._joined: list[str] = []
+        self._joined: list[Life] = []
+        """Those with a first token, whose second the next round writes."""
         self._copying_until = 0.0
+        self.changed()
 
     # -- what comes from outside ---------------------------------------------------------------------------------------
 
     def expect(self, life: Life, *, local: bool) -> None:
         self.opened(1, life.arrival.prompt_tokens if local else 0)
-        self._settle()
-        self.scheduler.expect(Decode(life.name, request_of(life.arrival), local_prefill=local), self.now)
-        if not local:
+        if local:
+            self._settle()
+        self.scheduler.expect(Decode(life.name, life.request, local_prefill=local), self.now)
+        if local:
+            self._turn()
+        else:
             self.do(self.machine.expect(life.name, self.now))
-        self._turn()
 
     def received(self, lane: int, message: LaneMessage) -> None:
         self.do(self.machine.received(lane, message, self.now))
@@ -95,7 +99,7 @@ class DecodeWorker(Worker):
                     turn = True
                 case TellCommitted(name, first_tokens):
                     self._settle()
-                    self._joined.append(name)
+                    self._joined.append(self.scene.lives[name])
                     self._take(self.scheduler.committed(name, first_tokens, self.now))
                     turn = True
                 case Attach(lane):
@@ -115,120 +119,137 @@ class DecodeWorker(Worker):
         scene, span = self.scene, copy.span
         share = len(span.layers) / len(scene.groups)
         seconds = (span.stop - span.start) * scene.model.kv_token_bytes * share / scene.link.bytes_per_s
-        life = scene.told.lives()[copy.transfer_id]
+        life = scene.lives[copy.transfer_id]
         early = life.granted is not None and self.now - life.granted > seconds
         return seconds / scene.model.layers if early and scene.link.overlap else seconds
 
     # -- rounds --------------------------------------------------------------------------------------------------------
 
-    def _turn(self) -> None:
-        """Grants, then a round, as the loop does it."""
-        self._grant(self.scheduler.grants(self.now))
-        if not self._busy:
-            self._begin()
-        self.changed()
+    def _turn(self, *, told: bool = True) -> None:
+        """Grants, then a round, as the loop does it. `told`: what the worker reports is not what it was; where only tokens have come, its
+        next report that has more to say tells how the memory has grown."""
+        granted = self._grant(self.scheduler.grants(self.now))
+        rows = self.scheduler.running[0]
+        if told or granted or rows != self._rows:
+            self.changed()
+        self._rows = rows
+        if not self._busy and self._begin():
+            self.changed()
 
-    def _grant(self, made: list[tuple[str, tuple[GroupGrant, ...]]]) -> None:
+    def _grant(self, made: list[tuple[str, tuple[GroupGrant, ...]]]) -> bool:
         for name, blocks in made:
-            self.scene.told.lives()[name].granted = self.now
+            self.scene.lives[name].granted = self.now
             self.do(self.machine.grant(name, blocks, self.now))
+        return bool(made)
 
-    def _begin(self) -> None:
-        rounds = self.scheduler.steady()
-        if rounds:
-            self._begin_stretch(rounds)
-            return
+    def _begin(self) -> bool:
+        """Start the next round. Whether somebody is given memory by it, or reads a prompt."""
+        if count := self.scheduler.steady():
+            self._begin_stretch(count)
+            return False
+        granted = self._decide()
+        works = [self._work(decision) for decision in self._flying]
+        if works:
+            self._start(self._round_seconds(works))
+        return granted or any(work.tokens for work in works)
+
+    def _decide(self) -> bool:
+        """All steps of a round; whether there were grants by the way."""
         while len(self._flying) < self.hardware.pp and (decision := self.scheduler.decide(self.now)) is not None:
             self._flying.append(decision)
-        self._grant(self.scheduler.new_grants())
-        if self._flying:
-            self._start(self._round_seconds())
+        self._joined = []
+        return self._grant(self.scheduler.new_grants())
 
     def _start(self, seconds: float) -> None:
         self._busy, self._began = True, self.now
         self._round += 1
         self.agenda.after(seconds, self._over, self._round)
 
-    def _begin_stretch(self, rounds: int) -> None:
+    def _begin_stretch(self, count: int) -> None:
         rows, context = self.scheduler.running
-        stages = self.hardware.pp
-        stretch = self._stretch = Stretch(self.now, rounds, -(-rows // stages), -(-context // stages))
-        first = self._seconds(stretch, 1)
-        for name in self._joined:
-            self._second(name, self.now + first)
+        stretch = self._stretch = Stretch(self.now, count, rows, Rounds.of(self.hardware.times, rows, context, self.hardware.pp))
+        for life in self._joined:
+            life.second = self.now + stretch.times.first
         self._joined = []
-        self._start(self._seconds(stretch, rounds))
-
-    def _seconds(self, stretch: Stretch, rounds: int) -> float:
-        return decode_seconds(self.hardware.times, stretch.rows, stretch.context, rounds, self.hardware.pp)
+        self._start(stretch.times.seconds(count))
 
     def _settle(self) -> None:
-        """A message has come: of a stretch the rounds that have begun by now are made, and the last of them goes on."""
+        """A message has come: of a stretch the rounds that have begun by now are made, and the last of them goes on. If that is the last of
+        all, it is only decided: those that end in it have not ended yet."""
         if (stretch := self._stretch) is None:
             return
-        times, stages = self.hardware.times, self.hardware.pp
-        rounds = steps_within(times, stretch.rows, stretch.context, self.now - stretch.begun, stretch.rounds, stages)
-        self._make(stretch, rounds)
-        self._round += 1
-        self.agenda.at(stretch.begun + self._seconds(stretch, rounds), self._over, self._round)
+        times = stretch.times
+        begun = times.begun(self.now - stretch.begun, stretch.count)
+        last = begun == stretch.count
+        self._make(stretch, begun - last)
+        if last:
+            self._began = stretch.begun + times.seconds(begun - 1)
+            joined = self._joined
+            self._decide()
+            self._joined = joined
+        else:
+            self._round += 1
+            self.agenda.at(stretch.begun + times.seconds(begun), self._over, self._round)
 
-    def _make(self, stretch: Stretch, rounds: int) -> None:
+    def _make(self, stretch: Stretch, rounds: int) -> bool:
+        """Whether some have ended."""
         self._stretch = None
-        attempts = len(self.scheduler.advance(rounds, TOKEN, self.now))
-        seconds = self._seconds(stretch, rounds)
-        self._itl.add(seconds / max(1, rounds), attempts * rounds)
-        self.course.busy += seconds
-        self.course.steps += rounds * self.hardware.pp
+        outcome = self.scheduler.advance(rounds, TOKEN, self.now)
+        self._itl.add_rising(stretch.times.first, stretch.times.more, rounds, stretch.rows)
+        self.course.busy += stretch.times.seconds(rounds)
+        return self._take(outcome)
 
     def _over(self, number: int) -> None:
         """The round by that number has ended, if it is still that which runs."""
         if number != self._round:
             return
         self._busy = False
-        if self._stretch is not None:
-            self._make(self._stretch, self._stretch.rounds)
-        elif self._flying:
-            self._complete()
-        self._turn()
+        stretch = self._stretch
+        self._turn(told=self._make(stretch, stretch.count) if stretch is not None else self._complete())
 
-    def _complete(self) -> None:
-        seconds = self.now - self._began
-        self.course.busy += seconds
-        self.course.steps += len(self._flying)
-        rows = 0
-        for decision in self._flying:
+    def _complete(self) -> bool:
+        """The steps in flight, if there are any, have run; whether some have ended."""
+        seconds, rows, ended = self.now - self._began, 0, False
+        flying, self._flying = self._flying, []
+        if flying:
+            self.course.busy += seconds
+        for decision in flying:
             outcome = self.scheduler.complete(output_of(decision.batch), self.now)
             for new in outcome.new_tokens:
                 rows += 1
-                self._second(new.attempt_id, self.now)
-            self._take(outcome)
+                self._written(self.scene.lives[new.attempt_id])
+            ended |= self._take(outcome)
         if rows:
             self._itl.add(seconds, rows)
-        self._flying, self._joined = [], []
+        return ended
 
-    def _second(self, name: str, now: float) -> None:
-        """A token of that request: perhaps its first, read and written here, or its second."""
-        life = self.scene.told.lives()[name]
+    def _written(self, life: Life) -> None:
+        """A token of it: perhaps its first, read and written here, or its second."""
         if life.first is None:
             self.opened(0, -life.arrival.prompt_tokens)
-            self.course.queued.add(now - life.arrival.at)
-            self.scene.told.first_token(name, now, last=False)
+            self.course.queued.add(self.now - life.arrival.at)
+            self.scene.told.first_token(life.name, self.now, last=False)
+            if life.arrival.output_tokens > 1:
+                self._joined.append(life)
         elif life.second is None:
-            life.second = now
+            life.second = self.now
 
-    def _take(self, outcome: DecodeOutcome) -> None:
+    def _take(self, outcome: DecodeOutcome) -> bool:
         for finished in outcome.finished:
             self.opened(-1, 0)
             self.scene.told.ended(finished.attempt_id, self.now)
+        return bool(outcome.finished)
 
-    def _round_seconds(self) -> float:
-        """Steps follow each other through the stages."""
-        stages = self.hardware.pp
-        each = [step_seconds(self.hardware.times, self._work(decision), stages) for decision in self._flying]
+    def _round_seconds(self, works: list[Work]) -> float:
+        """Steps follow each other through the stages. Where no prompt is read it is a round as in a stretch."""
+        times, stages = self.hardware.times, self.hardware.pp
+        if not any(work.tokens for work in works):
+            return Rounds.of(times, sum(work.rows for work in works), sum(work.context for work in works), stages).first
+        each = [step_seconds(times, work, stages) for work in works]
         return max(*each, sum(each) / stages) if len(each) > 1 else each[0]
 
     def _work(self, decision: Decision) -> Work:
         """A row computes a part of a prompt if it is long, or stands within one."""
-        lives = self.scene.told.lives()
+        lives = self.scene.lives
         rows = zip(decision.attempts, decision.batch.rows, strict=True)
         return work_of(decision.batch, [row.length > 1 or row.start + 1 < lives[name].arrival.prompt_tokens for name, row in rows])

@@ -6,27 +6,51 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+from .agenda import GRID
+
 STEP = 1.005
 """Width of a histogram's bins, as a factor: a percentile is right to half a percent."""
 LENGTH = 256
 """Entries of a time line; when it is full, two become one."""
 _SMALLEST = 1e-6
+_WIDTH = math.log(STEP)
+
+
+def _bin(seconds: float) -> int:
+    return int(math.log(max(seconds, _SMALLEST) / _SMALLEST) / _WIDTH)
 
 
 class Histogram:
-    """Of seconds, in bins of equal ratio."""
+    """Of seconds, in bins of equal ratio. Their sum is kept in steps of the agenda's grid, whole numbers: it has no rounding either, in
+    whatever order they come."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.total = 0.0
         self.most = 0.0
+        self._total = 0
         self._bins: Counter[int] = Counter()
 
     def add(self, seconds: float, times: int = 1) -> None:
         self.count += times
-        self.total += seconds * times
+        self._total += round(seconds / GRID) * times
         self.most = max(self.most, seconds)
-        self._bins[int(math.log(max(seconds, _SMALLEST) / _SMALLEST) / math.log(STEP))] += times
+        self._bins[_bin(seconds)] += times
+
+    def add_rising(self, first: float, more: float, count: int, times: int = 1) -> None:
+        """`count` values, each by `more` above the one before, all of them `times`."""
+        last = first + (count - 1) * more
+        if count > 1 and _bin(first) != _bin(last):
+            self.add_rising(first, more, count // 2, times)
+            self.add_rising(first + count // 2 * more, more, count - count // 2, times)
+        elif count:
+            self.count += count * times
+            self._total += (round(first / GRID) * count + round(more / GRID) * (count * (count - 1) // 2)) * times
+            self.most = max(self.most, last)
+            self._bins[_bin(first)] += count * times
+
+    @property
+    def mean(self) -> float:
+        return self._total * GRID / self.count if self.count else 0.0
 
     def percentile(self, share: float) -> float:
         """Nearest rank, to the middle of its bin; 0 of nothing."""
@@ -41,7 +65,7 @@ class Histogram:
         if not self.count:
             return None
         shares = {f"p{round(100 * share)}": self.percentile(share) for share in (0.5, 0.9, 0.99)}
-        return {"count": self.count, "mean": self.total / self.count, **shares, "max": self.most}
+        return {"count": self.count, "mean": self.mean, **shares, "max": self.most}
 
 
 @dataclass(slots=True)
@@ -54,8 +78,9 @@ class Course:
     since: float = 0.0
 
     def put(self, now: float, value: float) -> None:
-        self._spread(now)
-        self.value = value
+        if value != self.value:
+            self._spread(now)
+            self.value = value
 
     def _spread(self, now: float) -> None:
         while now >= self.width * LENGTH:
@@ -82,10 +107,9 @@ class Course:
 
 @dataclass(slots=True)
 class WorkerCourse:
-    """What a worker's time went by with: steps (share of the time), requests that wait and that run, and the share of KV in use."""
+    """What a worker's time went by with: seconds in steps, requests that wait and that run, and the share of KV in use."""
 
     busy: float = 0.0
-    steps: int = 0
     queued: Histogram = field(default_factory=Histogram)
     waiting: Course = field(default_factory=Course)
     running: Course = field(default_factory=Course)
@@ -99,7 +123,6 @@ class WorkerCourse:
     def as_json(self, end: float) -> dict[str, object]:
         return {
             "utilisation": min(1.0, self.busy / end) if end else 0.0,
-            "steps": self.steps,
             "queue_time": self.queued.as_json(),
             "waiting": self.waiting.as_json(end),
             "running": self.running.as_json(end),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
-from ..load.goodput import Probe, Search, Tally, Trial, Verdict
+from ..load.goodput import Probe, Tally, Trial, Verdict
 from ..load.slo import Slo
 from ..load.workload import Arrival
 from .life import Life
@@ -14,10 +16,12 @@ from .policies import Policies
 from .profile import Hardware, Link, Profile
 from .world import World
 
+FLOOR = 1 / 64
+"""Requests per second; a cluster that does not serve as much serves nothing."""
 FILLINGS = 5
 """A queue that grows by a fifth of what comes has, by then, doubled what is in the cluster."""
 Arrivals = Callable[[float, int], Iterator[Arrival]]
-"""The load at a rate, by seed; endless."""
+"""The load at a rate, by seed; endless. It can be sent to another process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,23 @@ class Terms:
     most: int = 1920
     tolerance: float = 0.05
     seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Requests per second and device. All plans are tried at the same ones, each `tolerance` above the one before."""
+        return float((1 + self.tolerance) ** step)
+
+    def below(self, per_device: float) -> int:
+        """The step of the highest of them that is not above this."""
+        return math.floor(math.log(per_device) / math.log(1 + self.tolerance) + 1e-6)
+
+    @property
+    def halving(self) -> int:
+        """As many steps as halve a rate."""
+        return round(math.log(2) / math.log(1 + self.tolerance))
+
+    def met(self, probe: Probe) -> bool:
+        """By its verdict; by its share where that is open."""
+        return probe.verdict is Verdict.MET or (probe.verdict is Verdict.OPEN and probe.share >= self.target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +92,69 @@ class Bench:
         low, high = trial.interval(tally.met, tally.total)
         return Probe(rate, tally.met, tally.total, low, high, verdict)
 
-    def goodput(self, hardware: Sequence[Hardware], start: float, *, slo: Slo | None = None, arrivals: Arrivals | None = None) -> Search:
-        """Search for the highest rate; `start`: the first that is tried."""
-        search = Search(self.terms.target, start, self.terms.tolerance)
-        while (rate := search.next_rate()) is not None:
-            search.add(self.probe(hardware, rate, slo=slo, arrivals=arrivals))
-        return search
+    def goodput(
+        self,
+        hardware: Sequence[Hardware],
+        devices: int,
+        bound: float,
+        *,
+        least: int | None = None,
+        slo: Slo | None = None,
+        arrivals: Arrivals | None = None,
+    ) -> Served:
+        """The highest of the rates (`Terms.rate`) of so many devices that is served, none above `bound`. `least`: a step that others reach;
+        if this does not, it does not matter what it reaches."""
+        terms = self.terms
+        served = Served(terms, devices, terms.below(bound / devices), least)
+        step: int | None = served.top - terms.halving if least is None else least
+        while step is not None:
+            served.probes[step] = self.probe(hardware, terms.rate(step) * devices, slo=slo, arrivals=arrivals)
+            step = served.following()
+        return served
+
+
+@dataclass(slots=True)
+class Served:
+    """A search among the rates of so many devices, up to the step `top`: by bisection, or up from `least` in growing strides. What was met
+    or missed counts for all that is below or above it, so no rate is tried twice."""
+
+    terms: Terms
+    devices: int
+    top: int
+    least: int | None
+    probes: dict[int, Probe] = field(default_factory=dict)
+
+    @property
+    def missed(self) -> int:
+        """The lowest step that is not served, as far as was tried."""
+        return min((step for step, probe in self.probes.items() if not self.terms.met(probe)), default=self.top + 1)
+
+    @property
+    def step(self) -> int | None:
+        """The highest below it that is."""
+        return max((step for step, probe in self.probes.items() if step < self.missed), default=None)
+
+    def following(self) -> int | None:
+        """What to try next; None when there is no more to find."""
+        stride, missed = 1 << (len(self.probes) - 1), self.missed
+        if (good := self.step) is None:
+            lower = missed - 4 * stride
+            return lower if self.least is None and self.terms.rate(lower) * self.devices >= FLOOR else None
+        if missed - good <= 1:
+            return None
+        middle = (good + missed) // 2
+        return middle if self.least is None else min(good + stride, middle)
+
+    @property
+    def best(self) -> Probe | None:
+        """At the highest rate served."""
+        return None if self.step is None else self.probes[self.step]
+
+    @property
+    def proven(self) -> float | None:
+        """The highest rate below those missed that was met at the confidence of a probe."""
+        rates = [probe.rate for step, probe in self.probes.items() if step < self.missed and probe.verdict is Verdict.MET]
+        return max(rates, default=None)
 
 
 def _filling(load: Iterator[Arrival], slo: Slo) -> tuple[int, Iterator[Arrival]]:
@@ -98,8 +176,8 @@ def _again(early: list[Arrival], load: Iterator[Arrival]) -> Iterator[Arrival]:
 
 def prompts_only(arrivals: Arrivals) -> Arrivals:
     """The same prompts, each with one token of output: what prefill workers alone can be tried with."""
+    return partial(_prompts_only, arrivals)
 
-    def made(rate: float, seed: int) -> Iterator[Arrival]:
-        return (replace(arrival, output_tokens=1) for arrival in arrivals(rate, seed))
 
-    return made
+def _prompts_only(arrivals: Arrivals, rate: float, seed: int) -> Iterator[Arrival]:
+    return (replace(arrival, output_tokens=1) for arrival in arrivals(rate, seed))

@@ -10,9 +10,12 @@ has its part of that and a hop to the next. The form is DistServe's (OSDI 2024, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from .agenda import on_grid
 
 
 class _Times(BaseModel):
@@ -71,23 +74,37 @@ def step_seconds(times: StepTimes, work: Work, stages: int = 1) -> float:
     return computed + around + (times.hop * stages if stages > 1 else 0.0)
 
 
-def decode_seconds(times: StepTimes, rows: int, context: int, steps: int, stages: int = 1) -> float:
-    """So many steps one after the other, each of which adds a token to each of `rows` sequences with `context` tokens at first."""
-    first = step_seconds(times, Work(rows=rows, context=context), stages)
-    growth = (times.of_rows(rows).context + times.step_context) * rows
-    return steps * first + growth * (steps * (steps - 1) / 2)
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """Rounds of decode steps, one after the other, in each of which every sequence is in one step and gets one more token: seconds of the
+    first, and how much longer each is than the one before. Both are on the agenda's grid, so sums have no rounding."""
 
+    first: float
+    more: float
 
-def steps_within(times: StepTimes, rows: int, context: int, seconds: float, most: int, stages: int = 1) -> int:
-    """How many of at most `most` such steps have begun after `seconds`: those that are complete, and the one that runs."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high) // 2
-        if decode_seconds(times, rows, context, middle, stages) <= seconds:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    @classmethod
+    def of(cls, times: StepTimes, sequences: int, context: int, stages: int = 1) -> Rounds:
+        """`sequences` that attend to `context` tokens together in the first round. With several stages as many steps, of equal size, follow
+        each other through them, and the round takes as long as one of them."""
+        rows = -(-sequences // stages)
+        token = on_grid((times.of_rows(rows).context + times.step_context) / stages)
+        return cls(on_grid(step_seconds(times, Work(rows=rows), stages)) + token * context, token * sequences)
+
+    def seconds(self, rounds: int) -> float:
+        """Of so many."""
+        return rounds * self.first + self.more * (rounds * (rounds - 1) // 2)
+
+    def begun(self, seconds: float, most: int) -> int:
+        """How many of at most `most` have begun after `seconds`: those that are complete, and the one that runs."""
+        if self.seconds(most) <= seconds:
+            return most
+        half = self.first - self.more / 2
+        complete = int(2 * seconds / (half + math.sqrt(half * half + 2 * self.more * seconds)))
+        while self.seconds(complete) > seconds:
+            complete -= 1
+        while self.seconds(complete + 1) <= seconds:
+            complete += 1
+        return complete + 1
 
 
 @dataclass(frozen=True, slots=True)

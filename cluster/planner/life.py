@@ -20,6 +20,7 @@ class Life:
 
     name: str
     arrival: Arrival
+    request: Request
     prefill: str | None = None
     decode: str | None = None
     first: float | None = None

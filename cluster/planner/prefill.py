@@ -13,7 +13,7 @@ from ...kv_transfer.source_machine import SourceMachine
 from ...prefill_worker.scheduler import Decision, PrefillScheduler
 from .lane import Lane
 from .latency import Work, step_seconds
-from .life import Life, request_of
+from .life import Life
 from .profile import Hardware
 from .worker import SLOTS, Scene, Worker, output_of, root_of, work_of
 
@@ -40,11 +40,13 @@ class PrefillWorker(Worker):
         self._depth = hardware.pp + policies.ahead
         self._flying = 0
         self._free_at = self._last_ends = 0.0
+        self.changed()
 
     def add(self, life: Life, destination: str | None) -> None:
         self.opened(1, life.arrival.prompt_tokens)
-        self.scheduler.add(Prefill(life.name, request_of(life.arrival), destination), self.now)
+        self.scheduler.add(Prefill(life.name, life.request, destination), self.now)
         self._pump()
+        self.changed()
 
     def _pump(self) -> None:
         """Decide what can be decided; it runs when the first stage is free."""
@@ -57,14 +59,12 @@ class PrefillWorker(Worker):
             self._free_at = begins + seconds / stages
             self._last_ends = max(begins + seconds, self._last_ends + seconds / stages)  # none passes another within the pipeline
             self.course.busy += seconds / stages
-            self.course.steps += 1
             for started in decision.started:
                 if started.destination is not None:
                     self.do(self.machine.offer(started.attempt_id, started.destination, started.prompt_tokens, self.now))
                     if started.cached_tokens:
                         self._computed(started.attempt_id, 0, started.cached_tokens, started.tables)
             self.agenda.at(self._last_ends, self._ran, decision)
-            self.changed()
 
     def _seconds(self, work: Work) -> float:
         return step_seconds(self.hardware.times, work, self.hardware.pp)
@@ -78,13 +78,13 @@ class PrefillWorker(Worker):
             name = first.attempt_id
             self.course.queued.add(first.queued)
             ends = all(finish is FinishReason.LENGTH for finish in first.finishes)
-            life = self.scene.told.lives()[name]
+            life = self.scene.lives[name]
             self.opened(-1, -life.arrival.prompt_tokens)
             self.scene.told.first_token(name, self.now, last=ends)
             if not ends:
                 self.do(self.machine.commit(name, first.tokens, self.now))
-        self.changed()
         self._pump()
+        self.changed()
 
     def _computed(self, name: str, start: int, stop: int, tables: tuple[tuple[int, ...], ...]) -> None:
         if self.machine.computed(name, self._layers, start, stop, tables):
@@ -118,5 +118,5 @@ class PrefillWorker(Worker):
                     raise AssertionError(f"nothing breaks here, and yet {action}")
         self.watch_leases()
         if freed:
-            self.changed()
             self._pump()
+            self.changed()

@@ -10,21 +10,25 @@ which it would win.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from itertools import product
+from typing import ParamSpec, TypeVar
 
 from ...core.fleet import Phase
-from ..load.goodput import Probe, Verdict
-from ..load.slo import Slo
-from .goodput import Bench, prompts_only
-from .latency import DecodeTimes, PrefillTimes, StepTimes
-from .profile import Hardware, Profile
-from .shapes import Loss, Lost, Plan, Sample, Shape, hardware, idle_seconds, lacking, most_answers, most_prompts
+from .goodput import Bench
+from .profile import Profile
+from .shapes import Loss, Lost, Plan, Sample, Shape, idle_seconds, lacking, most_answers, most_prompts
+from .trying import Scored, Trier
 
 CONTENDERS = 3
 """Shapes of each phase that are tried together, where phases are searched apart."""
-_FREE = StepTimes(prefill=PrefillTimes(constant=0, token=0, pair=0), decode=DecodeTimes(constant=0, context=0, row=0))
+AT_ONCE = 4
+"""Plans that are tried at once, if there are cores for them: each knows what came of those before it, but for the last three. It is a
+constant so that the same is simulated, and found, on every machine."""
+P, T, R = ParamSpec("P"), TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +48,6 @@ class Space:
         return [Shape(tp, pp) for tp in tps for pp in range(1, min(profile.model.layers, most // tp) + 1)]
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A plan and the rate that it serves; `probe` is the one at that rate, if it was tried there."""
-
-    plan: Plan
-    rate: float
-    proven: float | None
-    cost_per_hour: float
-    probe: Probe | None = None
-
-    @property
-    def per_device(self) -> float:
-        return self.rate / self.plan.devices
-
-    @property
-    def per_cost(self) -> float:
-        """Requests per second for one unit of cost per hour."""
-        return self.rate / self.cost_per_hour
-
-
 @dataclass(slots=True)
 class Outcome:
     """`scored`: best first. `simulated`: how many plans were; `considered`: how many there are."""
@@ -77,14 +61,15 @@ class Outcome:
     def best(self) -> Scored | None:
         return self.scored[0] if self.scored else None
 
-    def sort(self, tolerance: float) -> Outcome:
-        """By rate for its cost; first the smallest of those that serve equally much, as far as rates are known."""
-        self.scored.sort(key=lambda each: (-each.per_cost, each.plan.devices))
-        if self.scored:
-            equal = [each for each in self.scored if each.per_cost >= self.scored[0].per_cost * (1 - tolerance)]
-            smallest = min(equal, key=lambda each: each.plan.devices)
-            self.scored.remove(smallest)
-            self.scored.insert(0, smallest)
+    def note(self, found: Scored | Lost) -> None:
+        if isinstance(found, Scored):
+            self.scored.append(found)
+        else:
+            self.lost.append(found)
+
+    def sort(self) -> Outcome:
+        """By rate for its cost; the smallest first of those that serve equally much."""
+        self.scored.sort(key=lambda each: (-round(each.per_cost, 9), each.plan.devices))
         return self
 
     def front(self) -> list[Scored]:
@@ -100,12 +85,21 @@ Shown = Callable[[str], None]
 
 
 class Planner:
-    """`shown` is told what is tried. `exhaustive`: simulate also what cannot win."""
+    """`executor`: where plans are tried, here by default. `shown` is told what is tried. `exhaustive`: simulate also what cannot win."""
 
-    def __init__(self, bench: Bench, space: Space, sample: Sample, *, exhaustive: bool = False, shown: Shown = lambda what: None) -> None:
-        self._bench, self._space, self._sample = bench, space, sample
+    def __init__(
+        self,
+        bench: Bench,
+        space: Space,
+        sample: Sample,
+        *,
+        executor: Executor | None = None,
+        exhaustive: bool = False,
+        shown: Shown = lambda what: None,
+    ) -> None:
+        self._bench, self._space, self._sample, self._executor = bench, space, sample, executor
         self._profile, self._slo, self._target = bench.profile, bench.terms.slo, bench.terms.target
-        self._exhaustive, self._shown = exhaustive, shown
+        self._trier, self._exhaustive, self._shown = Trier(bench), exhaustive, shown
 
     def paired(self, rate: float | None = None) -> Outcome:
         """Algorithm 2. With a target `rate` each pair is taken as often as that needs."""
@@ -130,9 +124,7 @@ class Planner:
         if rate is None:
             self._try(plans, outcome)
             return outcome
-        for plan in plans:
-            self._meet(plan, rate, outcome)
-        return outcome.sort(self._bench.terms.tolerance)
+        return self._meet(plans, rate, outcome)
 
     # -- what there is to try ------------------------------------------------------------------------------------------
 
@@ -168,28 +160,39 @@ class Planner:
         answers = plan.decodes * most_answers(self._profile, plan.decode, self._sample, self._slo, policies)
         return min(prompts, answers) / self._target
 
-    def _cost(self, plan: Plan) -> float:
-        return plan.devices * self._profile.device.cost_per_hour
-
     # -- trying --------------------------------------------------------------------------------------------------------
+
+    def _start(self, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> Future[R]:
+        return _known(call(*arguments, **named)) if self._executor is None else self._executor.submit(call, *arguments, **named)
+
+    def _in_order(self, items: Iterable[T], start: Callable[[T], Future[R]]) -> Iterator[tuple[T, R]]:
+        """What comes of each, in order; up to `AT_ONCE` are under way."""
+        under_way: deque[tuple[T, Future[R]]] = deque()
+        for item in items:
+            self._shown(str(item))
+            under_way.append((item, start(item)))
+            if len(under_way) == AT_ONCE:
+                first, future = under_way.popleft()
+                yield first, future.result()
+        for item, future in under_way:
+            yield item, future.result()
 
     def _try(self, plans: Iterable[Plan], outcome: Outcome) -> None:
         """Simulate, the most promising first, as long as one can still win."""
-        best = 0.0
         bounds = {plan: self._bound(plan) for plan in plans}
-        for plan in sorted(bounds, key=lambda plan: -self._promise(plan)):
-            self._shown(str(plan))
-            if not self._exhaustive and (why := self._beaten(plan, bounds[plan], best)) is not None:
-                outcome.lost.append(Lost(str(plan), Loss.DOMINATED, why))
-                continue
-            outcome.simulated += 1
-            scored = self._score(plan, bounds[plan])
-            if scored is None:
-                outcome.lost.append(Lost(str(plan), Loss.SLO, f"at no rate tried do {self._target:.0%} meet both limits"))
-                continue
-            outcome.scored.append(scored)
-            best = max(best, scored.per_device)
-        outcome.sort(self._bench.terms.tolerance)
+
+        def start(plan: Plan) -> Future[Scored | Lost]:
+            return self._start(self._trier.plan, plan, bounds[plan], None if self._exhaustive else self._least(plan, outcome))
+
+        for _, found in self._in_order(sorted(bounds, key=lambda plan: -self._promise(plan)), start):
+            outcome.simulated += isinstance(found, Scored) or found.loss is not Loss.DOMINATED
+            outcome.note(found)
+        outcome.sort()
+
+    def _least(self, plan: Plan, outcome: Outcome) -> int | None:
+        """The step that the plan must serve to win over those known: theirs, if it has fewer devices, or one more."""
+        below = self._bench.terms.below
+        return max((below(each.per_device) + (each.plan.devices <= plan.devices) for each in outcome.scored), default=None)
 
     def _promise(self, plan: Plan) -> float:
         """By which plans are ordered: the bound per device, less what of the TTFT limit a prompt takes alone. The sooner a good plan is
@@ -201,44 +204,28 @@ class Planner:
         answers = most_answers(self._profile, plan.decode, self._sample, slo, policies)
         return min(plan.prefills * prompts, plan.decodes * answers) / plan.devices
 
-    def _beaten(self, plan: Plan, bound: float, best: float) -> str | None:
-        """Why the plan serves less per device than `best`, by more than rates are known; None if it might not."""
-        enough = best * (1 - self._bench.terms.tolerance)
-        if bound / plan.devices <= enough:
-            return f"at most {bound / plan.devices:.3g} requests/s per device, whatever is simulated; the best serves {best:.3g}"
-        if best == 0.0:
-            return None
-        probe = self._bench.probe(plan.hardware(self._profile), enough * plan.devices)
-        if probe.verdict is Verdict.MISSED or (probe.verdict is Verdict.OPEN and probe.share < self._target):
-            return f"at {enough:.3g} requests/s per device {probe.share:.1%} are within the limits ({probe.total} simulated)"
-        return None
-
-    def _score(self, plan: Plan, bound: float) -> Scored | None:
-        search = self._bench.goodput(plan.hardware(self._profile), bound / 2)
-        found = search.found()
-        if found.rate is None:
-            return None
-        probe = next(probe for probe in search.probes if probe.rate == found.rate)
-        return Scored(plan, found.rate, found.proven, self._cost(plan), probe)
-
     def _contenders(self, phase: Phase, shapes: Sequence[Shape], outcome: Outcome) -> list[tuple[Shape, float]]:
         """The best shapes of a phase by its rate per device, alone: the other phase takes no time."""
         found: list[tuple[Shape, float]] = []
         bounds = {shape: self._alone_bound(phase, shape) for shape in shapes}
-        for shape in sorted(bounds, key=lambda shape: -bounds[shape] / shape.devices):
+
+        def start(shape: Shape) -> Future[Lost | float | None]:
             most, worst = bounds[shape] / shape.devices, found[CONTENDERS - 1] if len(found) >= CONTENDERS else None
             if worst is not None and most <= worst[1] / worst[0].devices and not self._exhaustive:
                 why = f"at most {most:.3g} requests/s per device; {CONTENDERS} shapes serve more"
-                outcome.lost.append(Lost(f"{phase.value} {shape}", Loss.DOMINATED, why))
-                continue
-            self._shown(f"{phase.value} {shape}")
-            if (rate := self._alone(phase, shape, bounds[shape])) is None:
-                outcome.lost.append(Lost(f"{phase.value} {shape}", Loss.SLO, f"at no rate tried do {self._target:.0%} meet the limit"))
+                return _known(Lost(f"{phase.value} {shape}", Loss.DOMINATED, why))
+            return self._start(self._trier.alone, phase, shape, bounds[shape], self._sample.longest)  # type: ignore[return-value]
+
+        for shape, rate in self._in_order(sorted(bounds, key=lambda shape: -bounds[shape] / shape.devices), start):
+            if rate is None:
+                rate = Lost(f"{phase.value} {shape}", Loss.SLO, f"at no rate tried do {self._target:.0%} meet the limit")
+            if isinstance(rate, Lost):
+                outcome.lost.append(rate)
                 continue
             found.append((shape, rate))
             found.sort(key=lambda each: -each[1] / each[0].devices)
-        for shape, rate in found[CONTENDERS:]:
-            outcome.lost.append(Lost(f"{phase.value} {shape}", Loss.DOMINATED, f"{rate / shape.devices:.3g} requests/s per device"))
+        for shape, served in found[CONTENDERS:]:
+            outcome.lost.append(Lost(f"{phase.value} {shape}", Loss.DOMINATED, f"{served / shape.devices:.3g} requests/s per device"))
         return found[:CONTENDERS]
 
     def _alone_bound(self, phase: Phase, shape: Shape) -> float:
@@ -246,17 +233,6 @@ class Planner:
         if phase is Phase.PREFILL:
             return most_prompts(self._profile, shape, self._sample, policies) / self._target
         return most_answers(self._profile, shape, self._sample, self._slo, policies) / self._target
-
-    def _alone(self, phase: Phase, shape: Shape, bound: float) -> float | None:
-        ours = hardware(self._profile, phase, shape)
-        if phase is Phase.PREFILL:
-            limits = Slo(ttft=self._slo.ttft)
-            other = Hardware(Phase.DECODE, 1, 1, _FREE, ours.kv_tokens)
-            search = self._bench.goodput([ours, other], bound / 2, slo=limits, arrivals=prompts_only(self._bench.terms.arrivals))
-        else:
-            other = Hardware(Phase.PREFILL, 1, 1, _FREE, max(ours.kv_tokens, 2 * self._sample.longest))
-            search = self._bench.goodput([other, ours], bound / 2, slo=Slo(tpot=self._slo.tpot))
-        return search.found().rate
 
     def _balanced(self, prefill: Shape, prompts: float, decode: Shape, answers: float, rate: float | None) -> Plan | None:
         """So many workers of each that both phases serve `rate`, or as nearly equal rates as the devices allow."""
@@ -277,30 +253,22 @@ class Planner:
 
     def _multiplied(self, outcome: Outcome, rate: float) -> Outcome:
         """Each pair as often as the target rate needs, and simulated so."""
-        units, outcome.scored = outcome.scored, []
-        for unit in units[: 2 * CONTENDERS]:
-            count = max(1, math.ceil(rate / unit.rate))
-            self._meet(Plan(unit.plan.prefill, unit.plan.decode, count, count), rate, outcome, step=(1, 1))
-        return outcome.sort(self._bench.terms.tolerance)
+        units, outcome.scored = outcome.scored[: 2 * CONTENDERS], []
+        counts = {unit.plan: max(1, math.ceil(rate / unit.rate)) for unit in units}
+        plans = [Plan(unit.prefill, unit.decode, count, count) for unit, count in counts.items()]
+        return self._meet(plans, rate, outcome, step=(1, 1))
 
-    def _meet(self, plan: Plan, rate: float, outcome: Outcome, step: tuple[int, int] | None = None) -> None:
-        """The verdict at the target rate: with a worker more, of the phase that is short or by `step`, until it is met."""
-        while plan.devices <= self._space.devices:
-            self._shown(f"{plan} at {rate:g}/s")
-            outcome.simulated += 1
-            probe = self._bench.probe(plan.hardware(self._profile), rate)
-            if probe.verdict is Verdict.MET or (probe.verdict is Verdict.OPEN and probe.share >= self._target):
-                proven = rate if probe.verdict is Verdict.MET else None
-                outcome.scored.append(Scored(plan, rate, proven, self._cost(plan), probe))
-                return
-            more = step or self._short(plan, rate)
-            plan = Plan(plan.prefill, plan.decode, plan.prefills + more[0], plan.decodes + more[1])
-        why = f"{rate:g} requests/s would take {plan.devices} devices; there are {self._space.devices}"
-        outcome.lost.append(Lost(str(plan), Loss.SLO, why))
+    def _meet(self, plans: Iterable[Plan], rate: float, outcome: Outcome, step: tuple[int, int] | None = None) -> Outcome:
+        """Each with as many workers as the rate takes."""
+        devices = self._space.devices
+        for _, (found, tried) in self._in_order(plans, lambda plan: self._start(self._trier.meet, plan, rate, devices, step)):
+            outcome.simulated += tried
+            outcome.note(found)
+        return outcome.sort()
 
-    def _short(self, plan: Plan, rate: float) -> tuple[int, int]:
-        """Which phase misses its own limit more."""
-        workers = plan.hardware(self._profile)
-        first = self._bench.probe(workers, rate, slo=Slo(ttft=self._slo.ttft))
-        rest = self._bench.probe(workers, rate, slo=Slo(tpot=self._slo.tpot))
-        return (1, 0) if first.share < rest.share else (0, 1)
+
+def _known(value: R) -> Future[R]:
+    """What need not be tried."""
+    done: Future[R] = Future()
+    done.set_result(value)
+    return done

@@ -37,14 +37,13 @@ class Told(Protocol):
 
     def ended(self, name: str, now: float) -> None: ...
 
-    def lives(self) -> dict[str, Life]: ...
-
 
 class Scene:
-    """What the workers of one simulation share."""
+    """What the workers of one simulation share; `lives`: of the requests that have not ended."""
 
     def __init__(self, agenda: Agenda, model: Model, policies: Policies, link: Link, message_s: float, told: Told) -> None:
         self.agenda, self.model, self.policies, self.link, self.message_s, self.told = agenda, model, policies, link, message_s, told
+        self.lives: dict[str, Life] = {}
         self.groups = tuple(
             CacheGroup(CacheKind.WINDOW if window else CacheKind.FULL, (number,), 1, 1, DType.BFLOAT16, window)
             for number, window in enumerate(sorted(model.windows or {0: model.layers}))
@@ -57,6 +56,7 @@ class Worker:
 
     scheduler: Any
     machine: Any
+    load: Load
 
     def __init__(self, scene: Scene, hardware: Hardware, name: str, number: int) -> None:
         self.scene, self.hardware, self.name, self.agenda = scene, hardware, name, scene.agenda
@@ -86,13 +86,14 @@ class Worker:
 
     def changed(self) -> None:
         """What the worker would report is not what it was."""
-        self._candidate = None
+        load: Load = self.scheduler.load(self.now)
+        self.load, self._candidate = load, None
+        self.course.put(self.now, load.waiting, load.running, 1 - load.blocks_free / load.blocks_total)
 
     def candidate(self) -> Candidate:
-        """As the router sees it; reports are sent on every change."""
+        """As the router sees it; reports are sent on every change of who waits or runs."""
         if self._candidate is None:
-            load: Load = self.scheduler.load(self.now)
-            self.course.put(self.now, load.waiting, load.running, 1 - load.blocks_free / load.blocks_total)
+            load = self.load
             report = WorkerReport(
                 self.name,
                 self.member.incarnation,
@@ -106,6 +107,10 @@ class Worker:
             )
             self._candidate = Candidate(self.member, report, self.choices, self.prompt_tokens)
         return self._candidate
+
+    def counters(self) -> dict[str, float]:
+        """Totals of what the scheduler counts."""
+        return dict(self.scheduler.load(self.now).counters)
 
     def watch_leases(self) -> None:
         """Have the machine's deadlines looked at as long as it has transfers."""

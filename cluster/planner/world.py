@@ -18,7 +18,7 @@ from .agenda import Agenda
 from .decode import DecodeWorker
 from .figures import Histogram
 from .lane import Lane
-from .life import Life
+from .life import Life, request_of
 from .policies import Policies
 from .prefill import PrefillWorker
 from .profile import Hardware, Link, Profile
@@ -46,9 +46,10 @@ class World:
         self._slo, self._on_end = slo or Slo(), on_end
         self._overheads, self._policies = profile.overheads, policies
         self._policy = Policy(policies.local_prefill, policies.local_prefill_below)
-        self._lives: dict[str, Life] = {}
         self._turn = 0
-        scene = Scene(self.agenda, profile.model, policies, link or next(iter(profile.links.values())), self._overheads.message, self)
+        scene = self._scene = Scene(
+            self.agenda, profile.model, policies, link or next(iter(profile.links.values())), self._overheads.message, self
+        )
         self.prefills: dict[str, PrefillWorker] = {}
         self.decodes: dict[str, DecodeWorker] = {}
         for number, each in enumerate(hardware, 1):
@@ -64,9 +65,6 @@ class World:
         """Serve them all, or until `stop` says so. They are taken one by one, when their time has come."""
         self._next(iter(arrivals))
         self.agenda.run(stop)
-        for worker in self._workers:
-            worker.changed()
-            worker.candidate()  # the last entry of its time line
 
     def _next(self, arrivals: Iterator[Arrival]) -> None:
         if (arrival := next(arrivals, None)) is not None:
@@ -74,8 +72,8 @@ class World:
 
     def _arrived(self, arrival: Arrival, arrivals: Iterator[Arrival]) -> None:
         self._next(arrivals)
-        life = Life(f"r{arrival.number}", arrival)
-        if self._policies.most_running is not None and len(self._lives) >= self._policies.most_running:
+        life = Life(f"r{arrival.number}", arrival, request_of(arrival))
+        if self._policies.most_running is not None and len(self._scene.lives) >= self._policies.most_running:
             self._refuse(life, f"{self._policies.most_running} requests are under way already (router.limits.running)")
             return
         self._turn += 1
@@ -86,7 +84,7 @@ class World:
             self._refuse(life, error.message)
             return
         self.paths[placed.path] = self.paths.get(placed.path, 0) + 1
-        self._lives[life.name] = life
+        self._scene.lives[life.name] = life
         if placed.decode is not None:
             life.decode = placed.decode.worker_id
             self.decodes[life.decode].expect(life, local=placed.path is Path.LOCAL)
@@ -108,18 +106,15 @@ class World:
 
     # -- what the workers tell (`worker.Told`) -------------------------------------------------------------------------
 
-    def lives(self) -> dict[str, Life]:
-        return self._lives
-
     def first_token(self, name: str, now: float, *, last: bool) -> None:
-        self._lives[name].first = now
+        self._scene.lives[name].first = now
         if last:
-            if (decode := self._lives[name].decode) is not None:
+            if (decode := self._scene.lives[name].decode) is not None:
                 raise AssertionError(f"{name} has one token and was sent to {decode}")
             self.ended(name, now)
 
     def ended(self, name: str, now: float) -> None:
-        life = self._lives.pop(name)
+        life = self._scene.lives.pop(name)
         life.last = now
         assert life.ttft is not None, "an answer without a token"
         self.requests += 1
@@ -143,7 +138,7 @@ class World:
 
     def check(self) -> None:
         """Raise `AssertionError` unless every request has ended and nothing is held anywhere."""
-        assert not self._lives, f"{len(self._lives)} requests wait for ever"
+        assert not self._scene.lives, f"{len(self._scene.lives)} requests wait for ever"
         for worker in self._workers:
             worker.scheduler.check()
             worker.machine.check()
@@ -154,7 +149,7 @@ class World:
         """Totals of what the schedulers count, over all workers."""
         totals: dict[str, float] = {}
         for worker in self._workers:
-            for name, value in worker.scheduler.load(self.agenda.now).counters:
+            for name, value in worker.counters().items():
                 totals[name] = totals.get(name, 0.0) + value
         return totals
 
@@ -172,5 +167,8 @@ class World:
             "times": {name: found for name, figure in figures.items() if (found := figure.as_json())},
             "paths": self.paths,
             "counters": self.counters(),
-            "workers": {worker.name: worker.course.as_json(end) for worker in self._workers},
+            "workers": {
+                worker.name: {"steps": worker.counters()["diptych_worker_steps_total"], **worker.course.as_json(end)}
+                for worker in self._workers
+            },
         }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 import pytest
 from decode_harness import Worker, name_of, prompt
+from diptych.core.commands import ChoiceFinished, Finished
 from diptych.core.errors import ContextExceeded, InvalidRequest
 from diptych.core.request import FinishReason, Request
 from diptych.core.transfer import RefusedReason
@@ -432,12 +434,13 @@ def test_choices_that_end_at_once_are_told_once() -> None:
 
 @settings(max_examples=100, deadline=None)
 @example(
-    lengths=[(40, 3)], windows=(24,), before=2, share=1.0, n=1, stages=1
+    lengths=[(40, 3)], windows=(24,), before=2, share=1.0, n=1, stages=1, waits=0
 )  # a chunk has passed the position where a block leaves the window
-@example(lengths=[(20, 30)], windows=(0, 24), before=1, share=1.0, n=3, stages=1)  # blocks are still to be copied
+@example(lengths=[(20, 30)], windows=(0, 24), before=1, share=1.0, n=3, stages=1, waits=0)  # blocks are still to be copied
 @example(
-    lengths=[(1, 2), (49, 2), (49, 2)], windows=(0,), before=4, share=1.0, n=1, stages=1
+    lengths=[(1, 2), (49, 2), (49, 2)], windows=(0,), before=4, share=1.0, n=1, stages=1, waits=0
 )  # the last token of a prompt is not yet decoding
+@example(lengths=[(40, 90)] * 3, windows=(0,), before=5, share=1.0, n=1, stages=2, waits=150)  # and nobody who waits fits
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(2, 90)), min_size=1, max_size=4),
     windows=st.sampled_from([(0,), (24,), (0, 24), (0, 5), (0, 16, 33)]),
@@ -445,9 +448,10 @@ def test_choices_that_end_at_once_are_told_once() -> None:
     share=st.floats(0, 1),
     n=st.integers(1, 3),
     stages=st.integers(1, 4),
+    waits=st.integers(0, 150),
 )
 def test_advance_is_that_many_rounds_of_single_steps(
-    lengths: list[tuple[int, int]], windows: tuple[int, ...], before: int, share: float, n: int, stages: int
+    lengths: list[tuple[int, int]], windows: tuple[int, ...], before: int, share: float, n: int, stages: int, waits: int
 ) -> None:
     twins = [Worker(windows=windows, blocks=16, stages=stages) for _ in range(2)]
     for worker in twins:
@@ -455,17 +459,25 @@ def test_advance_is_that_many_rounds_of_single_steps(
             worker.expect(f"a{i}", prompt(length, i), local=True, max_tokens=max_tokens, ignore_eos=True, n=n if i == 0 else 1)
         for _ in range(before):
             worker.finish(len(worker.fill()))
+        if waits:
+            worker.expect("w", prompt(waits, 99), local=True, max_tokens=2)
+            worker.grant()
     fast, slow = (worker.scheduler for worker in twins)
-    rounds = int(fast.steady() * share)
+    rounds, rows = math.ceil(fast.steady() * share), fast.running[0]
     advanced = fast.advance(rounds, 7, 0.0)
+    choices: list[ChoiceFinished] = []
+    finished: list[Finished] = []
     for _ in range(rounds):
         steps = twins[1].fill()
         twins[1].decided.clear()
-        assert tuple(name for step in steps for name in step.attempts) == advanced
+        assert sum(len(step.attempts) for step in steps) == rows
+        assert not finished, "steady no longer"
         for step in steps:
             outcome = slow.complete(StepOutput(step.batch.step, ((Drawn(7),),) * len(step.attempts)), 0.0)
-            assert outcome.finished == ()
+            choices += outcome.choices
+            finished += outcome.finished
             assert sorted(new.attempt_id for new in outcome.new_tokens for _ in new.tokens) == sorted(step.attempts)
+    assert (advanced.choices, advanced.finished) == (tuple(choices), tuple(finished))
     fast.check()
     assert state(fast) == state(slow)
 

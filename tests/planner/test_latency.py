@@ -6,23 +6,28 @@ import json
 import random
 
 import pytest
+from diptych.cluster.planner.agenda import GRID
 from diptych.cluster.planner.data_sheets import DEVICES, device_of, estimate
 from diptych.cluster.planner.extrapolating import extended, law
 from diptych.cluster.planner.fitting import DecodePoint, PrefillPoint, fit, fit_decode, fit_prefill
-from diptych.cluster.planner.latency import DecodeTimes, StepTimes, Work, decode_seconds, step_seconds, steps_within
+from diptych.cluster.planner.latency import DecodeTimes, Rounds, StepTimes, Work, step_seconds
 from diptych.cluster.planner.profile import Model, parse_profile
 from diptych.core.errors import ConfigError
 from worlds import TIMES, profile
 
 
 @pytest.mark.parametrize("stages", [1, 3])
-def test_many_steps_take_what_single_ones_do(stages: int) -> None:
-    singles = [step_seconds(TIMES, Work(rows=7, context=5000 + 7 * i), stages) for i in range(40)]
-    assert decode_seconds(TIMES, 7, 5000, 40, stages) == pytest.approx(sum(singles))
-    for begun in range(1, 41):
-        just_after = sum(singles[: begun - 1]) + 1e-9
-        assert steps_within(TIMES, 7, 5000, just_after, 40, stages) == begun
-    assert steps_within(TIMES, 7, 5000, 1e9, 40, stages) == 40
+def test_many_rounds_take_to_the_last_bit_what_single_ones_do(stages: int) -> None:
+    many = Rounds.of(TIMES, 7, 5000, stages)
+    ends = [0.0]
+    for i in range(40):
+        ends.append(ends[-1] + Rounds.of(TIMES, 7, 5000 + 7 * i, stages).first)
+    assert [many.seconds(count) for count in range(41)] == ends
+    assert [many.begun(ends[i] - GRID, 40) for i in range(1, 41)] == [*range(1, 41)]
+    assert [many.begun(end, 40) for end in ends] == [*range(1, 41), 40], "the next has begun when one ends"
+    assert many.begun(1e9, 40) == 40
+    if stages == 1:
+        assert many.seconds(40) == pytest.approx(sum(step_seconds(TIMES, Work(rows=7, context=5000 + 7 * i)) for i in range(40)))
 
 
 def test_a_large_batch_has_times_of_its_own() -> None:
