@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import ssl
-import threading
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from .errors import ConfigError
 from .security import TlsFiles
-
-log = logging.getLogger(__name__)
+from .watched import Watched, words
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,30 +20,24 @@ class Pems:
     ca: bytes | None
 
 
-class Watched:
-    """Files and what was last read from them: as `pems`, and as a server's `context`. Used by any thread."""
+class Certificates:
+    """What was last read from such files: as `pems`, and as a server's `context`. Used by any thread."""
 
     def __init__(self, files: TlsFiles) -> None:
         """Raises `ConfigError` if they are not a certificate, its key and an authority."""
-        self.files = files
-        self._seen = _signature(files)
-        self.pems, self.context = _read(files)
-        self._looking = threading.Lock()
+        self._watched = Watched(files.all, partial(_read, files))
+
+    @property
+    def pems(self) -> Pems:
+        return self._watched.value[0]
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        return self._watched.value[1]
 
     def refresh(self) -> bool:
         """Whether they have changed since the last look, and are good. Half a change is none: certificate and key must fit each other."""
-        with self._looking:
-            found = _signature(self.files)
-            if found == self._seen:
-                return False
-            self._seen = found
-            try:
-                self.pems, self.context = _read(self.files)
-            except ConfigError as error:
-                log.error("%s What was read before stays in use.", error.message)
-                return False
-        log.info("certificate %s read again", self.files.cert)
-        return True
+        return self._watched.refresh()
 
 
 def read_pems(files: TlsFiles) -> Pems:
@@ -62,19 +52,6 @@ def _read(files: TlsFiles) -> tuple[Pems, ssl.SSLContext]:
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}.", field="security") from None
     return Pems(cert, key, ca[0] if ca else None), context
-
-
-def _signature(files: TlsFiles) -> tuple[tuple[int, int, int], ...]:
-    """Changes whenever a file does; a link is followed, which is how Kubernetes replaces a mounted secret."""
-    return tuple(_stat(path) for path in files.all)
-
-
-def _stat(path: Path) -> tuple[int, int, int]:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return (0, 0, 0)
-    return (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def server_context(files: TlsFiles) -> ssl.SSLContext:
@@ -99,26 +76,22 @@ def _load(context: ssl.SSLContext, files: TlsFiles) -> None:
     try:
         context.load_cert_chain(files.cert, files.key, password="")  # an encrypted key would be asked for on the terminal
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise ConfigError(f"{files.cert} and {files.key} are no certificate and its key: {_words(error)}.", field="security") from None
+        raise ConfigError(f"{files.cert} and {files.key} are no certificate and its key: {words(error)}.", field="security") from None
     if files.ca is not None:
         try:
             context.load_verify_locations(files.ca)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{files.ca} is no authority: {_words(error)}.", field="security") from None
-
-
-def _words(error: OSError | ValueError) -> str:
-    return (getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)).rstrip(".")
+            raise ConfigError(f"{files.ca} is no authority: {words(error)}.", field="security") from None
 
 
 def reloading_context(files: TlsFiles) -> ssl.SSLContext:
     """A `server_context` that is of the files as they are at each handshake. Raises `ConfigError`."""
-    watched = Watched(files)
+    certificates = Certificates(files)
 
     def renewed(connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
-        watched.refresh()
-        connection.context = watched.context
+        certificates.refresh()
+        connection.context = certificates.context
 
-    first = watched.context
+    first = certificates.context
     first.sni_callback = renewed  # called for every ClientHello, whether it names a server or not
     return first

@@ -18,7 +18,7 @@ from jwt.exceptions import PyJWTError
 
 from ..core.errors import ConfigError
 from ..core.security import JwtSection
-from .keys import signature
+from ..core.watched import Watched, words
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ async def open_keys(section: JwtSection) -> KeySource:
         return FileKeys(Path(section.jwks), section.algorithms)
     except _FAULTS as error:
         field = "security.jwt.jwks"
-        raise ConfigError(f"{field}: {section.jwks} has no keys that can be read ({_words(error)}).", field=field) from None
+        raise ConfigError(f"{field}: {section.jwks} has no keys that can be read ({words(error)}).", field=field) from None
 
 
 class FileKeys:
@@ -78,25 +78,12 @@ class FileKeys:
 
     def __init__(self, path: Path, algorithms: Collection[str]) -> None:
         """Raises `OSError` and `ValueError`."""
-        self._path = path
-        self._algorithms = algorithms
-        self._seen = signature(path)
-        self._keys = read_keys(path.read_bytes(), algorithms)
+        self._file = Watched((path,), lambda: read_keys(path.read_bytes(), algorithms))
 
     def keys(self) -> KeySet:
-        found = signature(self._path)
-        if found != self._seen:
-            self._seen = found
-            self._read_again()
-        return self._keys
-
-    def _read_again(self) -> None:
-        try:
-            self._keys = read_keys(self._path.read_bytes(), self._algorithms)
-        except (OSError, ValueError) as error:
-            log.error("%s cannot be read any more (%s): the keys that were there before stay good", self._path, _words(error))
-        else:
-            log.info("keys of tokens read again: %d", len(self._keys))
+        if self._file.refresh():
+            log.info("keys of tokens: %d", len(self._file.value))
+        return self._file.value
 
     def missed(self) -> None:
         return None
@@ -135,10 +122,10 @@ class UrlKeys:
         try:
             keys = read_keys(await _fetch(url, self._context), self._section.algorithms)
         except _FAULTS as error:
-            words = _words(error)
-            if words != self._fault:  # not every 30 s the same
-                log.error("%s gives no keys any more (%s): those of before stay good; it is asked every %g s", url, words, LEAST_S)
-            self._fault = words
+            fault = words(error)
+            if fault != self._fault:  # not every 30 s the same
+                log.error("%s gives no keys any more (%s): those of before stay good; it is asked every %g s", url, fault, LEAST_S)
+            self._fault = fault
             return
         if keys != self._keys or self._fault is not None:
             log.info("keys of tokens had from %s: %d", url, len(keys))
@@ -196,9 +183,3 @@ async def _fetch(url: str, context: ssl.SSLContext) -> bytes:
             return bytes(data)
     except TimeoutError:
         raise ValueError(f"no answer in {FETCH_S:g} s") from None
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
-    return str(error) or type(error).__name__

@@ -11,7 +11,7 @@ import grpc
 from ..core.access import Access
 from ..core.errors import ConfigError
 from ..core.security import INTERNAL_NAME, TlsFiles
-from ..core.tls import Pems, Watched
+from ..core.tls import Certificates, Pems
 
 INTERNAL_OPTIONS = [("grpc.ssl_target_name_override", INTERNAL_NAME), ("grpc.default_authority", INTERNAL_NAME)]
 """For a channel to a process of the cluster, which is known by this name wherever it is."""
@@ -19,30 +19,29 @@ INTERNAL_OPTIONS = [("grpc.ssl_target_name_override", INTERNAL_NAME), ("grpc.def
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     """Of the files as they are at each handshake; with an authority only who has a certificate from it gets in. Raises `ConfigError`."""
-    watched = Watched(files)
+    certificates = Certificates(files)
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
-        return _configuration(watched) if watched.refresh() else None
+        return _configuration(certificates.pems) if certificates.refresh() else None
 
     asks = files.ca is not None
     # None is grpc's word for "as before", which the stubs do not know.
-    return grpc.dynamic_ssl_server_credentials(_configuration(watched), cast(Any, fetch), require_client_authentication=asks)
+    return grpc.dynamic_ssl_server_credentials(_configuration(certificates.pems), cast(Any, fetch), require_client_authentication=asks)
 
 
-def _configuration(watched: Watched) -> grpc.ServerCertificateConfiguration:
-    pems = watched.pems
+def _configuration(pems: Pems) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(pems.key, pems.cert)], root_certificates=pems.ca)
 
 
-_watched = cache(Watched)
+_certificates = cache(Certificates)
 """One look for all channels of a process: what was good before is used while files are being replaced."""
 
 
 def current(files: TlsFiles) -> Pems:
     """As they are now, or were when they could last be used; the same object as long as they are the same. Raises `ConfigError`."""
-    watched = _watched(files)
-    watched.refresh()
-    return watched.pems
+    certificates = _certificates(files)
+    certificates.refresh()
+    return certificates.pems
 
 
 def internal_credentials(files: TlsFiles | None) -> grpc.ChannelCredentials | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 
-from ..core.errors import DeadlineExceeded, Internal, Unavailable
+from ..core.errors import DeadlineExceeded, DiptychError, Internal, Unavailable
 from ..core.generate import Generate
 from ..core.request import request_id_of
 from ..proto import inference_pb2, worker_pb2
@@ -115,8 +115,10 @@ def inference_handlers(
     face: InferenceFace, active: Active, write_timeout_s: float, tenant_of: TenantOf = everybody
 ) -> grpc.GenericRpcHandler[bytes, bytes]:
     async def generate(request: bytes, context: Context) -> None:
-        tenant = tenant_of(_authorization(context))
-        call = await _named(replace(decode_generate(request), tenant=tenant), context)
+        with _telling(face):
+            tenant = tenant_of(_authorization(context))
+            asked = replace(decode_generate(request), tenant=tenant)
+        call = await _named(asked, context)
         async with aclosing(face.generate(call)) as chunks:
             async for chunk in chunks:
                 await _write_within(write_timeout_s, context, encode_chunk(chunk))
@@ -125,11 +127,22 @@ def inference_handlers(
         raise Internal("The answer ended without a finish.")
 
     async def models(request: bytes, context: Context) -> bytes:
-        tenant_of(_authorization(context))
+        with _telling(face):
+            tenant_of(_authorization(context))
         parse(inference_pb2.ListModelsRequest, request)
         return encode_models(face.models())
 
     return _service(INFERENCE, {"Generate": generate, "ListModels": models}, active)
+
+
+@contextmanager
+def _telling(face: InferenceFace) -> Iterator[None]:
+    """What is refused here, before the face has it, the face is told of: it counts refusals."""
+    try:
+        yield
+    except DiptychError as error:
+        face.refused(error)
+        raise
 
 
 def _authorization(context: Context) -> str | None:

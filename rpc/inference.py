@@ -33,6 +33,10 @@ class InferenceFace(Protocol):
         """What is served."""
         ...
 
+    def refused(self, error: DiptychError) -> None:
+        """Told of a call that came no further: nobody knows whose it is, or it says nothing that can be read."""
+        ...
+
 
 class InferenceClient:
     """A connection to the router at `address` (host:port), for asyncio."""

@@ -18,7 +18,7 @@ import pytest
 from diptych.client.aio import AsyncClient
 from diptych.client.call import Answer, Choice
 from diptych.client.sync import Client
-from diptych.core.errors import Cancelled, DeadlineExceeded, InvalidRequest, Unavailable
+from diptych.core.errors import Cancelled, DeadlineExceeded, DiptychError, InvalidRequest, Unavailable
 from diptych.core.generate import Chunk, Finish, Generate, Model, Timing, Usage
 from diptych.core.request import FinishReason, Token
 from diptych.core.sampling import SamplingParams
@@ -53,6 +53,9 @@ class Parrot:
 
     def models(self) -> tuple[Model, ...]:
         return (Model("parrot", 10, 1000, True),)
+
+    def refused(self, error: DiptychError) -> None:
+        raise error
 
 
 class Served:

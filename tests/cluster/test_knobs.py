@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from diptych.cluster.cli import app
+from diptych.core.errors import DiptychError
 from diptych.core.generate import Chunk, Finish, Generate, Model, Timing, Usage
 from diptych.core.request import FinishReason, Token
 from diptych.core.sampling import SamplingParams
@@ -44,6 +45,9 @@ class Mixer:
 
     def models(self) -> tuple[Model, ...]:
         return (Model("mixer", 10, 1000, True),)
+
+    def refused(self, error: DiptychError) -> None:
+        raise error
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from certificates import Issued
 from diptych.core.errors import ConfigError
 from diptych.core.security import TlsFiles
-from diptych.core.tls import Watched, client_context, reloading_context, server_context
+from diptych.core.tls import Certificates, client_context, reloading_context, server_context
 
 
 @pytest.fixture
@@ -60,29 +60,29 @@ def test_a_changed_certificate_is_shown_from_the_next_handshake_on(issued: Issue
 
 def test_half_a_change_is_none_and_the_whole_one_is_taken_later(issued: Issued) -> None:
     files, following = issued.internal(), issued.internal("next")
-    watched = Watched(files)
-    before = watched.pems
+    certificates = Certificates(files)
+    before = certificates.pems
     os.replace(following.key, files.key)
-    assert not watched.refresh()
-    assert watched.pems is before
+    assert not certificates.refresh()
+    assert certificates.pems is before
     os.replace(following.cert, files.cert)
-    assert watched.refresh()
-    assert watched.pems.cert != before.cert
-    assert not watched.refresh()
+    assert certificates.refresh()
+    assert certificates.pems.cert != before.cert
+    assert not certificates.refresh()
 
 
 @pytest.mark.parametrize("broken", ["cert", "key", "ca"])
 @pytest.mark.parametrize("how", ["missing", "garbage", "empty"])
 def test_files_that_cannot_be_used_change_nothing_and_are_named_at_the_start(issued: Issued, broken: str, how: str) -> None:
     files = issued.internal()
-    watched = Watched(files)
+    certificates = Certificates(files)
     path: Path = getattr(files, broken)
     path.unlink()
     if how != "missing":
         path.write_text("-----BEGIN CERTIFICATE-----\nno\n-----END CERTIFICATE-----\n" if how == "garbage" else "")
-    assert not watched.refresh()
+    assert not certificates.refresh()
     with pytest.raises(ConfigError, match=path.name):
-        Watched(files)
+        Certificates(files)
 
 
 def test_a_key_with_a_password_is_refused_and_asks_nobody_for_it(issued: Issued) -> None:

@@ -3,16 +3,19 @@
 import asyncio
 import json
 
+import grpc
 import httpx
 import openai
 import pytest
 from diptych.client.aio import AsyncClient
 from diptych.core.access import Access
 from diptych.core.api_keys import ApiKeyFile, new_key, now
+from diptych.core.config import LimitsSection
 from diptych.core.errors import ConfigError, Unauthenticated
 from diptych.core.generate import Generate
 from diptych.core.sampling import SamplingParams
 from diptych.router.keys import KeyRing
+from diptych.rpc.codec_inference import encode_generate
 from diptych.rpc.inference import InferenceClient
 
 CALL = Generate("x" * 20, sampling=SamplingParams(max_tokens=4))
@@ -63,7 +66,7 @@ def test_a_ring_knows_its_keys_and_follows_the_file(keys, caplog):
     assert ring.tenant(f"Bearer {second}") == "umbrella"
     keys.path.unlink()
     assert ring.tenant(f"Bearer {second}") == "umbrella"
-    assert caplog.text.count("stay good") == 2
+    assert caplog.text.count("stays good") == 2
     keys.write()
     keys.revoke(second)
     with pytest.raises(Unauthenticated):
@@ -134,11 +137,47 @@ def test_over_grpc_who_has_no_key_is_unauthenticated(site, keys, monkeypatch):
                         [chunk async for chunk in c.generate(CALL)]
                     with pytest.raises(Unauthenticated):
                         await c.models()
+            assert refusals(s) == {"invalid_api_key": 4}
             async with AsyncClient(s.router.grpc, api_key=key) as c:
                 assert (await c.generate("x" * 20, max_tokens=4)).text == "Hell"
             monkeypatch.setenv("DIPTYCH_API_KEY", key)
             async with AsyncClient(s.router.grpc) as c:
                 assert len(await c.models()) == 1
+
+    asyncio.run(check())
+
+
+def refusals(site):
+    """By reason; each is an ended request, too."""
+    values = site.recorder.values
+    found = {name[1]: count for name, count in values.items() if name[0] == "diptych_refusals_total"}
+    assert {reason: values["diptych_requests_total", reason] for reason in found} == found
+    return found
+
+
+def test_both_faces_count_what_they_refuse(site):
+    """What is no call, what could never be served, and what comes when there is no room."""
+
+    async def check():
+        full = LimitsSection(running=1)
+        async with site(limits=full) as s, httpx.AsyncClient(base_url=s.url) as h, grpc.aio.insecure_channel(s.router.grpc) as channel:
+            s.workers["p0"].hold.clear()
+            generate = channel.unary_stream("/diptych.v1.Inference/Generate")
+
+            async def over_http(content):
+                return (await h.post("/v1/completions", content=content)).status_code
+
+            async def over_grpc(request):
+                return (await generate(request).code()).name
+
+            assert [await over_http(b"{"), await over_grpc(b"\xff")] == [400, "INVALID_ARGUMENT"]
+            assert refusals(s) == {"invalid_request": 2}
+            first = asyncio.create_task(h.post("/v1/completions", json={"prompt": "x" * 20, "max_tokens": 2}))
+            await s.until(lambda: s.workers["p0"].seen)
+            assert [await over_http(b"{}"), await over_grpc(encode_generate(CALL))] == [429, "RESOURCE_EXHAUSTED"]
+            assert refusals(s) == {"invalid_request": 2, "overloaded": 2}
+            s.workers["p0"].hold.set()
+            assert (await first).status_code == 200
 
     asyncio.run(check())
 

@@ -1,11 +1,12 @@
 """What a client may hold: connections, headers, bodies and time, each bounded whatever the client does."""
 
 import asyncio
+import inspect
 import resource
 import socket
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import grpc
 import httpx
@@ -60,12 +61,10 @@ def poured(port, start, piece, times):
     taken = 0
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         connection.sendall(start)
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has had enough
             for _ in range(times):
                 connection.sendall(piece)
                 taken += len(piece)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
         try:
             return taken, connection.recv(1000)
         except ConnectionResetError:
@@ -115,18 +114,10 @@ def test_connections_are_counted_and_those_beyond_the_limit_hung_up_on(site, sec
     asyncio.run(check())
 
 
-IDLERS = """
+IDLERS = f"""
 import socket, sys
-def is_open(connection):
-    try:
-        return connection.recv(1) != b""
-    except BlockingIOError:
-        return True
-    except ConnectionResetError:
-        return False
+{inspect.getsource(is_open)}
 idle = [socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=30) for _ in range(int(sys.argv[2]))]
-for connection in idle:
-    connection.setblocking(False)
 print("ready", flush=True)
 for line in sys.stdin:
     print(sum(map(is_open, idle)), flush=True)

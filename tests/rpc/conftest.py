@@ -82,6 +82,7 @@ class Parrot:
         self.closed: asyncio.Queue[int] = asyncio.Queue()
         self.hold_after: int | None = None
         self.error: Exception | None = None
+        self.refusals: list[DiptychError] = []
         self.silent_end = False
 
     async def generate(self, call: Generate) -> AsyncGenerator[Chunk, None]:
@@ -105,6 +106,9 @@ class Parrot:
 
     def models(self) -> tuple[Model, ...]:
         return (Model("parrot", 4096, 1000, False),)
+
+    def refused(self, error: DiptychError) -> None:
+        self.refusals.append(error)
 
 
 @pytest.fixture

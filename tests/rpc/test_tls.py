@@ -19,6 +19,7 @@ from diptych.core.transfer import KeepAlive
 from diptych.rpc.inference import InferenceClient, SyncInferenceClient
 from diptych.rpc.lane import dial_lane
 from diptych.rpc.router import RouterClient
+from diptych.rpc.stranger import answers_strangers
 from diptych.rpc.worker import WorkerClient
 
 IN_S = 5.0
@@ -151,6 +152,27 @@ def test_the_public_face_takes_whoever_knows_its_authority_and_has_a_key(issued:
                 with pytest.raises(DiptychError):
                     await answers(server.address, access)
             assert len(face.calls) == asked
+            assert [error.code for error in face.refusals] == ["invalid_api_key"] * 4
+
+    asyncio.run(check())
+
+
+def test_what_a_stranger_gets_is_seen(issued: Issued, serving: Any, parrot: Callable[[], Any], unused_listener: str) -> None:
+    def refuse(authorization: str | None) -> str:
+        raise Unauthenticated("no")
+
+    async def answers(address: str, method: str = "ListModels", within_s: float = IN_S) -> bool:
+        return await asyncio.to_thread(answers_strangers, address, f"/diptych.v1.Inference/{method}", timeout_s=within_s)
+
+    async def check() -> None:
+        async with serving(inference=parrot()) as server:
+            assert await answers(server.address)
+            assert await answers(server.address, "Nothing"), "a refusal of what was asked is an answer"
+        assert not await answers(server.address), "nobody is there"
+        for locked in ({"tenant_of": refuse}, {"tls": issued.public()}, {"tls": issued.internal()}):
+            async with serving(inference=parrot(), **locked) as server:
+                assert not await answers(server.address)
+        assert not await answers(unused_listener, within_s=0.2)
 
     asyncio.run(check())
 
