@@ -79,6 +79,8 @@ class Pilot:
                 await self._look(planner)
             except DiptychError as error:
                 log.warning("autoplan: %s", error.message)
+            except Exception:
+                log.exception("autoplan: a defect; the cluster serves on")
 
     async def _look(self, planner: Autoplanner) -> None:
         window = await self.cluster.window(self.config.autoplan.window_s)

@@ -88,6 +88,8 @@ def _print(found: state.ClusterState, api_key: str | None) -> None:
         _out.print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), markup=False)
     if fleet.members:
         _out.print(f"  fleet {fleet.version}: " + ", ".join(f"{len(fleet.of(phase))} {phase} workers" for phase in Phase))
+    for line in found.autoplan:
+        _out.print(f"  autoplan {line}", markup=False)
     if found.http and (moved := _moved(found.http, known(found, Access(api_key)))):
         _out.print("  KV moved: " + ", ".join(f"{count / 1e6:,.1f} MB over {transport}" for transport, count in moved))
 

@@ -24,7 +24,9 @@ from ...core.generate import Generate
 from ...core.model import ModelCard, read_card
 from ...core.sampling import SamplingParams
 from ...core.security import TlsFiles
+from ...core.workload import Window
 from ...rpc.inference import InferenceClient
+from ..autoplan.pilot import check as check_autoplan
 from ..doctor.examining import before_up, require_links
 from ..on_ray.launcher import RayLauncher
 from ..process import processes
@@ -43,11 +45,12 @@ from ..supervising.crew import Crew
 from ..supervising.models import find_model, prepare_model, source_of
 from ..supervising.post import Observer, Post, Publisher
 from ..supervising.posts import Programs, launch_router, route_spec, workers
-from ..supervising.publish import RouterConnection, drain_worker
+from ..supervising.publish import RouterConnection, drain_worker, recorded
 from ..supervising.restarts import RestartBudget
 from ..supervising.supervisor import Supervisor
 from ..supervising.terminal import Terminal
 from ..supervising.timeline import TimeLine
+from .autoplanning import keep_planned
 from .reach import known
 
 REAPER_S = 5.0
@@ -73,7 +76,7 @@ WhenUp = Callable[[Served], Awaitable[bool]]
 
 @dataclass(slots=True)
 class Up:
-    """One run of the command. `programs`, `connect`, `drain` and `links` are the seams for tests."""
+    """One run of the command. `programs`, `connect`, `drain`, `recorded` and `links` are the seams for tests."""
 
     config: ClusterConfig
     verbose: bool = False
@@ -82,6 +85,7 @@ class Up:
     connect: Callable[..., Publisher] = RouterConnection
     drain: Callable[..., Awaitable[int]] = drain_worker
     budget: Callable[[], RestartBudget] = RestartBudget
+    recorded: Callable[..., Awaitable[Window]] = recorded
     links: Callable[[state.ClusterState, ClusterConfig], Awaitable[None]] = require_links
     cluster_id: str = field(default_factory=lambda: secrets.token_hex(8))
     cores: Sequence[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0)))
@@ -112,6 +116,7 @@ class Up:
             card = read_card(model_dir)
             first = allot(self.config, card, workers(self.config, card, model_dir, self.cores), self._gpus)
             preflight.check_memory(self.config, card, first)
+            check_autoplan(self.config, card)
             for note in [*exposure.warnings(self.config), *preflight.warnings(self.config, card, first, len(self.cores))]:
                 terminal.warn(note)
             await self._serve(model_dir, card, first, terminal, stop, kill)
@@ -136,17 +141,22 @@ class Up:
             posts = [Post(router, plain, None, self.budget()), *crew.posts(first, launcher)]
             shown = {} if tls is None else {"tls": tls}
             supervisor = Supervisor(posts, connect=partial(self.connect, **shown), drain=partial(self.drain, **shown), observer=observer)
+            scale = partial(self._scale, crew, supervisor, launcher, record)
             greeting = asyncio.create_task(self._greet(supervisor, record, card, terminal, stop))
-            ear = await listen(self.cluster_id, partial(self._scale, crew, supervisor, launcher, record))
+            planning = asyncio.create_task(keep_planned(self.config, supervisor, record, scale, self.recorded))
+            ear = await listen(self.cluster_id, scale)
             try:
                 terminal.say(f"Serving {name} ({card.dtype}): {_count(first)}. Cluster {self.config.name!r}, logs in {record.state.logs}")
                 await supervisor.run(stop, kill)
             finally:
                 ear.close()
                 greeting.cancel()
+                planning.cancel()
                 try:
                     with suppress(asyncio.CancelledError):
                         await greeting
+                    with suppress(asyncio.CancelledError):
+                        await planning
                 finally:
                     await launcher.close()
 
@@ -170,9 +180,12 @@ class Up:
             internal_tls=tls if self.config.ray.joined and self.config.security.internal_tls is None else None,
         )
 
-    async def _scale(self, crew: Crew, supervisor: Supervisor, launcher: Launcher, record: _Record, wanted: Numbers, tell: Tell) -> None:
+    async def _scale(
+        self, crew: Crew, supervisor: Supervisor, launcher: Launcher, record: _Record, wanted: Numbers, tell: Tell, *,
+        leave_first: bool = False,
+    ) -> None:  # fmt: skip
         """Have so many workers, and see that KV moves between those there are then. Raises `DiptychError` if not."""
-        await crew.scale(supervisor, launcher, wanted, tell)
+        await crew.scale(supervisor, launcher, wanted, tell, leave_first=leave_first)
         await self.links(record.state, crew.config)
 
     async def _greet(self, supervisor: Supervisor, record: _Record, card: ModelCard, terminal: Terminal, stop: asyncio.Event) -> None:

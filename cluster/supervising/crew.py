@@ -51,10 +51,11 @@ class Crew:
             return launch_on_nodes(worker, self.config, self.card, self.source, self.logs)
         return launch_worker(worker, self.programs, self.logs)
 
-    async def scale(self, supervisor: Supervisor, launcher: Launcher, wanted: Numbers, tell: Tell) -> None:
-        """Have so many workers of each phase named in `wanted`: the new ones join first, then the others leave.
+    async def scale(self, supervisor: Supervisor, launcher: Launcher, wanted: Numbers, tell: Tell, *, leave_first: bool = False) -> None:
+        """Have so many workers of each phase named in `wanted`: the new ones join first, then the others leave. With `leave_first` the
+        other way round: workers change their role, and there may be no cores, memory or GPUs for both.
 
-        Raises `DiptychError` if a number is not possible or a worker cannot join; those that could stay, and none leaves.
+        Raises `DiptychError` if a number is not possible or a worker cannot join; those that could stay, and none leaves (any more).
         """
         if not supervisor.all_ready.is_set():
             raise Unavailable("The cluster is still starting.")
@@ -69,8 +70,11 @@ class Crew:
                 for group, found in enumerate(changes(present, numbers)):
                     names += [(phase, group, number) for number in found.join]
                     leaving += [present[group][number] for number in found.leave]
+            if leave_first:
+                await self._dismiss(supervisor, leaving, tell)
             await self._join(supervisor, self.posts(self._newcomers(supervisor, names), launcher), tell)
-            await asyncio.gather(*(self._leave(supervisor, post, tell) for post in leaving))
+            if not leave_first:
+                await self._dismiss(supervisor, leaving, tell)
 
     def _newcomers(self, supervisor: Supervisor, names: Sequence[Name]) -> list[Worker]:
         present = [post.worker for post in supervisor.workers if post.worker]
@@ -90,6 +94,9 @@ class Crew:
         tell(f"{post.name} is starting")
         await supervisor.join(post)
         tell(f"{post.name} has joined")
+
+    async def _dismiss(self, supervisor: Supervisor, posts: Sequence[Post], tell: Tell) -> None:
+        await asyncio.gather(*(self._leave(supervisor, post, tell) for post in posts))
 
     async def _leave(self, supervisor: Supervisor, post: Post, tell: Tell) -> None:
         tell(f"{post.name} finishes what it has")

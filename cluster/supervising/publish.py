@@ -6,6 +6,7 @@ from typing import Any
 
 from ...core.fleet import Fleet
 from ...core.security import TlsFiles
+from ...core.workload import Window
 from ...rpc.router import RouterClient
 from ...rpc.worker import WorkerClient
 
@@ -26,6 +27,12 @@ class RouterConnection:
 
     async def close(self) -> None:
         await self._client.close()
+
+
+async def recorded(control: str, seconds: float, tls: TlsFiles | None = None) -> Window:
+    """What the router at `control` has recorded of the last `seconds`. Raises `DiptychError` if it cannot be reached."""
+    async with RouterClient(control, tls) as client:
+        return await client.window(seconds)
 
 
 async def drain_worker(address: str, within_s: float, tls: TlsFiles | None = None) -> int:

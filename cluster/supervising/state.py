@@ -38,7 +38,8 @@ class Started(BaseModel):
 class ClusterState(BaseModel):
     """`pid` and `started` (see `processes.start_ticks`) are the supervisor's. `http`, `grpc`, `control` are the
     router's, host:port, once ready. `tls`: whether its public faces speak it, `ca` the authority (if not the system's) that vouches for
-    them; `internal_tls`: what `control` is asked with."""
+    them; `internal_tls`: what `control` is asked with.
+    `autoplan`: its mode, if it is on, and its latest decisions."""
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -55,6 +56,7 @@ class ClusterState(BaseModel):
     tls: bool = False
     ca: str | None = None
     internal_tls: TlsFiles | None = None
+    autoplan: tuple[str, ...] = ()
     processes: tuple[Started, ...] = ()
 
     @property

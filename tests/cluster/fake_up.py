@@ -14,6 +14,7 @@ from diptych.cluster.supervising.restarts import RestartBudget
 from diptych.core.config import load_config
 from diptych.core.errors import ConfigError, DiptychError
 from diptych.core.fleet import Fleet
+from diptych.core.workload import Recorded, Window
 
 HERE = Path(__file__).parent
 
@@ -48,6 +49,18 @@ def ordered(what: str) -> bool:
     return Path(os.environ["FAKES"], what).exists()
 
 
+async def recorded(control: str, seconds: float) -> Window:
+    """What a test has put into $FAKES/window."""
+    if not ordered("window"):
+        return Window(seconds, ())
+    span, rows = json.loads(text("window"))
+    return Window(span, tuple(Recorded(*row) for row in rows))
+
+
+def text(of: str) -> str:
+    return Path(os.environ["FAKES"], of).read_text()
+
+
 async def no_links(state: object, config: object) -> None:
     """The fakes hand nothing over; as if it could not be, if so ordered."""
     if ordered("no-kv-moves"):
@@ -67,7 +80,7 @@ def main() -> int:
     program = (sys.executable, str(HERE / "fakes.py"))
     programs = Programs(rank=(*program, "rank"), route=(*program, "route"))
     config = load_config(json.loads(sys.argv[1]))
-    up = Up(config, programs=programs, connect=FilePublisher, drain=drain, budget=small_budget, links=no_links)
+    up = Up(config, programs=programs, connect=FilePublisher, drain=drain, recorded=recorded, budget=small_budget, links=no_links)
     try:
         up.run()
     except DiptychError as error:
