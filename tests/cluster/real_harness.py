@@ -36,13 +36,13 @@ PROMPT = "the thin man and the other thing in the inn; then another one, and the
 
 
 @contextmanager
-def ray_of_others(directory: Path, monkeypatch: pytest.MonkeyPatch, *cpus: int, gpus: int = 0) -> Iterator[str]:
+def ray_of_others(directory: Path, monkeypatch: pytest.MonkeyPatch, *cpus: int, gpus: int = 0, asks: str = "token") -> Iterator[str]:
     """A Ray cluster of nodes with so many CPUs, and GPUs that Ray believes in, at 127.0.0.1, .2 and so on, that somebody else has started;
-    its address."""
+    its address. `asks`: for what, as RAY_AUTH_MODE says it."""
     mark = f"others-{directory.name}"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    for name, value in ray_environment({}, local=True).items():
+    for name, value in (ray_environment({}, local=True) | {"RAY_AUTH_MODE": asks}).items():
         monkeypatch.setenv(name, value)
     command = [str(Path(sys.executable).with_name("ray")), "start", "--object-store-memory=83886080"]
     head = ["--head", f"--port={port}", f"--temp-dir={directory}", "--include-dashboard=false"]
