@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..core.layout import CacheGroup
+from ..kernels.attend_chunks import make_paged_chunks
 from ..kernels.attend_singles import fits, make_paged_singles
 from ..kernels.kv_store import store_rows
 from ..kernels.paged_attention import Span, make_chunk, make_singles
 from ..kernels.paging import Paging
+from ..kernels.triton_kernels import attends
 from .batch import Row
 
 CPU = torch.device("cpu")
@@ -108,20 +110,23 @@ def _group_inputs(rows: Sequence[Row], places: Sequence[int], index: int, group:
         kv_heads=group.kv_heads,
         block_size=block_size,
     )
-    paging = _paging(group, block_size)
-    spans: list[Span] = [
-        make_chunk(place, row.start, row.length, row.tables[index], paging)
-        for place, row in zip(places, rows, strict=False)
-        if row.length > 1
-    ]
-    spans.extend(_singles(rows, places, index, group, kind))
-    return GroupInputs(store=store, spans=tuple(spans))
+    return GroupInputs(store, (*_chunks(rows, places, index, group, kind), *_singles(rows, places, index, group, kind)))
+
+
+def _chunks(rows: Sequence[Row], places: Sequence[int], index: int, group: CacheGroup, kind: _Kind) -> Iterator[Span]:
+    """The rows with several tokens, the first of each at its place, over their tables of group `index`."""
+    paging = _paging(group, kind.block_size)
+    long = [(place, row.start, row.length, row.tables[index]) for place, row in zip(places, rows, strict=False) if row.length > 1]
+    if long and attends(kind.dtype, group.head_dim, kind.block_size, kind.device):
+        yield make_paged_chunks(*zip(*long, strict=True), paging)
+    else:
+        yield from (make_chunk(*each, paging) for each in long)
 
 
 def _singles(rows: Sequence[Row], places: Sequence[int], index: int, group: CacheGroup, kind: _Kind) -> Iterator[Span]:
     """The rows with one token, each at its place, over their tables of group `index`."""
     paging = _paging(group, kind.block_size)
-    paged = fits(kind.dtype, group.head_dim, kind.device)
+    paged = fits(kind.dtype, group.head_dim, kind.device) or attends(kind.dtype, group.head_dim, kind.block_size, kind.device)
     for members in _together(rows) if paged else _alike(rows, paging.window):
         picked = [rows[row] for row in members]
         tokens, starts, tables = [places[row] for row in members], [row.start for row in picked], [row.tables[index] for row in picked]

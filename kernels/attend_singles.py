@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .native import native
-from .paging import Paging
+from .paging import Paging, padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class PagedSingles:
 
 
 def fits(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
-    """Whether `attend_singles` can compute it there."""
+    """Whether `attend_singles` can compute it there, by the C++ kernel."""
     return dtype is torch.bfloat16 and head_dim % 16 == 0 and device.type == "cpu" and native() is not None
 
 
@@ -37,10 +36,7 @@ def make_paged_singles(tokens: Sequence[int], positions: Sequence[int], tables: 
     size = paging.block_size
     firsts = [paging.first_key(position) for position in positions]
     runs = [table[first // size : last // size + 1] for table, first, last in zip(tables, firsts, positions, strict=True)]
-    padded = np.zeros((len(runs), max(map(len, runs))), dtype=np.int64)
-    for row, run in enumerate(runs):
-        padded[row, : len(run)] = run
-    return PagedSingles(torch.tensor(tokens), torch.from_numpy(padded), torch.tensor(firsts), torch.tensor(positions))
+    return PagedSingles(torch.tensor(tokens), torch.from_numpy(padded(runs)), torch.tensor(firsts), torch.tensor(positions))
 
 
 def attend_singles(query: Tensor, cache: Tensor, span: PagedSingles, scale: float, softcap: float) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .native import native_for, threads_for
+from .triton_kernels import triton_for
 
 ACTIVATIONS = ("gelu_tanh", "silu")
 UNGATED = ("relu",)
@@ -17,9 +18,15 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
 
     The activations of `UNGATED` have no gate: [tokens, intermediate] in and out.
     """
-    if activation in UNGATED or (kernels := native_for(gate_up)) is None:
+    if activation in UNGATED:
         return gated_torch(gate_up, activation)
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    if (on_gpu := triton_for(gate_up)) is not None:
+        out = gate_up.new_empty(tokens, width)
+        on_gpu.gated(out, gate_up, activation == "silu")
+        return out
+    if (kernels := native_for(gate_up)) is None:
+        return gated_torch(gate_up, activation)
     out = torch.empty(tokens, width, dtype=gate_up.dtype)
     kernels.gated(out.data_ptr(), gate_up.data_ptr(), tokens, width, ACTIVATIONS.index(activation), threads_for(tokens * width))
     return out

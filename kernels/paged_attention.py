@@ -3,7 +3,8 @@
 Everything that depends on tables and positions is computed once per step and cache group, and shared by the layers of the
 group: which blocks to gather into contiguous keys and values, and who may see what. A row with several new tokens is a `Chunk`
 and computed alone, tile by tile. Rows with one new token are `PagedSingles` where there is a kernel for them, which gathers nothing;
-elsewhere those that have about as much context are computed together as `Singles`, padded to the longest.
+elsewhere those that have about as much context are computed together as `Singles`, padded to the longest. On a GPU with Triton's kernels
+nothing is gathered: all rows with several new tokens are one `PagedChunks`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .attend_chunks import PagedChunks
 from .attend_singles import PagedSingles, attend_singles
 from .paging import Paging
 from .softcap import softcap_
+from .triton_kernels import TritonKernels, triton_for
 
 TILE = 128
 """Queries of a chunk computed at once: a tile reads no key that all its queries are forbidden to see."""
@@ -52,7 +55,9 @@ class Singles:
     mask: Tensor
 
 
-Span = Chunk | Singles | PagedSingles
+Gathered = Chunk | Singles
+Paged = PagedChunks | PagedSingles
+Span = Gathered | Paged
 
 
 def make_chunk(token: int, start: int, length: int, table: Sequence[int], paging: Paging) -> Chunk:
@@ -108,6 +113,8 @@ def attend(query: Tensor, cache: Tensor, spans: Sequence[Span], scale: float, so
     query: [tokens, heads, head_dim]; cache: [num_blocks, kv_heads, 2, block_size, head_dim]. The queries' own keys and values
     are already stored. Softmax is over `scale * q·k`, soft-capped (0 is no cap), in fp32.
     """
+    if (kernels := triton_for(query)) is not None and not any(isinstance(span, Gathered) for span in spans):
+        return _attend_paged(kernels, query.contiguous(), cache, spans, scale, softcap)
     if len(spans) == 1 and isinstance(spans[0], PagedSingles) and spans[0].tokens.shape[0] == query.shape[0]:
         return attend_singles(query.contiguous(), cache, spans[0], scale, softcap).flatten(1)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -115,7 +122,19 @@ def attend(query: Tensor, cache: Tensor, spans: Sequence[Span], scale: float, so
         if isinstance(span, Chunk):
             _attend_chunk(query[span.tokens], cache, span, scale, softcap, out[span.tokens])
         else:
+            assert not isinstance(span, PagedChunks), "only Triton's kernels read these"
             out.index_copy_(0, span.tokens, _attend_rows(query.index_select(0, span.tokens), cache, span, scale, softcap))
+    return out.view(len(query), -1)
+
+
+def _attend_paged(kernels: TritonKernels, query: Tensor, cache: Tensor, spans: Sequence[Span], scale: float, softcap: float) -> Tensor:
+    out = torch.empty_like(query)
+    for span in spans:
+        if isinstance(span, PagedChunks):
+            rows = (span.places, span.sums, span.positions, span.tables, span.tokens, span.window)
+            kernels.attend_chunks(out, query, cache, *rows, scale, softcap)
+        elif isinstance(span, PagedSingles):
+            kernels.attend_singles(out, query, cache, span.tokens, span.tables, span.firsts, span.lasts, scale, softcap)
     return out.view(len(query), -1)
 
 

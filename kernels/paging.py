@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,3 +29,11 @@ class Paging:
         """Which queries see which keys; positions, broadcast against each other."""
         causal = keys <= queries
         return causal & (keys > queries - self.window) if self.window else causal
+
+
+def padded(runs: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """Rows of blocks as one table, [rows, the longest]; what fills it is never read."""
+    table = np.zeros((len(runs), max(map(len, runs))), dtype=np.int64)
+    for row, run in enumerate(runs):
+        table[row, : len(run)] = run
+    return table

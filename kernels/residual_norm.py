@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .native import native_for, threads_for
 from .rms_norm import rms_norm
+from .triton_kernels import triton_for
 
 
 def residual_norm(x: Tensor, change: Tensor, change_weight: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -14,10 +15,15 @@ def residual_norm(x: Tensor, change: Tensor, change_weight: Tensor | None, weigh
 
     x, change: [rows, n], contiguous, the same dtype; weights: fp32 [n].
     """
-    if (kernels := native_for(x)) is None:
+    on_gpu, kernels = triton_for(x), native_for(x)
+    if on_gpu is None and kernels is None:
         return residual_norm_torch(x, change, change_weight, weight, eps)
     rows, n = x.shape
     total, normed = torch.empty_like(x), torch.empty_like(x)
+    if on_gpu is not None:
+        on_gpu.residual_norm(total, normed, x, change, change_weight, weight, eps)
+        return total, normed
+    assert kernels is not None
     kernels.residual_norm(
         total.data_ptr(),
         normed.data_ptr(),

@@ -9,6 +9,7 @@ from .kv_store import store_kv
 from .native import native_for, threads_for
 from .rms_norm import rms_norm
 from .rotary import rotate
+from .triton_kernels import triton_for
 
 LARGEST_HEAD = 1024
 
@@ -24,6 +25,10 @@ def rotary_store(
     qkv: [tokens, (heads + 2 * kv_heads) * head_dim], contiguous; qk_norm: fp32 [heads + kv_heads, head_dim].
     """
     tokens, (_, kv_heads, _, block_size, head_dim) = qkv.shape[0], cache.shape
+    if cache.dtype is qkv.dtype and head_dim % 2 == 0 and (on_gpu := triton_for(qkv)) is not None:
+        queries = qkv.new_empty(tokens, heads, head_dim)
+        on_gpu.rotary_store(queries, cache, qkv, rows, qk_norm, angles, eps)
+        return queries
     if cache.dtype is not qkv.dtype or head_dim > LARGEST_HEAD or (kernels := native_for(qkv)) is None:
         return rotary_store_torch(qkv, cache, rows, heads=heads, qk_norm=qk_norm, angles=angles, eps=eps)
     queries = torch.empty(tokens, heads, head_dim, dtype=qkv.dtype)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from diptych.kernels.argmax import argmax, argmax_torch
 from diptych.kernels.attend_singles import attend_singles, make_paged_singles
 from diptych.kernels.gated import gated, gated_torch
-from diptych.kernels.kv_store import store_kv, store_rows
+from diptych.kernels.kv_store import store_rows
 from diptych.kernels.linear import NATIVE_ROWS, linear
 from diptych.kernels.native import native
 from diptych.kernels.paged_attention import attend, make_chunk, make_singles
@@ -19,10 +17,10 @@ from diptych.kernels.rotary import rotary_angles
 from diptych.kernels.rotary_store import rotary_store, rotary_store_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged_world import BLOCK, World, randn, slow_attend
 
 ULP = 2.0**-7
 """Between two bf16 next to each other, at most, as a share of them."""
-BLOCK = 16
 seeds = st.integers(0, 2**32)
 
 
@@ -38,10 +36,6 @@ def _poisoned(_kernels):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def randn(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @settings(deadline=None, max_examples=60)
@@ -144,29 +138,6 @@ def test_argmax_next_to_infinity():
     x = torch.full((2, 100), -torch.inf).bfloat16()
     x[0, 70], x[1, 3] = -1e30, torch.inf
     assert argmax(x).tolist() == [70, 3]
-
-
-def slow_attend(query, keys, values, first, last, scale, softcap):
-    """One query [heads, head_dim] over positions first to last of keys and values [positions, kv_heads, head_dim], in fp64."""
-    group = len(query) // keys.shape[1]
-    keys, values = (each[first : last + 1].double().repeat_interleave(group, 1) for each in (keys, values))
-    scores = torch.einsum("hd,khd->hk", query.double(), keys) * scale
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    return torch.einsum("hk,khd->hd", scores.softmax(-1), values)
-
-
-class World:
-    """A cache in which everything is NaN but the keys and values of its sequences, which lie scattered."""
-
-    def __init__(self, lengths, kv_heads, head_dim, seed):
-        self.free = random.Random(seed).sample(range(100), 100)
-        self.cache = torch.full((100, kv_heads, 2, BLOCK, head_dim), torch.nan).bfloat16()
-        self.tables = [[self.free.pop() for _ in range(-(-length // BLOCK))] for length in lengths]
-        self.kv = [randn(2, length, kv_heads, head_dim, seed=seed + i).bfloat16() for i, length in enumerate(lengths)]
-        for table, (keys, values) in zip(self.tables, self.kv, strict=True):
-            at = torch.arange(len(keys))
-            rows = store_rows(torch.tensor(table)[at // BLOCK], at % BLOCK, kv_heads=kv_heads, block_size=BLOCK)
-            store_kv(self.cache, keys, values, rows)
 
 
 lengths_ = st.lists(st.integers(1, 150), min_size=1, max_size=6)

@@ -1,0 +1,71 @@
+"""The Triton kernels compile for GPUs that are not here, fit in their shared memory and spill nothing; without triton torch computes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from diptych.kernels import triton_kernels
+from diptych.kernels.gpu import tiles
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def compiled(capability: int, *options: str) -> list[dict[str, object]]:
+    """In a process of its own: this one's kernels are the interpreter's."""
+    script = Path(__file__).parent / "triton_compiled.py"
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, str(script), str(capability), *options]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, timeout=600, env=environment).stdout)
+
+
+KERNELS = {
+    "_attend_chunks",
+    "_attend_split",
+    "_best_chunk",
+    "_draw_chunk",
+    "_gated",
+    "_join_splits",
+    "_move_rows",
+    "_residual_norm",
+    "_rotary_store",
+}
+
+
+def check(found: list[dict[str, object]], capability: int) -> None:
+    assert {each["part"] for each in found} == KERNELS
+    most = tiles.SHARED_BYTES[tiles.GENERATIONS.get(divmod(capability, 10), tiles.SMALL)]
+    assert [each for each in found if each["spilled"] or each["shared"] > most] == []
+
+
+@needs_triton
+def test_in_bf16() -> None:
+    check(compiled(90, "--few"), 90)
+
+
+@needs_triton
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_in_every_dtype_and_shape(capability: int) -> None:
+    check(compiled(capability), capability)
+
+
+def test_without_triton_torch_computes_and_it_is_said(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "diptych.kernels.gpu.attend_chunks", None)
+    monkeypatch.setattr(triton_kernels, "INTERPRETED", True)
+    triton_kernels.triton_kernels.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert [triton_kernels.triton_for(torch.zeros(2)) for _ in range(2)] == [None, None]
+    finally:
+        triton_kernels.triton_kernels.cache_clear()
+    (record,) = caplog.records
+    assert "attend_chunks" in record.getMessage()
