@@ -76,10 +76,12 @@ class Engine:
         Of a worker of many ranks each runs the same batches, resolved by the leader's `last_drawn`; shard 0 of the last stage draws,
         and every other rank's output is empty. `Unavailable` names the ranks that take no part.
         """
+        device = self._upload.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread: Triton launches there, whatever device its tensors are on
         if batch.copies:
             with span(Doing.COPY_BLOCKS, batch.step):
                 self._copy(batch.copies)
-        device = self._upload.device
         with span(Doing.INPUTS, batch.step):
             inputs = self._upload.batch(
                 make_inputs(batch.rows, self.last_drawn.tokens, self._groups, block_size=self._block_size, dtype=self._dtype, device=device)
