@@ -93,6 +93,11 @@ def test_what_it_copies_is_in_the_repository(path: Path) -> None:
     assert [local for local in mounts.values() if not (ROOT / local).exists()] == []
 
 
+def test_all_hosts_are_set_up_alike() -> None:
+    first, *others = [read(path)["setup_commands"] for path in FILES]
+    assert all(other == first for other in others)
+
+
 @pytest.mark.parametrize("path", CLOUDS, ids=lambda path: path.stem)
 def test_a_cloud_has_nodes_for_each_phase_with_and_without_gpus(path: Path) -> None:
     values = read(path)

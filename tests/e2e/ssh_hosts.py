@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,15 @@ StrictModes no
 UsePAM no
 PidFile none
 AcceptEnv PYTHON*
+"""
+PROGRAMS = (Path(__file__).resolve().parents[2], Path(sys.prefix))
+"""The checkout and its environment: what all hosts share, wherever it is."""
+DISK = """
+set -e
+kept=$1 disk=$2; shift 2
+for path; do mkdir -p "$kept$path"; mount --bind "$path" "$kept$path"; done
+mount -t tmpfs tmpfs "$disk"
+for path; do mkdir -p "$path"; mount --bind "$kept$path" "$path"; done
 """
 OPTIONS = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "BatchMode=yes")
 
@@ -125,7 +135,8 @@ def _moved(user: str, home: Path) -> str:
 def _furnish(host: Host, root: Path) -> None:
     """Disks of its own, and a way out, by which programs find their own address. The home is empty but for a `.bashrc`."""
     subprocess.run([*host.prefix, "ip", "route", "add", "default", "dev", "eth0"], check=True, timeout=20)
-    for disk in ("/tmp", "/run", str(root / "home")):
-        subprocess.run([*host.prefix, "mount", "-t", "tmpfs", "tmpfs", disk], check=True, timeout=20)
+    for disk in (Path("/tmp"), Path("/run"), root / "home"):
+        kept = [path for path in PROGRAMS if path.is_relative_to(disk)]
+        subprocess.run([*host.prefix, "sh", "-c", DISK, "sh", str(root / "kept"), str(disk), *map(str, kept)], check=True, timeout=20)
     script = 'mount --bind "$1/passwd" /etc/passwd && mkdir /run/sshd && touch "$1/home/.bashrc"'
     subprocess.run([*host.prefix, "sh", "-c", script, "sh", str(root)], check=True, timeout=20)

@@ -71,12 +71,12 @@ class Container:
         (self.directory / "hosts").write_text("".join(f"{address} {name}\n" for name, address in names.items()))
         above = [f'"$1/root{directory}"' for directory in Path(sys.executable).resolve().parents]
         lines = [ROOT, f"chmod o+x {' '.join(above)}"]  # the interpreter may be in a directory of root's
-        for directory in (REPOSITORY, Path(sys.prefix)):  # which may be on disks of their own
-            lines += [f'mkdir -p "$1/root{directory}"', f'mount --bind {directory} "$1/root{directory}"']
         for mount in self.spec["volumeMounts"]:
             source, target = self.pod.volume(mount["name"]), f'"$1/root{mount["mountPath"]}"'
             lines += [f"mkdir -p {target}", f"mount --bind {source} {target}"]
             lines += [f"mount -o remount,bind,ro {target}"] if mount.get("readOnly") else []
+        for directory in (REPOSITORY, Path(sys.prefix)):  # which may be on disks of their own, or below /tmp, where a volume is
+            lines += [f'mkdir -p "$1/root{directory}"', f'mount --bind {directory} "$1/root{directory}"']
         lines += ['mount -o remount,bind,ro "$1/root"'] if self.spec["securityContext"]["readOnlyRootFilesystem"] else []
         subprocess.run([*self.pod.inside(), "sh", "-c", "\n".join(lines), "sh", str(self.directory)], check=True, timeout=20)
 

@@ -252,3 +252,8 @@ def test_the_image_is_one_that_the_dockerfile_builds() -> None:
     assert {room for room in rooms if not (ROOT / room).exists()} == set()
     chart = yaml.safe_load((CHART / "values.yaml").read_text())
     assert chart["ray"]["version"] == pins["ray"]
+
+
+def test_the_page_installs_the_kuberay_that_the_chart_is_checked_against() -> None:
+    wanted = yaml.safe_load((CHART / "Chart.yaml").read_text())["annotations"]["diptych/kuberay"].removeprefix(">=")
+    assert f"kuberay-operator --version {wanted}." in (ROOT / "docs/deploy/kubernetes.md").read_text()
