@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..core.config import ClusterConfig, section_in
+from .dashboards.made import make
 
 INTRO = """# The config file
 
@@ -91,14 +92,7 @@ def _default(field: FieldInfo) -> str:
 
 def main() -> int:
     *flags, name = sys.argv[1:]
-    path = Path(name)
-    if flags == ["--check"]:
-        if path.read_text() != reference():
-            print(f"{path} is not what core/config.py says. Make it anew: python -m diptych.cluster.config_docs {path}", file=sys.stderr)
-            return 1
-    else:
-        path.write_text(reference())
-    return 0
+    return make({Path(name): reference()}, f"python -m diptych.cluster.config_docs {name}", flags)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..core.metrics import METRICS, MODEL, VLLM, Metric
 from .dashboards.alerts import ALERTS
+from .dashboards.made import make
 
 INTRO = f"""# Metrics
 
@@ -20,7 +21,8 @@ Every label has few values, those listed here or the names of the fleet's worker
 leaves, its series go. A histogram has `_bucket`, `_sum` and `_count`, with bounds from 1 ms (transfers: 0.1 ms) to 60 s.
 
 Local prefills are `diptych_attempts_total{{path="local"}}`. The KV bytes of all transports are the sum of what clients
-are told in their timing.
+are told in their timing. Refusals are counted over HTTP and gRPC alike, but for a message that gRPC itself refuses as too long: the router
+never sees it.
 
 Made from the same table, in `cluster/dashboards/`: a Grafana dashboard (`grafana.json`, import it and choose the data source) and
 Prometheus alert rules (`alerts.yaml`), each with a test that it fires (`alerts_test.yaml`, for `promtool test rules`).
@@ -63,14 +65,7 @@ def _labels(metric: Metric) -> str:
 
 def main() -> int:
     *flags, name = sys.argv[1:]
-    path = Path(name)
-    if flags == ["--check"]:
-        if path.read_text() != reference():
-            print(f"{path} is not what core/metrics.py says. Make it anew: python -m diptych.cluster.metrics_docs {path}", file=sys.stderr)
-            return 1
-    else:
-        path.write_text(reference())
-    return 0
+    return make({Path(name): reference()}, f"python -m diptych.cluster.metrics_docs {name}", flags)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,9 @@ class SecuritySection(_Section):
         None, description="Files for that, at the same paths on every host; `diptych certs` makes them."
     )
     allow_unauthenticated: bool = Field(
-        False, description="Let the cluster listen beyond loopback although who comes is not asked who he is."
+        False,
+        description="Let the cluster listen beyond loopback, or join a Ray cluster that asks for no token, although who comes is not asked "
+        "who he is.",
     )
 
     @property

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ from .placement import Policy
 from .recording import RecordFile, keep_written
 from .service import HOLD_S, Service
 from .text import Text
+
+log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 65
 """Idle connections are kept longer than clients keep them (httpx 5 s, proxies mostly 60 s), so that it is they who close."""
@@ -91,6 +94,8 @@ class Router:
         self._web = web
         self._web_task = asyncio.create_task(web.serve([listening]))
         self._following = [asyncio.create_task(each()) for each in (self._follow_fleet, *follow)]
+        for task in self._following:
+            task.add_done_callback(_tell_of_a_defect)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse what is new, let what runs end for up to `grace_s` seconds, end the rest with an error, and free the ports."""
@@ -111,6 +116,12 @@ class Router:
             self.fleet.changed.clear()
             self.service.fleet_changed()
             await self._rpc.set_serving(self.service.unavailable() is None)
+
+
+def _tell_of_a_defect(task: asyncio.Task[None]) -> None:
+    """Who follows ends by being cancelled, and else nobody would know that it has ended."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a defect in the router: it follows something no more", exc_info=error)
 
 
 class _WebServer(uvicorn.Server):

@@ -27,7 +27,7 @@ from ...core.config import ClusterConfig
 from ...core.errors import ConfigError
 from ..process import processes
 from ..resources import preflight
-from ..supervising import state
+from ..supervising import exposure, state
 from ..supervising.config_file import read_config
 from ..supervising.restarts import RestartBudget
 
@@ -70,6 +70,7 @@ def detach(config: ClusterConfig) -> Path:
             field="name",
         )
     _refuse_short_lived(state.root())
+    exposure.check(config)
     preflight.check_ports(config)
     preflight.check_ray(config)
     home = directory(config.name)

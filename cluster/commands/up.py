@@ -165,7 +165,7 @@ class Up:
             return plain
         return RayLauncher(
             plain,
-            address=self.config.ray.address,
+            address=preflight.ray_address(self.config),
             cores=len(self.cores),
             wanted=[
                 (launch.phase, [(rank.threads, rank.memory, rank.gpus) for rank in launch.ranks]) for launch in launches if launch.phase

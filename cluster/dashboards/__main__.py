@@ -11,6 +11,7 @@ import yaml
 
 from .alerts import rule_tests, rules
 from .grafana import dashboard
+from .made import make
 
 HERE = Path(__file__).parent
 MADE = "# Made by `python -m diptych.cluster.dashboards` from core/metrics.py and cluster/dashboards/alerts.py; change it there.\n"
@@ -30,15 +31,7 @@ def _yaml(values: Any) -> str:
 
 
 def main() -> int:
-    stale = [name for name, text in files().items() if not (HERE / name).exists() or (HERE / name).read_text() != text]
-    if sys.argv[1:] == ["--check"]:
-        for name in stale:
-            print(f"{HERE / name} is not what the table says. Make it anew: python -m diptych.cluster.dashboards", file=sys.stderr)
-        return 1 if stale else 0
-    for name in stale:
-        (HERE / name).write_text(files()[name])
-        print(f"wrote {name}")
-    return 0
+    return make({HERE / name: text for name, text in files().items()}, "python -m diptych.cluster.dashboards", sys.argv[1:])
 
 
 if __name__ == "__main__":

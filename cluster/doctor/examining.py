@@ -17,7 +17,7 @@ from ...rpc.router import RouterClient
 from ..resources import preflight
 from ..resources.allotment import allot
 from ..resources.devices import chosen, torch_cuda, visible_gpus
-from ..supervising import state
+from ..supervising import exposure, state
 from ..supervising.models import find_model
 from ..supervising.posts import workers
 from . import gpus, host, probing
@@ -77,13 +77,14 @@ def examine(config: ClusterConfig, running: state.ClusterState | None) -> Iterat
         yield from gpus.judge_driver(smi.head, torch_cuda())
     yield from gpus.judge_nccl(_nccl(facts), wanted=Transport.NCCL in wanted)
     found: list[ModelCard] = []
+    said: list[str] = []
     yield _tried("model", partial(_model, config, found))
+    yield _tried("security", partial(_security, config, said))
     yield _tried("Ray", partial(_ray, config, facts))
     if running is not None:
         yield from examine_cluster(running, config, wanted)
         return
     yield _tried("ports", partial(_ports, config))
-    said: list[str] = []
     if found:
         yield _tried("memory", partial(_memory, config, found[0], sorted(os.sched_getaffinity(0)), said))
     yield from (note("settings", each, "") for each in said)
@@ -123,6 +124,13 @@ def _model(config: ClusterConfig, found: list[ModelCard]) -> Finding:
     if missing:
         return wrong("model", f"{directory} has no {missing[0]}.", "It is damaged: remove it, and have it prepared again.", "model.source")
     return ok("model", f"{found[0].name} ({found[0].dtype}) in {directory}")
+
+
+def _security(config: ClusterConfig, said: list[str]) -> Finding:
+    """Adds to `said` what works, and should be known."""
+    exposure.check(config)
+    said += exposure.warnings(config)
+    return ok("security", "who comes is asked who he is" if config.security.asks else "this host's alone, or open as the config says")
 
 
 def _ray(config: ClusterConfig, facts: HostFacts) -> Finding:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 
 from ...core.config import ClusterConfig
 from ...core.errors import ConfigError
 from ...core.layout import DType
 from ...core.model import ModelCard
 from ...core.transfer import transports_for
+from ...rpc.stranger import answers_strangers
 from ..process.spec import Worker
 from .memory import available_bytes, kv_bytes, process_bytes
 
 ROUTER_BYTES = 200 << 20
 RAY_ANSWER_S = 5.0
+RAY_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+"""Of Ray's head. It changes nothing; a head that asks for a token refuses it to who shows none (2.60)."""
 RAY_BYTES = 900 << 20
 """A local Ray 2.60: head, agents and monitors, ten processes of some 80 MB."""
 
@@ -56,14 +61,37 @@ def check_transports(config: ClusterConfig, *, on_gpu: bool) -> None:
         transports_for(config.transfer.transports, on_gpu=on_gpu)
 
 
-def check_ray(config: ClusterConfig) -> None:
-    """`ConfigError` if the Ray cluster to join is not there; Ray itself would try for a minute."""
-    address = config.ray.address
-    if not config.ray.enabled or address is None or address == "auto":
-        return
+def ray_address(config: ClusterConfig) -> str | None:
+    """host:port of the head of the Ray cluster to join, `auto` as Ray itself would find it on this host; None for a Ray of our own.
+    Raises `ConfigError`."""
+    address = config.ray.address if config.ray.joined else None
+    if address != "auto":
+        return _head(address, "ray.address") if address is not None else None
+    if (named := os.environ.get("RAY_ADDRESS")) is not None:
+        return _head(named, "ray.address: auto is RAY_ADDRESS, which")
+    noted = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray", "ray_current_cluster")
+    if not noted.is_file():
+        raise ConfigError(
+            "ray.address: auto finds no Ray on this host. Start one with `ray start --head`, or name the host:port of its head.",
+            field="ray.address",
+        )
+    return noted.read_text().strip()
+
+
+def _head(address: str, what: str) -> str:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in host:
-        raise ConfigError(f"ray.address: {address!r} is not host:port of a Ray head (or `auto`).", field="ray.address")
+        raise ConfigError(f"{what}: {address!r} is not host:port of a Ray head (or `auto`).", field="ray.address")
+    return address
+
+
+def check_ray(config: ClusterConfig) -> None:
+    """`ConfigError` if the Ray cluster to join is not there; Ray itself would try for a minute. Also if it answers whoever asks, and the
+    config does not say that this is wanted: Ray listens on every interface, whatever address it is joined by."""
+    address = ray_address(config)
+    if address is None:
+        return
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=RAY_ANSWER_S).close()
     except (OSError, OverflowError) as error:
@@ -71,6 +99,13 @@ def check_ray(config: ClusterConfig) -> None:
             f"ray.address: no Ray answers at {address} ({error}). Start one there with `ray start --head`, or leave the address out.",
             field="ray.address",
         ) from None
+    if not config.security.allow_unauthenticated and answers_strangers(address, RAY_ALIVE, timeout_s=RAY_ANSWER_S):
+        raise ConfigError(
+            f"ray.address: the Ray cluster at {address} asks nobody who he is, and whoever reaches it may run programs on its nodes. Start "
+            "its nodes with RAY_AUTH_MODE=token and one token (`ray get-auth-token --generate` makes it); or, on a network where everybody "
+            "may come in, say security.allow_unauthenticated: true.",
+            field="ray.address",
+        )
 
 
 def check_memory(config: ClusterConfig, card: ModelCard, workers: Sequence[Worker]) -> None:

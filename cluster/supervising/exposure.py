@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,11 +51,8 @@ def warnings(config: ClusterConfig) -> list[str]:
         said.append("security.allow_unauthenticated: whoever reaches this host may use the model.")
     if security.asks and security.tls is None and beyond:
         said.append("API keys and tokens cross the network unencrypted: give security.tls, unless a proxy before the router does TLS.")
-    if config.ray.joined and not is_loopback_address(config.ray.address or "") and not has_ray_token():
-        said.append(
-            "No Ray token is known here (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), so this Ray cluster asks nobody who he "
-            "is: whoever reaches it may run programs on its nodes. Start its nodes with RAY_AUTH_MODE=token."
-        )
+    if security.allow_unauthenticated and config.ray.joined:
+        said.append("security.allow_unauthenticated: unless Ray asks for a token, whoever reaches it may run programs on its nodes.")
     for files in _files(config):
         ends = _end(files)
         if (days := (ends - datetime.now(UTC)).days) < SOON_DAYS:
@@ -72,17 +67,6 @@ def is_loopback(host: str) -> bool:
     except (socket.gaierror, UnicodeError):
         return True
     return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
-
-
-def is_loopback_address(address: str) -> bool:
-    """The same of host:port; Ray's `auto` is a cluster of this host's."""
-    return address in ("", "auto") or is_loopback(address.rpartition(":")[0])
-
-
-def has_ray_token(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether Ray's client finds a token, where it looks for one."""
-    path = environment.get("RAY_AUTH_TOKEN_PATH")
-    return bool(environment.get("RAY_AUTH_TOKEN")) or Path(path or Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _files(config: ClusterConfig) -> list[TlsFiles]:

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import http.server
 import json
 import os
-import resource
-import shutil
 import socket
-import stat
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_harness import Start, write_card
+from cluster_harness import Start
 from diptych.cluster.doctor import examining, gpus, host, probing
 from diptych.cluster.doctor.examining import judge_fleet
 from diptych.cluster.doctor.finding import Finding, State
 from diptych.cluster.doctor.host import HostFacts
 from diptych.cluster.doctor.links import Link, judge_link, pairs
+from diptych.cluster.process import processes
 from diptych.cluster.supervising import state
-from diptych.core.config import ClusterConfig, load_config
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Fleet, Member, Phase
 from diptych.core.layout import Layout
 from diptych.core.transfer import Transport
+from doctor_harness import config, examined, fake_program
 
 GOOD = HostFacts(
     cores=4,
@@ -165,12 +157,6 @@ def test_drivers_and_versions() -> None:
     assert list(gpus.judge_nccl(None, wanted=False)) == []
 
 
-def fake_program(directory: Path, name: str, script: str) -> None:
-    path = directory / name
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-
 def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert probing.ask_smi() == probing.Smi()
@@ -181,102 +167,7 @@ def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert probing.ask_smi().failure == "Failed to initialize NVML: Driver/library version mismatch"
 
 
-# The probes, on this host made wrong.
-
-
-def look() -> HostFacts:
-    return probing.look(ray=False, gpus=0)
-
-
-def test_this_host_is_looked_at() -> None:
-    facts = look()
-    assert facts.packages["torch"]
-    assert (facts.memfd, facts.loopback) == (None, None)
-    assert facts.disk_free > 0
-
-
-def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert host.judge_compiler(look()).state is State.NOTE
-    fake_program(tmp_path, "g++", "")
-    assert host.judge_compiler(look()).said == str(tmp_path / "g++")
-
-
-def test_few_files() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
-    try:
-        assert host.judge_files(look()).state is State.NOTE
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_memory_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str) -> int:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(os, "memfd_create", refuse)
-    assert look().memfd == "Operation not permitted"
-
-
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="a small /dev/shm takes root and unshare")
-def test_a_small_dev_shm() -> None:
-    probe = (
-        "from diptych.cluster.doctor import probing, host; print(host.judge_shared_memory(probing.look(ray=True, gpus=0), ray=True).state)"
-    )
-    script = f'mount -t tmpfs -o size=1m none /dev/shm && exec "{sys.executable}" -P -c "{probe}"'
-    ran = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=60, check=False)
-    if "unshare failed" in ran.stderr or "permission denied" in ran.stderr.lower():
-        pytest.skip("no mount namespaces here")
-    assert ran.stdout.strip() == "wrong", ran.stderr
-
-
-@contextmanager
-def peer_with_a_clock(ahead_s: float) -> Iterator[str]:
-    class Peer(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response_only(200)
-            self.send_header("Date", formatdate(time.time() + ahead_s, usegmt=True))
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Peer) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@pytest.mark.parametrize(("ahead_s", "kind"), [(0.0, State.OK), (30.0, State.NOTE), (-3600.0, State.WRONG)])
-def test_a_peer_whose_clock_is_wrong(ahead_s: float, kind: State) -> None:
-    with peer_with_a_clock(ahead_s) as address:
-        clocks = probing.clock_of(address)
-    assert clocks is not None
-    assert host.judge_skew("the peer", *clocks).state is kind
-
-
-def test_a_peer_that_is_not_there_has_no_clock() -> None:
-    assert probing.clock_of("127.0.0.1:9") is None
-
-
 # The whole, as the command and as `up` make it.
-
-
-def config(tmp_path: Path, **sections: Any) -> ClusterConfig:
-    model = tmp_path / "model"
-    if not model.exists():
-        (write_card(model) / "tokenizer.json").write_text("{}")
-    base: dict[str, Any] = {"model": {"source": str(model)}, "router": {"http_port": 0, "grpc_port": 0}, "ray": {"enabled": False}}
-    return load_config({**base, **sections})
-
-
-def examined(config: ClusterConfig) -> dict[str, Finding]:
-    return {finding.check: finding for finding in examining.examine(config, None)}
 
 
 def test_nothing_is_wrong_here(tmp_path: Path) -> None:
@@ -310,6 +201,36 @@ def test_a_ray_that_does_not_answer(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     assert examined(config(tmp_path, ray={"address": address}))["Ray"].field == "ray.address"
+
+
+def test_gpus_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As their own program says it, on a host that has none otherwise."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(examining, "torch_cuda", lambda: "13.0")
+    exclusive, old = H100.replace("Default", "Exclusive_Process"), HEAD.replace("13.0", "12.4")
+    fake_program(tmp_path, "nvidia-smi", f'case "$1" in --query*) echo "{exclusive}";; *) echo "{old}";; esac')
+    found = examined(config(tmp_path, device="cpu"))
+    assert (found["GPU 0"].state, found["driver"].state) == (State.WRONG, State.WRONG)
+    fake_program(tmp_path, "nvidia-smi", 'echo "Failed to initialize NVML: Driver/library version mismatch"; exit 18')
+    assert "version mismatch" in examined(config(tmp_path, device="cpu"))["GPUs"].said
+
+
+def test_more_threads_than_cores_are_noted(tmp_path: Path) -> None:
+    found = examining.examine(config(tmp_path, decode={"threads": 4096}), None)
+    noted = [finding.said for finding in found if (finding.check, finding.state) == ("settings", State.NOTE)]
+    assert any("they will slow each other down" in said for said in noted), noted
+
+
+@pytest.mark.parametrize(
+    ("sections", "field"),
+    [
+        ({"router": {"host": "0.0.0.0", "http_port": 0, "grpc_port": 0}}, "security.api_keys"),
+        ({"security": {"tls": {"cert": "none.pem", "key": "none.key"}}}, "security.tls"),
+    ],
+)
+def test_what_up_would_not_leave_open(tmp_path: Path, sections: dict[str, Any], field: str) -> None:
+    finding = examined(config(tmp_path, **sections))["security"]
+    assert (finding.state, finding.field) == (State.WRONG, field)
 
 
 def test_up_refuses_what_could_not_move_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +279,17 @@ def running(**changes: Any) -> state.ClusterState:
 
 def test_a_supervisor_that_is_gone(tmp_path: Path) -> None:
     assert only(examining.examine_cluster(running(), config(tmp_path), BOTH)).state is State.WRONG
+
+
+def test_a_cluster_that_is_starting_and_a_router_that_does_not_answer(tmp_path: Path) -> None:
+    ours = running(started=processes.start_ticks(os.getpid()))
+    finding = only(examining.examine_cluster(ours, config(tmp_path), BOTH))
+    assert (finding.check, finding.state) == ("cluster", State.NOTE)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    serves = ours.model_copy(update={"ready": True, "http": address, "grpc": address, "control": address})
+    finding = only(examining.examine_cluster(serves, config(tmp_path), BOTH))
+    assert (finding.check, finding.state) == ("router", State.WRONG)
 
 
 def test_a_worker_nobody_hears() -> None:

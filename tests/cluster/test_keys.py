@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from certificates import Issued
 from cryptography import x509
@@ -16,6 +19,7 @@ from diptych.cluster.cli import app
 from diptych.cluster.process.certs import write_all
 from diptych.cluster.process.identities import from_environment, internal_files, to_environment
 from diptych.cluster.process.spec import RouteSpec
+from diptych.cluster.resources import preflight
 from diptych.cluster.supervising import exposure
 from diptych.cluster.supervising.posts import route_spec
 from diptych.core.config import load_config
@@ -194,16 +198,64 @@ def test_a_certificate_that_nobody_would_accept_is_refused_at_the_start(tmp_path
         assert (caught.value.field or "").startswith("security.internal_tls")
 
 
-def test_what_works_and_should_be_known_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+def test_what_works_and_should_be_known_is_said() -> None:
     assert exposure.warnings(load_config({})) == []
     assert "whoever reaches" in "".join(exposure.warnings(load_config(OPEN | ANYBODY)))
     assert "unencrypted" in "".join(exposure.warnings(load_config(OPEN | ASKS)))
-    joined = load_config({"ray": {"address": "10.1.2.3:6379"}})
-    assert "RAY_AUTH_MODE=token" in "".join(exposure.warnings(joined))
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
-    assert exposure.warnings(joined) == []
+    joined = {"ray": {"address": "10.1.2.3:6379"}}
+    assert exposure.warnings(load_config(joined)) == []
+    assert "unless Ray asks for a token" in "".join(exposure.warnings(load_config(joined | ANYBODY)))
+
+
+@contextmanager
+def head(code: grpc.StatusCode) -> Iterator[str]:
+    """The address of what answers whoever asks it anything."""
+
+    def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+        context.set_code(code)
+        return b""
+
+    class Anything(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=(Anything(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+def test_a_ray_cluster_that_asks_nobody_is_joined_only_if_the_config_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with head(grpc.StatusCode.OK) as address:
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+        for joined in (address, "auto"):
+            with pytest.raises(ConfigError, match="RAY_AUTH_MODE=token") as caught:
+                preflight.check_ray(load_config({"ray": {"address": joined}}))
+            assert caught.value.field == "ray.address"
+            assert "security.allow_unauthenticated: true" in caught.value.message
+            preflight.check_ray(load_config({"ray": {"address": joined}} | ANYBODY))
+        preflight.check_ray(load_config({"ray": {"address": address, "enabled": False}}))
+    with head(grpc.StatusCode.UNAUTHENTICATED) as address:
+        preflight.check_ray(load_config({"ray": {"address": address}}))
+
+
+def test_where_auto_leads_is_known_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = load_config({"ray": {"address": "auto"}})
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="finds no Ray on this host"):
+        preflight.ray_address(auto)
+    monkeypatch.setenv("RAY_ADDRESS", "10.1.2.3:6379")
+    assert preflight.ray_address(auto) == "10.1.2.3:6379"
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.1.2.3:10001")
+    with pytest.raises(ConfigError, match="RAY_ADDRESS"):
+        preflight.ray_address(auto)
+    assert preflight.ray_address(load_config({})) is None
 
 
 def test_an_authority_of_the_clusters_own_outlives_it() -> None:

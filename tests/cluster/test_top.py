@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import http.server
 import io
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +18,7 @@ from diptych.cluster.top.scraped import NOTHING, Change, Scrape, parse
 from diptych.cluster.top.tables import draw
 from diptych.cluster.top.watching import _look
 from diptych.core.errors import NotFound, Unauthenticated, Unavailable
+from http_peer import Handler, serving
 from rich.console import Console
 
 
@@ -107,25 +106,12 @@ def server(*answers: tuple[int, bytes]) -> Iterator[str]:
     """Gives these answers one after another, then the last again and again."""
     left = list(answers)
 
-    class Peer(http.server.BaseHTTPRequestHandler):
+    class Peer(Handler):
         def do_GET(self) -> None:
-            status, body = left.pop(0) if len(left) > 1 else left[0]
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.answer(*(left.pop(0) if len(left) > 1 else left[0]))
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Peer) as served:
-        thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"127.0.0.1:{served.server_port}"
-        finally:
-            served.shutdown()
-            thread.join()
+    with serving(Peer) as address:
+        yield address
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,21 @@ def check_quiet_packages(tree: Tree) -> list[str]:
     ]
 
 
+PICKLES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "xmlrpc"}
+PICKLE_CALLS = re.compile(r"\b((?:send|recv|broadcast|scatter)_object_list|(?:all_)?gather_object|torch\.load)\(")
+"""Of torch: what reads pickle, and what sends it between ranks."""
+
+
+def check_no_pickle(tree: Tree) -> list[str]:
+    """No port of ours takes pickle: no module can make or read it. (Ray does between its own processes, behind its token.)"""
+    wrong = []
+    for source in tree.sources.values():
+        named = [(found.line, found.module) for found in source.imports if found.top in PICKLES]
+        called = [(source.text.count("\n", 0, found.start()) + 1, found[1]) for found in PICKLE_CALLS.finditer(source.text)]
+        wrong += [f"{tree.where(source, line)}: {what} speaks pickle" for line, what in [*named, *called]]
+    return wrong
+
+
 def check_circles(tree: Tree) -> list[str]:
     """No module imports itself, however long the way round."""
     graph = {name: tree.edges(source) for name, source in tree.sources.items()}

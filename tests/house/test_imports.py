@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from house_rules import ROOMS, ROOT, Tree, check_circles, check_quiet_packages, check_stairs, check_table
+from house_rules import ROOMS, ROOT, Tree, check_circles, check_no_pickle, check_quiet_packages, check_stairs, check_table
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,15 @@ def test_the_stairs_are_checked(tmp_path: Path, path: str, text: str, expected: 
 
 def test_packages_import_nothing(house: Tree) -> None:
     assert check_quiet_packages(house) == []
+
+
+def test_nobody_speaks_pickle(house: Tree, tmp_path: Path) -> None:
+    assert check_no_pickle(house) == []
+    spoken = small(tmp_path, {"worker/post.py": "import pickle\n", "engine/groups.py": "def f(dist):\n    dist.all_gather_object([])\n"})
+    assert sorted(check_no_pickle(spoken)) == [
+        "engine/groups.py:2: all_gather_object speaks pickle",
+        "worker/post.py:1: pickle speaks pickle",
+    ]
 
 
 def test_there_is_no_import_circle(house: Tree) -> None:

@@ -390,6 +390,18 @@ def test_a_url_without_keys_is_refused_at_the_start(site, section, provider, mon
     asyncio.run(run())
 
 
+def test_a_defect_in_what_follows_keys_is_told(site, section, monkeypatch, caplog):
+    async def follow(self):
+        raise RuntimeError("a defect")
+
+    async def run():
+        async with site(prefill=0, decode=0, jwt=section) as s:
+            await s.until(lambda: "follows something no more" in caplog.text)
+
+    monkeypatch.setattr(Doors, "follow", follow)
+    asyncio.run(run())
+
+
 def test_doors_without_a_ring_take_tokens_alone(section, signer):
     doors = Doors(None, check(section))
     assert doors.tenant(f"bearer  {signer.token()} ") == "alice"
