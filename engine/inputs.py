@@ -118,7 +118,7 @@ def _chunks(rows: Sequence[Row], places: Sequence[int], index: int, group: Cache
     paging = _paging(group, kind.block_size)
     long = [(place, row.start, row.length, row.tables[index]) for place, row in zip(places, rows, strict=False) if row.length > 1]
     if long and attends(kind.dtype, group.head_dim, kind.block_size, kind.device):
-        yield make_paged_chunks(*zip(*long, strict=True), paging)
+        yield make_paged_chunks(long, paging)
     else:
         yield from (make_chunk(*each, paging) for each in long)
 

@@ -29,12 +29,10 @@ class PagedChunks:
     window: int
 
 
-def make_paged_chunks(
-    places: Sequence[int], starts: Sequence[int], lengths: Sequence[int], tables: Sequence[Sequence[int]], paging: Paging
-) -> PagedChunks:
-    """Rows whose `lengths[r]` new tokens begin at place `places[r]` of the step and at position `starts[r]` of their sequence."""
-    size = paging.block_size
-    ends = [(start + length - 1) // size + 1 for start, length in zip(starts, lengths, strict=True)]
+def make_paged_chunks(chunks: Sequence[tuple[int, int, int, Sequence[int]]], paging: Paging) -> PagedChunks:
+    """Rows as `make_chunk` takes them: where a row's new tokens begin in the step and in its sequence, how many they are, and its table."""
+    places, starts, lengths, tables = zip(*chunks, strict=True)
+    ends = [(start + length - 1) // paging.block_size + 1 for start, length in zip(starts, lengths, strict=True)]
     runs = [table[paging.first_block(start) : end] for table, start, end in zip(tables, starts, ends, strict=True)]
     return PagedChunks(
         places=torch.tensor(places),

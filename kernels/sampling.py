@@ -15,6 +15,7 @@ from torch import Tensor
 from .likeliest import likeliest, log_total
 from .native import native
 from .noise import GROUP, Noise
+from .triton_kernels import TritonKernels, triton_for
 
 NUCLEUS_SIZES = (1024, 16384)
 """Top-p looks among so many likeliest tokens before it sorts the whole vocabulary (14 ms for 262,144; 0.13 for the first 1,024)."""
@@ -27,6 +28,9 @@ _FIRST = 4
 def draw(logits: Tensor, noise: Noise, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
     """The token drawn from logits [vocab], int64 [] where they are. temperature > 0; top_k 0, top_p 1 and min_p 0 are no limit."""
     limited = top_k or top_p < 1.0 or min_p > 0.0
+    if (kernels := triton_for(logits)) is not None:
+        limits = limits_of(logits.float() / temperature, top_k=top_k, top_p=top_p, min_p=min_p) if limited else (None, None)
+        return _drawn_by_triton(kernels, logits, noise, temperature, limits)
     if logits.is_cpu and not limited:
         return _drawn_of_all(logits, noise, temperature)
     if not logits.is_cpu:
@@ -45,6 +49,32 @@ def _drawn_of_all(logits: Tensor, noise: Noise, temperature: float) -> Tensor:
     wide, key = logits.dtype is torch.float32, (noise.seed, noise.choice, noise.index)
     kernels.draw(token.data_ptr(), logits.data_ptr(), wide, len(logits), temperature, *key)
     return token
+
+
+def _drawn_by_triton(
+    kernels: TritonKernels, logits: Tensor, noise: Noise, temperature: float, limits: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    """Nothing waits: what is asked comes from pinned memory."""
+    seed = noise.seed - (noise.seed >> 63 << 64)  # the same bits with a sign
+    bits = torch.tensor(temperature).view(torch.int32)
+    asks = torch.tensor([[seed, noise.choice, noise.index, int(bits)]], pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
+    token = torch.empty((), dtype=torch.int64, device=logits.device)
+    kernels.draw(token, logits[None], asks, *limits)
+    return token
+
+
+def limits_of(scaled: Tensor, *, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
+    """Of logits that are divided by the temperature, [vocab], the least that the limits let through, fp32 [], and the last token that they
+    let through of those that have it, int64 []: of equal ones the first. With nothing that the host must know in between."""
+    if not top_k and top_p == 1.0:
+        return scaled.max() + math.log(min_p), torch.full((), len(scaled), dtype=torch.int64, device=scaled.device)
+    count = min(top_k or len(scaled), len(scaled))
+    values, tokens = (each[:count] for each in scaled.sort(descending=True, stable=True))
+    kept = _likely(values, values[0], min_p)
+    if top_p < 1.0:
+        kept &= _before(values, values.logsumexp(0)) < top_p
+    least = kept.sum().sub_(1).clamp_(min=0)
+    return values.take(least), tokens.take(least)
 
 
 def draw_at_once(logits: Tensor, noise: Noise, *, top_k: int, top_p: float, min_p: float) -> Tensor:

@@ -35,6 +35,7 @@ class TritonKernels:
     attend_singles: Kernel
     attend_chunks: Kernel
     move_rows: Kernel
+    draw: Kernel
 
 
 @cache
@@ -43,6 +44,7 @@ def triton_kernels() -> TritonKernels | None:
     try:
         from .gpu.attend_chunks import attend_chunks
         from .gpu.attend_singles import attend_singles
+        from .gpu.draw import draw
         from .gpu.gated import gated
         from .gpu.move_rows import move_rows
         from .gpu.residual_norm import residual_norm
@@ -50,7 +52,7 @@ def triton_kernels() -> TritonKernels | None:
     except ImportError as error:
         log.warning("No Triton kernels, the GPU computes with torch alone, some steps in five to ten times as many passes: %s", error)
         return None
-    return TritonKernels(residual_norm, rotary_store, gated, attend_singles, attend_chunks, move_rows)
+    return TritonKernels(residual_norm, rotary_store, gated, attend_singles, attend_chunks, move_rows, draw)
 
 
 def triton_on(device: torch.device) -> TritonKernels | None:

@@ -1,4 +1,4 @@
-"""Runs as tables of rows, which torch gathers and scatters: on a GPU thousands of runs are then two kernels, not as many copies.
+"""Runs as tables of rows: on a GPU thousands of runs are then one kernel, not as many copies.
 
 The runs are those of `geometry`, so what goes where is decided in one place. Runs of equal alignment share a table: a row is as long as the
 alignment allows, a whole block's heads at most, and whole blocks are one table, the tokens of the block that ends a prompt another.
@@ -13,6 +13,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from ..kernels.move_rows import move_rows
 from .coverage import Span
 from .crossing import Crossing
 from .geometry import Runs, Table, runs_in
@@ -87,9 +88,9 @@ def _carry(crossing: Crossing, span: Span, runs: Table, layers: list[tuple[Tenso
     fits: list[Tensor] = []
     for table in rows(runs, crossing.block(span.group) // dtypes[0].itemsize, layers[0][1].device):
         for sides in layers:
-            moved = _move(_elements(sides[0], dtypes[0]), _elements(sides[1], dtypes[1]), table)
-            if dtypes[1] is torch.float16:
-                fits.append(moved.isfinite().all())
+            found = _move(_elements(sides[0], dtypes[0]), _elements(sides[1], dtypes[1]), table)
+            if found is not None:
+                fits.append(found)
     return torch.stack(fits).all() if fits else None
 
 
@@ -97,15 +98,13 @@ def _elements(flat: Tensor, dtype: torch.dtype) -> Tensor:
     return flat[: len(flat) // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
-def _move(source: Tensor, destination: Tensor, table: Rows) -> Tensor:
-    """One table, between flat tensors of bytes or of elements; elements are rounded to the destination's dtype. What is stored."""
+def _move(source: Tensor, destination: Tensor, table: Rows) -> Fits:
+    """One table, between flat tensors of bytes or of elements; elements are rounded to the destination's dtype."""
     here, there = (side[: len(side) // table.length * table.length].view(-1, table.length) for side in (source, destination))
     if source.dtype is torch.uint8:
         word = WORDS[gcd(table.length, 8, source.storage_offset(), destination.storage_offset())]
         here, there = here.view(word), there.view(word)
-    moved = here.index_select(0, table.here).to(there.dtype)
-    there.index_copy_(0, table.there, moved)
-    return moved
+    return move_rows(here, there, table.here, table.there)
 
 
 def _staged(crossing: Crossing, span: Span, slot: Tensor) -> Iterator[tuple[int, Tensor]]:

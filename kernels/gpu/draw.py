@@ -31,8 +31,7 @@ def _draw_chunk(
     best_ptr: tl.tensor,
     token_ptr: tl.tensor,
     logits_ptr: tl.tensor,
-    key_ptr: tl.tensor,
-    temperature_ptr: tl.tensor,
+    ask_ptr: tl.tensor,
     floor_ptr: tl.tensor,
     last_ptr: tl.tensor,
     row_stride: tl.tensor,
@@ -43,8 +42,9 @@ def _draw_chunk(
 ) -> None:
     GROUPS: tl.constexpr = CHUNK // GROUP
     row, chunk = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    seed, choice, index = tl.load(key_ptr + row * 3), tl.load(key_ptr + row * 3 + 1), tl.load(key_ptr + row * 3 + 2)
-    choice, index = choice.to(tl.uint32), index.to(tl.uint32)
+    seed = tl.load(ask_ptr + row * 4)
+    choice, index = tl.load(ask_ptr + row * 4 + 1).to(tl.uint32), tl.load(ask_ptr + row * 4 + 2).to(tl.uint32)
+    temperature = tl.load(ask_ptr + row * 4 + 3).to(tl.int32).to(tl.float32, bitcast=True)
 
     group = chunk * GROUPS + tl.arange(0, GROUPS)
     zero = tl.zeros([GROUPS], tl.uint32)
@@ -65,7 +65,7 @@ def _draw_chunk(
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = token < vocab
     logits = tl.load(logits_ptr + row * row_stride + token, mask=inside, other=float("-inf")).to(tl.float32)
-    scaled = logits / tl.load(temperature_ptr + row)
+    scaled = tl.div_rn(logits, temperature + tl.zeros([GROUPS, GROUP], tl.float32))  # as torch divides: floors are among these
     if LIMITED:
         floor, last = tl.load(floor_ptr + row), tl.load(last_ptr + row)
         kept = (scaled > floor) | ((scaled == floor) & (token <= last))
@@ -88,9 +88,9 @@ def _best_chunk(out_ptr: tl.tensor, best_ptr: tl.tensor, token_ptr: tl.tensor, c
     tl.store(out_ptr + row, tl.load(token_ptr + row * chunks + winner))
 
 
-def draw(out: Tensor, logits: Tensor, keys: Tensor, temperatures: Tensor, floors: Tensor | None, lasts: Tensor | None) -> None:
-    """out: int64 [rows], the tokens; logits: [rows, vocab], rows contiguous; keys: int64 [rows, 3], seed, choice and index of the noise;
-    temperatures: fp32 [rows].
+def draw(out: Tensor, logits: Tensor, asks: Tensor, floors: Tensor | None, lasts: Tensor | None) -> None:
+    """out: int64 [rows], the tokens; logits: [rows, vocab], rows contiguous; asks: int64 [rows, 4], seed, choice and index of the noise,
+    and the bits of the temperature in fp32.
 
     floors: fp32 [rows], the least logit / temperature that can be drawn, if there are limits, and lasts: int64 [rows], the last token that
     can be drawn of those that have it.
@@ -99,13 +99,12 @@ def draw(out: Tensor, logits: Tensor, keys: Tensor, temperatures: Tensor, floors
     chunks = triton.cdiv(vocab, CHUNK)
     best = torch.empty(rows, chunks, dtype=torch.float32, device=out.device)
     tokens = torch.empty(rows, chunks, dtype=torch.int64, device=out.device)
-    limits = (temperatures, out) if floors is None or lasts is None else (floors, lasts)
+    limits = (best, tokens) if floors is None or lasts is None else (floors, lasts)  # not read without limits
     _draw_chunk[(chunks, rows)](
         best,
         tokens,
         logits,
-        keys,
-        temperatures,
+        asks,
         *limits,
         logits.stride(0),
         vocab,

@@ -15,9 +15,21 @@ from triton_place import DEVICE, DTYPES, ROUNDING, on_triton
 pytestmark = pytest.mark.usefixtures("on_triton")
 __all__ = ["on_triton"]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-SEES = [(0, 0.0), (40, 0.0), (0, 0.7), (3, 2.0)]
-HEADS = [(1, 4, 256), (2, 1, 64), (2, 3, 80), (1, 8, 128), (2, 5, 96), (1, 20, 112)]
-"""KV heads, query heads that share one, head_dim."""
+FULL, WINDOW, CAPPED, BOTH = (0, 0.0), (40, 0.0), (0, 0.7), (3, 2.0)
+SHAPES = [
+    (1, 4, 256, *FULL),
+    (1, 4, 256, *BOTH),
+    (2, 1, 64, *FULL),
+    (2, 1, 64, *WINDOW),
+    (2, 3, 80, *WINDOW),
+    (2, 3, 80, *CAPPED),
+    (1, 8, 128, *FULL),
+    (1, 8, 128, *BOTH),
+    (2, 5, 96, *WINDOW),
+    (1, 20, 112, *CAPPED),
+]
+shapes = pytest.mark.parametrize(("kv_heads", "group", "head_dim", "window", "softcap"), SHAPES)
+"""KV heads, query heads that share one, head_dim, what is seen, the cap of scores."""
 
 
 def on_device(span):
@@ -33,8 +45,7 @@ def close(found, expected, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize(("window", "softcap"), SEES)
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), HEADS)
+@shapes
 def test_singles(kv_heads, group, head_dim, window, softcap, dtype):
     """Rows of a step in any order, among others that are not asked for; one split each."""
     lengths = [1, 150, 16, 33, 97]
@@ -77,8 +88,7 @@ def test_rows_that_see_nothing_are_zeros(blocks):
 
 
 @dtypes
-@pytest.mark.parametrize(("window", "softcap"), SEES)
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), HEADS)
+@shapes
 def test_chunks(kv_heads, group, head_dim, window, softcap, dtype):
     """A whole prompt, one in the middle of its sequence, one of two tokens behind a long prefix; together, around a row with one token."""
     chunks = [(0, 45), (37, 60), (130, 2)]
@@ -88,10 +98,10 @@ def test_chunks(kv_heads, group, head_dim, window, softcap, dtype):
     )
     places, total = [0, 46, 106], 108
     query = randn(total, kv_heads * group, head_dim, seed=6).to(dtype)
-    starts, lengths = zip(*chunks, strict=True)
-    firsts = [paging.first_block(start) for start in (*starts, 19)]
+    firsts = [paging.first_block(start) for start in (*(start for start, _ in chunks), 19)]
     tables = [[-1] * first + table[first:] for first, table in zip(firsts, world.tables, strict=True)]
-    spans = [make_paged_chunks(places, starts, lengths, tables[:3], paging), make_paged_singles([45], [19], tables[3:], paging)]
+    long = [(place, *chunk, table) for place, chunk, table in zip(places, chunks, tables[:3], strict=True)]
+    spans = [make_paged_chunks(long, paging), make_paged_singles([45], [19], tables[3:], paging)]
     if window:  # what lies before the first key that is seen may be anything, in the block that has that key, too
         for (start, _), table, first in zip(chunks, world.tables, firsts, strict=False):
             world.cache[table[first], :, :, : paging.first_key(start) - first * BLOCK] = torch.nan
@@ -110,7 +120,7 @@ def test_many_short_chunks():
     world, paging = World(lengths, 1, 64, 5, torch.float32), Paging(1, BLOCK, 0)
     places = [sum(lengths[:row]) for row in range(len(lengths))]
     query = randn(sum(lengths), 2, 64, seed=6)
-    span = on_device(make_paged_chunks(places, [0] * len(lengths), lengths, world.tables, paging))
+    span = on_device(make_paged_chunks(list(zip(places, [0] * 9, lengths, world.tables, strict=True)), paging))
     out = attend(query.to(DEVICE), world.cache.to(DEVICE), [span], 0.3).view(query.shape)
     for row, length in enumerate(lengths):
         for position in range(length):

@@ -59,7 +59,7 @@ def launches(dtype: torch.dtype, shapes: list[tuple[int, int, int]]) -> Iterator
     yield "move_rows", lambda: move_rows.move_rows(torch.zeros((), dtype=torch.int8), row, row.half(), numbers, numbers, True)
     logits, some = torch.zeros(2, 128_256, dtype=dtype), torch.zeros(2)
     for limits in ((None, None), (some, numbers)):
-        yield f"draw {limits[0] is not None}", lambda limits=limits: draw.draw(numbers, logits, numbers, some, *limits)
+        yield f"draw {limits[0] is not None}", lambda limits=limits: draw.draw(numbers, logits, numbers, *limits)
     for kv_heads, group, head_dim in shapes:
         heads = kv_heads * group
         cache = torch.zeros(64, kv_heads, 2, BLOCK, head_dim, dtype=dtype)

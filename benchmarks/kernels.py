@@ -1,0 +1,212 @@
+"""Each Triton kernel against what the GPU can do: copy bandwidth and matrix products, measured in the same run.
+
+    python -m diptych.benchmarks.kernels [--dtype bfloat16] [--keep kernels]
+
+Shapes are those of an 8B Llama (32 heads, 8 KV heads, head_dim 128, hidden 4096, MLP 14,336). What is bound by memory is printed as a share
+of the copy's bandwidth, counting what has to be read and written once; prefill attention as a share of torch's fastest fused attention.
+Times are medians (`triton.testing.do_bench`, which empties the second-level cache before each run), each beside its twin in torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diptych.benchmarks.record import describe, keep, surroundings
+from diptych.kernels.attend_chunks import make_paged_chunks
+from diptych.kernels.attend_singles import make_paged_singles
+from diptych.kernels.gated import gated, gated_torch
+from diptych.kernels.kv_store import store_rows
+from diptych.kernels.move_rows import move_rows, move_rows_torch
+from diptych.kernels.paged_attention import attend
+from diptych.kernels.paging import Paging
+from diptych.kernels.residual_norm import residual_norm, residual_norm_torch
+from diptych.kernels.rotary_store import rotary_store, rotary_store_torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BLOCK, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MLP = 16, 32, 8, 128, 4096, 14_336
+BATCHES, CONTEXTS, TOKENS = (1, 16, 64, 256), (1024, 8192, 32_768), (1, 64, 4096)
+PREFILLS = ((0, 2048), (0, 8192), (6144, 2048))
+FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+Clock = Callable[[Callable[[], object]], float]
+"""Milliseconds that a call takes."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured; a test takes smaller ones."""
+
+    batches: tuple[int, ...] = BATCHES
+    contexts: tuple[int, ...] = CONTEXTS
+    tokens: tuple[int, ...] = TOKENS
+    prefills: tuple[tuple[int, int], ...] = PREFILLS
+    moved: int = 256 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape: the bytes that have to move, or the operations that have to be made, and the same by torch."""
+
+    kernel: str
+    shape: str
+    run: Callable[[], object]
+    twin: Callable[[], object] | None
+    bytes: int = 0
+    flops: int = 0
+
+
+def device_clock(run: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(run, quantiles=[0.5]))
+
+
+def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """One after the other, so that what one holds is free before the next."""
+    for tokens in sizes.tokens:
+        yield from small(tokens, dtype, device)
+    yield moves(sizes.moved, dtype, device)
+    for context in sizes.contexts:
+        yield from (decode(batch, context, dtype, device) for batch in sizes.batches)
+    for start, length in sizes.prefills:
+        yield prefill(start, length, dtype, device)
+
+
+def small(tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    x, change, weight, gate_up = random(tokens, HIDDEN), random(tokens, HIDDEN), torch.ones(HIDDEN, device=device), random(tokens, 2 * MLP)
+    norm = (x, change, None, weight, 1e-6)
+    yield Case("residual_norm", f"{tokens}", lambda: residual_norm(*norm), lambda: residual_norm_torch(*norm), 4 * x.nbytes)
+    yield Case("gated", f"{tokens}", lambda: gated(gate_up, "silu"), lambda: gated_torch(gate_up, "silu"), gate_up.nbytes * 3 // 2)
+    qkv = random(tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    cache = random(-(-tokens // BLOCK), KV_HEADS, 2, BLOCK, HEAD_DIM)
+    at = torch.arange(tokens)
+    rows = store_rows(at // BLOCK, at % BLOCK, kv_heads=KV_HEADS, block_size=BLOCK).to(device)
+    angles = (torch.ones(tokens, 1, HEAD_DIM // 2, device=device), torch.zeros(tokens, 1, HEAD_DIM // 2, device=device))
+    options: dict[str, Any] = {"heads": HEADS, "qk_norm": None, "angles": angles, "eps": 1e-6}
+    moved = 2 * qkv.nbytes + rows.nbytes + 2 * angles[0].nbytes
+    run, twin = (lambda: rotary_store(qkv, cache, rows, **options)), (lambda: rotary_store_torch(qkv, cache, rows, **options))
+    yield Case("rotary_store", f"{tokens}", run, twin, moved)
+
+
+def moves(size: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Scattered blocks to a staging slot."""
+    block = KV_HEADS * 2 * BLOCK * HEAD_DIM
+    source = torch.randn(size // block // dtype.itemsize, block, dtype=dtype, device=device)
+    order, to = torch.randperm(len(source), device=device), torch.arange(len(source), device=device)
+    slot = torch.empty_like(source)
+    move, twin = (lambda: move_rows(source, slot, order, to)), (lambda: move_rows_torch(source, slot, order, to, False))
+    return Case("move_rows", f"{len(source)} blocks", move, twin, 2 * source.nbytes)
+
+
+def paged(sequences: int, context: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[list[int]]]:
+    """A cache, and the tables of sequences whose blocks lie scattered in it."""
+    each = -(-context // BLOCK)
+    cache = torch.randn(sequences * each, KV_HEADS, 2, BLOCK, HEAD_DIM, dtype=dtype, device=device)
+    return cache, torch.randperm(len(cache)).view(sequences, each).tolist()
+
+
+def decode(batch: int, context: int, dtype: torch.dtype, device: torch.device) -> Case:
+    cache, tables = paged(batch, context, dtype, device)
+    query = torch.randn(batch, HEADS, HEAD_DIM, dtype=dtype, device=device)
+    span = make_paged_singles(range(batch), [context - 1] * batch, tables, Paging(KV_HEADS, BLOCK, 0))
+    span = type(span)(*(part.to(device) for part in (span.tokens, span.tables, span.firsts, span.lasts)))
+    run = lambda: attend(query, cache, [span], HEAD_DIM**-0.5)  # noqa: E731
+    return Case("attend_singles", f"{batch} x {context}", run, None, cache.nbytes + 2 * query.nbytes)
+
+
+def prefill(start: int, length: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """`length` tokens behind `start` that are cached; torch has keys and values as it wants them, without a gather."""
+    context = start + length
+    cache, tables = paged(1, context, dtype, device)
+    query = torch.randn(length, HEADS, HEAD_DIM, dtype=dtype, device=device)
+    span = make_paged_chunks([(0, start, length, tables[0])], Paging(KV_HEADS, BLOCK, 0))
+    places, sums, positions, blocks = (part.to(device) for part in (span.places, span.sums, span.positions, span.tables))
+    span = type(span)(places, sums, positions, blocks, span.tokens, span.window)
+    keys = torch.randn(2, 1, HEADS, context, HEAD_DIM, dtype=dtype, device=device)
+    queries = query.transpose(0, 1)[None].contiguous()
+    twin = None if start else (lambda: F.scaled_dot_product_attention(queries, keys[0], keys[1], is_causal=True))
+    pairs = length * start + length * (length + 1) // 2
+    run = lambda: attend(query, cache, [span], HEAD_DIM**-0.5)  # noqa: E731
+    return Case("attend_chunks", f"{length} behind {start}", run, twin, flops=4 * pairs * HEADS * HEAD_DIM)
+
+
+def fastest(twin: Callable[[], object], clock: Clock) -> float:
+    """Of torch's fused attentions, where they take such a shape at all."""
+    found = []
+    for backend in FUSED:
+        with sdpa_kernel(backend):
+            try:
+                found.append(clock(twin))
+            except RuntimeError as error:
+                print(f"torch's {backend.name} does not take this: {str(error).splitlines()[0]}", file=sys.stderr)
+    return min(found, default=float("nan"))
+
+
+def copy_rate(size: int, device: torch.device, clock: Clock) -> float:
+    """Bytes per second, read and written."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2e3 * size / clock(lambda: target.copy_(source))
+
+
+def matmul_rate(size: int, dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
+    """Operations per second of one large product of random numbers."""
+    left, right = torch.randn(2, size, size, dtype=dtype, device=device)
+    return 2e3 * size**3 / clock(lambda: left @ right)
+
+
+def measure(sizes: Sizes, dtype: torch.dtype, device: torch.device, clock: Clock) -> dict[str, Any]:
+    copied, multiplied = copy_rate(sizes.moved * 4, device, clock), matmul_rate(8192 if device.type == "cuda" else 64, dtype, device, clock)
+    print(f"copy {copied / 1e9:.0f} GB/s, products {multiplied / 1e12:.1f} TFLOP/s")
+    results: dict[str, Any] = {"copy_gb_s": copied / 1e9, "matmul_tflop_s": multiplied / 1e12, "kernels": []}
+    for case in cases(sizes, dtype, device):
+        took = clock(case.run)
+        twin = None if case.twin is None else fastest(case.twin, clock) if case.flops else clock(case.twin)
+        bound = case.bytes / copied * 1e3 if case.bytes else case.flops / multiplied * 1e3
+        beside = "" if twin is None else f", torch {twin:.4f} ms"
+        print(f"{case.kernel:14} {case.shape:>16}: {took:.4f} ms, {bound / took:4.0%} of the bound{beside}")
+        results["kernels"].append({"kernel": case.kernel, "shape": case.shape, "ms": took, "torch_ms": twin, "bound_ms": bound})
+    return results
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(device)
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=30).stdout.split()[0]
+    memory = round(found.total_memory / 2**30, 1)
+    return {"name": found.name, "memory_gib": memory, "cores": found.multi_processor_count, "driver": driver, "cuda": torch.version.cuda}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m diptych.benchmarks.kernels", description="How near do the Triton kernels come to the GPU?"
+    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--keep", metavar="NAME", help="write benchmarks/results/NAME.json")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU: torch finds no CUDA device here, so nothing is measured")
+    device = torch.device("cuda", torch.cuda.current_device())
+    where = surroundings()
+    where["gpu"] = {**gpu(device), "triton": version("triton")}
+    print(f"{where['gpu']['name']}, triton {where['gpu']['triton']}; {describe(where)}")
+    with torch.inference_mode():
+        results = measure(Sizes(), getattr(torch, options.dtype), device, device_clock)
+    if options.keep:
+        print(f"kept in {keep(options.keep, where, vars(options), results)}")
+
+
+if __name__ == "__main__":
+    main()
