@@ -8,9 +8,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple, TextIO
 
 from ..core.clock import Clock
 from ..core.errors import ConfigError
@@ -25,8 +26,7 @@ COLUMNS = "arrival_s,prompt_tokens,output_tokens,prefix,prefix_tokens,ttft_s,tpo
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Past:
+class Past(NamedTuple):
     """As `Recorded`, but for `accepted`, seconds on the router's clock."""
 
     accepted: float
@@ -60,19 +60,20 @@ class Recording:
         """Of the last `seconds`, or of so many as are remembered."""
         now = self._clock.now()
         since = max(now - seconds, self._whole_since)
-        found = [(past, ended) for pasts, ended in ((self._ended, True), (running, False)) for past in pasts if past.accepted > since]
-        found.sort(key=lambda each: each[0].accepted)
-        return Window(now - since, tuple(_recorded(past, now, ended) for past, ended in found))
+        found = [
+            Recorded(now - past.accepted, past.prompt_tokens, past.cached_tokens, past.output_tokens, past.ttft, past.tpot, ended)
+            for pasts, ended in ((self._ended, True), (running, False))
+            for past in pasts
+            if past.accepted > since
+        ]
+        found.sort(key=itemgetter(0), reverse=True)
+        return Window(now - since, tuple(found))
 
     def take(self) -> list[Past]:
         """What has ended since this was called last, to be written to a file."""
         taken = list(self._untaken)
         self._untaken.clear()
         return taken
-
-
-def _recorded(past: Past, now: float, ended: bool) -> Recorded:
-    return Recorded(now - past.accepted, past.prompt_tokens, past.cached_tokens, past.output_tokens, past.ttft, past.tpot, ended)
 
 
 class RecordFile:
@@ -88,10 +89,13 @@ class RecordFile:
         """A router that stops writes the rest while its thread may still be writing."""
         self._behind: list[Past] = []
         """They wait for one that came before."""
+        self._begin: float | None = None
+        self._last = 0.0
+        self._bytes = 0
         try:
             if path.exists() and path.stat().st_size:
                 self._turn()
-            self._open()
+            self._file = self._open()
         except OSError as error:
             raise ConfigError(f"router.record: {path} cannot be written: {error.strerror}.", field="router.record") from None
 
@@ -114,7 +118,7 @@ class RecordFile:
         if self._bytes > self._most_bytes:
             self._file.close()
             self._turn()
-            self._open()
+            self._file = self._open()
         if self._begin is None:
             self._begin = past.accepted
         # One that took long to tokenise, or for which too many waited, may come behind those that came after it.
@@ -125,12 +129,12 @@ class RecordFile:
 
     def _turn(self) -> None:
         os.replace(self._path, self._path.with_name(self._path.name + ".1"))
+        self._begin, self._last = None, 0.0
 
-    def _open(self) -> None:
-        self._file = self._path.open("a", encoding="utf-8")
-        self._bytes = self._file.write(COLUMNS + "\n")
-        self._begin: float | None = None
-        self._last = 0.0
+    def _open(self) -> TextIO:
+        file = self._path.open("a", encoding="utf-8")
+        self._bytes = file.write(COLUMNS + "\n")
+        return file
 
     def close(self) -> None:
         self._file.close()
@@ -142,7 +146,8 @@ async def keep_written(recording: Recording, file: RecordFile, oldest: Callable[
         try:
             while True:
                 await asyncio.sleep(WRITE_S)
-                await asyncio.to_thread(_write, file, recording.take(), oldest())
+                if ended := recording.take():
+                    await asyncio.to_thread(_write, file, ended, oldest())
         finally:
             _write(file, recording.take(), None)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
-from statistics import fmean, pvariance
+from statistics import fmean, pstdev, pvariance
 
 from ...core.workload import Recorded, Window
 from ..load.fitting import gamma_shape
@@ -35,7 +35,8 @@ class Mean:
 @dataclass(frozen=True, slots=True)
 class Figures:
     """`rate`: requests per second. `burstiness`: shape of gamma arrivals, 1 is Poisson. `prompt`, `output`: tokens of a request.
-    `hits`: the share of prompt tokens that were cached, and its standard error."""
+    `hits`: the share of a prompt that was cached, and its standard error; of each prompt, not of all tokens, since a few long prompts would
+    be most of those."""
 
     requests: int
     rate: Mean
@@ -51,8 +52,7 @@ class Figures:
         count = len(arrivals)
         shape = gamma_shape([later.at - earlier.at for earlier, later in pairwise(arrivals)])
         prompts = [arrival.prompt_tokens for arrival in arrivals]
-        hits = sum(arrival.prefix_tokens for arrival in arrivals) / sum(prompts)
-        misfits = sum((arrival.prefix_tokens - hits * arrival.prompt_tokens) ** 2 for arrival in arrivals)
+        hits = [arrival.prefix_tokens / arrival.prompt_tokens for arrival in arrivals]
         return cls(
             count,
             # More regular than Poisson is not believed: it would make small changes of the rate look sure.
@@ -60,8 +60,8 @@ class Figures:
             shape,
             Mean.of(prompts),
             Mean.of([arrival.output_tokens for arrival in arrivals]),
-            hits,
-            sqrt(misfits) / sum(prompts),
+            fmean(hits),
+            pstdev(hits) / sqrt(count),
         )
 
     def as_json(self) -> dict[str, float]:

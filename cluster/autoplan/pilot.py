@@ -40,11 +40,21 @@ def check(config: ClusterConfig, card: ModelCard) -> None:
             f"autoplan.profile: {plan.profile} is of {profile.model.name} in {profile.model.dtype}; this is {card.name} in {card.dtype}.",
             field="autoplan.profile",
         )
+    _check_alike(config)
+    workers_of(config, profile)
+
+
+def _check_alike(config: ClusterConfig) -> None:
+    ranks = []
     for phase in Phase:
-        if len(config.section(phase).all_groups) > 1:
+        groups = config.section(phase).all_groups
+        if len(groups) > 1:
             key = f"{phase.value}.groups"
             raise ConfigError(f"autoplan.mode: {key} has several groups, and only workers that are alike are planned again.", field=key)
-    workers_of(config, profile)
+        ranks.append(groups[0].tp * (len(groups[0].stages) or groups[0].pp))
+    if len(set(ranks)) > 1:
+        sizes = f"a prefill worker has {ranks[0]} ranks, a decode worker {ranks[1]}"
+        raise ConfigError(f"autoplan.mode: {sizes}; only one as large as the others can change its role.", field="autoplan.mode")
 
 
 @dataclass(frozen=True, slots=True)

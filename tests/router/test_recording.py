@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import csv
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -19,7 +18,7 @@ PAST = Past(0.0, 100, 16, 5, 0.25, 0.01)
 
 
 def past(accepted: float, output_tokens: int = 5) -> Past:
-    return replace(PAST, accepted=accepted, output_tokens=output_tokens)
+    return PAST._replace(accepted=accepted, output_tokens=output_tokens)
 
 
 def test_a_window_has_what_came_in_it_the_oldest_first_and_what_is_under_way() -> None:
@@ -60,7 +59,7 @@ def test_the_file_is_in_the_order_of_arrival_and_the_simulator_reads_it(tmp_path
     file = RecordFile(tmp_path / "W.csv", 1 << 20)
     file.write([past(12.0), past(10.5)], oldest=11.0)
     assert [row["arrival_s"] for row in rows(tmp_path / "W.csv")] == ["0.0000"], "one that came before 12 has not ended"
-    file.write([past(11.0), replace(past(13.0), ttft=None, tpot=None, cached_tokens=0)], oldest=None)
+    file.write([past(11.0), past(13.0)._replace(ttft=None, tpot=None, cached_tokens=0)], oldest=None)
     file.close()
     assert (tmp_path / "W.csv").read_text().splitlines()[0] == COLUMNS
     assert [row["arrival_s"] for row in rows(tmp_path / "W.csv")] == ["0.0000", "0.5000", "1.5000", "2.5000"]
