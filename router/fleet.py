@@ -60,6 +60,11 @@ class FleetView:
         """The fleet in use, and the latest reports of its live workers."""
         return self._fleet, tuple(link.report for link in self._links.values() if link.report)
 
+    def show(self) -> None:
+        """Record what the workers have said of themselves: somebody looks."""
+        for link in self._links.values():
+            link.show()
+
     def snapshot(self) -> Snapshot:
         """An immutable picture for one placement."""
         self._turn += 1

@@ -10,13 +10,14 @@ from typing import Protocol
 
 from ..core.commands import ChoiceFinished, Command, Decode, Event, Failed, Finished, HandedOver, Prefill, StepEvents, Stop
 from ..core.errors import DiptychError
-from ..core.fleet import Measure, Member, WorkerReport
-from ..core.metrics import METRICS, Recorder
+from ..core.fleet import Member, WorkerReport
+from ..core.metrics import Recorder
 from ..core.recordings import Doing
 from ..core.security import TlsFiles
 from ..core.spans import span
 from ..rpc.worker import WorkerClient, WorkerStream
 from .placement import Candidate
+from .reported import Reported
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,6 @@ LISTENS = 10
 _BACKOFF_S = (0.05, 2.0)
 """First and longest pause before connecting again; it doubles in between."""
 _TERMINAL = (HandedOver, Finished, Failed)
-_OF_WORKER = {metric.name: metric for metric in METRICS if metric.of_worker}
 
 
 class Listener(Protocol):
@@ -57,17 +57,20 @@ class Link:
         """Starts at once; needs a running event loop. `changed` is called when the worker comes, goes or changes its state."""
         self.member = member
         self.report: WorkerReport | None = None
-        self._recorder = recorder
+        self._reported = Reported(member, recorder)
         self._changed = changed
         self._silence_s = silence_s
         self._client = WorkerClient(member.address, tls)
         self._stream: WorkerStream | None = None
         self._open: dict[str, _Open] = {}
-        self._counted: dict[tuple[str, str], float] = {}
         self._silence: asyncio.TimerHandle | None = None
         self._listened = 0
-        self._show_up()
+        self.show()
         self._tasks = (asyncio.create_task(self._keep(self._attach)), asyncio.create_task(self._keep(self._watch)))
+
+    def show(self) -> None:
+        """Record what the worker has said of itself."""
+        self._reported.show(self.report)
 
     def candidate(self) -> Candidate:
         connected = self._stream is not None and not self._stream.ended
@@ -170,9 +173,9 @@ class Link:
             self._listen()
         self._listened = 0
         before, self.report = self.report, report
-        self._show(report)
         if before is None or before.state is not report.state:
             log.info("worker %s is %s", self.member.worker_id, report.state.value)
+            self.show()
             self._changed()
 
     def _listen(self) -> None:
@@ -196,43 +199,10 @@ class Link:
         if self.report is not None or self._open:
             level = logging.WARNING if self._open else logging.INFO
             log.log(level, "worker %s is lost: %s (%d attempts open)", self.member.worker_id, why, len(self._open))
+        self.show()  # the last it said, before it is gone
         self.report = None
-        self._show_up()
+        self.show()
         self._changed()
         lost, self._open = self._open, {}
         for opened in lost.values():
             opened.listener.lost(self.member.worker_id)
-
-    def _show_up(self) -> None:
-        self._set("diptych_worker_up", float(self.report is not None))
-
-    def _show(self, report: WorkerReport) -> None:
-        self._show_up()
-        self._set("vllm:num_requests_running", report.running)
-        self._set("vllm:num_requests_waiting", report.waiting)
-        self._set("diptych_worker_leases", report.leases)
-        self._set("vllm:kv_cache_usage_perc", 1.0 - report.blocks_free / max(1, report.blocks_total))
-        for name, total in report.counters:
-            self._record(Measure(name, total))
-        for measure in report.measures:
-            self._record(measure)
-
-    def _record(self, measure: Measure) -> None:
-        """A newer worker may measure what this router has no name for."""
-        metric = _OF_WORKER.get(measure.name)
-        if metric is None or any(measure.label not in label.values for label in metric.labels[2:]):
-            return
-        if metric.kind == "gauge":
-            self._set(measure.name, measure.value, measure.label)
-            return
-        key = (measure.name, measure.label)
-        if (more := measure.value - self._counted.get(key, 0.0)) > 0:
-            self._counted[key] = measure.value
-            self._recorder.inc(measure.name, more, **self._labels(measure.name, measure.label))
-
-    def _set(self, name: str, value: float, label: str = "") -> None:
-        self._recorder.set(name, value, **self._labels(name, label))
-
-    def _labels(self, name: str, label: str) -> dict[str, str]:
-        who: tuple[str, ...] = (self.member.worker_id, self.member.phase.value, label)
-        return dict(zip(_OF_WORKER[name].label_names, who, strict=False))

@@ -191,10 +191,15 @@ async def start_router(settings: RouterSettings, *, recorder: Recorder, metrics_
     except ConfigError as error:
         listening.close()
         raise ConfigError(f"router.grpc_port {settings.grpc_port}: {error.message}", field="router.grpc_port") from error
+
+    def looked_at() -> bytes:
+        fleet.show()
+        return metrics_text()
+
     control = await serve("127.0.0.1:0", router=_Control(fleet, service), tls=settings.internal_tls)
     web = _WebServer(
         uvicorn.Config(
-            make_app(service, metrics_text, tenant_of, open_metrics=settings.open_metrics),
+            make_app(service, looked_at, tenant_of, open_metrics=settings.open_metrics),
             http=limited_protocol(read_s=limits.write_s, write_s=limits.write_s), ws="none",
             lifespan="off", log_config=None, access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,

@@ -76,6 +76,7 @@ class FakeWorker:
         self.books = {}
         self.committed = {}
         self.step_s = 0.0
+        self.steps = 7.0
         self.capacity = 200
 
     async def start(self, address="127.0.0.1:0"):
@@ -91,8 +92,8 @@ class FakeWorker:
         return Member(self.name, self.address, self.phase, self.incarnation, layout, self.capacity)
 
     async def reports(self):
-        counters = (("diptych_worker_steps_total", 7.0), ("unheard_of", 1.0))
         while not self.silent:
+            counters = (("diptych_worker_steps_total", self.steps), ("unheard_of", 1.0))
             running = len(self.books)
             yield WorkerReport(self.name, self.incarnation, self.state, 0, running, 0, 10, 16, 0, counters)
             await asyncio.sleep(0.1)

@@ -38,6 +38,25 @@ def test_completion(site):
     asyncio.run(check())
 
 
+def test_what_workers_report_is_recorded_when_somebody_looks_and_when_they_go(site):
+    async def check():
+        async with site() as s, httpx.AsyncClient(base_url=s.url) as c:
+            worker, counted = s.workers["d0"], s.recorder.values
+            steps = ("diptych_worker_steps_total", "d0", "decode")
+            worker.steps = 9
+            await s.until(lambda: s.router.fleet.describe()[1][1].counters[0][1] == 9)
+            assert counted[steps] == 7, "nobody has looked"
+            assert (await c.get("/metrics")).status_code == 200
+            assert counted[steps] == 9
+            worker.steps = 11
+            await s.until(lambda: s.router.fleet.describe()[1][1].counters[0][1] == 11)
+            await worker.kill()
+            await s.until(lambda: counted["diptych_worker_up", "d0", "decode"] == 0)
+            assert counted[steps] == 11
+
+    asyncio.run(check())
+
+
 def test_completion_streams(site):
     async def check():
         async with site() as s, client(s) as c:
