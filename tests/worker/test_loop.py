@@ -244,6 +244,18 @@ def test_books_are_checked_while_there_is_work(stage: Stage) -> None:
     assert False in stage.role.checks
 
 
+def test_steps_alone_are_reported_now_and_then(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "STEADY_REPORT_S", 1e9)
+    stage.engine.permits.release(30)
+    stage.inbox.put(partial(stage.role.want, 30))
+    assert stage.role.done.wait(WAIT_S)
+    stage.loop.stop()
+    reports = [delivery.report for delivery in stage.deliveries if delivery.report is not None]
+    assert len(reports) <= 4, "at the start, when there is something to do, at the end, and when told to stop"
+    assert reports[-1].running == 0
+    assert stage.deliveries[-1].idle
+
+
 def test_idle_books_are_checked_and_reports_come_on_change_only(stage: Stage) -> None:
     stage.engine.permits.release(2)
     stage.inbox.put(partial(stage.role.want, 2))
