@@ -60,6 +60,8 @@ class Request:
     @property
     def live(self) -> tuple[int, ...]:
         """The choices still to be written, ascending."""
+        if not self.finished:
+            return tuple(range(self.sampling.n))
         return tuple(choice for choice in range(self.sampling.n) if choice not in self.finished)
 
     @property

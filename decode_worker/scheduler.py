@@ -254,7 +254,7 @@ class DecodeScheduler:
             return
         if chunked:
             draft.budget -= stop - start
-            self._count_computed(sequence, stop - start)
+            self._totals.computed(sequence, stop - start)
         elif draft.share:
             draft.share -= 1
         else:
@@ -266,14 +266,6 @@ class DecodeScheduler:
             sequence.pending += 1
         sequence.decided = stop
         draft.chosen.append((sequence, Row(sequence.slot, start, token_ids, sequence.table.tables, draws)))
-
-    def _count_computed(self, sequence: Sequence, positions: int) -> None:
-        if sequence.preempted:
-            sequence.tally.recomputed_tokens += positions
-            self._totals.recomputed_tokens += positions
-        else:
-            sequence.tally.local_prefill_tokens += positions
-            self._totals.local_prefill_tokens += positions
 
     def _admit(self) -> list[Sequence]:
         """Give memory to those next in turn; returns the ones that start to compute here."""
@@ -339,20 +331,23 @@ class DecodeScheduler:
         """For how many rounds from now the decision stays the same rows, each one position on, and no choice ends before the last of them,
         if no message comes and no end token is drawn. A round is as many steps, all in flight at once, as it takes until each row was in
         one; with one stage it is a step. 0 with a step in flight, when the next has blocks to copy, or when somebody might start."""
-        if self._in_flight or self._pool.copying or (self._admission.waiting and self._seats() and not self._admission.stuck):
-            return 0
-        return steady_rounds(self._pool, self._roster.running, self._slots.available)
+        return 0 if self._may_change() else steady_rounds(self._pool, self._roster.running, self._slots.available)
+
+    def _may_change(self) -> bool:
+        """Whether the next step may be another than the one before it, whatever runs."""
+        return bool(self._in_flight or self._pool.copying or (self._admission.waiting and self._seats() and not self._admission.stuck))
 
     def advance(self, rounds: int, token_id: int, now: float) -> DecodeOutcome:
         """As `rounds` (at most `steady()`) times `decide` for all steps of a round, then `complete` for each, where every row draws
         `token_id`. The outcome has the choices and attempts that end; all that run have `rounds` tokens more, which it does not list."""
-        if not 0 <= rounds <= self.steady():
-            raise ValueError(f"{rounds} rounds; {self.steady()} are steady")
         said, running = Said(), self._roster.running
         if not rounds:
             return said.outcome()
+        if self._may_change() or not 0 < rounds <= min([sequence.limit - len(sequence.tokens) for sequence in running], default=0):
+            raise ValueError(f"{rounds} rounds; {self.steady()} are steady")
         for sequence in running:
-            self._growth.seat(sequence)
+            if sequence.slot < 0:
+                self._growth.seat(sequence)
         self._step += rounds * -(-len(running) // self._share())
         advance_rows(self._pool, running, rounds, token_id, self._step - 1)
         self._admission.look(self._seats())
@@ -363,9 +358,14 @@ class DecodeScheduler:
         return said.outcome()
 
     @property
-    def running(self) -> tuple[int, int]:
-        """How many sequences run, and how many tokens they have together: what a step of all of them attends to."""
-        return len(self._roster.running), sum([len(sequence.tokens) for sequence in self._roster.running])
+    def rows(self) -> int:
+        """How many sequences run."""
+        return len(self._roster.running)
+
+    @property
+    def context(self) -> int:
+        """How many tokens those have together that run: what a step of all of them attends to."""
+        return sum([len(sequence.tokens) for sequence in self._roster.running])
 
     def load(self, now: float) -> Load:
         """What the worker's report says of this scheduler."""

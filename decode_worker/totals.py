@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .sequence import Sequence
+
 
 @dataclass(slots=True)
 class Totals:
@@ -13,6 +15,15 @@ class Totals:
     local_prefill_tokens: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0
+
+    def computed(self, sequence: Sequence, positions: int) -> None:
+        """Of a prompt, or of what is computed again."""
+        if sequence.preempted:
+            sequence.tally.recomputed_tokens += positions
+            self.recomputed_tokens += positions
+        else:
+            sequence.tally.local_prefill_tokens += positions
+            self.local_prefill_tokens += positions
 
     def counters(self, steps: int) -> tuple[tuple[str, float], ...]:
         return (

@@ -209,17 +209,20 @@ class BlockTable:
         """New blocks per group to hold positions up to `tokens`, where no query before `position` will come."""
         target, counts = self.pool.blocks(tokens), []
         for g, row in enumerate(self.tables):
-            skipped = full_only and self.pool.groups[g].kind is not CacheKind.FULL
-            counts.append(0 if skipped else max(0, target - max(len(row), self.pool.first_block(g, position))))
+            if not self.pool.groups[g].window:
+                counts.append(max(0, target - len(row)))
+            else:
+                counts.append(0 if full_only else max(0, target - max(len(row), self.pool.first_block(g, position))))
         return tuple(counts)
 
     def extend(self, tokens: int, position: int, *, full_only: bool = False) -> bool:
         """Take those blocks. False, and nothing has changed, if they are not all available."""
-        lacks = self.lacks(tokens, position, full_only=full_only)
-        if not any(lacks):
+        if tokens <= self._capacity:
             return True
-        if any(count > part.available for count, part in zip(lacks, self.pool.parts, strict=True)):
-            return False
+        lacks = self.lacks(tokens, position, full_only=full_only)
+        for count, part in zip(lacks, self.pool.parts, strict=True):
+            if count > part.available:
+                return False
         self.tables = tuple(self._grown(g, count, position) for g, count in enumerate(lacks))
         self._refresh()
         return True
@@ -228,7 +231,7 @@ class BlockTable:
         row = self.tables[g]
         if not count:
             return row
-        gap = max(0, self.pool.first_block(g, position) - len(row))
+        gap = max(0, self.pool.first_block(g, position) - len(row)) if self.pool.groups[g].window else 0
         if gap:
             assert self._passed[g] == len(row), "slide to the position first"
             self._passed[g] = len(row) + gap

@@ -65,7 +65,7 @@ class GroupBlocks:
     def take_several(self, count: int) -> tuple[int, ...]:
         """As `take`, so often."""
         free = self._free
-        if count > len(free):
+        if count == 1 or count > len(free):
             return tuple(self.take() for _ in range(count))
         blocks = tuple(free[len(free) - count :][::-1])
         del free[len(free) - count :]

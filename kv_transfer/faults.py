@@ -40,7 +40,7 @@ def grant_fault(groups: tuple[GroupGrant, ...], prompt_tokens: int, destination:
             return f"position {first} does not start a block of {size} within {prompt_tokens} tokens"
         if len(group.blocks) != -(-(prompt_tokens - first) // size):
             return f"{len(group.blocks)} blocks of {size} do not hold positions {first} to {prompt_tokens}"
-        if len(set(group.blocks)) != len(group.blocks) or not all(0 <= block < count for block in group.blocks):
+        if len(set(group.blocks)) != len(group.blocks) or not _within(group.blocks, count):
             return f"blocks {group.blocks} are not distinct ones of {count}"
     return None
 
@@ -70,8 +70,12 @@ def place_fault(ready: Ready, source: Layout, slots: int) -> str | None:
     span = Span(ready.group, ready.layers, ready.start, ready.stop)
     if len(ready.blocks) != blocks_of(span, source.block_size):
         return f"{len(ready.blocks)} blocks do not hold positions {ready.start} to {ready.stop}"
-    if not all(0 <= block < source.num_blocks[ready.group] for block in ready.blocks):
+    if not _within(ready.blocks, source.num_blocks[ready.group]):
         return "a block is outside the source's pool"
     if not 0 <= ready.slot < slots:
         return f"there is no epoch word {ready.slot}"
     return None
+
+
+def _within(blocks: tuple[int, ...], count: int) -> bool:
+    return not blocks or (min(blocks) >= 0 and max(blocks) < count)

@@ -68,7 +68,7 @@ class FleetView:
     def snapshot(self) -> Snapshot:
         """An immutable picture for one placement."""
         self._turn += 1
-        return Snapshot(tuple(link.candidate() for link in self._links.values()), self._turn)
+        return Snapshot.of((link.candidate() for link in self._links.values()), self._turn)
 
     def send(self, worker_id: str, command: Command, listener: Listener) -> None:
         """As `Link.send`; a worker that has just left the fleet has told its loss already or will."""

@@ -6,8 +6,8 @@ others exist). Scores lie in [0, 1] and are a worker's own, so that one hot work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 from ..core.errors import ContextExceeded, Unavailable
@@ -44,17 +44,17 @@ class Candidate:
 class Snapshot:
     """The fleet at one moment. `turn` breaks ties: equally good workers take turns as it counts up."""
 
-    candidates: tuple[Candidate, ...]
+    prefills: Sequence[Candidate]
+    decodes: Sequence[Candidate]
     turn: int = 0
-    prefills: tuple[Candidate, ...] = field(init=False)
-    decodes: tuple[Candidate, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
+    @classmethod
+    def of(cls, candidates: Iterable[Candidate], turn: int = 0) -> Snapshot:
+        """Of members of both phases."""
         sides: dict[Phase, list[Candidate]] = {phase: [] for phase in Phase}
-        for candidate in self.candidates:
+        for candidate in candidates:
             sides[candidate.member.phase].append(candidate)
-        object.__setattr__(self, "prefills", tuple(sides[Phase.PREFILL]))
-        object.__setattr__(self, "decodes", tuple(sides[Phase.DECODE]))
+        return cls(tuple(sides[Phase.PREFILL]), tuple(sides[Phase.DECODE]), turn)
 
 
 @dataclass(frozen=True, slots=True)

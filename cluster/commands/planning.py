@@ -15,22 +15,25 @@ from rich.table import Table
 
 from ...core.config import load_config
 from ...core.errors import ConfigError, DiptychError
-from ...core.fleet import LocalPrefill, Phase
+from ...core.fleet import LocalPrefill
 from ..load.choice import Load
 from ..load.mix import Mix, parse_mix
 from ..load.slo import parse_slo
 from ..load.workload import limited, read_pairs
 from ..planner.extrapolating import extended
 from ..planner.goodput import Arrivals, Bench, Terms
+from ..planner.nearest import nearest
 from ..planner.plan_file import config_of, policies_for
 from ..planner.profile import Profile, read_profile
 from ..planner.search import AT_ONCE, Outcome, Planner, Space
-from ..planner.shapes import Loss, Sample, Shape, idle_seconds
-from ..planner.trying import Scored
-from .simulating import link_of, write_text
+from ..planner.shapes import Loss, Sample
+from ..planner.trying import Scored, Trier
+from .simulating import collect_rarely, link_of, write_text
 
 SAMPLE = 2000
 """Requests looked at for what is known without a simulation."""
+MORE = 16
+"""Times as many devices as there are is the most that is looked at for the nearest that works."""
 SHOWN = 8
 """Runners-up, and plans of each reason that lost."""
 _out = Console(highlight=False, soft_wrap=True)
@@ -68,19 +71,19 @@ class Planning:
 
     def run(self, rate: float | None, out: Path | None, plot: Path | None, *, exhaustive: bool) -> Outcome:
         """Search, print, write; `DiptychError` if nothing serves, with what binds and the nearest that works."""
-        with _err.status("planning") as status, ProcessPoolExecutor(_processes(), get_context("spawn")) as processes:
+        with _err.status("planning") as status, processes() as executor:
             planner = Planner(
                 self.bench,
                 self.space,
                 self.sample,
-                executor=processes,
+                executor=executor,
                 exhaustive=exhaustive,
                 shown=lambda what: status.update(f"trying {what}"),
             )
             outcome = planner.paired(rate) if self.paired else planner.apart(rate)
         if outcome.best is None:
             self._show_lost(outcome)
-            raise DiptychError(self._why_none(outcome, rate))
+            raise DiptychError(self._why_none(planner, outcome, rate))
         _out.print(_table(outcome, self.profile))
         self._show_lost(outcome)
         text = self._file(outcome.best)
@@ -114,43 +117,43 @@ class Planning:
             for each in lost[:SHOWN]:
                 _out.print(f"  {each.what}: {each.why}", markup=False)
 
-    def _why_none(self, outcome: Outcome, rate: float | None) -> str:
-        """Which constraint binds, and the nearest that works."""
-        terms, profile = self.bench.terms, self.profile
-        reasons = {each.loss for each in outcome.lost}
-        shapes = [
-            shape
-            for shape in self.space.shapes(profile, self.space.devices)
-            if profile.parallelism(shape.tp) and profile.kv_tokens(shape.tp, shape.pp) >= self.sample.longest
-        ]
-        if not shapes:
-            need = (profile.model.weight_bytes + self.sample.longest * profile.model.kv_token_bytes) / (0.9 * profile.device.memory_bytes)
-            return (
-                f"No plan: {profile.model.name} does not fit into {self.space.devices} × {profile.device.name}. Memory binds: a worker "
-                f"takes at least {int(need) + 1} devices, and there must be one of each phase."
-            )
-        if reasons <= {Loss.SLO, Loss.MEMORY, Loss.NO_PROFILE} and (near := self._nearest(shapes)):
-            return f"No plan: {near}"
-        wanted = f"{rate:g} requests/s" if rate is not None else "any rate"
-        return f"No plan of at most {self.space.devices} devices serves {wanted} with {terms.target:.0%} within {terms.slo}."
+    def _why_none(self, planner: Planner, outcome: Outcome, rate: float | None) -> str:
+        """Which constraint binds, and the nearest that works, by simulation."""
+        model, device, devices = self.profile.model.name, self.profile.device.name, self.space.devices
+        plans = planner.fitting()
+        if not plans:
+            known = {Loss.MEMORY: "memory", Loss.NO_PROFILE: "what the profile has times for"}
+            binds = " and ".join(name for loss, name in known.items() if any(each.loss is loss for each in outcome.lost)) or "devices"
+            return f"No plan: {binds} binds, {model} does not fit twice, once for each phase, on {devices} × {device}. {self._room()}"
+        short = [each.plan for each in outcome.lost if each.plan is not None]
+        if rate is not None and short:
+            step = (1, 1) if self.paired else None
+            found, _ = Trier(self.bench).meet(min(short, key=lambda plan: plan.devices), rate, MORE * devices, step)
+            works = f"The nearest that works takes {found.plan.devices}: {found.plan}." if isinstance(found, Scored) else ""
+            return f"No plan: devices bind, {rate:g} requests/s take more than {devices} within {self.bench.terms.slo}. {works}".rstrip()
+        near = nearest(self.bench, plans, self.sample)
+        if near is None:
+            return f"No plan: within {self.bench.terms.slo} none serves, nor with far longer limits."
+        limits = {"TTFT": self.bench.terms.slo.ttft, "TPOT": self.bench.terms.slo.tpot}
+        named = " and ".join(f"the {name} limit of {1000 * (limits[name] or 0):g} ms" for name in near.binding)
+        return (
+            f"No plan: {named} {'bind' if len(near.binding) > 1 else 'binds'}: requests take longer on every shape, even one at a time. "
+            f"The nearest that works is {near.limits}, with {near.plan}."
+        )
 
-    def _nearest(self, shapes: list[Shape]) -> str | None:
-        slo, target = self.bench.terms.slo, self.bench.terms.target
-        for phase, limit, name in ((Phase.PREFILL, slo.ttft, "TTFT"), (Phase.DECODE, slo.tpot, "TPOT")):
-            assert limit is not None
-            idle = {shape: idle_seconds(self.profile, phase, shape, self.sample, target) for shape in shapes}
-            best = min(idle, key=lambda shape: idle[shape])
-            if idle[best] > limit:
-                return (
-                    f"the {name} limit of {1000 * limit:.0f} ms binds: one request alone takes longer on every shape. The nearest that "
-                    f"works is {1000 * idle[best]:.0f} ms, with {best}."
-                )
-        return None
+    def _room(self) -> str:
+        """On how many devices a pair fits; of the same nodes if need be."""
+        for factor in range(1, MORE + 1):
+            for space in (Space(self.space.nodes, self.space.per_node * factor), Space(self.space.nodes * factor, self.space.per_node)):
+                if plans := Planner(self.bench, space, self.sample).fitting():
+                    least = min(plans, key=lambda plan: plan.devices)
+                    return f"The nearest that fits takes {least.devices} of {space.nodes} × {space.per_node}: {least}."
+        return ""
 
 
-def _processes() -> int:
-    """One for each core that this process may use, up to as many plans as are tried at once."""
-    return min(AT_ONCE, len(os.sched_getaffinity(0)))
+def processes() -> ProcessPoolExecutor:
+    """Where plans are tried: one for each core that this process may use, up to as many plans as are tried at once."""
+    return ProcessPoolExecutor(min(AT_ONCE, len(os.sched_getaffinity(0))), get_context("spawn"), collect_rarely)
 
 
 def _derived(known: Profile, space: Space) -> Profile:

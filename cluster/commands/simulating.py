@@ -112,7 +112,7 @@ class Simulating:
 
             hardware = workers_of(self.config, self.profile)
             world = World(self.profile, hardware, Policies.of(self.config), link=self.link, slo=self.slo, on_end=ended)
-            with _few_collections():
+            with few_collections():
                 world.run(requests.begin())
             summary = world.as_json() | {"profile": self.profile.source, "estimate": self.profile.estimate, "workload": requests.name}
             if file is not None:
@@ -206,17 +206,22 @@ def _bar(total: int | None) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _few_collections() -> Iterator[None]:
+def few_collections() -> Iterator[None]:
     """Requests are freed by their counts; searching for circles among them took a fifth of the time."""
     thresholds = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(200_000, 20, 100)
+    collect_rarely()
     try:
         yield
     finally:
         gc.set_threshold(*thresholds)
         gc.unfreeze()
+
+
+def collect_rarely() -> None:
+    """From now on in this process."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
 
 
 def show(summary: dict[str, Any]) -> None:

@@ -129,7 +129,7 @@ class DecodeWorker(Worker):
         """Grants, then a round, as the loop does it. `told`: what the worker reports is not what it was; where only tokens have come, its
         next report that has more to say tells how the memory has grown."""
         granted = self._grant(self.scheduler.grants(self.now))
-        rows = self.scheduler.running[0]
+        rows = self.scheduler.rows
         if told or granted or rows != self._rows:
             self.changed()
         self._rows = rows
@@ -166,8 +166,9 @@ class DecodeWorker(Worker):
         self.agenda.after(seconds, self._over, self._round)
 
     def _begin_stretch(self, count: int) -> None:
-        rows, context = self.scheduler.running
-        stretch = self._stretch = Stretch(self.now, count, rows, Rounds.of(self.hardware.times, rows, context, self.hardware.pp))
+        rows = self.scheduler.rows
+        times = Rounds.of(self.hardware.times, rows, self.scheduler.context, self.hardware.pp)
+        stretch = self._stretch = Stretch(self.now, count, rows, times)
         for life in self._joined:
             life.second = self.now + stretch.times.first
         self._joined = []

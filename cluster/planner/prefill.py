@@ -48,10 +48,12 @@ class PrefillWorker(Worker):
         self._pump()
         self.changed()
 
-    def _pump(self) -> None:
-        """Decide what can be decided; it runs when the first stage is free."""
+    def _pump(self) -> bool:
+        """Decide what can be decided; it runs when the first stage is free. Whether there was anything."""
+        decided = False
         while self._flying < self._depth and (decision := self.scheduler.decide(self.now)) is not None:
             self._flying += 1
+            decided = True
             work = work_of(decision.batch, (True,) * len(decision.batch.rows))
             stages = self.hardware.pp
             seconds = self._seconds(work)
@@ -65,6 +67,7 @@ class PrefillWorker(Worker):
                     if started.cached_tokens:
                         self._computed(started.attempt_id, 0, started.cached_tokens, started.tables)
             self.agenda.at(self._last_ends, self._ran, decision)
+        return decided
 
     def _seconds(self, work: Work) -> float:
         return step_seconds(self.hardware.times, work, self.hardware.pp)
@@ -94,7 +97,7 @@ class PrefillWorker(Worker):
         self.do(self.machine.received(lane, message, self.now))
 
     def do(self, actions: list[Any]) -> None:
-        freed = False
+        freed = released = False
         for action in actions:
             match action:
                 case Send(lane, message):
@@ -106,7 +109,7 @@ class PrefillWorker(Worker):
                     self.do(self.machine.fenced(name, self.now))
                 case TellReleased(name):
                     self.scheduler.release(name, self.now)
-                    freed = True
+                    freed = released = True
                 case TellHandedOver():
                     pass
                 case Dial(lane, address):
@@ -117,6 +120,5 @@ class PrefillWorker(Worker):
                 case _:
                     raise AssertionError(f"nothing breaks here, and yet {action}")
         self.watch_leases()
-        if freed:
-            self._pump()
+        if freed and (self._pump() or released):
             self.changed()

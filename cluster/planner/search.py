@@ -18,6 +18,7 @@ from itertools import product
 from typing import ParamSpec, TypeVar
 
 from ...core.fleet import Phase
+from ..load.slo import Slo
 from .goodput import Bench
 from .profile import Profile
 from .shapes import Loss, Lost, Plan, Sample, Shape, idle_seconds, lacking, most_answers, most_prompts
@@ -28,7 +29,9 @@ CONTENDERS = 3
 AT_ONCE = 4
 """Plans that are tried at once, if there are cores for them: each knows what came of those before it, but for the last three. It is a
 constant so that the same is simulated, and found, on every machine."""
-P, T, R = ParamSpec("P"), TypeVar("T"), TypeVar("R")
+P = ParamSpec("P")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,18 @@ class Planner:
             return outcome
         return self._meet(plans, rate, outcome)
 
+    def fitting(self) -> list[Plan]:
+        """Pairs that fit, by devices and by memory, and have times, whatever the limits."""
+        memory = {
+            phase: [
+                shape
+                for shape in self._space.shapes(self._profile, self._space.devices - 1)
+                if lacking(self._profile, phase, shape, self._sample, Slo(), self._target) is None
+            ]
+            for phase in Phase
+        }
+        return list(self._pairs(memory))
+
     # -- what there is to try ------------------------------------------------------------------------------------------
 
     def _allowed(self, most: int, outcome: Outcome) -> dict[Phase, list[Shape]]:
@@ -214,7 +229,7 @@ class Planner:
             if worst is not None and most <= worst[1] / worst[0].devices and not self._exhaustive:
                 why = f"at most {most:.3g} requests/s per device; {CONTENDERS} shapes serve more"
                 return _known(Lost(f"{phase.value} {shape}", Loss.DOMINATED, why))
-            return self._start(self._trier.alone, phase, shape, bounds[shape], self._sample.longest)  # type: ignore[return-value]
+            return self._start(self._trier.alone, phase, shape, bounds[shape], self._sample.longest)
 
         for shape, rate in self._in_order(sorted(bounds, key=lambda shape: -bounds[shape] / shape.devices), start):
             if rate is None:
@@ -237,8 +252,7 @@ class Planner:
     def _balanced(self, prefill: Shape, prompts: float, decode: Shape, answers: float, rate: float | None) -> Plan | None:
         """So many workers of each that both phases serve `rate`, or as nearly equal rates as the devices allow."""
         if rate is not None:
-            plan = Plan(prefill, decode, max(1, math.ceil(rate / prompts)), max(1, math.ceil(rate / answers)))
-            return plan if plan.devices <= self._space.devices else None
+            return Plan(prefill, decode, max(1, math.ceil(rate / prompts)), max(1, math.ceil(rate / answers)))
         room = self._space.devices
         counts = [
             Plan(prefill, decode, n, m)

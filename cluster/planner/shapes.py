@@ -63,9 +63,12 @@ class Loss(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Lost:
+    """`plan`: if more devices would let it serve what is asked, with them."""
+
     what: str
     loss: Loss
     why: str
+    plan: Plan | None = None
 
 
 def hardware(profile: Profile, phase: Phase, shape: Shape) -> Hardware:

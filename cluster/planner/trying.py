@@ -81,7 +81,8 @@ class Trier:
                 return Scored(plan, rate, proven, self.cost(plan), probe), tried
             more = step or self._short(plan, rate)
             plan = Plan(plan.prefill, plan.decode, plan.prefills + more[0], plan.decodes + more[1])
-        return Lost(str(plan), Loss.SLO, f"{rate:g} requests/s would take {plan.devices} devices; there are {devices}"), tried
+        why = f"{rate:g} requests/s would take {plan.devices} devices or more; there are {devices}"
+        return Lost(str(plan), Loss.SLO, why, plan), tried
 
     def cost(self, plan: Plan) -> float:
         """Per hour."""

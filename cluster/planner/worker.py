@@ -44,6 +44,8 @@ class Scene:
     def __init__(self, agenda: Agenda, model: Model, policies: Policies, link: Link, message_s: float, told: Told) -> None:
         self.agenda, self.model, self.policies, self.link, self.message_s, self.told = agenda, model, policies, link, message_s, told
         self.lives: dict[str, Life] = {}
+        self.stale: list[Worker] = []
+        """Those that the router should look at again."""
         self.groups = tuple(
             CacheGroup(CacheKind.WINDOW if window else CacheKind.FULL, (number,), 1, 1, DType.BFLOAT16, window)
             for number, window in enumerate(sorted(model.windows or {0: model.layers}))
@@ -67,7 +69,6 @@ class Worker:
         self.member = Member(name, name, hardware.phase, number, self.layout, room)
         self.course = WorkerCourse()
         self.choices = self.prompt_tokens = 0
-        self._candidate: Candidate | None = None
         self._ticking = False
 
     @property
@@ -82,31 +83,30 @@ class Worker:
         """The router has sent something here (or, below 0, knows that it is over)."""
         self.choices += choices
         self.prompt_tokens += prompt_tokens
-        self._candidate = None
+        self.scene.stale.append(self)
 
     def changed(self) -> None:
         """What the worker would report is not what it was."""
         load: Load = self.scheduler.load(self.now)
-        self.load, self._candidate = load, None
+        self.load = load
+        self.scene.stale.append(self)
         self.course.put(self.now, load.waiting, load.running, 1 - load.blocks_free / load.blocks_total)
 
     def candidate(self) -> Candidate:
         """As the router sees it; reports are sent on every change of who waits or runs."""
-        if self._candidate is None:
-            load = self.load
-            report = WorkerReport(
-                self.name,
-                self.member.incarnation,
-                WorkerState.READY,
-                load.waiting,
-                load.running,
-                load.prompt_tokens_waiting,
-                load.blocks_free,
-                load.blocks_total,
-                load.leases,
-            )
-            self._candidate = Candidate(self.member, report, self.choices, self.prompt_tokens)
-        return self._candidate
+        load = self.load
+        report = WorkerReport(
+            self.name,
+            self.member.incarnation,
+            WorkerState.READY,
+            load.waiting,
+            load.running,
+            load.prompt_tokens_waiting,
+            load.blocks_free,
+            load.blocks_total,
+            load.leases,
+        )
+        return Candidate(self.member, report, self.choices, self.prompt_tokens)
 
     def counters(self) -> dict[str, float]:
         """Totals of what the scheduler counts."""

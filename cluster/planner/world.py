@@ -60,6 +60,7 @@ class World:
                 name = f"decode-{len(self.decodes)}"
                 self.decodes[name] = DecodeWorker(scene, each, name, number, self.itl)
         self._workers: tuple[Worker, ...] = (*self.prefills.values(), *self.decodes.values())
+        self._seen = {worker.name: worker.candidate() for worker in self._workers}
 
     def run(self, arrivals: Iterable[Arrival], stop: Callable[[], bool] = lambda: False) -> None:
         """Serve them all, or until `stop` says so. They are taken one by one, when their time has come."""
@@ -76,10 +77,9 @@ class World:
         if self._policies.most_running is not None and len(self._scene.lives) >= self._policies.most_running:
             self._refuse(life, f"{self._policies.most_running} requests are under way already (router.limits.running)")
             return
-        self._turn += 1
         demand = Demand(arrival.prompt_tokens, arrival.output_tokens)
         try:
-            placed = place(Snapshot(tuple(worker.candidate() for worker in self._workers), self._turn), demand, self._policy)
+            placed = place(self._snapshot(), demand, self._policy)
         except (Unavailable, ContextExceeded) as error:
             self._refuse(life, error.message)
             return
@@ -91,6 +91,15 @@ class World:
         if placed.prefill is not None:
             life.prefill = placed.prefill.worker_id
             self.prefills[life.prefill].add(life, life.decode)
+
+    def _snapshot(self) -> Snapshot:
+        """As the router would take it now; only of those that have changed it is made anew."""
+        self._turn += 1
+        for worker in {id(worker): worker for worker in self._scene.stale}.values():
+            self._seen[worker.name] = worker.candidate()
+        self._scene.stale.clear()
+        seen = [*self._seen.values()]
+        return Snapshot(seen[: len(self.prefills)], seen[len(self.prefills) :], self._turn)
 
     def _refuse(self, life: Life, why: str) -> None:
         life.refused = why

@@ -463,7 +463,7 @@ def test_advance_is_that_many_rounds_of_single_steps(
             worker.expect("w", prompt(waits, 99), local=True, max_tokens=2)
             worker.grant()
     fast, slow = (worker.scheduler for worker in twins)
-    rounds, rows = math.ceil(fast.steady() * share), fast.running[0]
+    rounds, rows = math.ceil(fast.steady() * share), fast.rows
     advanced = fast.advance(rounds, 7, 0.0)
     choices: list[ChoiceFinished] = []
     finished: list[Finished] = []

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from diptych.cluster.cli import app
+from diptych.cluster.planner.profile import Parallelism
 from diptych.cluster.supervising.config_file import read_config
 from typer.testing import CliRunner
-from worlds import profile
+from worlds import MODEL, TIMES, profile
 
 PLAN = "prefill: {workers: 1, kv_tokens: 16000}\ndecode: {workers: 1, kv_tokens: 16000}\n"
 
@@ -101,15 +103,43 @@ def test_plan_writes_a_file_that_up_and_simulate_take(files: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--slo", "ttft=0.01s,tpot=0.06s"), "the TTFT limit of 10 ms binds: .* The nearest that works is"),
-        (("--slo", "ttft=0.2s,tpot=0.001s"), "the TPOT limit of 1 ms binds"),
-        (("--input", "1990"), "Memory binds|No plan"),
+        (
+            ("--slo", "ttft=10ms,tpot=60ms"),
+            "the TTFT limit of 10 ms binds: .* nearest that works is (ttft=[0-9.]+ms,tpot=60ms), with",
+        ),
+        (
+            ("--slo", "ttft=200ms,tpot=1ms"),
+            "the TPOT limit of 1 ms binds: .* nearest that works is (ttft=200ms,tpot=[0-9.]+ms), with",
+        ),
+        (("--slo", "ttft=1ms,tpot=1ms"), "No plan: the TTFT limit of 1 ms and the TPOT limit of 1 ms bind: .* works is (ttft=.+ms), with"),
+    ],
+)
+def test_the_limits_named_as_the_nearest_do_work(files: Path, arguments: tuple[str, ...], said: str) -> None:
+    status, out = diptych("plan", "--profile", "P.json", *WORTH, *arguments)
+    assert status == 1
+    found = re.search(said, out)
+    assert found, out
+    status, out = diptych("plan", "--profile", "P.json", *WORTH, "--slo", found[1])
+    assert status == 0, out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--devices", "1"), "No plan: devices binds, m does not fit twice.* nearest that fits takes 2 of 1 × 2: 1 × prefill"),
+        (("--rate", "60"), "No plan: devices bind, 60 requests/s take more than 2 .* nearest that works takes [4-9]: [2-4] × prefill"),
         (("--slo", "ttft=0.2s"), "a plan needs a limit for both"),
     ],
 )
 def test_no_plan_is_refused_with_what_binds_and_the_nearest_that_works(files: Path, arguments: tuple[str, ...], said: str) -> None:
-    import re
-
     status, out = diptych("plan", "--profile", "P.json", *WORTH, *arguments)
     assert status in (1, 2)
     assert re.search(said, out), out
+
+
+def test_a_model_too_large_for_the_devices_is_refused_with_the_room_it_takes(files: Path) -> None:
+    large = profile(model=MODEL.model_copy(update={"weight_bytes": 12e9}), parallelisms=(Parallelism(tp=1, times=TIMES),))
+    Path("P.json").write_text(large.model_dump_json())
+    status, out = diptych("plan", "--profile", "P.json", *WORTH)
+    assert status == 1
+    assert re.search("No plan: memory binds, m does not fit twice.* nearest that fits takes 4 of 1 × 4: 1 × prefill .tp 1 pp 2", out), out

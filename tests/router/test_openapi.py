@@ -36,7 +36,7 @@ class Nobody:
     """A fleet without workers: what is accepted ends as 503."""
 
     def snapshot(self):
-        return Snapshot(())
+        return Snapshot.of(())
 
 
 @pytest.fixture(scope="module")

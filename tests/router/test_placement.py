@@ -34,7 +34,7 @@ def worker(name, *, waiting=0, attempts=0, own=0, tokens=0, alive=True, state=Wo
 
 
 def go(*candidates, policy=AUTO, turn=0, **demand):
-    placement = place(Snapshot(candidates, turn), Demand(**{"context_tokens": 100, "output_tokens": 10, **demand}), policy)
+    placement = place(Snapshot.of(candidates, turn), Demand(**{"context_tokens": 100, "output_tokens": 10, **demand}), policy)
     names = [member.worker_id if member else None for member in (placement.prefill, placement.decode)]
     return (placement.path, *names)
 
@@ -110,13 +110,13 @@ def test_what_never_fits_is_refused_with_numbers_even_when_nobody_lives(demand, 
 def test_nobody_there(fleet):
     with pytest.raises(Unavailable, match="No decode worker"):
         go(*fleet)
-    assert unavailable(Snapshot(tuple(fleet)), AUTO)
+    assert unavailable(Snapshot.of(tuple(fleet)), AUTO)
 
 
 def test_health():
-    assert unavailable(Snapshot((worker("d0"),)), AUTO) is None
-    assert "never" in unavailable(Snapshot((worker("d0"),)), NEVER)
-    assert unavailable(Snapshot((worker("p0"),)), AUTO)
+    assert unavailable(Snapshot.of((worker("d0"),)), AUTO) is None
+    assert "never" in unavailable(Snapshot.of((worker("d0"),)), NEVER)
+    assert unavailable(Snapshot.of((worker("p0"),)), AUTO)
 
 
 counts = st.integers(0, 10**6)
@@ -135,7 +135,7 @@ def test_scores_and_placements_of_any_fleet(fleet, policy, context, output):
         assert 0 <= prefill_score(candidate) <= 1
         assert 0 <= decode_score(candidate) <= 1
     try:
-        placement = place(Snapshot(tuple(fleet)), Demand(context + 1, output + 1), policy)
+        placement = place(Snapshot.of(tuple(fleet)), Demand(context + 1, output + 1), policy)
     except (Unavailable, ContextExceeded):
         return
     alive = {c.member.worker_id for c in fleet if c.usable}
