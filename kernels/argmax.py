@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .native import native_for
+from .threads import threads
 
 
 def argmax(x: Tensor) -> Tensor:
@@ -13,7 +14,7 @@ def argmax(x: Tensor) -> Tensor:
     if not x.is_contiguous() or (kernels := native_for(x)) is None:
         return argmax_torch(x)
     places = torch.empty(len(x), dtype=torch.int64)
-    kernels.argmax(places.data_ptr(), x.data_ptr(), len(x), x.shape[1], torch.get_num_threads())
+    kernels.argmax(places.data_ptr(), x.data_ptr(), len(x), x.shape[1], threads())
     return places
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .native import native
 from .paging import Paging, padded
+from .threads import threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,6 @@ def attend_singles(query: Tensor, cache: Tensor, span: PagedSingles, scale: floa
         head_dim,
         scale,
         softcap,
-        torch.get_num_threads(),
+        threads(),
     )
     return out

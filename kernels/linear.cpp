@@ -11,6 +11,7 @@ namespace {
 // How far ahead of what is computed memory is asked for, in bytes. One core of a Zen 5 reads 640 inputs of 4 rows at 17 GB/s without
 // asking, at 30 with 5 KiB, 35 with 8 to 16, 32 with 32; it reads at 41 where nothing is computed.
 constexpr int64_t AHEAD = 12288;
+constexpr int64_t SHARES = 8;
 
 struct Product {
     bf16* y;
@@ -85,6 +86,8 @@ extern "C" void diptych_linear(bf16* y, const bf16* x, const bf16* weight, const
     thread_local std::vector<bf16> room;
     Product product = {y, x, weight, bias, rows, n_in, n_out, x_stride, weight_stride, nullptr};
     product.packed = packed(product, room);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    // In shares, not halves: of two threads one may have lost its core to whom that belongs, and the other goes on.
+    const int64_t share = std::max<int64_t>(1, n_out / (TILE * SHARES * threads));
+#pragma omp parallel for schedule(dynamic, share) num_threads(threads) if (threads > 1)
     for (int64_t o = 0; o < n_out; o += TILE) tile(product, o);
 }

@@ -23,9 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .threads import threads
+
 log = logging.getLogger(__name__)
 
-SOURCES = ("linear", "residual_norm", "rotary_store", "gated", "attend_singles", "argmax", "copy_runs", "draw", "likeliest")
+SOURCES = ("linear", "residual_norm", "rotary_store", "gated", "attend_singles", "argmax", "copy_runs", "draw", "likeliest", "bind")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 COMPILE_S = 120.0
@@ -54,6 +56,7 @@ class Native:
     draw: Kernel
     likeliest: Kernel
     log_total: Kernel
+    bind: Kernel
 
 
 @cache
@@ -74,7 +77,7 @@ def native_for(x: Tensor) -> Native | None:
 
 def threads_for(elements: int) -> int:
     """Threads for an op that does little with each of `elements`: below 64 Ki waking another takes longer than it saves."""
-    return 1 if elements < 1 << 16 else torch.get_num_threads()
+    return 1 if elements < 1 << 16 else threads()
 
 
 def kernels_dir() -> Path:
@@ -154,6 +157,7 @@ def _load(path: Path) -> Native:
         copy_few=_kernel(alone.diptych_copy_runs, _P, _I, _I),
         likeliest=_kernel(alone.diptych_likeliest, _P, _P, _P, _P, _I, _I, _I, _F),
         log_total=_kernel(alone.diptych_log_total, _P, _P, _I, _I, _F),
+        bind=_kernel(together.diptych_bind, _P, _I),
         draw=_kernel(alone.diptych_draw, _P, _P, _I, _I, _F, ctypes.c_uint64, _I, _I),
     )
 

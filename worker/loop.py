@@ -24,6 +24,7 @@ from ..core.fleet import WorkerReport
 from ..core.recordings import Doing
 from ..core.spans import span
 from ..engine.batch import Batch, StepOutput
+from .lending import Lending
 from .outbox import Call, Delivery, Outbox
 
 DEPTH = 2
@@ -128,7 +129,8 @@ class Role(Protocol[D]):
 class EngineLoop(Generic[D]):
     """Runs `role` over an engine (`run`) until stopped; with `check` its books are checked, always when idle and now and then when not.
 
-    `depth`: steps decided and not yet completed. `broken_after`: failed steps in a row after which it ends the process.
+    `lending`: of the cores that the engine computes on. `depth`: steps decided and not yet completed.
+    `broken_after`: failed steps in a row after which it ends the process.
     `deliver` is called on the loop's thread, once a turn at most, and must only pass its argument on. `died` is called with the
     error, on the thread that met it, when the books or the engine can no longer be trusted; it must end the process.
     """
@@ -145,9 +147,10 @@ class EngineLoop(Generic[D]):
         check: bool = False,
         depth: int = DEPTH,
         broken_after: int = BROKEN_AFTER,
+        lending: Lending | None = None,
     ) -> None:
         self._run_step, self._role, self._clock, self._deliver, self._died, self._check = run, role, clock, deliver, died, check
-        self._inbox, self._depth, self._broken_after = inbox, depth, broken_after
+        self._inbox, self._depth, self._broken_after, self._lending = inbox, depth, broken_after, lending
         self._steps: SimpleQueue[_Submitted[D] | None] = SimpleQueue()
         self._in_flight = 0
         self._resting = True
@@ -254,11 +257,15 @@ class EngineLoop(Generic[D]):
                     self._inbox.put(partial(self._step_failed, decision, error))
 
     def _next(self) -> _Submitted[D] | None:
+        if self._lending is not None and self._steps.empty():
+            self._lending.idle()
         with span(Doing.WAIT) as waiting:
             step = self._steps.get()
             if step is None or step.after_rest:
                 waiting.rename(Doing.IDLE)
-            return step
+        if self._lending is not None and step is not None:
+            self._lending.busy()
+        return step
 
     def _ran(self, decision: D, began: float, output: StepOutput) -> None:
         self._inbox.put(partial(self._step_ran, decision, output, StepTimes(began, self._clock.now())))

@@ -26,6 +26,7 @@ from ...core.sampling import SamplingParams
 from ...core.security import TlsFiles
 from ...core.workload import Window
 from ...rpc.inference import InferenceClient
+from ...worker.lending import CoreTable
 from ..autoplan.pilot import check as check_autoplan
 from ..doctor.examining import before_up, require_links
 from ..on_ray.launcher import RayLauncher
@@ -127,7 +128,7 @@ class Up:
         self, model_dir: Path, card: ModelCard, first: Sequence[Worker], terminal: Terminal, stop: asyncio.Event, kill: asyncio.Event
     ) -> None:
         name = self.config.model.name or card.name
-        with self._claimed(name) as record:
+        with self._claimed(name) as record, _core_table(self.cores) as core_table:
             plain = PlainLauncher(self.cluster_id, record.state.scratch)
             observer = _Both(terminal, record)
             tls = internal_files(self.config, record.state.scratch)
@@ -135,8 +136,9 @@ class Up:
             logs = record.state.logs
             router = launch_router(route_spec(self.config, model_dir, tls), self.programs, logs)
             crew = Crew(
-                self.config, card, model_dir, source_of(self.config), self.cores, self.programs, logs, self.budget, tls, gpus=self._gpus
-            )
+                self.config, card, model_dir, source_of(self.config), self.cores, self.programs, logs, self.budget, tls,
+                gpus=self._gpus, core_table=None if self.config.ray.joined else core_table,
+            )  # fmt: skip
             launcher = self._worker_launcher(plain, [crew.launch(worker) for worker in first], observer, tls)
             posts = [Post(router, plain, None, self.budget()), *crew.posts(first, launcher)]
             shown = {} if tls is None else {"tls": tls}
@@ -332,6 +334,17 @@ def _start_reaper(of: state.ClusterState) -> subprocess.Popen[bytes]:
         env=child_environment(of.id),
         start_new_session=True,
     )
+
+
+@contextmanager
+def _core_table(cores: Sequence[int]) -> Iterator[Path]:
+    """Shared memory in which the ranks of this host lend each other cores; gone with this process, whatever becomes of it."""
+    fd = os.memfd_create("diptych-cores")
+    try:
+        os.ftruncate(fd, CoreTable.size(max(cores) + 1))
+        yield Path(f"/proc/{os.getpid()}/fd/{fd}")
+    finally:
+        os.close(fd)
 
 
 def _on_signals(stop: asyncio.Event, kill: asyncio.Event, terminal: Terminal) -> None:

@@ -40,6 +40,9 @@ class RankSpec(_Spec):
     stages: tuple[int, ...] = Field((), description="Layers of each pipeline stage; () where one has them all.")
     threads: int = Field(1, ge=1, description="CPU threads of this rank's engine.")
     cpus: tuple[int, ...] | None = Field(None, min_length=1, description="Cores this rank may run on; by default all it has.")
+    core_table: Path | None = Field(
+        None, description="Where ranks of this host say which cores they do not use: its engine runs on `cpus` and on what others lend."
+    )
     device: Literal["cpu", "cuda"] = Field("cpu", description="What it computes on, and holds its KV in.")
     gpu: str | None = Field(None, description="The one GPU it sees, as CUDA_VISIBLE_DEVICES names it; by default those its parent sees.")
     kv_tokens: int | None = Field(None, ge=BLOCK_SIZE, description="Tokens the KV pool holds; by default as many as memory allows.")

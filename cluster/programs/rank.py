@@ -89,12 +89,17 @@ def _take_device(spec: RankSpec) -> None:
 
 
 def _take_cores(spec: RankSpec) -> None:
-    """Run on the cores of the spec, with as many engine threads as it says, from before torch is loaded."""
+    """Run on the cores of the spec, with as many engine threads as it says, from before torch is loaded. Where cores are lent only the
+    engine's threads keep to them: what else the process does goes wherever nobody computes, and OpenMP must see all cores, or its threads
+    sleep between two products."""
     if spec.cpus is not None:
+        all_cores = os.sched_getaffinity(0)
         try:
             os.sched_setaffinity(0, spec.cpus)
         except (OSError, OverflowError):
             raise ConfigError(f"This process may not run on the cores {list(spec.cpus)}.", field="cpus") from None
+        if spec.core_table is not None:
+            os.sched_setaffinity(0, all_cores)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(spec.threads)
 

@@ -38,6 +38,7 @@ from ...worker.report import Reporter
 from ..process.child import died, progress, say
 from ..process.spec import BLOCK_SIZE, RankSpec
 from .identity import hello, reachable_host, worker_layout
+from .lent_cores import lending
 from .loading import Loaded, load
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class _Worker:
             died=died,
             check=spec.check,
             depth=depth(spec.phase, self._layout.pp),
+            lending=None if spec.core_table is None else lending(spec.core_table, spec.phase, spec.cpus or ()),
             broken_after=BROKEN_AFTER if leader is None else 1,  # of many ranks none repairs a step that failed at one
         )
 

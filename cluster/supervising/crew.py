@@ -27,7 +27,8 @@ from .supervisor import Supervisor
 
 @dataclass(slots=True)
 class Crew:
-    """`config`: with the numbers of workers that were asked for last. `cores`, `gpus`: those of this host, for the workers on it."""
+    """`config`: with the numbers of workers that were asked for last. `cores`, `gpus`: those of this host, for the workers on it.
+    `core_table`: by which those of one rank lend each other cores."""
 
     config: ClusterConfig
     card: ModelCard
@@ -39,14 +40,17 @@ class Crew:
     budget: Callable[[], RestartBudget] = RestartBudget
     internal_tls: TlsFiles | None = None
     gpus: Sequence[Gpu] = ()
+    core_table: Path | None = None
     _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def posts(self, workers: Sequence[Worker], launcher: Launcher) -> list[Post]:
         return [Post(self.launch(worker), launcher, worker, self.budget()) for worker in workers]
 
     def launch(self, worker: Worker) -> Launch:
-        if self.internal_tls is not None:
-            worker = replace(worker, ranks=tuple(spec.model_copy(update={"internal_tls": self.internal_tls}) for spec in worker.ranks))
+        update: dict[str, object] = {} if self.internal_tls is None else {"internal_tls": self.internal_tls}
+        if len(worker.ranks) == 1 and worker.ranks[0].cpus and worker.ranks[0].device == "cpu":
+            update["core_table"] = self.core_table
+        worker = replace(worker, ranks=tuple(spec.model_copy(update=update) for spec in worker.ranks))
         if self.config.ray.joined:
             return launch_on_nodes(worker, self.config, self.card, self.source, self.logs)
         return launch_worker(worker, self.programs, self.logs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import os
@@ -185,6 +186,28 @@ def test_down_cleans_up_after_a_supervisor_and_reaper_that_were_killed(tiny_gemm
         assert cleaned.returncode == 0
         assert "had been killed; cleaned up after it" in cleaned.stdout
         assert nothing_left(state)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="both workers are on the one core there is")
+def test_a_prefill_worker_reads_a_prompt_with_the_core_of_an_idle_decode_worker_too(tiny_gemma3_dir: Path, runtime: Path) -> None:
+    log = runtime.parent / "log.yaml"
+    log.write_text("log: {level: debug}\nprefill: {threads: 1}\ndecode: {threads: 1}\n")
+    with up(tiny_gemma3_dir, runtime, "-f", str(log), "--no-ray") as cluster:
+        cluster.expect("Ctrl-C ends it.", UP_S)
+        logs = Path(str(cluster.state()["logs"]))
+        answer = diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0")
+        assert answer.returncode == 0
+
+        def used() -> list[tuple[int, ...]]:
+            lines = (logs / "prefill-0.log").read_text().splitlines()
+            return [ast.literal_eval(line.partition("computing on ")[2]) for line in lines if "computing on" in line]
+
+        own, both, *_ = used()
+        assert len(own) == 1
+        assert len(both) == 2
+        assert both[0] == own[0], "its own first"
+        wait_for("the core to be given back", lambda: used()[-1] == own)
+        assert cluster.end() == 0
 
 
 def test_a_ray_worker_started_from_the_root_imports_other_peoples_proto(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,122 @@
+"""Cores lent between the ranks of a host: an owner never waits, and a core has at most one borrower."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+from diptych.worker.lending import CoreTable, Lending
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+REST = 10
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1
+
+    def __call__(self) -> int:
+        return self.now
+
+
+class Rank:
+    """`used`: the cores it computes on, the first its own."""
+
+    def __init__(self, table: CoreTable, own: Sequence[int], clock: Clock) -> None:
+        self.own, self.used, self.computing = tuple(own), tuple(own), False
+        self.lending = Lending(table, own, rest_ns=REST, use=self._use, now=clock)
+
+    def _use(self, cores: Sequence[int]) -> None:
+        self.used = tuple(cores)
+
+    def begin(self) -> None:
+        self.lending.busy()
+        self.computing = True
+
+    def end(self) -> None:
+        self.lending.idle()
+        self.computing = False
+
+    @property
+    def borrowed(self) -> set[int]:
+        return set(self.used) - set(self.own) if self.computing else set()
+
+
+@contextmanager
+def table_of(cores: int) -> Iterator[CoreTable]:
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, CoreTable.size(cores))
+    table = CoreTable(fd, cores)
+    os.close(fd)
+    try:
+        yield table
+    finally:
+        table.close()
+
+
+def test_the_core_of_an_idle_rank_is_borrowed_after_its_rest_and_given_back_when_it_computes() -> None:
+    clock = Clock()
+    with table_of(2) as table:
+        prefill, decode = Rank(table, (0,), clock), Rank(table, (1,), clock)
+        decode.begin()
+        assert decode.lending.look() == 1, "nobody has said that core 0 is to be had"
+        prefill.end()
+        assert decode.lending.look() == 1
+        clock.now += REST
+        assert decode.lending.look() == 1, "asked for"
+        assert decode.lending.look() == 2
+        assert decode.used == (1, 0)
+        prefill.begin()
+        assert decode.lending.look() == 1
+        assert decode.used == (1,)
+
+
+def test_who_ends_gives_back_what_it_has_borrowed() -> None:
+    clock = Clock()
+    with table_of(3) as table:
+        idle, first, second = (Rank(table, (core,), clock) for core in range(3))
+        idle.end()
+        clock.now += REST
+        for rank in (first, second):
+            rank.begin()
+        assert [first.lending.look(), second.lending.look()] == [1, 1]
+        assert [first.lending.look(), second.lending.look()] == [2, 1], "it is the first one's"
+        first.end()
+        clock.now += REST
+        assert [second.lending.look(), second.lending.look()] == [1, 3], "with the core of the first, which is idle now"
+
+
+def test_a_table_that_is_too_short_is_no_table() -> None:
+    fd = os.memfd_create("test")
+    with pytest.raises(ValueError, match="mmap length"):
+        CoreTable(fd, 2)
+    os.close(fd)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 3), min_size=2, max_size=4), events=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=80)
+)
+def test_no_core_has_two_borrowers_and_none_is_kept_from_an_owner_that_computes(shape: list[int], events: list[tuple[int, int]]) -> None:
+    clock = Clock()
+    with table_of(sum(shape) + 1) as table:  # the last core is nobody's
+        starts = [sum(shape[:i]) for i in range(len(shape))]
+        ranks = [Rank(table, range(start, start + count), clock) for start, count in zip(starts, shape, strict=True)]
+        for number, what in events:
+            rank = ranks[number % len(ranks)]
+            clock.now += what
+            match what:
+                case 0:
+                    rank.begin()
+                case 1:
+                    rank.end()
+                case _ if rank.computing:
+                    assert rank.lending.look() == len(rank.used)
+                    busy = {core for each in ranks if each.computing for core in each.own}
+                    assert not rank.borrowed & busy, "what its owner wants is given back at the next look"
+            borrowed = [core for each in ranks for core in each.borrowed]
+            assert len(borrowed) == len(set(borrowed))
+            assert sum(shape) not in borrowed

@@ -1,0 +1,115 @@
+"""Cores on loan: a rank that has nothing to compute lends its cores to those of its host that have.
+
+A table in shared memory holds two words for each core: since when its owner has been idle (nanoseconds of the monotonic clock, which
+is one for all processes of a host; 0: it is computing, or nobody owns it), and who has borrowed it. The owner needs nobody's leave to
+compute again: it says so, and whoever has borrowed the core sees that before its next product. So a core has two users for a product
+at most.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Sequence
+
+WORD = 8
+
+
+class CoreTable:
+    """The words of some cores, 0 at first, in memory that every rank of a host maps."""
+
+    def __init__(self, fd: int, cores: int) -> None:
+        """Raises `OSError` or `ValueError` if `fd` is not `size(cores)` long."""
+        self._mapped = mmap.mmap(fd, self.size(cores))
+        self._words = memoryview(self._mapped).cast("Q")
+        self.cores = cores
+
+    @staticmethod
+    def size(cores: int) -> int:
+        """In bytes."""
+        return 2 * cores * WORD
+
+    def snapshot(self) -> bytes:
+        return self._mapped[:]
+
+    def idle_since(self, core: int) -> int:
+        return self._words[2 * core]
+
+    def set_idle(self, core: int, since: int) -> None:
+        self._words[2 * core] = since
+
+    def borrower(self, core: int) -> int:
+        return self._words[2 * core + 1]
+
+    def set_borrower(self, core: int, rank: int) -> None:
+        self._words[2 * core + 1] = rank
+
+    def close(self) -> None:
+        self._words.release()
+        self._mapped.close()
+
+
+class Lending:
+    """One rank's side. All calls come from the thread that computes."""
+
+    def __init__(
+        self, table: CoreTable, own: Sequence[int], *, rest_ns: int, use: Callable[[Sequence[int]], None], now: Callable[[], int]
+    ) -> None:
+        """`own`: its cores, no other rank's. `rest_ns`: how long the owner of a core must have been idle before it is borrowed. `use` is
+        told on which cores to compute from now on. `now`: nanoseconds."""
+        self._table, self._own, self._rest_ns, self._use, self._now = table, tuple(own), rest_ns, use, now
+        self._others = [core for core in range(table.cores) if core not in self._own]
+        self._me = 1 + min(own)
+        self._used: tuple[int, ...] = ()
+        self._snapshot = b""
+        self._again = 0.0
+        """When to look again though nobody has written anything."""
+
+    def busy(self) -> None:
+        """There is something to compute: its cores are its own."""
+        for core in self._own:
+            self._table.set_idle(core, 0)
+
+    def idle(self) -> None:
+        """There is nothing to compute: nothing is borrowed, and its cores are to be had."""
+        self._compute_on(())
+        for core in self._others:
+            self._give_back(core)
+        since = self._now()
+        for core in self._own:
+            self._table.set_idle(core, since)
+
+    def look(self) -> int:
+        """Give back what its owner wants again, take what is idle and nobody's; how many cores that makes. What is asked for now is had
+        when this is called again, if nobody else has asked for it in between."""
+        snapshot = self._table.snapshot()
+        if snapshot != self._snapshot or self._now() >= self._again:
+            self._snapshot = snapshot
+            self._reckon()
+        return len(self._used)
+
+    def _reckon(self) -> None:
+        now, self._again = self._now(), math.inf
+        had = []
+        for core in self._others:
+            borrower, since = self._table.borrower(core), self._table.idle_since(core)
+            if not since:
+                self._give_back(core)
+            elif borrower == self._me:
+                had.append(core)
+            elif borrower:
+                continue
+            elif now - since >= self._rest_ns:
+                self._table.set_borrower(core, self._me)
+            else:
+                self._again = min(self._again, since + self._rest_ns)
+        self._compute_on(tuple(had))
+
+    def _give_back(self, core: int) -> None:
+        if self._table.borrower(core) == self._me:
+            self._table.set_borrower(core, 0)
+
+    def _compute_on(self, borrowed: tuple[int, ...]) -> None:
+        if self._own + borrowed != self._used:
+            self._used = self._own + borrowed
+            self._use(self._used)
