@@ -35,7 +35,7 @@ class Record(Protocol):
 class Scale(Protocol):
     """See `Crew.scale`."""
 
-    async def __call__(self, wanted: Numbers, tell: Callable[[str], None], *, leave_first: bool = False) -> None: ...
+    async def __call__(self, wanted: Numbers, tell: Callable[[str], None], *, in_place: bool = False) -> None: ...
 
 
 async def keep_planned(
@@ -60,9 +60,9 @@ async def keep_planned(
     async def change(wanted: Split) -> None:
         before = split()
         try:
-            await scale(_numbers(wanted), log.info, leave_first=wanted.workers <= before.workers)
+            await scale(_numbers(wanted), log.info, in_place=wanted.workers <= before.workers)
         except DiptychError as error:
-            await scale(_numbers(before), log.info, leave_first=True)
+            await scale(_numbers(before), log.info, in_place=True)
             raise Unavailable(f"could not be changed to {wanted}, so it is {before} again: {error.message}") from error
 
     def show(said: str) -> None:

@@ -184,10 +184,10 @@ class Up:
 
     async def _scale(
         self, crew: Crew, supervisor: Supervisor, launcher: Launcher, record: _Record, wanted: Numbers, tell: Tell, *,
-        leave_first: bool = False,
+        in_place: bool = False,
     ) -> None:  # fmt: skip
         """Have so many workers, and see that KV moves between those there are then. Raises `DiptychError` if not."""
-        await crew.scale(supervisor, launcher, wanted, tell, leave_first=leave_first)
+        await crew.scale(supervisor, launcher, wanted, tell, in_place=in_place)
         await self.links(record.state, crew.config)
 
     async def _greet(self, supervisor: Supervisor, record: _Record, card: ModelCard, terminal: Terminal, stop: asyncio.Event) -> None:

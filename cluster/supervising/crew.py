@@ -55,9 +55,9 @@ class Crew:
             return launch_on_nodes(worker, self.config, self.card, self.source, self.logs)
         return launch_worker(worker, self.programs, self.logs)
 
-    async def scale(self, supervisor: Supervisor, launcher: Launcher, wanted: Numbers, tell: Tell, *, leave_first: bool = False) -> None:
-        """Have so many workers of each phase named in `wanted`: the new ones join first, then the others leave. With `leave_first` the
-        other way round: workers change their role, and there may be no cores, memory or GPUs for both.
+    async def scale(self, supervisor: Supervisor, launcher: Launcher, wanted: Numbers, tell: Tell, *, in_place: bool = False) -> None:
+        """Have so many workers of each phase named in `wanted`: the new ones join first, then the others leave. With `in_place`
+        workers change their role: where each has cores or GPUs of its own, these are free for another only when it has left.
 
         Raises `DiptychError` if a number is not possible or a worker cannot join; those that could stay, and none leaves (any more).
         """
@@ -74,6 +74,7 @@ class Crew:
                 for group, found in enumerate(changes(present, numbers)):
                     names += [(phase, group, number) for number in found.join]
                     leaving += [present[group][number] for number in found.leave]
+            leave_first = in_place and self._own_places(supervisor)
             if leave_first:
                 await self._dismiss(supervisor, leaving, tell)
             await self._join(supervisor, self.posts(self._newcomers(supervisor, names), launcher), tell)
@@ -98,6 +99,11 @@ class Crew:
         tell(f"{post.name} is starting")
         await supervisor.join(post)
         tell(f"{post.name} has joined")
+
+    def _own_places(self, supervisor: Supervisor) -> bool:
+        """Whether workers have GPUs or cores of their own."""
+        ranks = (spec for post in supervisor.workers if post.worker for spec in post.worker.ranks)
+        return self.config.ray.joined or bool(self.gpus) or any(spec.cpus for spec in ranks)
 
     async def _dismiss(self, supervisor: Supervisor, posts: Sequence[Post], tell: Tell) -> None:
         await asyncio.gather(*(self._leave(supervisor, post, tell) for post in posts))

@@ -80,7 +80,10 @@ def main() -> int:
     program = (sys.executable, str(HERE / "fakes.py"))
     programs = Programs(rank=(*program, "rank"), route=(*program, "route"))
     config = load_config(json.loads(sys.argv[1]))
-    up = Up(config, programs=programs, connect=FilePublisher, drain=drain, recorded=recorded, budget=small_budget, links=no_links)
+    cores = list(range(int(text("cores")))) if ordered("cores") else sorted(os.sched_getaffinity(0))
+    up = Up(
+        config, cores=cores, programs=programs, connect=FilePublisher, drain=drain, recorded=recorded, budget=small_budget, links=no_links
+    )
     try:
         up.run()
     except DiptychError as error:

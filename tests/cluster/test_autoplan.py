@@ -62,7 +62,12 @@ def log(cluster: Cluster) -> str:
     return Path(str(cluster.state()["logs"]), "supervisor.log").read_text()
 
 
+def said_in_order(cluster: Cluster, first: str, then: str) -> bool:
+    return 0 < log(cluster).find(first) < log(cluster).find(then)
+
+
 def test_a_load_that_turns_flips_a_worker(start: Start, orders: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (orders / "cores").write_text("1")
     serve(orders, LONG_PROMPTS)
     with start(**config(profile, "apply")) as cluster:
         cluster.expect("Ctrl-C ends it.")
@@ -72,8 +77,7 @@ def test_a_load_that_turns_flips_a_worker(start: Start, orders: Path, profile: P
         wait_for("the flip", lambda: "autoplan: now 1 prefill + 2 decode" in log(cluster), FLIP_S)
         assert members(orders) == {"prefill-0", "decode-0", "decode-1"}
         assert len((orders / "drained").read_text().splitlines()) == 1, "who goes drains first"
-        versions = [set(names) for _, names in fleets(orders)]
-        assert {"prefill-0", "decode-0"} in versions, "its place is free before the other starts: there may be no GPU for both"
+        assert said_in_order(cluster, "decode-1 has joined", "prefill-1 has left"), "all share the one core"
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(cluster.runtime))
         assert "autoplan (apply)" in diptych("status").stdout
         assert cluster.end() == 0
@@ -81,10 +85,12 @@ def test_a_load_that_turns_flips_a_worker(start: Start, orders: Path, profile: P
 
 def test_one_that_cannot_change_its_role_goes_back(start: Start, orders: Path, profile: Path) -> None:
     (orders / "refuse-decode-1").touch()
+    (orders / "cores").write_text("4")
     serve(orders, LONG_ANSWERS)
     with start(**config(profile, "apply")) as cluster:
         cluster.expect("Ctrl-C ends it.")
         wait_for("the failure", lambda: "autoplan: could not be changed" in log(cluster), FLIP_S)
+        assert said_in_order(cluster, "prefill-1 has left", "decode-1 is starting"), "each has cores of its own"
         wait_for("the way back", lambda: members(orders) == {"prefill-0", "prefill-1", "decode-0"})
         assert cluster.end() == 0
 
