@@ -25,10 +25,12 @@ from diptych.kernels.attend_singles import make_paged_singles
 from diptych.kernels.gated import gated, gated_torch
 from diptych.kernels.kv_store import store_rows
 from diptych.kernels.move_rows import move_rows, move_rows_torch
+from diptych.kernels.noise import Noise
 from diptych.kernels.paged_attention import attend
 from diptych.kernels.paging import Paging
 from diptych.kernels.residual_norm import residual_norm, residual_norm_torch
 from diptych.kernels.rotary_store import rotary_store, rotary_store_torch
+from diptych.kernels.sampling import draw, draw_at_once
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -50,6 +52,7 @@ class Sizes:
     tokens: tuple[int, ...] = TOKENS
     prefills: tuple[tuple[int, int], ...] = PREFILLS
     moved: int = 256 << 20
+    vocabulary: int = 128_256
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
     for tokens in sizes.tokens:
         yield from small(tokens, dtype, device)
     yield moves(sizes.moved, dtype, device)
+    yield drawing(sizes.vocabulary, dtype, device)
     for context in sizes.contexts:
         yield from (decode(batch, context, dtype, device) for batch in sizes.batches)
     for start, length in sizes.prefills:
@@ -108,6 +112,14 @@ def moves(size: int, dtype: torch.dtype, device: torch.device) -> Case:
     slot = torch.empty_like(source)
     move, twin = (lambda: move_rows(source, slot, order, to)), (lambda: move_rows_torch(source, slot, order, to, False))
     return Case("move_rows", f"{len(source)} blocks", move, twin, 2 * source.nbytes)
+
+
+def drawing(vocabulary: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """One row, at a temperature and without limits, with the upload of what is asked; the sampler draws row by row."""
+    logits, noise = torch.randn(vocabulary, dtype=dtype, device=device), Noise(1, 0, 0)
+    run = lambda: draw(logits, noise, temperature=0.8, top_k=0, top_p=1.0)  # noqa: E731
+    twin = lambda: draw_at_once(logits.float() / 0.8, noise, top_k=0, top_p=1.0, min_p=0.0)  # noqa: E731
+    return Case("draw", f"1 x {vocabulary}", run, twin, logits.nbytes)
 
 
 def paged(sequences: int, context: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[list[int]]]:

@@ -10,62 +10,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .softmax import scaled, softened
+from .sweep import nothing, sweep
 from .tiles import chunk_tile, gpu
 
 
 @triton.jit
-def _sweep(
-    mixed: tl.tensor,
-    total: tl.tensor,
-    most: tl.tensor,
-    query: tl.tensor,
-    position: tl.tensor,
-    cache_ptr: tl.tensor,
-    table_ptr: tl.tensor,
-    start: tl.tensor,
-    oldest: tl.tensor,
-    begin: tl.tensor,
-    end: tl.tensor,
-    scale: tl.tensor,
-    softcap: tl.tensor,
-    MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    KEYS: tl.constexpr,
-) -> tl.tensor:
-    """Adds the keys from `begin` to `end`, counted from position `start`, where the table begins. None is read that no query sees;
-    `oldest` is the position of the first."""
-    element = tl.arange(0, PADDED)[None, :]
-    for at in range(begin, end, KEYS):
-        key = at + tl.arange(0, KEYS)
-        read = element < HEAD_DIM
-        if MASKED:
-            near = key < end
-            if WINDOW:
-                near = near & (start + key > oldest - WINDOW)
-            read = read & near[:, None]
-            block = tl.load(table_ptr + key // BLOCK_SIZE, mask=near, other=0)
+def _row_of(tile: tl.tensor, sum_ptr: tl.tensor, rows: tl.tensor, QUERIES: tl.constexpr) -> tl.tensor:
+    """The row that has tile number `tile`. Row r's begin with sum[r] // QUERIES + r, so that the host need not know how many each has."""
+    row, behind = 0, rows
+    while behind - row > 1:
+        middle = (row + behind) // 2
+        if tl.load(sum_ptr + middle) // QUERIES + middle <= tile:
+            row = middle
         else:
-            block = tl.load(table_ptr + key // BLOCK_SIZE)
-        here = (block * BLOCK + key % BLOCK_SIZE * HEAD_DIM)[:, None] + element
-        keys = tl.load(cache_ptr + here, mask=read, other=0.0)
-        values = tl.load(cache_ptr + here + BLOCK_SIZE * HEAD_DIM, mask=read, other=0.0)
-        scores = scaled(tl.dot(query, tl.trans(keys), input_precision="ieee"), scale, softcap, SOFTCAP)
-        if MASKED:
-            there = (start + key)[None, :]
-            seen = (there <= position[:, None]) & (key < end)[None, :]
-            if WINDOW:
-                seen = seen & (there > position[:, None] - WINDOW)
-            scores = tl.where(seen, scores, float("-inf"))
-        shares, fade, most = softened(scores, most)
-        total = total * fade + tl.sum(shares, axis=1)
-        mixed = tl.dot(shares.to(values.dtype), values, mixed * fade[:, None], input_precision="ieee")
-    return mixed, total, most
+            behind = middle
+    return row
+
+
+@triton.jit
+def _bounds(oldest: tl.tensor, newest: tl.tensor, WINDOW: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
+    """The first key that the oldest query sees; from which tile on the newest still sees all, and up to which the oldest sees all."""
+    edge = (oldest + 1) // KEYS * KEYS
+    low, whole = edge * 0, edge * 0
+    if WINDOW:
+        low = tl.maximum(oldest - WINDOW + 1, 0)
+        whole = tl.minimum((tl.maximum(newest - WINDOW + 1, 0) + KEYS - 1) // KEYS * KEYS, edge)
+    return low, whole, edge
 
 
 @triton.jit(do_not_specialize=["rows", "table_width"])
@@ -94,58 +64,37 @@ def _attend_chunks(
 ) -> None:
     GROUP: tl.constexpr = HEADS // KV_HEADS
     BLOCK: tl.constexpr = KV_HEADS * 2 * BLOCK_SIZE * HEAD_DIM
-    # A row's later queries see more keys: the longest programs first.
-    tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    # Row r's tiles begin with number sum[r] // QUERIES + r, so that the host need not know how many each has.
-    row, behind = 0, rows
-    while behind - row > 1:
-        middle = (row + behind) // 2
-        if tl.load(sum_ptr + middle) // QUERIES + middle <= tile:
-            row = middle
-        else:
-            behind = middle
+    tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # a row's later queries see more keys: the longest first
+    row = _row_of(tile, sum_ptr, rows, QUERIES)
     before = tl.load(sum_ptr + row)
     length = (tl.load(sum_ptr + row + 1) - before).to(tl.int32)
     begin = (tile - (before // QUERIES).to(tl.int32) - row) * QUERIES
     if begin >= length:
         return
-
     member, element = tl.arange(0, ROWS), tl.arange(0, PADDED)
     query_at = begin + member // GROUP
     asked = ((member < QUERIES * GROUP) & (query_at < length))[:, None] & (element < HEAD_DIM)[None, :]
-    token = tl.load(place_ptr + row) + query_at
-    place = (token * HEADS + kv_head * GROUP + member % GROUP)[:, None] * HEAD_DIM + element[None, :]
+    head = (tl.load(place_ptr + row) + query_at) * HEADS + kv_head * GROUP + member % GROUP
+    place = head[:, None] * HEAD_DIM + element[None, :]
     query = tl.load(query_ptr + place, mask=asked, other=0.0)
-
     chunk = tl.load(position_ptr + row).to(tl.int32)
-    position = chunk + query_at
-    newest, oldest = chunk + tl.minimum(begin + QUERIES, length) - 1, chunk + begin
-    start, low, whole = 0, 0, 0
     if WINDOW:
-        start = tl.maximum(chunk - WINDOW + 1, 0) // BLOCK_SIZE * BLOCK_SIZE
-        low = (tl.maximum(oldest - WINDOW + 1, 0) - start) // KEYS * KEYS
-        # tiles from here on have no key that the newest query no longer sees
-        whole = (tl.maximum(newest - WINDOW + 1, 0) - start + KEYS - 1) // KEYS * KEYS
-    end = newest + 1 - start
-    edge = (oldest + 1 - start) // KEYS * KEYS  # tiles before it have no key that the oldest query does not see yet
-    whole = tl.minimum(whole, edge)
-
-    table_ptr += row * table_width
-    cache_ptr += kv_head * (2 * BLOCK_SIZE * HEAD_DIM)
-    most = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, PADDED], tl.float32)
+        chunk -= tl.maximum(chunk - WINDOW + 1, 0) // BLOCK_SIZE * BLOCK_SIZE  # from here on counted from the table's first key
+    position, newest = chunk + query_at, chunk + tl.minimum(begin + QUERIES, length) - 1
+    low, whole, edge = _bounds(chunk + begin, newest, WINDOW, KEYS)
+    table_ptr, cache_ptr = table_ptr + row * table_width, cache_ptr + kv_head * (2 * BLOCK_SIZE * HEAD_DIM)
+    mixed, total, most = nothing(ROWS, PADDED)
     if WINDOW:
-        mixed, total, most = _sweep(
-            mixed, total, most, query, position, cache_ptr, table_ptr, start, oldest, low, whole, scale, softcap,
+        mixed, total, most = sweep(
+            mixed, total, most, query, position, cache_ptr, table_ptr, low, low // KEYS * KEYS, whole, scale, softcap,
             True, WINDOW, SOFTCAP, BLOCK, HEAD_DIM, BLOCK_SIZE, PADDED, KEYS,
         )  # fmt: skip
-    mixed, total, most = _sweep(
-        mixed, total, most, query, position, cache_ptr, table_ptr, start, oldest, whole, edge, scale, softcap,
+    mixed, total, most = sweep(
+        mixed, total, most, query, position, cache_ptr, table_ptr, low, whole, edge, scale, softcap,
         False, WINDOW, SOFTCAP, BLOCK, HEAD_DIM, BLOCK_SIZE, PADDED, KEYS,
     )  # fmt: skip
-    mixed, total, most = _sweep(
-        mixed, total, most, query, position, cache_ptr, table_ptr, start, oldest, edge, end, scale, softcap,
+    mixed, total, most = sweep(
+        mixed, total, most, query, position, cache_ptr, table_ptr, low, edge, newest + 1, scale, softcap,
         True, WINDOW, SOFTCAP, BLOCK, HEAD_DIM, BLOCK_SIZE, PADDED, KEYS,
     )  # fmt: skip
     tl.store(out_ptr + place, mixed / total[:, None], mask=asked)

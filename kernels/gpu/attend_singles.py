@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .softmax import scaled, softened
+from .sweep import nothing, sweep
 from .tiles import decode_tile, gpu, split_keys
 
 JOINED = 16
@@ -45,6 +45,7 @@ def _attend_split(
     KEYS: tl.constexpr,
 ) -> None:
     GROUP: tl.constexpr = HEADS // KV_HEADS
+    BLOCK: tl.constexpr = KV_HEADS * 2 * BLOCK_SIZE * HEAD_DIM
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = tl.load(first_ptr + row)
     start = first // BLOCK_SIZE * BLOCK_SIZE  # positions are counted from here: the first key of the table
@@ -64,23 +65,12 @@ def _attend_split(
     table_ptr += row * table_width
     cache_ptr += kv_head * (2 * BLOCK_SIZE * HEAD_DIM)
 
-    most = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, PADDED], tl.float32)
-    for at in range(begin, end, KEYS):
-        key = at + tl.arange(0, KEYS)
-        seen = (key >= low) & (key < end)
-        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=seen, other=0)
-        line = block * (KV_HEADS * 2 * BLOCK_SIZE * HEAD_DIM) + key % BLOCK_SIZE * HEAD_DIM
-        here = line[:, None] + element[None, :]
-        read = seen[:, None] & (element < HEAD_DIM)[None, :]
-        keys = tl.load(cache_ptr + here, mask=read, other=0.0)
-        values = tl.load(cache_ptr + here + BLOCK_SIZE * HEAD_DIM, mask=read, other=0.0)
-        scores = scaled(tl.dot(query, tl.trans(keys), input_precision="ieee"), scale, softcap, SOFTCAP)
-        shares, fade, most = softened(tl.where(seen[None, :], scores, float("-inf")), most)
-        total = total * fade + tl.sum(shares, axis=1)
-        mixed = tl.dot(shares.to(values.dtype), values, mixed * fade[:, None], input_precision="ieee")
-
+    mixed, total, most = nothing(ROWS, PADDED)
+    position = tl.zeros([ROWS], tl.int32) + end  # every key that is read is seen
+    mixed, total, most = sweep(
+        mixed, total, most, query, position, cache_ptr, table_ptr, low, begin, end, scale, softcap,
+        True, 0, SOFTCAP, BLOCK, HEAD_DIM, BLOCK_SIZE, PADDED, KEYS,
+    )  # fmt: skip
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]  # a row that sees nothing, which fills a captured batch, is zeros
     if SPLITS:
         number = row * tl.num_programs(1) + split

@@ -113,4 +113,4 @@ def draw(out: Tensor, logits: Tensor, asks: Tensor, floors: Tensor | None, lasts
         GROUP=GROUP,
         num_warps=8,
     )
-    _best_chunk[(rows,)](out, best, tokens, chunks, CHUNKS=triton.next_power_of_2(chunks))
+    _best_chunk[(rows,)](out, best, tokens, chunks, CHUNKS=max(16, triton.next_power_of_2(chunks)))

@@ -20,11 +20,11 @@ def test_every_case_runs() -> None:
         ran.append(run())
         return 2.0
 
-    sizes = Sizes(batches=(2,), contexts=(48,), tokens=(1,), prefills=((0, 8), (16, 2)), moved=1 << 18)
+    sizes = Sizes(batches=(2,), contexts=(48,), tokens=(1,), prefills=((0, 8), (16, 2)), moved=1 << 18, vocabulary=500)
     results = measure(sizes, torch.float32, DEVICE, clock)
     found = {(each["kernel"], each["shape"]): each for each in results["kernels"]}
     assert [name for name, _ in found] == [
-        *("residual_norm", "gated", "rotary_store", "move_rows", "attend_singles", "attend_chunks", "attend_chunks")
+        *("residual_norm", "gated", "rotary_store", "move_rows", "draw", "attend_singles", "attend_chunks", "attend_chunks")
     ]
     assert results["copy_gb_s"] == pytest.approx(2 * (1 << 20) / 2e-3 / 1e9)
     key_and_value = 2 * 8 * 128 * 4
