@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,6 +55,18 @@ for each in (profile, simulate, plan):
     app.command()(each)
 app.command()(top)
 app.command()(doctor)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"diptych {version('diptych')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    shown: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and end.")] = False,
+) -> None: ...
 
 
 LogFormat = Literal["pretty", "json"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,10 @@ def test_help_names_every_command() -> None:
     status, out, _ = diptych("--help")
     assert status == 0
     assert all(command in out for command in COMMANDS)
+
+
+def test_it_says_its_version() -> None:
+    assert diptych("--version") == (0, f"diptych {version('diptych')}\n", "")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
