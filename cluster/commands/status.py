@@ -8,8 +8,10 @@ import os
 import signal
 import ssl
 import time
+import urllib.error
 import urllib.request
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -91,20 +93,23 @@ def _print(found: state.ClusterState, api_key: str | None) -> None:
     for line in found.autoplan:
         _out.print(f"  autoplan {line}", markup=False)
     if found.http and (moved := _moved(found.http, known(found, Access(api_key)))):
-        _out.print("  KV moved: " + ", ".join(f"{count / 1e6:,.1f} MB over {transport}" for transport, count in moved))
+        _out.print(f"  KV moved: {moved}")
 
 
-def _moved(http: str, access: Access) -> list[tuple[str, float]]:
-    """Bytes of KV handed over by each transport that has, from the router's metrics; nothing while it does not answer."""
+def _moved(http: str, access: Access) -> str:
+    """KV handed over by each transport that has, from the router's metrics; nothing while it does not answer."""
     try:
         request = urllib.request.Request(f"{access.scheme}://{http}/metrics", headers=access.headers)
         context = ssl.create_default_context(cafile=access.ca) if access.encrypted else None
         with urllib.request.urlopen(request, timeout=METRICS_S, context=context) as answer:
             text = answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return "the router tells who has an API key (--api-key)" if error.code == HTTPStatus.UNAUTHORIZED else ""
     except OSError:
-        return []
+        return ""
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-    return [(sample.labels["transport"], sample.value) for sample in samples if sample.name == MOVED and sample.value]
+    moved = [sample for sample in samples if sample.name == MOVED and sample.value]
+    return ", ".join(f"{sample.value / 1e6:,.1f} MB over {sample.labels['transport']}" for sample in moved)
 
 
 def _columns(report: WorkerReport | None, process: state.Started) -> tuple[str, ...]:

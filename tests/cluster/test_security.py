@@ -129,6 +129,8 @@ def test_every_port_is_in_the_table_and_strangers_get_what_it_says(
 
         shown = diptych("status")
         assert "decode workers" in shown.stdout, "over mutual TLS"
+        assert "KV moved: the router tells who has an API key" in shown.stdout
+        assert "over gloo" in diptych("status", "--api-key", key).stdout
         again = diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0", "--api-key", key)
         assert again.stdout == asked.stdout, "who knocked at gloo's ports has broken nothing"
         refused = diptych("generate", PROMPT, "--api-key", revoked)
