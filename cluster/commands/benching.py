@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..load.slo import parse_slo
 from ..load.summary import summarise
 from ..load.table import goodput_sentence, show_probe, show_report
 from ..load.workload import limited
-from ..spans.collect import recording
+from ..spans.collect import Collection, recording
 from ..spans.shares import shares_of
 from ..spans.table import show_shares
 from ..spans.taken import Process
@@ -46,6 +46,9 @@ class Profiled:
     seconds: float
     control: str
     tls: TlsFiles | None
+
+    def recording(self) -> AbstractAsyncContextManager[Collection]:
+        return recording(self.control, self.tls, self.seconds)
 
     def show(self, processes: tuple[Process, ...]) -> None:
         """Tables, and the file."""
@@ -75,9 +78,7 @@ class Bench:
         with _stopped_by_signal() as stop:
             server = await self._find()
             async with AsyncExitStack() as recorded:
-                taken = self.profiled and await recorded.enter_async_context(
-                    recording(self.profiled.control, self.profiled.tls, self.profiled.seconds)
-                )
+                taken = await recorded.enter_async_context(self.profiled.recording()) if self.profiled else None
                 with _bar("requests", requests or len(self.load.times) or None) as show:
                     run = await measure(server, arrivals, stop, lambda run: show(len(run.answers), _course(run)))
         if not run.answers:
@@ -122,7 +123,7 @@ class Bench:
 
     def _check_files(self) -> None:
         """Before the load and not behind it."""
-        for file in (self.json, self.plot, self.profiled and self.profiled.file):
+        for file in (self.json, self.plot, self.profiled.file if self.profiled else None):
             if file is not None and not file.absolute().parent.is_dir():
                 raise ConfigError(f"{file.absolute().parent} is no directory, so {file.name} cannot be written there.")
 

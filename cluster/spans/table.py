@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
-from rich.table import Table
 
-from .shares import Shares, Steps
+from .shares import Beside, Shares, Steps
 from .trace import clocks
 
 
@@ -24,30 +23,22 @@ def _show(out: Console, shares: Shares) -> None:
     seconds = (recorded.ended - recorded.began) / 1e9
     out.print(f"\n[bold]{shares.process.name}[/]: {shares.count} {shares.per}s in {seconds:.1f} s, {len(recorded.spans)} spans{lost}")
     if shares.steps is not None:
-        out.print(_steps(shares.steps))
+        _print(out, ("of a step", "count", "mean", "p50", "p99", "max", "share", "on a core"), _steps(shares.steps))
         out.print(f"outside the model: {shares.steps.outside:.1%} of a step")
     if shares.beside:
-        out.print(
-            _table(
-                ("beside that, by thread", "", "count", "mean", "p50", "p99", f"per {shares.per}", "on a core"),
-                (
-                    (
-                        line.thread,
-                        line.name,
-                        str(line.count),
-                        *_ms(line.each.mean, line.each.p50, line.each.p99, line.per_step, line.on_core),
-                    )
-                    for line in shares.beside
-                ),
-                texts=2,
-            )
-        )
+        heads = ("beside that, by thread", "", "count", "mean", "p50", "p99", f"per {shares.per}", "on a core")
+        _print(out, heads, (_beside(line) for line in shares.beside), texts=2)
     if shares.cores:
         rows = ((core.thread, *_ms(core.ran, core.ready)) for core in shares.cores)
-        out.print(_table((f"cores, per {shares.per}", "ran", "waited for one"), rows))
+        _print(out, (f"cores, per {shares.per}", "ran", "waited for one"), rows)
 
 
-def _steps(steps: Steps) -> Table:
+def _beside(line: Beside) -> tuple[str, ...]:
+    each = line.each
+    return line.thread, line.name, str(line.count), *_ms(each.mean, each.p50, each.p99, line.per_step, line.on_core)
+
+
+def _steps(steps: Steps) -> list[tuple[str, ...]]:
     whole = steps.each.mean
     rows = [
         (
@@ -62,18 +53,19 @@ def _steps(steps: Steps) -> Table:
     on_core = sum(line.on_core for line in steps.lines)
     each = steps.each
     rows.append(("a step", str(each.count), *_ms(each.mean, each.p50, each.p99, each.max), "100.0%", *_ms(on_core)))
-    return _table(("of a step", "count", "mean", "p50", "p99", "max", "share", "on a core"), rows)
+    return rows
 
 
 def _ms(*seconds: float) -> tuple[str, ...]:
     return tuple(f"{1e3 * each:,.3f}" for each in seconds)
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> Table:
-    """The first `texts` columns are words, the others numbers."""
-    table = Table(*heads, box=None, pad_edge=False, header_style="bold")
-    for column in table.columns[texts:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _print(out: Console, heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> None:
+    """The first `texts` columns are words, the others numbers. Not a rich table: that would cut columns where the terminal is narrow."""
+    cells = [tuple(heads), *map(tuple, rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
+    for number, row in enumerate(cells):
+        padded = (
+            cell.ljust(width) if column < texts else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        out.print("  ".join(padded).rstrip(), style="" if number else "bold", markup=False, soft_wrap=True)

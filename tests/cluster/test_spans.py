@@ -117,7 +117,7 @@ def test_nothing_recorded_is_shown_too() -> None:
 
 
 def test_the_table_says_where_the_time_goes() -> None:
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=40, record=True, file=io.StringIO(), soft_wrap=True)
     spans = [span for number in range(9) for span in step(number, 30 * number, wait=1, inputs=1, model=21, sampling=2, rest=1)]
     show_shares(console, [shares_of(process(spans, unsure=MS))])
     text = console.export_text()
