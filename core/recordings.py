@@ -39,6 +39,8 @@ class Doing(StrEnum):
     ENCODE = "encode a message"
     DECODE = "decode a message"
     # The router.
+    COMMAND = "command a worker"
+    """Of a request (the first of `who`), by an attempt (the second)."""
     RECEIVE = "receive a step"
     EMIT = "a request's tokens"
     DETOKENISE = "detokenise"

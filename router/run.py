@@ -171,7 +171,8 @@ class Run:
     def _act(self, action: Action) -> None:
         match action:
             case Send(worker_id, command):
-                self._workers.send(worker_id, command, self)
+                with span(Doing.COMMAND, who=(self.request_id, command.attempt_id)):
+                    self._workers.send(worker_id, command, self)
             case Emit(tokens):
                 with span(Doing.EMIT, who=(self.request_id,)):
                     self._emit(self._writings[tokens[0].choice], tokens)

@@ -46,12 +46,14 @@ def test_a_bench_is_recorded_at_the_router_and_at_every_worker(
     for name, some in {
         "p0": (Doing.STEP, Doing.INPUTS, Doing.FORWARD, Doing.SAMPLE, Doing.ANNOUNCE, Doing.DECIDE, Doing.COMPLETE, Doing.TRANSFER),
         "d0": (Doing.STEP, Doing.FORWARD, Doing.SAMPLE, Doing.COMPLETE, Doing.REPORT, Doing.DELIVER, Doing.ENCODE, Doing.COPY),
-        "router": (Doing.DECODE, Doing.RECEIVE, Doing.EMIT, Doing.DETOKENISE, Doing.FORMAT, Doing.WRITE),
+        "router": (Doing.COMMAND, Doing.DECODE, Doing.RECEIVE, Doing.EMIT, Doing.DETOKENISE, Doing.FORMAT, Doing.WRITE),
     }.items():
         assert set(some) <= {event["name"] for event in events if event["pid"] == names[name]}, name
     decoded = [event for event in events if event["pid"] == names["d0"] and event["name"] == Doing.STEP]
     assert len(decoded) >= OUTPUT - 1
-    assert {who for event in decoded for who in event["args"]["who"]}
+    commanded = [event["args"]["who"] for event in events if event["pid"] == names["router"] and event["name"] == Doing.COMMAND]
+    requests = {attempt: request for request, attempt in commanded}
+    assert len({requests[attempt] for event in decoded for attempt in event["args"]["who"]}) == 4, "an attempt's request is known"
 
 
 def test_a_worker_tells_its_steps_and_they_add_up(gemma3_ranks: Family) -> None:
