@@ -6,22 +6,19 @@ import difflib
 from enum import StrEnum
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator
 
 from .errors import ConfigError
 from .fleet import LocalPrefill, Phase
 from .layout import even_stages
+from .section import Section
 from .security import SecuritySection
 from .transfer import Transport
 
 LogFormat = Literal["pretty", "json"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     source: str | None = Field(
         None,
         description="A prepared model, a Hugging Face directory, a GGUF file or a hub name. "
@@ -51,7 +48,7 @@ _MEMORY_FRACTION = (
 )
 
 
-class WorkerGroup(_Section):
+class WorkerGroup(Section):
     """Workers of one phase that are alike."""
 
     workers: int = Field(1, ge=0, description="Number of workers of this group.")
@@ -73,7 +70,7 @@ class WorkerGroup(_Section):
         return f"tp {self.tp}, {stages}"
 
 
-class _PhaseSection(_Section):
+class _PhaseSection(Section):
     workers: int = Field(1, ge=0, description="Number of workers.")
     tp: int = Field(1, ge=1, description=_TP)
     pp: int = Field(1, ge=1, description=_PP)
@@ -110,7 +107,7 @@ class DecodeSection(_PhaseSection):
     )
 
 
-class TransferSection(_Section):
+class TransferSection(Section):
     transports: tuple[Transport, ...] = Field(
         (Transport.SHM, Transport.GLOO),
         min_length=1,
@@ -122,7 +119,7 @@ class TransferSection(_Section):
     offer_wait_s: float = Field(5.0, gt=0, description="How long an Offer waits for its Decode, in seconds.")
 
 
-class LimitsSection(_Section):
+class LimitsSection(Section):
     body_bytes: int = Field(4 << 20, ge=1024, description="Largest HTTP body or gRPC message from a client.")
     running: int = Field(1024, ge=1, description="Requests at once, each counted as often as it has choices; more are refused with 429.")
     connections: int = Field(4096, ge=1, description="Connections to the HTTP face at once; who comes beyond them is hung up on.")
@@ -131,7 +128,7 @@ class LimitsSection(_Section):
     retries: int = Field(2, ge=0, le=2, description="Further attempts after one failed; the last prefills on the decode worker.")
 
 
-class RouterSection(_Section):
+class RouterSection(Section):
     host: str = Field("127.0.0.1", description="Address both faces listen on.")
     http_port: int = Field(8000, ge=0, le=65535, description="OpenAI HTTP; 0 takes a free port.")
     grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC; 0 takes a free port.")
@@ -159,7 +156,7 @@ class Placing(StrEnum):
     SPREAD = "spread"
 
 
-class RaySection(_Section):
+class RaySection(Section):
     enabled: bool = Field(True, description="Place workers with Ray; false starts plain processes on this host.")
     address: str | None = Field(None, description="A running Ray cluster to join; by default a local one is started.")
     placement: Placing = Field(
@@ -180,7 +177,7 @@ class RaySection(_Section):
         return self.enabled and self.address is not None
 
 
-class AutoplanSection(_Section):
+class AutoplanSection(Section):
     mode: Literal["off", "propose", "apply"] = Field(
         "off",
         description="When the load has changed, simulate other numbers of workers under it: propose says in log and `diptych status` which "
@@ -206,7 +203,7 @@ class AutoplanSection(_Section):
         return "off" if value is False else value
 
 
-class LogSection(_Section):
+class LogSection(Section):
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level that is logged.")
     format: LogFormat = Field("pretty", description="Lines for people, or one JSON object a line.")
     directory: str | None = Field(
@@ -214,7 +211,7 @@ class LogSection(_Section):
     )
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """A cluster: one model, its workers, its router."""
 
     name: str = Field(

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from .section import Section
 
 INTERNAL_NAME = "diptych.internal"
 """The name in the certificates of a cluster's processes. It is one for all: a process may be on any host, and being of the cluster is
@@ -28,11 +30,7 @@ class TlsFiles:
         return (self.cert, self.key) if self.ca is None else (self.cert, self.key, self.ca)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PublicTls(_Section):
+class PublicTls(Section):
     cert: str = Field(description="The router's certificate and what is between it and the authority, PEM. Read again when it changes.")
     key: str = Field(description="Its private key, PEM. Read again when it changes.")
     ca: str | None = Field(
@@ -40,7 +38,7 @@ class PublicTls(_Section):
     )
 
 
-class InternalTls(_Section):
+class InternalTls(Section):
     ca: str = Field(
         description="The cluster's own authority, PEM: whoever has a certificate from it is of the cluster. Read again when it changes."
     )
@@ -60,7 +58,7 @@ JwtAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES
 """By a key pair, all of them: with a shared secret (HS256) whoever can check a token could make one."""
 
 
-class JwtSection(_Section):
+class JwtSection(Section):
     issuer: str = Field(min_length=1, description="Who signs: the claim `iss`, letter for letter.")
     audience: str = Field(min_length=1, description="For whom: what the claim `aud` must be, or have in its list.")
     jwks: str = Field(
@@ -93,7 +91,7 @@ class JwtSection(_Section):
         return value
 
 
-class SecuritySection(_Section):
+class SecuritySection(Section):
     api_keys: str | None = Field(
         None,
         description="A file made by `diptych keys`. With it every request needs a key, and is of the key's tenant. Read again when it "
