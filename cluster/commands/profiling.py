@@ -30,6 +30,12 @@ PREFILLS = ((1, 16), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (2, 256),
 """Batch and length."""
 DECODES = ((1, 16), (1, 512), (1, 1024), (2, 256), (4, 16), (4, 512), (8, 256), (16, 16), (16, 256), (32, 16), (32, 128))
 """Batch and tokens attended to."""
+REQUEST_S, LATENCY_S, MESSAGE_S = 0.005, 0.0005, 0.0002
+ASSUMED = (
+    f"assumed, not measured: {1000 * REQUEST_S:g} ms of a request outside of steps, {1000 * LATENCY_S:g} ms until KV moves, "
+    f"{1000 * MESSAGE_S:g} ms of a message"
+)
+"""What takes a router, a second worker and clients to measure; `diptych bench` shows the first as what TTFT has beside the step."""
 POOR = 0.25
 """Residuals of an idle machine are below this share."""
 GREEDY = SamplingParams(temperature=0.0)
@@ -121,12 +127,12 @@ def _profile(model: PreparedModel, timed: Timed, prefills: list[PrefillPoint], d
         decode_residuals=decode_residuals,
     )
     return Profile(
-        source=f"measured on this machine, {torch.get_num_threads()} threads",
+        source=f"measured on this machine, {torch.get_num_threads()} threads; {ASSUMED}",
         model=model_of(card),
         device=DeviceShare(name="cpu", memory_bytes=memory),
         parallelisms=(known,),
-        links={"shm": Link(bytes_per_s=_copy_speed(timed), latency=0.0005)},
-        overheads=Overheads(request=0.005),
+        links={"shm": Link(bytes_per_s=_copy_speed(timed), latency=LATENCY_S)},
+        overheads=Overheads(request=REQUEST_S, message=MESSAGE_S),
     )
 
 
@@ -178,6 +184,7 @@ def _show(made: Profile, prefills: list[PrefillPoint], decodes: list[DecodePoint
         _fit(known.decode_residuals),
     )
     _out.print(table)
+    _out.print(ASSUMED, markup=False)
     worst = max(each.worst for each in (known.prefill_residuals, known.decode_residuals) if each is not None)
     if worst > POOR:
         _out.print(

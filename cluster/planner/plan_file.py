@@ -13,13 +13,13 @@ CONSTANT_SHARE = 0.1
 
 
 def policies_for(profile: Profile, tp: int, sample: Sample) -> Policies:
-    """Settings of the schedulers that suit the model on its device: chunks that saturate it, and as many sequences at once as
-    memory holds."""
+    """Settings of the schedulers that suit the model on its device: chunks that saturate a worker of `tp` shards, and as many sequences at
+    once as the largest worker's memory holds."""
     known = profile.parallelism(tp) or profile.parallelisms[0]
     prefill = known.times.prefill
     saturating = (prefill.constant + known.times.step) / CONSTANT_SHARE / prefill.token if prefill.token else 512
     chunk = max(512, min(8192, int(saturating) // 16 * 16))
-    most = max(known.kv_tokens.values(), default=profile.kv_tokens(known.tp, 1))
+    most = max(max(each.kv_tokens.values(), default=profile.kv_tokens(each.tp, 1)) for each in profile.parallelisms)
     rows = int(1.2 * most / max(1.0, sample.prompt_tokens))
     return Policies(chunk_tokens=chunk, prefill_running=max(32, min(1024, rows)), decode_running=max(32, min(1024, rows)))
 

@@ -26,9 +26,9 @@ from .trying import Scored, Trier
 
 CONTENDERS = 3
 """Shapes of each phase that are tried together, where phases are searched apart."""
-AT_ONCE = 4
-"""Plans that are tried at once, if there are cores for them: each knows what came of those before it, but for the last three. It is a
-constant so that the same is simulated, and found, on every machine."""
+AT_ONCE = 2
+"""Plans that are tried at once, if there are cores for them: each knows what came of those before it, but for the last one, and with more
+at once more would be searched to their end. It is a constant so that the same is simulated, and found, on every machine."""
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")

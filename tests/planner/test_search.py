@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 
 import pytest
+from diptych.benchmarks.planner.replay import profile_of
 from diptych.cluster.load import arrivals as times
 from diptych.cluster.load.goodput import Probe, Verdict
 from diptych.cluster.load.lengths import Range, drawn
@@ -19,7 +21,7 @@ from diptych.cluster.planner.search import Outcome, Planner, Space
 from diptych.cluster.planner.shapes import Loss, Plan, Sample, Shape, lacking, most_answers, most_prompts
 from diptych.cluster.planner.trying import Scored
 from diptych.core.config import load_config
-from diptych.core.fleet import Phase
+from diptych.core.fleet import LocalPrefill, Phase
 from worlds import APART, TIMES, profile
 
 SLO = Slo(ttft=0.2, tpot=0.06)
@@ -68,6 +70,24 @@ def test_what_is_not_simulated_could_not_have_won(found: Outcome) -> None:
     assert exhaustive.best is not None
     assert found.best is not None
     assert (exhaustive.best.plan, exhaustive.best.rate) == (found.best.plan, found.best.rate)
+
+
+@pytest.mark.nightly
+def test_nor_of_the_pairs_of_a_large_model_on_a_node() -> None:
+    known = profile_of("opt-66b-a100")
+
+    def long(rate: float, seed: int) -> Iterator[Arrival]:
+        return arrivals_of(times.poisson(rate, seed), drawn(Range(20, 1500), Range(4, 350), seed))
+
+    sample = Sample(tuple(islice(long(1.0, 0), 500)))
+    policies = replace(policies_for(known, 2, sample), local_prefill=LocalPrefill.NEVER)
+    bench = Bench(known, policies, known.links["node"], Terms(long, Slo(ttft=2.5, tpot=0.15), most=240))
+    pruned, every = (Planner(bench, Space(1, 8), sample, exhaustive=exhaustive).paired() for exhaustive in (False, True))
+    assert every.simulated == every.considered == pruned.considered == 20
+    assert pruned.simulated < 10
+    assert pruned.best is not None
+    assert every.best is not None
+    assert (pruned.best.plan, pruned.best.rate) == (every.best.plan, every.best.rate)
 
 
 def test_a_rate_served_is_below_the_bounds_and_not_far_below_them(found: Outcome) -> None:
