@@ -28,8 +28,12 @@ from diptych.cluster.load.mix import Mix, Stream
 from diptych.cluster.load.server import find_server
 from diptych.cluster.load.slo import Slo, parse_slo
 from diptych.cluster.load.workload import Arrival, limited
+from diptych.cluster.planner.policies import Policies
+from diptych.cluster.planner.profile import read_profile
+from diptych.cluster.planner.shapes import Sample, Shape, most_answers, most_prompts
 
-BIN_S = 15.0
+BIN_S = 10.0
+CHUNK_TOKENS = 256
 TIMEOUT_S = 300.0
 
 
@@ -59,9 +63,34 @@ class Course:
                 yield number * BIN_S, len(met), sum(met) / len(met)
 
 
+def rates(options: argparse.Namespace) -> tuple[float, float]:
+    """Requests per second of long prompts and of long answers: more than one worker can do by its profile, less than two."""
+    profile = read_profile(Path(options.profile))
+    policies = Policies(chunk_tokens=CHUNK_TOKENS, decode_running=options.max_running)
+    alone = Shape(1, 1)
+    prompts, answers = (
+        Sample((Arrival(0, 0.0, prompt, output),)) for prompt, output in (_lengths(options.prompts), _lengths(options.answers))
+    )
+    return (
+        options.load * most_prompts(profile, alone, prompts, policies),
+        options.load * most_answers(profile, alone, answers, Slo(), policies),
+    )
+
+
+def _lengths(text: str) -> tuple[int, int]:
+    prompt, output = text.split(":")
+    return int(prompt), int(output)
+
+
+def _load(rate: float, lengths: str, burstiness: float) -> Mix:
+    prompt, output = lengths.split(":")
+    return Mix(streams=(Stream(rate=rate, burstiness=burstiness, prompt=prompt, output=output),))
+
+
 def turning(options: argparse.Namespace) -> Iterator[Arrival]:
     """Long prompts until `--before`, then long answers."""
-    prompts, answers = _load(options.prompts, 1.0), _load(options.answers, 1.0)
+    of_prompts, of_answers = rates(options)
+    prompts, answers = _load(of_prompts, options.prompts, 1.0), _load(of_answers, options.answers, 1.0)
     first = limited(prompts.arrivals(prompts.rate, options.seed), None, options.before)
     then = (
         replace(each, at=each.at + options.before) for each in limited(answers.arrivals(answers.rate, options.seed), None, options.after)
@@ -71,14 +100,8 @@ def turning(options: argparse.Namespace) -> Iterator[Arrival]:
 
 def bursts(options: argparse.Namespace) -> Iterator[Arrival]:
     """The long prompts alone, in bursts."""
-    mix = _load(options.steady_load, 0.5)
+    mix = _load(rates(options)[0], options.prompts, 0.5)
     return limited(mix.arrivals(mix.rate, options.seed), None, options.steady)
-
-
-def _load(text: str, burstiness: float) -> Mix:
-    """RATE:PROMPT:OUTPUT"""
-    rate, prompt, output = text.split(":")
-    return Mix(streams=(Stream(rate=float(rate), burstiness=burstiness, prompt=prompt, output=output),))
 
 
 def run(options: argparse.Namespace, load: Iterator[Arrival]) -> Course:
@@ -88,7 +111,7 @@ def run(options: argparse.Namespace, load: Iterator[Arrival]) -> Course:
         config = settings(
             prefill=2, decode=1, model=options.model, dtype=options.dtype, log={"directory": logs, "format": "json"},
         )  # fmt: skip
-        config["prefill"] |= {"threads": 1, "kv_tokens": options.kv_tokens, "chunk_tokens": 256}
+        config["prefill"] |= {"threads": 1, "kv_tokens": options.kv_tokens, "chunk_tokens": CHUNK_TOKENS}
         config["decode"] |= {"threads": 1, "kv_tokens": options.kv_tokens, "max_running": options.max_running}
         config["router"]["local_prefill"] = "never"
         config["autoplan"] = {
@@ -143,9 +166,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diptych.benchmarks.autoplan", description="Does a cluster keep its own plan true?")
     parser.add_argument("--profile", required=True, help="of the model on one thread of this machine")
     parser.add_argument("--slo", default="ttft=3s,tpot=150ms")
-    parser.add_argument("--prompts", default="1.4:448:4", help="RATE:PROMPT:OUTPUT at first")
-    parser.add_argument("--answers", default="1.4:32:64", help="and then")
-    parser.add_argument("--steady-load", default="1.0:448:4", help="of the load that does not turn")
+    parser.add_argument("--prompts", default="448:4", help="tokens of prompt and output at first")
+    parser.add_argument("--answers", default="32:64", help="and then")
+    parser.add_argument("--load", type=float, default=1.3, help="how many times what one worker can do comes")
     parser.add_argument("--before", type=float, default=90.0)
     parser.add_argument("--after", type=float, default=210.0)
     parser.add_argument("--steady", type=float, default=180.0)
@@ -164,7 +187,8 @@ def main() -> None:
     for name, course in (("turned", turned), ("steady", steady)):
         print(f"{name}: {json.dumps(course.as_json(), indent=1)}")
     plot(options.plot, turned, steady, options)
-    settings_used = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settings_used: dict[str, Any] = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settings_used["rates"] = rates(options)
     print(f"kept in {keep('autoplan', where, settings_used, {'turned': turned.as_json(), 'steady': steady.as_json()})}")
 
 

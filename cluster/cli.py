@@ -139,7 +139,7 @@ def up(
     [bold]diptych up --prefill-tp 2 --decode-pp 2[/]  workers of two ranks each, shared out differently
     [bold]diptych up -f cluster.yaml -v[/]            from a file (see `diptych config schema`)
     """
-    from .commands.up import Up, probe
+    from .commands import probe, up
 
     overrides = {
         "model.source": model,
@@ -166,7 +166,7 @@ def up(
 
         typer.echo(f"Cluster {config.name!r} starts in the background. What it prints: {keep(config)}")
         return
-    Up(config, verbose=verbose, when_up=probe if verbose else None).run()
+    up.Up(config, verbose=verbose, when_up=probe.probe if verbose else None).run()
 
 
 def _config(file: Path | None, overrides: dict[str, Any], colocated: int | None = None) -> Any:

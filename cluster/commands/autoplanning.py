@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -39,9 +40,14 @@ class Scale(Protocol):
 
 
 async def keep_planned(
-    config: ClusterConfig, supervisor: Supervisor, record: Record, scale: Scale, recorded: Callable[..., Awaitable[Window]]
+    config: ClusterConfig,
+    supervisor: Supervisor,
+    record: Record,
+    scale: Scale,
+    recorded: Callable[..., Awaitable[Window]],
+    stop: asyncio.Event,
 ) -> None:
-    """Until cancelled, if the config asks for it. `recorded`: see `publish.recorded`."""
+    """Until the cluster begins to end (`stop`), if the config asks for it. `recorded`: see `publish.recorded`."""
     mode = config.autoplan.mode
     if mode == "off":
         return
@@ -70,7 +76,13 @@ async def keep_planned(
         record.update(autoplan=(*record.state.autoplan, f"({mode}) {now} {said}")[-SHOWN:])
 
     show("looks at the load")
-    await Pilot(config, Cluster(window, split, change, show), child_environment(record.state.id), MonotonicClock()).run()
+    pilot = Pilot(config, Cluster(window, split, change, show), child_environment(record.state.id), MonotonicClock())
+    flight = asyncio.create_task(pilot.run())
+    try:
+        await stop.wait()
+    finally:
+        flight.cancel()
+        await asyncio.gather(flight, return_exceptions=True)
 
 
 def _numbers(split: Split) -> Numbers:

@@ -20,12 +20,9 @@ from typing import Any
 from ...core.access import Access
 from ...core.config import ClusterConfig
 from ...core.errors import ConfigError, DiptychError
-from ...core.generate import Generate
 from ...core.model import ModelCard, read_card
-from ...core.sampling import SamplingParams
 from ...core.security import TlsFiles
 from ...core.workload import Window
-from ...rpc.inference import InferenceClient
 from ...worker.lending import CoreTable
 from ..autoplan.pilot import check as check_autoplan
 from ..doctor.examining import before_up, require_links
@@ -55,7 +52,6 @@ from .autoplanning import keep_planned
 from .reach import known
 
 REAPER_S = 5.0
-PROBE_TOKENS = 32
 _log = logging.getLogger(__name__)
 
 
@@ -145,7 +141,7 @@ class Up:
             supervisor = Supervisor(posts, connect=partial(self.connect, **shown), drain=partial(self.drain, **shown), observer=observer)
             scale = partial(self._scale, crew, supervisor, launcher, record)
             greeting = asyncio.create_task(self._greet(supervisor, record, card, terminal, stop))
-            planning = asyncio.create_task(keep_planned(self.config, supervisor, record, scale, self.recorded))
+            planning = asyncio.create_task(keep_planned(self.config, supervisor, record, scale, self.recorded, stop))
             ear = await listen(self.cluster_id, scale)
             try:
                 terminal.say(f"Serving {name} ({card.dtype}): {_count(first)}. Cluster {self.config.name!r}, logs in {record.state.logs}")
@@ -361,22 +357,6 @@ def _on_signals(stop: asyncio.Event, kill: asyncio.Event, terminal: Terminal) ->
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, heard)
-
-
-async def probe(served: Served) -> bool:
-    """Ask for two tokens behind a prompt long enough to be handed over, and print the time line with the first."""
-    if served.access.api_key is None and served.wants_key:
-        served.terminal.warn("No DIPTYCH_API_KEY is set, so the cluster was not asked for a first token.")
-        served.terminal.show_timeline()
-        return False
-    prompt = tuple(range(PROBE_TOKENS))
-    call = Generate(prompt, sampling=SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
-    async with InferenceClient(served.grpc, served.access) as client:
-        async for chunk in client.generate(call):
-            if chunk.tokens or chunk.finish:
-                served.terminal.timeline.mark("cluster", "last token" if chunk.finish else "first token")
-    served.terminal.show_timeline()
-    return False
 
 
 def _count(workers: Sequence[Worker]) -> str:
