@@ -22,7 +22,8 @@ from ssh_hosts import Site, missing, site
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-UP_S = 300.0
+UP_S = 900.0
+"""Ray gives a host 30 s to start and then tries anew: on a busy machine that takes several rounds of a minute and more."""
 PROMPT = "the thin man and the other thing in the inn; then another one, and the end of it all there"
 PLAIN = "--max-tokens 12"
 GENERATE = f'diptych generate "{PROMPT}" -t 0'
@@ -90,7 +91,7 @@ def site_of(state: dict[str, Any] | None, worker: str) -> str | None:
     return None
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_ray_up_serves_over_hosts_grows_loses_one_and_goes_down(tiny_llama_source: Path) -> None:
     with site("head", "one", "two", "three") as whole:
         head, one, two, three = whole.others
