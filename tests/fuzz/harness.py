@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["diptych"]):
     from diptych.core.request import FinishReason, Request, Token, Tokens
     from diptych.core.transfer import KeepAlive
     from diptych.router.bodies import ChatBody, CompletionBody, parse_body
-    from diptych.rpc import codec_commands, codec_fleet, codec_inference, codec_lane
+    from diptych.rpc import codec_commands, codec_fleet, codec_inference, codec_lane, codec_spans
 
 Parser = Callable[[bytes], object]
 
@@ -54,6 +54,8 @@ PARSERS: dict[str, list[Parser]] = {
         codec_fleet.decode_fleet_status,
         codec_fleet.decode_report,
         codec_lane.decode_lane_message,
+        codec_spans.decode_spans_command,
+        codec_spans.decode_spans_answer,
     ],
     "bodies": _bodies(),
 }

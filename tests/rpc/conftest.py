@@ -13,6 +13,7 @@ from diptych.core.errors import DiptychError
 from diptych.core.fleet import Fleet, WorkerReport, WorkerState
 from diptych.core.generate import Chunk, Finish, Generate, Model, Timing, Usage
 from diptych.core.request import FinishReason, Token
+from diptych.core.workload import Window
 from diptych.rpc.lane import Lane
 from diptych.rpc.server import Server, serve
 from diptych.rpc.worker import RouterStream
@@ -72,6 +73,9 @@ class FixedRouter:
 
     def describe(self) -> tuple[Fleet, tuple[WorkerReport, ...]]:
         return self.fleet, (WorkerReport("w", 7, WorkerState.DRAINING, 1, 2, 3, 4, 5, 6, (("n", 1.5),)),)
+
+    def window(self, seconds: float) -> Window:
+        return Window(seconds, ())
 
 
 class Parrot:

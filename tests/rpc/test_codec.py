@@ -11,11 +11,12 @@ from diptych.core.errors import DiptychError, Internal, InvalidRequest, NotFound
 from diptych.core.fleet import Fleet, Member, Phase, WorkerReport, WorkerState
 from diptych.core.generate import Chunk, Finish, Generate, Model, Timing, Usage
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
+from diptych.core.recordings import BeginSpans, Doing, EndSpans, Span, SpansBegun, SpansEnded, SpansTold, ThreadTime
 from diptych.core.request import FinishReason, Request, Slo, Token, Tokens
 from diptych.core.sampling import SamplingParams
 from diptych.core.workload import Recorded, Window
 from diptych.proto import inference_pb2, worker_pb2
-from diptych.rpc import codec_commands, codec_fleet, codec_inference, codec_lane, codec_workload
+from diptych.rpc import codec_commands, codec_fleet, codec_inference, codec_lane, codec_spans, codec_workload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,6 +145,16 @@ models = many(st.builds(Model, texts, u32, u32, st.booleans()))
 
 windows = st.builds(Window, seconds, many(st.builds(Recorded, seconds, u32, u32, u32, opt(seconds), opt(seconds), st.booleans())))
 
+spans = st.builds(
+    lambda doing, thread, began, lasted, *rest: Span(doing, thread, began, began + lasted, *rest),
+    st.sampled_from(Doing), u32, u64, u64, u64, st.integers(-(2**63), 2**63 - 1), many(texts),
+)  # fmt: skip
+spans_answers = st.one_of(
+    st.builds(SpansBegun, texts, u64, u32),
+    st.builds(SpansTold, many(spans)),
+    st.builds(SpansEnded, u64, u64, many(st.builds(ThreadTime, u32, texts, u64, u64)), u64),
+)
+
 CODECS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], bytes], Callable[[bytes], Any]]] = {
     "command": (command_values, codec_commands.encode_command, codec_commands.decode_command),
     "step events": (st.builds(commands.StepEvents, many(events)), codec_commands.encode_step_events, codec_commands.decode_step_events),
@@ -151,6 +162,12 @@ CODECS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], bytes], Callable
     "report": (reports, codec_fleet.encode_report, codec_fleet.decode_report),
     "fleet status": (st.tuples(fleets, many(reports)), codec_fleet.encode_fleet_status, codec_fleet.decode_fleet_status),
     "workload": (windows, codec_workload.encode_window, codec_workload.decode_window),
+    "spans command": (
+        st.one_of(st.builds(BeginSpans, seconds, u32), st.just(EndSpans())),
+        codec_spans.encode_spans_command,
+        codec_spans.decode_spans_command,
+    ),
+    "spans answer": (spans_answers, codec_spans.encode_spans_answer, codec_spans.decode_spans_answer),
     "lane message": (lane_messages, codec_lane.encode_lane_message, codec_lane.decode_lane_message),
     "generate": (calls, codec_inference.encode_generate, codec_inference.decode_generate),
     "chunk": (chunks, codec_inference.encode_chunk, codec_inference.decode_chunk),
