@@ -40,7 +40,7 @@ CHUNKS = {
     MIDDLING: {128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2)},
     SMALL: {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2), 512: Tile(32, 32, 8, 2)},
 }
-CHUNKS_FLOAT32 = {256: Tile(32, 32, 8, 2), 512: Tile(32, 32, 8, 2), 1024: Tile(16, 16, 8, 2)}
+CHUNKS_FLOAT32 = {256: Tile(32, 32, 8, 2), 512: Tile(16, 32, 8, 2), 1024: Tile(16, 16, 8, 2)}
 """Everywhere: without tensor cores, larger tiles do not fit into registers."""
 
 LEAST_KEYS, MOST_KEYS = 256, 2048
