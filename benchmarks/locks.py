@@ -10,7 +10,7 @@ at a time, half of them on a connection of their own, so that handshakes are amo
 Two clusters that are quite alike differ by some percent, for as long as they live: one's pages lie better than the other's. So each lives
 several times, and who is started first changes. `--control` leaves the locks out of both, which shows what such a measurement can tell.
 The engines' threads, nine tenths of it all, know nothing of locks, and their noise is most of the noise: `beside_engine` is the ratio as
-if they had used as much in both.
+if they, and what copies KV, had used as much in both.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from diptych.core.api_keys import ApiKeyFile, new_key
 
 START_S = 180.0
 AT_ONCE = 4
+RESTS = 0.05
+"""CPU seconds in a second, of all processes of a cluster that nobody asks anything."""
 ROLES, ENGINE = ("prefill", "decode"), "engine"
 WITHOUT_METRICS = """
 import sys
@@ -70,24 +72,23 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Used:
-    """CPU seconds of a process, and of each of its threads."""
+    """CPU seconds of a process, and of those of a worker's threads that compute or copy, and so know nothing of locks."""
 
     role: str
     all: float
-    threads: dict[str, float]
+    computing: float
 
     @classmethod
     def of(cls, pid: int) -> Used:
         # The process's own clock, to the nanosecond, has threads that have ended too; see clock_getcpuclockid(3).
-        return cls(_role(pid), time.clock_gettime((~pid << 3) | 2), dict(_threads(pid)))
+        return cls(_role(pid), time.clock_gettime((~pid << 3) | 2), sum(_computing(pid)))
 
     def since(self, before: Used) -> Counter[str]:
-        """Of workers the engine's thread apart: the one that used most, for nothing else of a worker computes."""
-        whole = self.all - before.all
+        """Of workers what computes apart."""
+        whole, computing = self.all - before.all, self.computing - before.computing
         if self.role not in ROLES:
             return Counter({self.role: whole})
-        engine = max(used - before.threads.get(name, 0.0) for name, used in self.threads.items())
-        return Counter({f"{self.role}, {ENGINE}": engine, self.role: whole - engine})
+        return Counter({f"{self.role}, {ENGINE}": computing, self.role: whole - computing})
 
 
 def _role(pid: int) -> str:
@@ -97,10 +98,14 @@ def _role(pid: int) -> str:
     )
 
 
-def _threads(pid: int) -> Iterator[tuple[str, float]]:
-    for task in Path(f"/proc/{pid}/task").iterdir():
+def _computing(pid: int) -> Iterator[float]:
+    """All but the first thread, which runs asyncio, and grpc's, which have names of their own: TLS is theirs."""
+    tasks = Path(f"/proc/{pid}/task")
+    ours = (tasks / str(pid) / "comm").read_text()
+    for task in tasks.iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-            yield task.name, int((task / "schedstat").read_text().split()[0]) / 1e9
+            if task.name != str(pid) and (task / "comm").read_text() == ours:
+                yield int((task / "schedstat").read_text().split()[0]) / 1e9
 
 
 @contextmanager
@@ -146,6 +151,22 @@ def _ready(file: Path, running: subprocess.Popen[bytes]) -> dict[str, Any]:
             return dict(state)
         time.sleep(0.1)
     raise RuntimeError("the cluster does not serve")
+
+
+def rest(cluster: Cluster) -> None:
+    """Until it uses next to nothing: for some seconds after it serves, workers still take the pages of their pools."""
+    give_up, before = time.monotonic() + START_S, _all(cluster)
+    while time.monotonic() < give_up:
+        time.sleep(1.0)
+        now = _all(cluster)
+        if now - before < RESTS:
+            return
+        before = now
+    raise RuntimeError("the cluster never rests")
+
+
+def _all(cluster: Cluster) -> float:
+    return sum(used.all for used in cluster.used().values())
 
 
 async def block(cluster: Cluster, requests: int, prompt: int, output: int, seed: int) -> Counter[str]:
@@ -194,6 +215,8 @@ def live(options: argparse.Namespace, number: int) -> list[Pair]:
         for first in _in_turn(number):
             name, locked = ("first" if first else "second"), first and not options.control
             clusters[first] = stack.enter_context(serving(name, directory, options.model, locked=locked))
+        for cluster in clusters.values():
+            rest(cluster)
         pairs: list[Pair] = []
         for turn in range(options.pairs + 1):
             seed = number * (options.pairs + 1) + turn
