@@ -61,6 +61,8 @@ class Autoplanner:
     terms: Terms
     least: int
     cool_down_s: float
+    window_s: float = float("inf")
+    """Of a longer window the last part is looked at; what came before tells how long answers are."""
     _planned: Figures | None = None
     _quiet_until: float = field(default=float("-inf"))
     _patient_until: float = field(default=float("-inf"))
@@ -69,7 +71,8 @@ class Autoplanner:
 
     def look(self, now: float, window: Window, split: Split) -> Look | None:
         """None: there is nothing to plan for."""
-        if now < self._quiet_until or (found := settled(arrivals_in(window), window.seconds, self.least)) is None:
+        asked = min(window.seconds, self.window_s)
+        if now < self._quiet_until or (found := settled(arrivals_in(window, asked), asked, self.least)) is None:
             return None
         arrivals, seconds = found
         figures = Figures.of(arrivals, seconds)

@@ -6,7 +6,7 @@ from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
+from math import inf, sqrt
 from statistics import fmean, pstdev, pvariance
 
 from ...core.workload import Recorded, Window
@@ -70,27 +70,36 @@ class Figures:
         return {"requests": self.requests, **rounded}
 
 
-def arrivals_in(window: Window) -> list[Arrival]:
-    """The window as a load that can be simulated: what has not ended gets an end.
+def arrivals_in(window: Window, last: float = inf) -> list[Arrival]:
+    """The `last` seconds of the window as a load that can be simulated: what has not ended gets an end.
 
     Its answer is as long as one of those seen that are longer than what it has so far: without that a window would hold few of the long
-    ones. What is cached of a prompt is a prefix that all share; of one that still waits, the share that was cached of the others.
+    ones. Seen is what ended in that time, also of what came before it: in a queue longer than the window nothing that came in it has.
+    What is cached of a prompt is a prefix that all share; of one that still waits, the share that was cached of the others.
     """
-    outputs = _whole_outputs(window.requests)
-    begun = [each for each in window.requests if each.ttft is not None]
+    seconds = min(last, window.seconds)
+    recent = [each for each in window.requests if each.age <= seconds]
+    ended_since = [each.output_tokens for each in window.requests if each.ended and _ended_ago(each) <= seconds]
+    outputs = _whole_outputs(recent, ended_since)
+    begun = [each for each in recent if each.ttft is not None]
     hits = sum(each.cached_tokens for each in begun) / max(1, sum(each.prompt_tokens for each in begun))
     found = []
-    for number, (each, output) in enumerate(zip(window.requests, outputs, strict=True)):
+    for number, (each, output) in enumerate(zip(recent, outputs, strict=True)):
         cached = each.cached_tokens if each.ttft is not None else int(each.prompt_tokens * hits) // BLOCK * BLOCK
         cached = min(cached, each.prompt_tokens)
-        found.append(Arrival(number, window.seconds - each.age, each.prompt_tokens, output, prefix=min(1, cached), prefix_tokens=cached))
+        found.append(Arrival(number, seconds - each.age, each.prompt_tokens, output, prefix=min(1, cached), prefix_tokens=cached))
     return found
 
 
-def _whole_outputs(requests: Sequence[Recorded]) -> list[int]:
+def _ended_ago(each: Recorded) -> float:
+    """Seconds since its last token."""
+    return each.age - (each.ttft or 0.0) - (each.tpot or 0.0) * (each.output_tokens - 1)
+
+
+def _whole_outputs(requests: Sequence[Recorded], ended: Sequence[int]) -> list[int]:
     """Of those under way the shortest first, each then being one of those seen (Efron's redistribution to the right)."""
     outputs = [each.output_tokens for each in requests]
-    seen = sorted(each.output_tokens for each in requests if each.ended)
+    seen = sorted(ended)
     under_way = [number for number, each in enumerate(requests) if not each.ended]
     for turn, number in enumerate(sorted(under_way, key=lambda number: outputs[number])):
         first = bisect_right(seen, outputs[number])

@@ -23,6 +23,8 @@ from .replan import Score, Split, Terms, candidates
 from .scoring import ask, question_of
 
 log = logging.getLogger(__name__)
+HISTORY = 4
+"""How many windows of the past the router is asked for: what ends now may have come long before."""
 
 
 def check(config: ClusterConfig, card: ModelCard) -> None:
@@ -82,7 +84,7 @@ class Pilot:
         plan = self.config.autoplan
         assert plan.slo is not None
         terms = Terms(plan.target, plan.margin, plan.least_workers, plan.most_workers)
-        planner = Autoplanner(parse_slo(plan.slo), terms, plan.least_requests, plan.cool_down_s)
+        planner = Autoplanner(parse_slo(plan.slo), terms, plan.least_requests, plan.cool_down_s, plan.window_s)
         while True:
             await asyncio.sleep(plan.every_s)
             try:
@@ -93,7 +95,7 @@ class Pilot:
                 log.exception("autoplan: a defect; the cluster serves on")
 
     async def _look(self, planner: Autoplanner) -> None:
-        window = await self.cluster.window(self.config.autoplan.window_s)
+        window = await self.cluster.window(HISTORY * self.config.autoplan.window_s)
         look = planner.look(self.clock.now(), window, self.cluster.split())
         if look is None:
             return

@@ -90,6 +90,15 @@ def test_what_is_under_way_gets_the_end_of_one_that_was_as_long() -> None:
     assert arrivals[42].output_tokens in (10, 20, 30, 40, 90)
 
 
+def test_behind_a_queue_longer_than_the_window_answers_are_as_long_as_those_that_end_now() -> None:
+    before = [Recorded(400.0 - each, 20, 0, 4, 0.1, 0.02, True) for each in range(40)]
+    came_long_ago = [Recorded(100.0 - each, 20, 0, 64, 60.0, 0.02, True) for each in range(40)]
+    waiting = [Recorded(50.0 - each, 20, 0, 0, None, None, False) for each in range(40)]
+    arrivals = arrivals_in(Window(400, (*before, *came_long_ago, *waiting)), 60)
+    assert [arrival.output_tokens for arrival in arrivals] == [64] * len(arrivals)
+    assert (len(arrivals), arrivals[-1].at) == (40, 49.0)
+
+
 def test_what_waits_in_vain_has_missed_the_slo() -> None:
     slo = Slo(ttft=1.0, tpot=0.1)
     met, late = Recorded(9, 10, 0, 5, 0.5, 0.05, True), Recorded(8, 10, 0, 5, 1.5, 0.05, True)
