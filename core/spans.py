@@ -80,7 +80,8 @@ _tape: _Tape | None = None
 def span(doing: Doing, step: int = -1, who: tuple[str, ...] = ()) -> _Nothing | _Open:
     """Use as `with span(…):`. One that has ended after another which began within it, around an `await`, is not kept: the spans of a thread
     lie within one another or apart."""
-    return _NOTHING if _tape is None else _Open(_tape, doing, step, who)
+    tape = _tape  # read once: another thread may end the recording in between
+    return _NOTHING if tape is None else _Open(tape, doing, step, who)
 
 
 class Recording:

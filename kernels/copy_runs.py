@@ -30,7 +30,7 @@ def copy_runs(pieces: Sequence[Piece], *, again: bool = False) -> None:
     if (kernels := native()) is None:
         copy_runs_memmove(pieces)
         return
-    table, kept = array("q"), []
+    table, kept = array("q"), []  # `kept`: what has an address in the table must live until the copy is made
     for layers, runs in pieces:
         places = array("q", chain.from_iterable(layers))
         kept.append(places)

@@ -9,7 +9,7 @@ _OF_WORKER = {metric.name: metric for metric in METRICS if metric.of_worker}
 
 
 class Reported:
-    """Records when somebody looks, not with every report: of these a busy worker sends 20 a second, each 0.1 ms to record."""
+    """Records when somebody looks, not with every report: of these a worker sends four a second and more, each 0.1 ms to record."""
 
     def __init__(self, member: Member, recorder: Recorder) -> None:
         self._member = member

@@ -9,13 +9,12 @@ from itertools import pairwise
 from math import inf, sqrt
 from statistics import fmean, pstdev, pvariance
 
+from ...core.prefix import HASH_TOKENS
 from ...core.workload import Recorded, Window
 from ..load.fitting import gamma_shape
 from ..load.slo import Slo
 from ..load.workload import Arrival
 
-BLOCK = 16
-"""Tokens of a prompt are cached in blocks of so many."""
 _GOLDEN = 0.6180339887
 
 
@@ -85,7 +84,7 @@ def arrivals_in(window: Window, last: float = inf) -> list[Arrival]:
     hits = sum(each.cached_tokens for each in begun) / max(1, sum(each.prompt_tokens for each in begun))
     found = []
     for number, (each, output) in enumerate(zip(recent, outputs, strict=True)):
-        cached = each.cached_tokens if each.ttft is not None else int(each.prompt_tokens * hits) // BLOCK * BLOCK
+        cached = each.cached_tokens if each.ttft is not None else int(each.prompt_tokens * hits) // HASH_TOKENS * HASH_TOKENS
         cached = min(cached, each.prompt_tokens)
         found.append(Arrival(number, seconds - each.age, each.prompt_tokens, output, prefix=min(1, cached), prefix_tokens=cached))
     return found
