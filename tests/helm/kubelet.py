@@ -145,6 +145,13 @@ class Container:
             self._running.wait(max(1.0, until - time.monotonic()))
         return said
 
+    def kill(self) -> None:
+        """Its first process dies; `Pod.tend` starts it again."""
+        assert self._running is not None
+        for child in _children(self._running.pid):
+            os.kill(child, signal.SIGKILL)
+        self._running.wait(20)
+
     def close(self) -> None:
         if self._running is not None:
             self._running.wait(20)

@@ -119,6 +119,25 @@ def test_all_groups_have_one_template(helm: Helm) -> None:
             assert rights["capabilities"] == {"drop": ["ALL"]}
 
 
+def test_the_supervisor_may_run_in_the_head_s_pod(helm: Helm, rendered: dict[str, list[Manifest]]) -> None:
+    """Then there is no other for the router: the Service, the rule for clients and the model's volume go where it is."""
+    manifests = helm.template(CHART / "ci/large-values.yaml", values={"supervisorPod": "head"})
+    cluster = one(manifests, "RayCluster")
+    assert list(jsonschema.Draft202012Validator(crd("RayCluster")).iter_errors(cluster)) == [] if KUBERAY.exists() else True
+    before, spec = one(rendered["large"], "RayCluster")["spec"], cluster["spec"]
+    alone = next(group for group in before["workerGroupSpecs"] if group["groupName"] == "router")
+    assert spec["workerGroupSpecs"] == [group for group in before["workerGroupSpecs"] if group is not alone]
+    head = spec["headGroupSpec"]["template"]
+    assert head["spec"]["containers"][1] == alone["template"]["spec"]["containers"][1]
+    assert head["spec"]["volumes"] == alone["template"]["spec"]["volumes"]
+    labels = head["metadata"]["labels"].items()
+    assert one(manifests, "Service")["spec"]["selector"].items() <= labels
+    clients = next(each for each in manifests if each["kind"] == "NetworkPolicy" and each["metadata"]["name"].endswith("-router"))
+    assert clients["spec"]["podSelector"]["matchLabels"].items() <= labels
+    budgets = [each["metadata"]["name"] for each in manifests if each["kind"] == "PodDisruptionBudget"]
+    assert budgets == ["llm-diptych-head", "llm-diptych-prefill", "llm-diptych-decode"]
+
+
 def test_what_is_asked_for_is_there(rendered: dict[str, list[Manifest]]) -> None:
     spec = one(rendered["large"], "RayCluster")["spec"]
     decode = next(group for group in spec["workerGroupSpecs"] if group["groupName"] == "decode")
@@ -205,6 +224,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         wrong(autoscaling={"enabled": True, "decode": {"maxWorkers": 1}}, config={"decode": {"workers": 2}}),
         "asks for 2",
     ),
+    ("a pod there is not", wrong(supervisorPod="worker"), "value must be one of 'router', 'head'"),
+    ("no time for the router to drain", wrong(supervisorPod="head", head={"terminationGracePeriodSeconds": 60}), "head.terminationGrace"),
     ("no time to drain", wrong(pod={"terminationGracePeriodSeconds": 20}), "draining and ending takes up to"),
     ("a long name", wrong(fullnameOverride="x" * 41), "give one of at most 40"),
     ("a name too long for the release", wrong(nameOverride="y" * 38), "give one of at most 40"),

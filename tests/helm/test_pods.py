@@ -89,8 +89,14 @@ def readable(source: Path, directory: Path) -> Path:
 
 
 @pytest.fixture
-def cluster(helm: Helm, tiny_llama_source: Path, tmp_path: Path) -> Iterator[Cluster]:
-    manifests = helm.template(CHART / "ci/laptop-values.yaml", values=VALUES)
+def supervisor() -> str:
+    """The pod it runs in."""
+    return "router"
+
+
+@pytest.fixture
+def cluster(helm: Helm, tiny_llama_source: Path, tmp_path: Path, supervisor: str) -> Iterator[Cluster]:
+    manifests = helm.template(CHART / "ci/laptop-values.yaml", values=VALUES | {"supervisorPod": supervisor})
     ray = one(manifests, "RayCluster")
     specs = {spec.group: spec for spec in pods(ray, NAMESPACE)}
     test = one(manifests, "Pod")
@@ -101,7 +107,7 @@ def cluster(helm: Helm, tiny_llama_source: Path, tmp_path: Path) -> Iterator[Clu
     with hosts("head", "router", "prefill", "decode", "test") as (_, *made), ExitStack() as stack:
         homes = {host.name: host for host in made}
         fqdn, head = head_service(ray, NAMESPACE), homes["head"].address
-        names = {fqdn: head, fqdn.removesuffix(".cluster.local"): head, service["metadata"]["name"]: homes["router"].address}
+        names = {fqdn: head, fqdn.removesuffix(".cluster.local"): head, service["metadata"]["name"]: homes[supervisor].address}
         site = Site(
             tmp_path,
             names,
@@ -149,7 +155,25 @@ def test_the_rendered_pods_serve_drain_and_come_back(cluster: Cluster) -> None:
 
     said = "".join(cluster.running.pop("prefill").end())
     assert "draining 1 workers" in said
-    drains(cluster)
+    drains(cluster, "router")
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("supervisor", ["head"])
+def test_the_head_s_pod_supervises(cluster: Cluster) -> None:
+    """When its supervisor is killed, the kubelet starts that container again, and the head and the workers' pods stay."""
+    for group in ("head", "prefill", "decode"):
+        pod = cluster.start(group)
+        pod.until_ready(["ray"], START_S)
+    cluster.until_ready()
+    expected = cluster.text()
+    assert expected
+    generates(cluster)
+
+    cluster.running["head"].containers["diptych"].kill()
+    cluster.until_ready()
+    assert cluster.text() == expected
+    drains(cluster, "head")
 
 
 def generates(cluster: Cluster) -> None:
@@ -164,12 +188,12 @@ def generates(cluster: Cluster) -> None:
         pod.kill()
 
 
-def drains(cluster: Cluster) -> None:
-    """An answer that is being written when the router's pod is ended is written to its end."""
+def drains(cluster: Cluster, group: str) -> None:
+    """An answer that is being written when the router's pod, `group`, is ended is written to its end."""
     with cluster.ask(400, stream=True, ignore_eos=True) as answer:
         first = answer.readline()
         assert first.startswith(b"data: ")
-        ending = threading.Thread(target=cluster.running.pop("router").end)
+        ending = threading.Thread(target=cluster.running.pop(group).end)
         ending.start()
         rest = answer.read().decode()
         ending.join(120)

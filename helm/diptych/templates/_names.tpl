@@ -23,6 +23,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- end }}
 
+{{- /* The groups of pods there are, as JSON; the head comes first. */ -}}
+{{- define "diptych.groups" -}}
+{{- eq .Values.supervisorPod "head" | ternary (list "head" "prefill" "decode") (list "head" "router" "prefill" "decode") | toJson -}}
+{{- end }}
+
 {{- /* How many GPUs a pod of prefill and one of decode have. */ -}}
 {{- define "diptych.gpus" -}}
 {{- $gpus := 0 -}}

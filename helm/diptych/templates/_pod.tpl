@@ -4,6 +4,8 @@
 {{- $root := .root }}{{ $group := .group -}}
 {{- $settings := include "diptych.settings" . | fromJson -}}
 {{- $works := has $group (list "prefill" "decode") -}}
+{{- $supervises := eq $group $root.Values.supervisorPod -}}
+{{- $loads := or $works $supervises -}}
 metadata:
   labels:
     {{- include "diptych.labels" $root | nindent 4 }}
@@ -19,7 +21,7 @@ spec:
   imagePullSecrets: {{ toYaml . | nindent 4 }}
   {{- end }}
   terminationGracePeriodSeconds: {{ int $settings.terminationGracePeriodSeconds }}
-  {{- if eq $group "router" }}
+  {{- if $supervises }}
   # Ray's node must see the process of its driver, which is in the other container.
   shareProcessNamespace: true
   {{- end }}
@@ -51,7 +53,7 @@ spec:
   {{- with $settings.runtimeClassName }}
   runtimeClassName: {{ . }}
   {{- end }}
-  {{- if and (eq $root.Values.model.from "objectStore") (ne $group "head") }}
+  {{- if and (eq $root.Values.model.from "objectStore") $loads }}
   initContainers:
     - name: copy-model
       image: {{ $root.Values.model.objectStore.image }}
@@ -70,7 +72,7 @@ spec:
   {{- end }}
   containers:
     - name: ray
-      {{- include "diptych.container" (dict "root" $root "group" $group "settings" $settings) | nindent 6 }}
+      {{- include "diptych.container" (dict "root" $root "group" $group "settings" $settings "supervises" $supervises "loads" $loads) | nindent 6 }}
       resources:
         {{- $resources := eq $group "router" | ternary $settings.rayResources $settings.resources | deepCopy }}
         {{- if $works }}
@@ -93,11 +95,12 @@ spec:
           # What the ranks here have they finish, and take nothing new, before Ray's end takes them along.
           exec: {command: [python, -m, diptych.cluster.programs.vacate, --within, {{ sub (int $settings.terminationGracePeriodSeconds) 15 | toString | quote }}]}
       {{- end }}
-    {{- if eq $group "router" }}
+    {{- if $supervises }}
+    {{- $own := $root.Values.router }}
     - name: diptych
-      {{- include "diptych.container" (dict "root" $root "group" $group "settings" $settings) | nindent 6 }}
+      {{- include "diptych.container" (dict "root" $root "group" $group "settings" $settings "supervises" $supervises "loads" $loads) | nindent 6 }}
       command: [diptych, up, --file, /etc/diptych/config/cluster.yaml]
-      resources: {{ toYaml $settings.resources | nindent 8 }}
+      resources: {{ toYaml $own.resources | nindent 8 }}
       {{- $router := include "diptych.config" $root | fromYaml | dig "router" dict }}
       {{- $scheme := empty $root.Values.security.tls.secretName | ternary "HTTP" "HTTPS" }}
       ports:
@@ -108,7 +111,7 @@ spec:
         httpGet: {path: /live, port: http, scheme: {{ $scheme }}}
         periodSeconds: 5
         timeoutSeconds: 3
-        failureThreshold: {{ div (int $settings.startupSeconds) 5 }}
+        failureThreshold: {{ div (int $own.startupSeconds) 5 }}
       # Alive: it answers.
       livenessProbe:
         httpGet: {path: /live, port: http, scheme: {{ $scheme }}}
@@ -123,7 +126,7 @@ spec:
         failureThreshold: 2
       lifecycle:
         preStop:
-          exec: {command: [sh, -c, "sleep {{ int $settings.preStopDelaySeconds }}; exec diptych down --all"]}
+          exec: {command: [sh, -c, "sleep {{ int $own.preStopDelaySeconds }}; exec diptych down --all"]}
     {{- end }}
   volumes:
     - name: tmp
@@ -131,12 +134,12 @@ spec:
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ $settings.sharedMemory }}}
     - name: home
-      {{- if and (eq $root.Values.cache.type "pvc") (ne $group "head") }}
+      {{- if and (eq $root.Values.cache.type "pvc") $loads }}
       persistentVolumeClaim: {claimName: {{ include "diptych.cacheClaim" $root }}}
       {{- else }}
       emptyDir: {sizeLimit: {{ $root.Values.cache.size }}}
       {{- end }}
-    {{- if and (eq $root.Values.model.from "pvc") (ne $group "head") }}
+    {{- if and (eq $root.Values.model.from "pvc") $loads }}
     - name: models
       persistentVolumeClaim: {claimName: {{ $root.Values.model.pvc.claimName }}, readOnly: true}
     {{- end }}
@@ -144,7 +147,7 @@ spec:
     - name: internal-tls
       secret: {secretName: {{ . }}, defaultMode: 0440}
     {{- end }}
-    {{- if eq $group "router" }}
+    {{- if $supervises }}
     - name: config
       configMap: {name: {{ include "diptych.fullname" $root }}}
     {{- with $root.Values.security.apiKeys.secretName }}
@@ -178,10 +181,10 @@ env:
   - name: RAY_AUTH_TOKEN
     valueFrom: {secretKeyRef: {name: {{ include "diptych.authSecret" .root }}, key: auth_token}}
   {{- end }}
-  {{- if and $values.ray.gcsFaultTolerance.enabled (ne .group "head") }}
+  {{- if and $values.ray.gcsFaultTolerance.enabled .loads }}
   - {name: RAY_gcs_rpc_server_reconnect_timeout_s, value: "600"}
   {{- end }}
-  {{- if and $values.model.hub.tokenSecret (eq $values.model.from "hub") (ne .group "head") }}
+  {{- if and $values.model.hub.tokenSecret (eq $values.model.from "hub") .loads }}
   - name: HF_TOKEN
     valueFrom: {secretKeyRef: {name: {{ $values.model.hub.tokenSecret }}, key: {{ $values.model.hub.tokenKey }}}}
   {{- end }}
@@ -193,13 +196,13 @@ volumeMounts:
   - {name: tmp, mountPath: /tmp}
   - {name: shm, mountPath: /dev/shm}
   - {name: home, mountPath: /var/lib/diptych}
-  {{- if and (eq $values.model.from "pvc") (ne .group "head") }}
+  {{- if and (eq $values.model.from "pvc") .loads }}
   - {name: models, mountPath: /models, readOnly: true}
   {{- end }}
   {{- if $values.security.internalTls.secretName }}
   - {name: internal-tls, mountPath: /etc/diptych/internal-tls, readOnly: true}
   {{- end }}
-  {{- if eq .group "router" }}
+  {{- if .supervises }}
   - {name: config, mountPath: /etc/diptych/config, readOnly: true}
   {{- if $values.security.apiKeys.secretName }}
   - {name: keys, mountPath: /etc/diptych/keys, readOnly: true}

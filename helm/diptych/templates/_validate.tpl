@@ -11,9 +11,9 @@
 {{- include "diptych.validateConfig" . -}}
 {{- include "diptych.validateModel" . -}}
 {{- range $phase := list "prefill" "decode" -}}{{- include "diptych.validatePhase" (dict "root" $ "phase" $phase) -}}{{- end -}}
-{{- range $group := list "head" "router" "prefill" "decode" -}}
+{{- range $group := include "diptych.groups" . | fromJsonArray -}}
 {{- $settings := include "diptych.settings" (dict "root" $ "group" $group) | fromJson -}}
-{{- $least := eq $group "router" | ternary (add 60 (int $settings.preStopDelaySeconds)) 30 | int -}}
+{{- $least := eq $group $values.supervisorPod | ternary (add 60 (int $values.router.preStopDelaySeconds)) 30 | int -}}
 {{- if lt (int $settings.terminationGracePeriodSeconds) $least -}}
 {{- fail (printf "%s.terminationGracePeriodSeconds is %d: draining and ending takes up to %d." $group (int $settings.terminationGracePeriodSeconds) $least) -}}
 {{- end -}}
