@@ -128,7 +128,9 @@ def test_the_supervisor_may_run_in_the_head_s_pod(helm: Helm, rendered: dict[str
     alone = next(group for group in before["workerGroupSpecs"] if group["groupName"] == "router")
     assert spec["workerGroupSpecs"] == [group for group in before["workerGroupSpecs"] if group is not alone]
     head = spec["headGroupSpec"]["template"]
-    assert head["spec"]["containers"][1] == alone["template"]["spec"]["containers"][1]
+    container, other = head["spec"]["containers"][1], alone["template"]["spec"]["containers"][1]
+    assert container["command"][2].endswith("done; exec " + " ".join(other["command"]))
+    assert {**container, "command": other["command"]} == other
     assert head["spec"]["volumes"] == alone["template"]["spec"]["volumes"]
     labels = head["metadata"]["labels"].items()
     assert one(manifests, "Service")["spec"]["selector"].items() <= labels

@@ -99,7 +99,13 @@ spec:
     {{- $own := $root.Values.router }}
     - name: diptych
       {{- include "diptych.container" (dict "root" $root "group" $group "settings" $settings "supervises" $supervises "loads" $loads) | nindent 6 }}
-      command: [diptych, up, --file, /etc/diptych/config/cluster.yaml]
+      {{- $up := "diptych up --file /etc/diptych/config/cluster.yaml" }}
+      {{- if eq $group "head" }}
+      # Elsewhere an init container of KubeRay's waits for the head.
+      command: [sh, -c, "until ray health-check --address 127.0.0.1:6379 > /dev/null 2>&1; do sleep 1; done; exec {{ $up }}"]
+      {{- else }}
+      command: {{ splitList " " $up | toYaml | nindent 8 }}
+      {{- end }}
       resources: {{ toYaml $own.resources | nindent 8 }}
       {{- $router := include "diptych.config" $root | fromYaml | dig "router" dict }}
       {{- $scheme := empty $root.Values.security.tls.secretName | ternary "HTTP" "HTTPS" }}
