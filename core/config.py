@@ -223,6 +223,12 @@ class ClusterConfig(Section):
         "rank unless a memory_fraction lets workers share one; auto does so if torch and the host have CUDA, and takes the CPU if not. On "
         "a joined Ray cluster auto takes CPUs, and cuda the nodes' GPUs, as Ray gives them.",
     )
+    paired: bool = Field(
+        False,
+        description="Each prefill worker and the decode worker of the same number are a pair: they share a node, and KV is handed over "
+        "within it while both live and have room. For nodes with slow links between them. There are as many workers of both phases then, "
+        "group by group.",
+    )
     model: ModelSection = Field(default_factory=ModelSection, description="What is served.")
     prefill: PrefillSection = Field(default_factory=PrefillSection, description="Workers that read prompts.")
     decode: DecodeSection = Field(default_factory=DecodeSection, description="Workers that write answers.")
@@ -258,8 +264,20 @@ def load_config(values: dict[str, Any]) -> ClusterConfig:
         )
     if config.decode.all_workers == 0:
         raise ConfigError("decode.groups have no worker: nobody could write an answer.", field="decode.groups")
+    _check_pairs(config)
     _check_autoplan(config)
     return config
+
+
+def _check_pairs(config: ClusterConfig) -> None:
+    prefills, decodes = ([group.workers for group in config.section(phase).all_groups] for phase in Phase)
+    if config.paired and prefills != decodes:
+        ours, theirs = (" + ".join(map(str, numbers)) for numbers in (prefills, decodes))
+        raise ConfigError(
+            f"paired: there are {ours} prefill and {theirs} decode workers. A pair is one of each, of the same group: have as many of both "
+            "(`diptych scale` takes both numbers at once).",
+            field="paired",
+        )
 
 
 def _check_autoplan(config: ClusterConfig) -> None:
@@ -271,6 +289,12 @@ def _check_autoplan(config: ClusterConfig) -> None:
     if config.prefill.all_workers == 0 or config.router.local_prefill is LocalPrefill.ALWAYS:
         raise ConfigError(
             "autoplan.mode: there are no prefill workers, so there is no number of them to plan: set it to off.", field="autoplan.mode"
+        )
+    if config.paired and config.autoplan.most_workers is None and config.autoplan.least_workers is None:
+        raise ConfigError(
+            "autoplan.mode: workers of pairs keep their roles. Name autoplan.most_workers or autoplan.least_workers, so that pairs may "
+            "join or leave, or set it to off.",
+            field="autoplan.mode",
         )
 
 

@@ -14,6 +14,11 @@ class Phase(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
 
+    @property
+    def other(self) -> Phase:
+        """The one it hands KV to, or gets it from."""
+        return Phase.DECODE if self is Phase.PREFILL else Phase.PREFILL
+
 
 class LocalPrefill(StrEnum):
     """Whether decode workers read prompts themselves. `always` is the colocated server."""
@@ -25,7 +30,8 @@ class LocalPrefill(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One worker as the supervisor knows it. `capacity_tokens`: the longest sequence its pool can hold when empty."""
+    """One worker as the supervisor knows it. `capacity_tokens`: the longest sequence its pool can hold when empty. `partner`: the worker of
+    the other phase with which it is a pair, there or not; None where workers are not paired."""
 
     worker_id: str
     address: str
@@ -33,6 +39,7 @@ class Member:
     incarnation: int
     layout: Layout
     capacity_tokens: int
+    partner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

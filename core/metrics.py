@@ -26,6 +26,7 @@ MODEL = "model_name"
 """Label of every name of vLLM's, as there; the exporter fills it in."""
 
 PATHS = ("disaggregated", "local", "prefill_only")
+ACROSS = ("gone", "full", "failed", "unlike")
 BLOCK_STATES = ("free", "cached", "referenced", "fenced")
 
 
@@ -110,6 +111,12 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "Attempts opened, by path; local: the decode worker reads the prompt, prefill_only: one token was wanted.",
         (Label("path", PATHS),),
+    ),
+    Metric(
+        "diptych_attempts_across_total",
+        "counter",
+        "Attempts whose KV leaves its pair of workers, by what keeps the prefill worker's partner from taking it.",
+        (Label("why", ACROSS),),
     ),
     Metric("diptych_retries_total", "counter", "Attempts opened after one failed, by the failure's code.", (Label("code", CODES),)),
     Metric("diptych_kv_transfer_bytes_total", "counter", "KV bytes handed over.", (_TRANSPORT,)),

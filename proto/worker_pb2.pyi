@@ -324,20 +324,22 @@ class DrainResponse(_message.Message):
     def __init__(self, unfinished: _Optional[int] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("worker_id", "address", "phase", "incarnation", "layout", "capacity_tokens")
+    __slots__ = ("worker_id", "address", "phase", "incarnation", "layout", "capacity_tokens", "partner")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PARTNER_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     address: str
     phase: str
     incarnation: int
     layout: Layout
     capacity_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., phase: _Optional[str] = ..., incarnation: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., capacity_tokens: _Optional[int] = ...) -> None: ...
+    partner: str
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., phase: _Optional[str] = ..., incarnation: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., capacity_tokens: _Optional[int] = ..., partner: _Optional[str] = ...) -> None: ...
 
 class Fleet(_message.Message):
     __slots__ = ("version", "members")

@@ -2,6 +2,9 @@
 
 Filters: alive and ready, has room for the request at all, can exchange KV with the other side, not just failed for this request (if
 others exist). Scores lie in [0, 1] and are a worker's own, so that one hot worker changes nothing for the rest.
+
+Where workers are paired an attempt goes to both of a pair, the one whose scores have the largest product. Only a prefill worker whose
+partner is gone or full hands its KV to another decode worker, and its score is then halved.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from enum import StrEnum
 from ..core.errors import ContextExceeded, Unavailable
 from ..core.fleet import LocalPrefill, Member, Phase, WorkerReport, WorkerState
 
+_ACROSS = 0.5
+"""What a prefill worker whose KV must leave its pair counts for: so that the others read up to a chunk each before it does."""
 _HALF_LOAD_TOKENS = 512
 """Prompt tokens waiting that halve a prefill worker's score: one chunk of the default size."""
 
@@ -23,6 +28,16 @@ class Path(StrEnum):
     DISAGGREGATED = "disaggregated"
     LOCAL = "local"
     PREFILL_ONLY = "prefill_only"
+
+
+class Across(StrEnum):
+    """Why KV leaves its pair, which is what keeps the prefill worker's partner from taking it: it is not there or takes nothing new; its
+    pool has no room; the request has just failed there; its layout is of another kind. Also a label (`diptych_attempts_across_total`)."""
+
+    GONE = "gone"
+    FULL = "full"
+    FAILED = "failed"
+    UNLIKE = "unlike"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +53,10 @@ class Candidate:
     @property
     def usable(self) -> bool:
         return self.report is not None and self.report.state is WorkerState.READY
+
+    def holds_now(self, tokens: int) -> bool:
+        """Whether its pool has as much free, by its last report."""
+        return self.report is not None and self.report.blocks_free * self.member.layout.block_size >= tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +102,11 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
+    """`across`: why KV leaves its pair; None if it does not, or workers are not paired."""
+
     prefill: Member | None
     decode: Member | None
+    across: Across | None = None
 
     @property
     def path(self) -> Path:
@@ -103,16 +125,18 @@ def place(snapshot: Snapshot, demand: Demand, policy: Policy) -> Placement:
     if demand.output_tokens == 1 and not _wants_local(demand, policy):
         prefill = _pick(_prefills(snapshot, demand), prefill_score, demand, snapshot.turn)
         if prefill:
-            return Placement(prefill, None)
+            return Placement(prefill.member, None)
     decodes = _decodes(snapshot, demand)
     if not _wants_local(demand, policy):
-        pair = _pick_pair(decodes, _prefills(snapshot, demand), demand, snapshot.turn)
-        if pair:
-            return pair
+        prefills = _prefills(snapshot, demand)
+        paired = any(candidate.member.partner for candidate in prefills)
+        two = (_pick_partners if paired else _pick_two)(decodes, prefills, demand, snapshot.turn)
+        if two:
+            return _both(*two, snapshot, demand)
     if policy.local_prefill is not LocalPrefill.NEVER:
         decode = _pick(decodes, decode_score, demand, snapshot.turn)
         if decode:
-            return Placement(None, decode)
+            return Placement(None, decode.member)
     raise Unavailable(_why_nobody(snapshot, policy))
 
 
@@ -188,7 +212,11 @@ def _decodes(snapshot: Snapshot, demand: Demand) -> list[Candidate]:
     return [c for c in able if c.member.capacity_tokens >= one + more] or able if more else able
 
 
-def _pick_pair(decodes: Sequence[Candidate], prefills: Sequence[Candidate], demand: Demand, turn: int) -> Placement | None:
+Two = tuple[Candidate, Candidate]
+"""A prefill and a decode worker."""
+
+
+def _pick_two(decodes: Sequence[Candidate], prefills: Sequence[Candidate], demand: Demand, turn: int) -> Two | None:
     """The best decode worker that any prefill worker can hand KV to, and the best of those prefill workers.
 
     Layouts are compared only as far as that takes: to compare all of 500 with all of 500 took half a second.
@@ -196,19 +224,80 @@ def _pick_pair(decodes: Sequence[Candidate], prefills: Sequence[Candidate], dema
     while (decode := _pick(decodes, decode_score, demand, turn)) is not None:
         able = prefills
         while (prefill := _pick(able, prefill_score, demand, turn)) is not None:
-            if prefill.layout.difference(decode.layout) is None:
-                return Placement(prefill, decode)
-            able = [candidate for candidate in able if candidate.member is not prefill]
-        decodes = [candidate for candidate in decodes if candidate.member is not decode]
+            if _alike(prefill, decode):
+                return prefill, decode
+            able = [candidate for candidate in able if candidate is not prefill]
+        decodes = [candidate for candidate in decodes if candidate is not decode]
     return None
 
 
-def _pick(candidates: Sequence[Candidate], score: Callable[[Candidate], float], demand: Demand, turn: int) -> Member | None:
-    fresh = [c for c in candidates if c.member.worker_id not in demand.avoid] or candidates if demand.avoid else candidates
+def _pick_partners(decodes: Sequence[Candidate], prefills: Sequence[Candidate], demand: Demand, turn: int) -> Two | None:
+    """Both of a pair; or a prefill worker whose partner cannot take the prompt, and the best decode worker that can, if that is better
+    by far. Where every decode worker is full none is: KV waits within its pair."""
+    fresh = _fresh(decodes, demand)
+    roomy = [decode for decode in fresh if decode.holds_now(demand.context_tokens)] or fresh
+    partners = {decode.member.worker_id: decode for decode in roomy}
+    whole: list[Two] = []
+    alone: list[Candidate] = []
+    for prefill in _fresh(prefills, demand):
+        partner = partners.get(prefill.member.partner or "")
+        if partner is None:
+            alone.append(prefill)
+        else:
+            whole.append((prefill, partner))
+    inside = _best(whole, turn)
+    across = _pick_two(roomy, alone, demand, turn)
+    if inside and across:
+        return inside if _score(inside) >= _ACROSS * _score(across) else across
+    return inside or across or _pick_two(decodes, prefills, demand, turn)
+
+
+def _best(pairs: Sequence[Two], turn: int) -> Two | None:
+    """Of those that can exchange KV."""
+    while pairs:
+        start = turn % len(pairs)
+        best = max([*pairs[start:], *pairs[:start]], key=_score)
+        if _alike(*best):
+            return best
+        pairs = [pair for pair in pairs if pair is not best]
+    return None
+
+
+def _score(two: Two) -> float:
+    prefill, decode = two
+    return prefill_score(prefill) * decode_score(decode)
+
+
+def _alike(prefill: Candidate, decode: Candidate) -> bool:
+    return prefill.member.layout.difference(decode.member.layout) is None
+
+
+def _both(prefill: Candidate, decode: Candidate, snapshot: Snapshot, demand: Demand) -> Placement:
+    wanted = prefill.member.partner
+    across = None if wanted in (None, decode.member.worker_id) else _why_across(prefill, snapshot, demand)
+    return Placement(prefill.member, decode.member, across)
+
+
+def _why_across(prefill: Candidate, snapshot: Snapshot, demand: Demand) -> Across:
+    partner = next((candidate for candidate in snapshot.decodes if candidate.member.worker_id == prefill.member.partner), None)
+    if partner is None or not partner.usable:
+        return Across.GONE
+    if partner.member.worker_id in demand.avoid:
+        return Across.FAILED
+    return Across.FULL if _alike(prefill, partner) else Across.UNLIKE
+
+
+def _fresh(candidates: Sequence[Candidate], demand: Demand) -> Sequence[Candidate]:
+    """Those on which this request has not just failed, if there are any."""
+    return [c for c in candidates if c.member.worker_id not in demand.avoid] or candidates if demand.avoid else candidates
+
+
+def _pick(candidates: Sequence[Candidate], score: Callable[[Candidate], float], demand: Demand, turn: int) -> Candidate | None:
+    fresh = _fresh(candidates, demand)
     if not fresh:
         return None
     start = turn % len(fresh)
-    return max([*fresh[start:], *fresh[:start]], key=score).member
+    return max([*fresh[start:], *fresh[:start]], key=score)
 
 
 def _why_nobody(snapshot: Snapshot, policy: Policy) -> str:

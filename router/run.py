@@ -21,7 +21,7 @@ from ..core.spans import span
 from .budget import RetryBudget
 from .link import Listener
 from .machine import Action, Emit, End, Fail, Place, RequestMachine, Send, Succeed
-from .placement import Path, Policy, Snapshot, place
+from .placement import Across, Path, Placement, Policy, Snapshot, place
 from .recording import Past
 from .text import Detokeniser
 from .times import Times
@@ -206,7 +206,17 @@ class Run:
             note(log, "another attempt", request=self.request_id, attempt=self._machine.attempts + 1, after=wanted.cause.message)
         self._record_transfer()
         self._recorder.inc("diptych_attempts_total", path=placement.path.value)
+        if placement.across:
+            self._tell_across(placement, placement.across)
         return self._machine.placed(placement, new_attempt_id())
+
+    def _tell_across(self, placement: Placement, why: Across) -> None:
+        prefill, decode = placement.prefill, placement.decode
+        self._recorder.inc("diptych_attempts_across_total", why=why.value)
+        note(
+            log, "KV leaves its pair", request=self.request_id, prefill=prefill and prefill.worker_id, decode=decode and decode.worker_id,
+            partner=prefill and prefill.partner, why=why.value,
+        )  # fmt: skip
 
     def _hold(self, wanted: Place, error: Unavailable) -> list[Action]:
         """Wait for the fleet to change; not longer than `hold_s` in all."""

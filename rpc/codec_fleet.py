@@ -64,6 +64,7 @@ def _write_fleet(fleet: Fleet) -> pb.Fleet:
                 incarnation=member.incarnation,
                 layout=write_layout(member.layout),
                 capacity_tokens=member.capacity_tokens,
+                partner=member.partner or "",
             )
             for member in fleet.members
         ],
@@ -83,6 +84,7 @@ def _read_member(message: pb.Member) -> Member:
         incarnation=message.incarnation,
         layout=read_layout(message.layout),
         capacity_tokens=message.capacity_tokens,
+        partner=message.partner or None,
     )
 
 

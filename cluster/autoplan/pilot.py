@@ -54,7 +54,7 @@ def _check_alike(config: ClusterConfig) -> None:
             key = f"{phase.value}.groups"
             raise ConfigError(f"autoplan.mode: {key} has several groups, and only workers that are alike are planned again.", field=key)
         ranks.append(groups[0].tp * (len(groups[0].stages) or groups[0].pp))
-    if len(set(ranks)) > 1:
+    if len(set(ranks)) > 1 and not config.paired:  # those of a pair keep their roles
         sizes = f"a prefill worker has {ranks[0]} ranks, a decode worker {ranks[1]}"
         raise ConfigError(f"autoplan.mode: {sizes}; only one as large as the others can change its role.", field="autoplan.mode")
 
@@ -83,7 +83,7 @@ class Pilot:
         """Until cancelled."""
         plan = self.config.autoplan
         assert plan.slo is not None
-        terms = Terms(plan.target, plan.margin, plan.least_workers, plan.most_workers)
+        terms = Terms(plan.target, plan.margin, plan.least_workers, plan.most_workers, self.config.paired)
         planner = Autoplanner(parse_slo(plan.slo), terms, plan.least_requests, plan.cool_down_s, plan.window_s)
         while True:
             await asyncio.sleep(plan.every_s)

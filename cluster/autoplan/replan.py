@@ -47,12 +47,18 @@ class Score:
 @dataclass(frozen=True, slots=True)
 class Terms:
     """`margin`: how much larger the share must be that meets the SLO. `least`, `most`: workers of both phases together; None: as many as
-    there are."""
+    there are. `paired`: they come and go in pairs."""
 
     target: float = 0.9
     margin: float = 0.05
     least: int | None = None
     most: int | None = None
+    paired: bool = False
+
+    @property
+    def step(self) -> int:
+        """How many workers join or leave at once."""
+        return 2 if self.paired else 1
 
 
 def candidates(now: Split, terms: Terms) -> Iterator[Split]:
@@ -63,7 +69,9 @@ def candidates(now: Split, terms: Terms) -> Iterator[Split]:
     for prefills in range(max(1, now.prefills - MOVES), now.prefills + MOVES + 1):
         for decodes in range(max(1, now.decodes - MOVES), now.decodes + MOVES + 1):
             split = Split(prefills, decodes)
-            if split != now and abs(split.workers - now.workers) <= 1 and (least <= split.workers <= most or split.workers == now.workers):
+            if split == now or abs(split.workers - now.workers) > terms.step or (terms.paired and prefills != decodes):
+                continue
+            if least <= split.workers <= most or split.workers == now.workers:
                 yield split
 
 
@@ -76,9 +84,9 @@ def chosen(now: Split, scores: Mapping[Split, Score], terms: Terms) -> Split:
         return max(alike, key=lambda split: (scores[split].share, -abs(split.prefills - now.prefills)), default=None)
 
     if current >= terms.target:
-        fewer = best(now.workers - 1)
+        fewer = best(now.workers - terms.step)
         return fewer if fewer is not None and scores[fewer].share >= terms.target else now
-    other, more = best(now.workers), best(now.workers + 1)
+    other, more = best(now.workers), best(now.workers + terms.step)
     if other is None or scores[other].share < current + terms.margin:
         other = now
     if more is not None and scores[other].share < terms.target and scores[more].share >= scores[other].share + terms.margin:

@@ -65,7 +65,8 @@ class Planning:
         if limits.ttft is None or limits.tpot is None:
             raise ConfigError("--slo: a plan needs a limit for both ttft and tpot, as in ttft=0.2s,tpot=0.1s.", field="slo")
         sample = Sample(tuple(limited(arrivals(1.0, seed), SAMPLE, None)))
-        policies = replace(policies_for(known, known.parallelisms[0].tp, sample), local_prefill=LocalPrefill.NEVER)
+        policies = policies_for(known, known.parallelisms[0].tp, sample)
+        policies = replace(policies, local_prefill=LocalPrefill.NEVER, paired=paired)
         terms = Terms(arrivals, limits, target, confidence, most, seed=seed)
         return cls(known, Bench(known, policies, link_of(known, link), terms), space, sample, paired, source)
 
@@ -103,7 +104,7 @@ class Planning:
     def _file(self, best: Scored) -> str:
         values = config_of(best.plan, self.profile, self.bench.policies, self.source)
         load_config(values)
-        where = "A prefill and a decode worker of each pair belong on one node.\n# " if self.paired else ""
+        where = "Workers of one number are a pair, on one node.\n# " if self.paired else ""
         head = (
             f"# {best.plan}: {best.rate:.3g} requests/s within {self.bench.terms.slo}, simulated.\n# {where}From: {self.profile.source}\n"
         )

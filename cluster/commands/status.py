@@ -90,6 +90,8 @@ def _print(found: state.ClusterState, api_key: str | None) -> None:
         _out.print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), markup=False)
     if fleet.members:
         _out.print(f"  fleet {fleet.version}: " + ", ".join(f"{len(fleet.of(phase))} {phase} workers" for phase in Phase))
+    if pairs := [f"{member.worker_id} + {member.partner}" for member in fleet.of(Phase.PREFILL) if member.partner]:
+        _out.print(f"  pairs: {', '.join(pairs)}")
     for line in found.autoplan:
         _out.print(f"  autoplan {line}", markup=False)
     if found.http and (moved := _moved(found.http, known(found, Access(api_key)))):

@@ -135,7 +135,7 @@ class Up:
                 self.config, card, model_dir, source_of(self.config), self.cores, self.programs, logs, self.budget, tls,
                 gpus=self._gpus, core_table=None if self.config.ray.joined else core_table,
             )  # fmt: skip
-            launcher = self._worker_launcher(plain, [crew.launch(worker) for worker in first], observer, tls)
+            launcher = self._worker_launcher(plain, crew.launches(first), observer, tls)
             posts = [Post(router, plain, None, self.budget()), *crew.posts(first, launcher)]
             shown = {} if tls is None else {"tls": tls}
             supervisor = Supervisor(posts, connect=partial(self.connect, **shown), drain=partial(self.drain, **shown), observer=observer)
@@ -165,9 +165,7 @@ class Up:
             plain,
             address=preflight.ray_address(self.config),
             cores=len(self.cores),
-            wanted=[
-                (launch.phase, [(rank.threads, rank.memory, rank.gpus) for rank in launch.ranks]) for launch in launches if launch.phase
-            ],
+            wanted=launches,
             placing=self.config.ray.placement,
             wait_s=self.config.ray.wait_s,
             log=launches[0].log.with_name("ray.log"),

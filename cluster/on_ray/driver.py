@@ -6,8 +6,8 @@ It starts a local Ray, or joins one and reserves a place on its nodes for each w
 what it says. A process of its own, because a driver whose Ray dies is ended by Ray, and because Ray gives workers the driver's
 working directory as an import path: this one runs in the scratch directory.
 
-    in   {"do": "start", "id": 3, "name": …, "phase": …, "argv": […], "log": …, "rank": 0, "leader": 3,
-          "ranks": [[threads, memory, gpus], …]}
+    in   {"do": "start", "id": 3, "name": …, "argv": […], "log": …, "rank": 0, "leader": 3,
+          "together": [[name, phase, [[threads, memory, gpus], …], stages], …]}
          {"do": "terminate" | "kill", "id": 3}
     out  {"event": "ready", "address": …, "note": …}   {"event": "failed", "message": …}   {"event": "waiting", "name": …, "what": …}
          {"event": "placed" | "refused" | "pid" | "line" | "ended", "id": 3, …}

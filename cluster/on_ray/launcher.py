@@ -14,11 +14,10 @@ from typing import Any
 
 from ...core.config import LogFormat, Placing
 from ...core.errors import ConfigError, DiptychError, Unavailable
-from ...core.fleet import Phase
 from ...core.security import TlsFiles
 from ..process import processes
 from ..process.launcher import Launch, PlainLauncher, PlainProcess, Running, parse_line
-from ..process.spec import LogLevel, RaySpec
+from ..process.spec import AskedWorker, LogLevel, RaySpec
 from ..supervising.post import Observer
 
 DRIVER = "ray"
@@ -32,6 +31,11 @@ def ray_environment(environment: Mapping[str, str], *, local: bool) -> dict[str,
     start is 2.5 s faster without, measured with Ray 2.60)."""
     ours = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0", "RAY_AUTH_MODE": "token"}
     return {**ours, "RAY_AUTH_TOKEN": secrets.token_hex(32), **environment} if local else dict(environment)
+
+
+def _asked(worker: Launch) -> AskedWorker:
+    assert worker.phase is not None
+    return worker.name, worker.phase, tuple((rank.threads, rank.memory, rank.gpus) for rank in worker.ranks), worker.stages
 
 
 @dataclass(slots=True)
@@ -79,7 +83,7 @@ class RayLauncher:
         *,
         address: str | None,
         cores: int,
-        wanted: Sequence[tuple[Phase, Sequence[tuple[int | None, int, float]]]],
+        wanted: Sequence[Launch],
         placing: Placing,
         wait_s: float,
         log: Path,
@@ -88,8 +92,8 @@ class RayLauncher:
         observer: Observer,
         internal_tls: TlsFiles | None = None,
     ) -> None:
-        """`cores`: for a local Ray. For one that is joined: `wanted`, the phase of each worker of the start with threads, memory and GPUs
-        of each of its ranks; `wait_s`, how long a worker waits for a node; `internal_tls`, to be sent to the nodes."""
+        """`cores`: for a local Ray. For one that is joined: `wanted`, the workers of the start; `wait_s`, how long a worker waits for a
+        node; `internal_tls`, to be sent to the nodes."""
         self._observer = observer
         self._log = log
         self._count = 0
@@ -99,7 +103,7 @@ class RayLauncher:
             address=address,
             directory=plain.directory / "ray",
             cores=cores,
-            wanted=tuple((phase, tuple(ranks)) for phase, ranks in wanted),
+            wanted=tuple(dict.fromkeys(tuple(map(_asked, launch.together)) for launch in wanted)),
             placing=placing,
             wait_s=wait_s,
             environment={processes.MARK: plain.cluster_id, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
@@ -122,12 +126,11 @@ class RayLauncher:
             "start",
             process.number,
             name=launch.name,
-            phase=launch.phase,
             argv=launch.argv,
             log=str(launch.log),
             rank=launch.rank,
             leader=leader.number if isinstance(leader, RayProcess) else process.number,
-            ranks=[(rank.threads, rank.memory, rank.gpus) for rank in launch.ranks],
+            together=[_asked(worker) for worker in launch.together],
         )
         try:
             await process.placed.wait()  # or refused: the driver looks for a node for `wait_s`

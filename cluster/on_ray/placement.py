@@ -19,9 +19,9 @@ from ...core.errors import ConfigError, DiptychError
 from ...core.fleet import Phase
 from ..process.child import progress, say
 from ..process.identities import to_environment
-from ..process.spec import RaySpec
+from ..process.spec import AskedWorker, RaySpec
 from .keeper import Keeper
-from .nodes import Asked
+from .nodes import Asked, Wanted
 from .room import Place, Room
 
 OBJECT_STORE_BYTES = 80 << 20
@@ -63,7 +63,7 @@ class Driver:
             raise ConfigError(f"{where}: {' '.join(str(error).split())}", field="ray.address") from error
         progress("connected")
         if self._spec.address is not None:
-            wanted = [(phase, [Asked(*rank) for rank in ranks]) for phase, ranks in self._spec.wanted]
+            wanted = [[_wanted(worker) for worker in together] for together in self._spec.wanted]
             self._room = Room(wanted, self._spec.placing, self._spec.wait_s)
 
     @property
@@ -106,9 +106,8 @@ class Driver:
         number, leader = order["id"], order["leader"]
         try:
             if self._room is not None and leader == number:
-                self._places[number] = await self._room.reserve(
-                    order["name"], Phase(order["phase"]), [Asked(*rank) for rank in order["ranks"]]
-                )
+                together = {worker[0]: _wanted(worker) for worker in order["together"]}
+                self._places[number] = await self._room.reserve(order["name"], together)
         except DiptychError as error:
             say("refused", id=number, message=error.message, field=error.field)
             return
@@ -175,6 +174,11 @@ class Driver:
     def close(self) -> None:
         """End the actors and, if it was started here, Ray."""
         ray.shutdown()
+
+
+def _wanted(worker: AskedWorker) -> Wanted[Asked]:
+    _, phase, ranks, stages = worker
+    return Wanted(Phase(phase), [Asked(*rank) for rank in ranks], stages)
 
 
 def _storage() -> str | None:

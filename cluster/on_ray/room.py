@@ -1,12 +1,14 @@
-"""Room for workers on the nodes of a Ray cluster that was joined: one placement group for each, with a bundle for each of its ranks."""
+"""Room for workers on the nodes of a Ray cluster that was joined: one placement group for each, or for both of a pair, with a bundle for
+each rank."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import ray
@@ -16,9 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...core.config import Placing
 from ...core.errors import ConfigError
-from ...core.fleet import Phase
 from ..process.child import say
-from .nodes import ROLES, Asked, Need, Node, choose, equal_part, for_phase, free_run, no_room, role_needed
+from .nodes import ROLES, Asked, Need, Node, Wanted, equal_part, for_all, free_run, given, no_room, role_needed, seat
 
 LOOK_AGAIN_S = 10.0
 """How long Ray has to reserve what was seen free; then the next worker gets a turn, and we look again."""
@@ -39,17 +40,41 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Reserved:
+    """A placement group: a bundle, and a seat, for each rank of those who share it, by name; a worker, or both of a pair. While one of a
+    pair has its place the other's is kept for it: it may have died, or not have come yet. `in_use`: whose are taken."""
+
+    group: Any
+    seats: Mapping[str, tuple[Seat, ...]]
+    in_use: set[str] = field(default_factory=set)
+
+    @property
+    def node_ids(self) -> set[str]:
+        return {seat.node_id for seats in self.seats.values() for seat in seats}
+
+    def first_bundle(self, name: str) -> int:
+        before = list(self.seats)[: list(self.seats).index(name)]
+        return sum(len(self.seats[other]) for other in before)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """What is reserved for one worker: a bundle, and a seat, for each rank."""
+    """One worker's part of what is reserved."""
 
     room: Room
-    group: Any
-    seats: tuple[Seat, ...]
+    reserved: Reserved
+    name: str
     holders: set[int] = field(default_factory=set)
     """Whoever uses it; it is given back when the last of them has ended."""
 
+    @property
+    def seats(self) -> tuple[Seat, ...]:
+        """By rank."""
+        return self.reserved.seats[self.name]
+
     def strategy(self, rank: int) -> PlacementGroupSchedulingStrategy:
-        return PlacementGroupSchedulingStrategy(placement_group=self.group, placement_group_bundle_index=rank)
+        bundle = self.reserved.first_bundle(self.name) + rank
+        return PlacementGroupSchedulingStrategy(placement_group=self.reserved.group, placement_group_bundle_index=bundle)
 
     def options(self, rank: int) -> list[str]:
         """For `on_node`."""
@@ -58,63 +83,82 @@ class Place:
         return ["--threads", str(seat.threads), *cores]
 
     def give_back(self) -> None:
-        self.room.places.remove(self)
-        remove_placement_group(self.group)
+        self.reserved.in_use.remove(self.name)
+        if not self.reserved.in_use:
+            self.room.reserved.remove(self.reserved)
+            remove_placement_group(self.reserved.group)
 
 
 class Room:
     """Knows what our workers have reserved, and asks Ray what is free."""
 
-    def __init__(self, wanted: Sequence[tuple[Phase, Sequence[Asked]]], placing: Placing, wait_s: float) -> None:
-        """`wanted`: the ranks of each worker of the start; who names no threads gets an equal part of what there is. `wait_s`: how long a
-        worker waits for a node with room: one may be on its way, or its old one not yet known to be dead."""
-        self.places: list[Place] = []
+    def __init__(self, wanted: Sequence[Sequence[Wanted[Asked]]], placing: Placing, wait_s: float) -> None:
+        """`wanted`: the workers of the start, those of a pair together; who names no threads gets an equal part of what there is.
+        `wait_s`: how long a worker waits for a node with room: one may be on its way, or its old one not yet known to be dead."""
+        self.reserved: list[Reserved] = []
         self._placing = placing
         self._wait_s = wait_s
         self._wanted = wanted
         self._each: int | None = None
         self._one_by_one = asyncio.Lock()
 
-    async def reserve(self, name: str, phase: Phase, ranks: Sequence[Asked]) -> Place:
-        """A place for the worker `name`; `ConfigError` if there is none within `wait_s`. That it waits is said once."""
+    async def reserve(self, name: str, together: Mapping[str, Wanted[Asked]]) -> Place:
+        """A place for the worker `name`, and with it for who shares its node, by their names; `ConfigError` if there is none within
+        `wait_s`. That it waits is said once."""
         give_up, told = time.monotonic() + self._wait_s, False
         while True:
             async with self._one_by_one:
+                if kept := await asyncio.to_thread(self._kept, name):
+                    return self._take(kept, name)
                 nodes = await asyncio.to_thread(self._nodes)
-                each = min(self._equal_part(nodes), equal_part(nodes, [(phase, ranks)], self._placing))
-                needs = [asked.given(each) for asked in ranks]
-                chosen = choose(for_phase(nodes, phase), needs, self._placing)
+                each = min(self._equal_part(nodes), equal_part(nodes, [list(together.values())], self._placing))
+                workers = {who: given(asked, each) for who, asked in together.items()}
+                chosen = seat(nodes, list(workers.values()), self._placing)
                 if chosen is None and not told:
-                    told = _waits(name, no_room(name, phase, needs, nodes), self._wait_s)
-                guessed = chosen is None and any(asked.threads is None for asked in ranks)
-                if place := await asyncio.to_thread(self._reserve, chosen, needs, role_needed(nodes, phase), guessed):
-                    self.places.append(place)
-                    return place
+                    told = _waits(name, no_room(workers, nodes), self._wait_s)
+                guessed = chosen is None and any(asked.threads is None for worker in together.values() for asked in worker.ranks)
+                if reserved := await asyncio.to_thread(self._reserve, chosen, workers, nodes, guessed):
+                    self.reserved.append(reserved)
+                    return self._take(reserved, name)
             if time.monotonic() > give_up:
-                raise _refused(no_room(name, phase, needs, nodes))
+                raise _refused(no_room(workers, nodes))
+
+    def _take(self, reserved: Reserved, name: str) -> Place:
+        reserved.in_use.add(name)
+        return Place(self, reserved, name)
+
+    def _kept(self, name: str) -> Reserved | None:
+        """What was reserved for it with its partner, if the nodes live. Those of a node that has died are given back as its workers end."""
+        mine = [reserved for reserved in self.reserved if name in reserved.seats and name not in reserved.in_use]
+        alive = {node["NodeID"] for node in _every_node() if node["Alive"]} if mine else set()
+        return next((reserved for reserved in mine if reserved.node_ids <= alive), None)
 
     def _equal_part(self, nodes: Sequence[Node]) -> int:
         """Threads for a rank that names none. Settled once there are nodes for each phase; until then, what those have that are there."""
         if self._each is not None:
             return self._each
-        here = [(phase, ranks) for phase, ranks in self._wanted if for_phase(nodes, phase)]
+        here = [together for together in self._wanted if for_all(nodes, [worker.phase for worker in together])]
         each = equal_part(nodes, here, self._placing)
         if len(here) == len(self._wanted):
             self._each = each
         return each
 
-    def _reserve(self, nodes: Sequence[Node] | None, needs: Sequence[Need], role: str | None, guessed: bool) -> Place | None:
-        """Without nodes Ray is asked for any with that role: that is how a cluster that can grow learns that it should. `guessed`: what it
-        finds is not kept, for only with the node it is known how many threads a rank gets."""
-        pins: list[dict[str, float]] = [{f"node:{node.address}": PIN} for node in nodes] if nodes else [{} for _ in needs]
-        roles = {role: PIN} if role else {}
-        bundles = [{**_resources(need), **pin, **roles} for need, pin in zip(needs, pins, strict=True)]
-        group = placement_group(bundles, strategy="PACK")
+    def _reserve(
+        self, chosen: Sequence[Sequence[Node]] | None, workers: Mapping[str, Wanted[Need]], nodes: Sequence[Node], guessed: bool
+    ) -> Reserved | None:
+        """Where none of the `nodes` is chosen Ray is asked for any with the roles, for one if it is a pair: that is how a cluster that can
+        grow learns that it should. `guessed`: what it finds is not kept: only with the node it is known how many threads a rank gets."""
+        needs = [need for worker in workers.values() for need in worker.ranks]
+        roles = [role_needed(nodes, worker.phase) for worker in workers.values() for _ in worker.ranks]
+        pins = [f"node:{node.address}" for there in chosen for node in there] if chosen else [None for _ in needs]
+        bundles = [{**_resources(need), **dict.fromkeys(filter(None, also), PIN)} for need, *also in zip(needs, roles, pins, strict=True)]
+        group = placement_group(bundles, strategy="STRICT_PACK" if chosen is None and len(workers) > 1 else "PACK")
         if not group.wait(LOOK_AGAIN_S) or guessed:
             remove_placement_group(group)
             return None
         where = placement_group_table(group)["bundles_to_node_id"]
-        return Place(self, group, self._seats([where[rank] for rank in range(len(needs))], needs))
+        seats = iter(self._seats([where[rank] for rank in range(len(needs))], needs))
+        return Reserved(group, {name: tuple(islice(seats, len(worker.ranks))) for name, worker in workers.items()})
 
     def _nodes(self) -> list[Node]:
         """The living nodes. What Ray says is free lags behind by up to a second: what we have reserved is subtracted by ourselves."""
@@ -131,7 +175,7 @@ class Room:
         return nodes
 
     def _ours(self, node_id: str) -> list[Seat]:
-        return [seat for place in self.places for seat in place.seats if seat.node_id == node_id]
+        return [seat for reserved in self.reserved for seats in reserved.seats.values() for seat in seats if seat.node_id == node_id]
 
     def _seats(self, where: Sequence[str], needs: Sequence[Need]) -> tuple[Seat, ...]:
         """For ranks with a bundle each on the nodes `where`."""

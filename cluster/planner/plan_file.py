@@ -35,4 +35,6 @@ def config_of(plan: Plan, profile: Profile, policies: Policies, source: str | No
     sides["prefill"]["chunk_tokens"] = policies.chunk_tokens
     sides["decode"] |= {"chunk_tokens": policies.decode_chunk_tokens, "max_running": policies.decode_running}
     limits = {} if policies.most_running is None else {"limits": {"running": policies.most_running}}
-    return {"model": model, **sides, "router": {"local_prefill": str(policies.local_prefill), **limits}, "ray": {"placement": "pack"}}
+    router = {"local_prefill": str(policies.local_prefill), **limits}
+    paired = {"paired": True} if policies.paired else {}
+    return {**paired, "model": model, **sides, "router": router, "ray": {"placement": "pack"}}

@@ -15,7 +15,7 @@ class Policies:
     """The settings of the production schedulers and of the router; defaults are the config file's.
 
     `ungranted`: share of a prefill worker's pool that one destination may leave waiting. `ahead`: steps a prefill worker decides beyond
-    those that run. `most_running`: requests at once, more are refused; None: any number.
+    those that run. `most_running`: requests at once, more are refused; None: any number. `paired`: workers of one number are a pair.
     """
 
     chunk_tokens: int = 512
@@ -30,6 +30,7 @@ class Policies:
     lease_s: float = 10.0
     offer_wait_s: float = 5.0
     most_running: int | None = 1024
+    paired: bool = False
 
     @classmethod
     def of(cls, config: ClusterConfig) -> Policies:
@@ -43,6 +44,7 @@ class Policies:
             lease_s=config.transfer.lease_s,
             offer_wait_s=config.transfer.offer_wait_s,
             most_running=config.router.limits.running,
+            paired=config.paired,
         )
 
 

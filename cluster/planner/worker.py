@@ -66,7 +66,8 @@ class Worker:
         self.pool = BlockPool(counts, scene.groups, BLOCK)
         self.layout = Layout(MODEL, scene.groups, BLOCK, counts)
         room = min(scene.model.max_context, counts[0] * BLOCK)
-        self.member = Member(name, name, hardware.phase, number, self.layout, room)
+        partner = f"{hardware.phase.other.value}-{name.rpartition('-')[2]}" if scene.policies.paired else None
+        self.member = Member(name, name, hardware.phase, number, self.layout, room, partner)
         self.course = WorkerCourse()
         self.choices = self.prompt_tokens = 0
         self._ticking = False

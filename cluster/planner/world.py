@@ -43,6 +43,8 @@ class World:
         self.ttft, self.tpot, self.itl, self.gap, self.e2e = (Histogram() for _ in range(5))
         self.requests = self.met = self.refused = 0
         self.paths: dict[str, int] = {}
+        self.across: dict[str, int] = {}
+        """Requests whose KV left its pair, by why."""
         self._slo, self._on_end = slo or Slo(), on_end
         self._overheads, self._policies = profile.overheads, policies
         self._policy = Policy(policies.local_prefill, policies.local_prefill_below)
@@ -84,6 +86,8 @@ class World:
             self._refuse(life, error.message)
             return
         self.paths[placed.path] = self.paths.get(placed.path, 0) + 1
+        if placed.across is not None:
+            self.across[placed.across] = self.across.get(placed.across, 0) + 1
         self._scene.lives[life.name] = life
         if placed.decode is not None:
             life.decode = placed.decode.worker_id
@@ -175,6 +179,7 @@ class World:
             "goodput": self.met / end if end else 0.0,
             "times": {name: found for name, figure in figures.items() if (found := figure.as_json())},
             "paths": self.paths,
+            "across": self.across,
             "counters": self.counters(),
             "workers": {
                 worker.name: {"steps": worker.counters()["diptych_worker_steps_total"], **worker.course.as_json(end)}

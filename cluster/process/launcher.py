@@ -25,7 +25,7 @@ LINE_BYTES = 1 << 20
 class Launch:
     """A process to start. `argv` is the whole command; `log` receives its stderr. What it needs of a node of a Ray cluster: that it is for
     its `phase` (None: no worker's process), `threads` CPUs (None: what there is), `memory` bytes, `gpus`. A worker of many ranks is its
-    leader, rank 0, with the others as `followers`."""
+    leader, rank 0, with the others as `followers`, in `stages` stages; `partner`: the worker with which it is a pair."""
 
     name: str
     argv: tuple[str, ...]
@@ -36,6 +36,14 @@ class Launch:
     gpus: float = 0.0
     rank: int = 0
     followers: tuple[Launch, ...] = ()
+    stages: int = 1
+    partner: Launch | None = None
+
+    @property
+    def together(self) -> tuple[Launch, ...]:
+        """The worker, or both of its pair, prefill first."""
+        both = (self,) if self.partner is None else (self, self.partner)
+        return tuple(sorted(both, key=lambda launch: launch.phase is Phase.DECODE))
 
     @property
     def ranks(self) -> tuple[Launch, ...]:

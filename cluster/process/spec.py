@@ -73,11 +73,13 @@ def rank_name(spec: RankSpec) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One worker: its `ranks`, the leader first. `group`: which of its phase's groups it is of; `section`: where the config has that."""
+    """One worker: its `ranks`, the leader first. `group`: which of its phase's groups it is of; `section`: where the config has that;
+    `partner`: the worker with which it is a pair."""
 
     ranks: tuple[RankSpec, ...]
     group: int = 0
     section: str = ""
+    partner: str | None = None
 
     @property
     def name(self) -> str:
@@ -112,15 +114,17 @@ class RouteSpec(_Spec):
     log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")
 
 
+AskedWorker = tuple[str, Phase, tuple[tuple[int | None, int, float], ...], int]
+"""A worker's name, its phase, threads (None: what there is), bytes and GPUs of each of its ranks, and how many stages these make."""
+
+
 class RaySpec(_Spec):
     """The process that drives Ray: `python -m diptych.cluster.on_ray.driver --spec '<this as JSON>'`."""
 
     address: str | None = Field(None, description="A Ray cluster to join; by default a local one is started.")
     directory: Path = Field(description="For the session files and sockets of a local one.")
     cores: int = Field(ge=1, description="CPUs a local one has to give.")
-    wanted: tuple[tuple[Phase, tuple[tuple[int | None, int, float], ...]], ...] = Field(
-        min_length=1, description="Of each worker of the start its phase, and threads (None: what there is), bytes and GPUs of each rank."
-    )
+    wanted: tuple[tuple[AskedWorker, ...], ...] = Field(min_length=1, description="The workers of the start, those of a pair together.")
     placing: Placing = Field(Placing.PACK, description="Which node of a joined one a worker goes to.")
     wait_s: float = Field(60.0, gt=0, description="How long a worker waits for a node of a joined one with room for it.")
     internal_tls: TlsFiles | None = Field(

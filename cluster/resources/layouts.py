@@ -45,7 +45,7 @@ def _layout(card: ModelCard, group: WorkerGroup, section: str) -> Layout:
 
 def pairs_of(config: ClusterConfig, spread: Layouts, phase: Phase, group: int) -> list[int]:
     """For each rank of this group's workers: with how many ranks of workers of the other phase it exchanges KV."""
-    other = Phase.DECODE if phase is Phase.PREFILL else Phase.PREFILL
+    other = phase.other
     ours, counts = spread[phase][group], [0] * spread[phase][group].ranks
     for theirs, there in zip(spread[other], config.section(other).all_groups, strict=True):
         for route in routes(ours, theirs) if phase is Phase.PREFILL else routes(theirs, ours):

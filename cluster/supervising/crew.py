@@ -18,7 +18,7 @@ from ..resources import preflight
 from ..resources.allotment import allot
 from ..resources.devices import Gpu
 from .control import Numbers, Tell
-from .headcount import changes
+from .headcount import pair_changes, phase_changes
 from .post import Post
 from .posts import Name, Programs, launch_on_nodes, launch_worker, newcomers, worker_number
 from .restarts import RestartBudget
@@ -43,8 +43,15 @@ class Crew:
     core_table: Path | None = None
     _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def posts(self, workers: Sequence[Worker], launcher: Launcher) -> list[Post]:
-        return [Post(self.launch(worker), launcher, worker, self.budget()) for worker in workers]
+    def posts(self, workers: Sequence[Worker], launcher: Launcher, present: Sequence[Post] = ()) -> list[Post]:
+        launches = self.launches(workers, present)
+        return [Post(launch, launcher, worker, self.budget()) for launch, worker in zip(launches, workers, strict=True)]
+
+    def launches(self, workers: Sequence[Worker], present: Sequence[Post] = ()) -> list[Launch]:
+        """Each with its partner, which comes with it or is among those present."""
+        ours = [self.launch(worker) for worker in workers]
+        known = {launch.name: launch for launch in (*(replace(post.launch, partner=None) for post in present), *ours)}
+        return [replace(launch, partner=known.get(worker.partner or "")) for launch, worker in zip(ours, workers, strict=True)]
 
     def launch(self, worker: Worker) -> Launch:
         update: dict[str, object] = {} if self.internal_tls is None else {"internal_tls": self.internal_tls}
@@ -65,19 +72,21 @@ class Crew:
             raise Unavailable("The cluster is still starting.")
         async with self._changing:
             self.config = _changed(self.config, wanted)
+            if self.config.paired:  # what is asked of one phase is asked of both
+                wanted = {phase: tuple(group.workers for group in self.config.section(phase).all_groups) for phase in Phase}
             gone = [post for post in supervisor.workers if post.given_up and post.phase in wanted]
             await asyncio.gather(*(supervisor.leave(post) for post in gone))
             names: list[Name] = []
             leaving: list[Post] = []
-            for phase, numbers in wanted.items():
-                present = _present(supervisor, phase, len(numbers))
-                for group, found in enumerate(changes(present, numbers)):
-                    names += [(phase, group, number) for number in found.join]
-                    leaving += [present[group][number] for number in found.leave]
+            present = {phase: _present(supervisor, phase, len(numbers)) for phase, numbers in wanted.items()}
+            for phase, found in (pair_changes if self.config.paired else phase_changes)(present, wanted).items():
+                for group, change in enumerate(found):
+                    names += [(phase, group, number) for number in change.join]
+                    leaving += [present[phase][group][number] for number in change.leave]
             leave_first = in_place and self._own_places(supervisor)
             if leave_first:
                 await self._dismiss(supervisor, leaving, tell)
-            await self._join(supervisor, self.posts(self._newcomers(supervisor, names), launcher), tell)
+            await self._join(supervisor, self.posts(self._newcomers(supervisor, names), launcher, supervisor.workers), tell)
             if not leave_first:
                 await self._dismiss(supervisor, leaving, tell)
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
+
+from ...core.fleet import Phase
+
+Present = Mapping[Phase, Sequence[Collection[int]]]
+"""The numbers of the workers there are, by phase and group."""
+Wanted = Mapping[Phase, Sequence[int]]
+"""How many there shall be in each group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +32,22 @@ def changes(present: Sequence[Collection[int]], wanted: Sequence[int]) -> list[C
         taken.update(join)
         found.append(Change(join, tuple(sorted(group)[size:][::-1])))
     return found
+
+
+def phase_changes(present: Present, wanted: Wanted) -> dict[Phase, list[Change]]:
+    """`changes` of each phase."""
+    return {phase: changes(present[phase], sizes) for phase, sizes in wanted.items()}
+
+
+def pair_changes(present: Present, wanted: Wanted) -> dict[Phase, list[Change]]:
+    """Where workers of one number are a pair: both come or go, and one that lacks its partner gets it back or goes too."""
+    pairs = [set[int]().union(*groups) for groups in zip(*present.values(), strict=True)]
+    found = changes(pairs, wanted[Phase.DECODE])
+    after = [(pair | set(change.join)) - set(change.leave) for pair, change in zip(pairs, found, strict=True)]
+    return {
+        phase: [
+            Change(tuple(sorted(numbers - set(there))), tuple(sorted(set(there) - numbers, reverse=True)))
+            for there, numbers in zip(groups, after, strict=True)
+        ]
+        for phase, groups in present.items()
+    }

@@ -90,6 +90,7 @@ class Post:
             incarnation=int(self.ready["incarnation"]),
             layout=_LAYOUT.validate_python(self.ready["layout"]),
             capacity_tokens=int(self.ready["capacity_tokens"]),
+            partner=self.worker.partner,
         )
 
     def signal(self, *, kill: bool) -> None:

@@ -109,7 +109,7 @@ def _worker(config: ClusterConfig, spread: Layouts, model_dir: Path, name: Name,
         )
         for rank, (pairs, share) in enumerate(zip(pairs_of(config, spread, phase, group), shares, strict=True))
     )
-    return Worker(ranks, group, section_of(config, phase, group))
+    return Worker(ranks, group, section_of(config, phase, group), worker_name(phase.other, number) if config.paired else None)
 
 
 def route_spec(config: ClusterConfig, model_dir: Path, internal_tls: TlsFiles | None = None) -> RouteSpec:
@@ -163,6 +163,7 @@ def launch_on_nodes(worker: Worker, config: ClusterConfig, card: ModelCard, sour
             threads=config.section(worker.phase).all_groups[worker.group].threads,
             memory=kv_bytes(card, spec) + process_bytes(card, spec),
             gpus=gpus_of(spec, len(worker.ranks)),
+            stages=max(1, len(spec.stages)),
         )
         for spec in worker.ranks
     )

@@ -157,3 +157,13 @@ def test_each_phase_keeps_a_worker_and_numbers_stay_within_their_bounds() -> Non
     assert set(candidates(Split(1, 1), Terms(most=3))) == {Split(1, 1), Split(1, 2), Split(2, 1)}
     assert set(candidates(Split(2, 1), Terms(least=2, most=3))) == {Split(2, 1), Split(1, 2), Split(1, 1)}
     assert all(abs(split.prefills - 8) <= 2 for split in candidates(Split(8, 8), Terms(most=32)))
+
+
+def test_pairs_come_and_go_as_pairs_and_keep_their_roles() -> None:
+    terms = Terms(least=2, most=6, paired=True)
+    assert list(candidates(Split(2, 2), terms)) == [Split(2, 2), Split(1, 1), Split(3, 3)]
+    assert list(candidates(Split(3, 3), terms)) == [Split(3, 3), Split(2, 2)]
+    short, plenty = Score(500, 1000), Score(990, 1000)
+    assert chosen(Split(2, 2), {Split(2, 2): short, Split(1, 1): short, Split(3, 3): plenty}, terms) == Split(3, 3)
+    assert chosen(Split(2, 2), {Split(2, 2): plenty, Split(1, 1): plenty, Split(3, 3): plenty}, terms) == Split(1, 1)
+    assert chosen(Split(2, 2), {Split(2, 2): plenty, Split(1, 1): short}, terms) == Split(2, 2)

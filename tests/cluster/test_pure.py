@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cluster_harness import write_card
-from diptych.cluster.on_ray.nodes import Asked, Need, Node, choose, equal_part, fit, for_phase, free_run, no_room, role_needed
+from diptych.cluster.on_ray.nodes import Asked, Need, Node, Wanted, choose, equal_part, fit, for_phase, free_run, no_room, role_needed
 from diptych.cluster.programs.on_node import own_cores
 from diptych.cluster.resources.cores import Share, share_cores, shares_for_newcomer
 from diptych.cluster.resources.memory import available_bytes
@@ -110,13 +110,13 @@ def nodes(*cpus: float) -> list[Node]:
     return [Node(f"n{index}", f"10.0.0.{index}", free, 100) for index, free in enumerate(cpus)]
 
 
-def decoding(workers: list[list[Need]]) -> list[tuple[Phase, list[Need]]]:
-    return [(Phase.DECODE, ranks) for ranks in workers]
+def decoding(workers: list[list[Need]]) -> list[list[Wanted[Need]]]:
+    return [[Wanted(Phase.DECODE, ranks)] for ranks in workers]
 
 
-def where(places: list[list[Node]] | None) -> list[str]:
+def where(places: list[list[list[Node]]] | None) -> list[str]:
     """Of workers with one rank each."""
-    return [node.node_id for (node,) in places or []]
+    return [node.node_id for ((node,),) in places or []]
 
 
 def test_packing_fills_a_node_and_spreading_takes_the_emptiest() -> None:
@@ -163,7 +163,7 @@ def test_the_ranks_of_a_worker_share_a_node_or_as_few_as_can_be(
     ],
 )
 def test_ranks_that_name_no_threads_share_what_the_nodes_have(free: list[float], wanted: list[list[int | None]], threads: int) -> None:
-    asked = [(Phase.DECODE, [Asked(threads, 0) for threads in ranks]) for ranks in wanted]
+    asked = [[Wanted(Phase.DECODE, [Asked(threads, 0) for threads in ranks])] for ranks in wanted]
     assert equal_part(nodes(*free), asked, Placing.PACK) == threads
 
 
@@ -174,7 +174,7 @@ def test_a_rank_goes_where_a_gpu_is_free_or_a_part_of_one() -> None:
     assert where(fit(site, decoding([[Need(1, 0, 0.5)]] * 6), Placing.PACK)) == ["n0"] * 2 + ["n1"] * 4
     assert (
         "has 1 CPU, 1 GPU and 0.0 GiB free for d (free are 10.0.0.0: 8 CPUs, 0.0 GiB, 1 GPUs; 10.0.0.1: 8 CPUs, 0.0 GiB, 2 GPUs)"
-        in no_room("d", Phase.DECODE, [Need(1, 0, 1.0)], site)
+        in no_room({"d": Wanted(Phase.DECODE, [Need(1, 0, 1.0)])}, site)
     )
 
 
@@ -201,21 +201,21 @@ def test_a_worker_goes_to_nodes_of_its_phase_where_nodes_have_roles(roles: list[
     for phase, expected in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)):
         assert for_phase(site, phase) == [site[index] for index in expected]
         assert role_needed(site, phase) == (f"diptych-{phase}" if any(roles) else None)
-    both = fit(site, [(Phase.PREFILL, [Need(4, 0)]), (Phase.DECODE, [Need(4, 0)])], Placing.PACK)
+    both = fit(site, [[Wanted(phase, [Need(4, 0)])] for phase in Phase], Placing.PACK)
     assert (both is None) == (not prefill or len({*prefill, *decode}) < 2)
 
 
 def test_who_has_no_node_is_told_what_is_missing() -> None:
     site = in_roles("router", "decode", "")
-    assert no_room("prefill-0", Phase.PREFILL, [Need(1, 0)], site) == (
+    assert no_room({"prefill-0": Wanted(Phase.PREFILL, [Need(1, 0)])}, site) == (
         "No node of the Ray cluster is for prefill workers (10.0.0.0: diptych-router; 10.0.0.1: diptych-decode). Start one with "
         "`ray start --address … --resources '{\"diptych-prefill\": 1}'`."
     )
-    assert no_room("decode-0", Phase.DECODE, [Need(8, 1 << 30)], site) == (
+    assert no_room({"decode-0": Wanted(Phase.DECODE, [Need(8, 1 << 30)])}, site) == (
         "No node of the Ray cluster with diptych-decode has 8 CPUs and 1.0 GiB free for decode-0 (free are 10.0.0.1: 4 CPUs, 0.0 GiB)."
     )
     assert "the Ray cluster has 1 CPU and 0.0 GiB free for each of the 2 ranks of decode-0" in no_room(
-        "decode-0", Phase.DECODE, [Need(1, 0), Need(1, 0)], []
+        {"decode-0": Wanted(Phase.DECODE, [Need(1, 0), Need(1, 0)])}, []
     )
 
 
@@ -231,7 +231,7 @@ def test_no_node_is_given_more_than_it_has(free: list[int], wanted: list[list[Ne
     chosen = fit(nodes(*free), decoding(wanted), placing)
     given = [
         (node.node_id, need)
-        for places, ranks in zip(chosen or [], wanted, strict=bool(chosen))
+        for (places,), ranks in zip(chosen or [], wanted, strict=bool(chosen))
         for node, need in zip(places, ranks, strict=True)
     ]
     for node in nodes(*free):

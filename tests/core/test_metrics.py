@@ -6,9 +6,9 @@ import re
 
 import pytest
 from diptych.core import errors
-from diptych.core.metrics import BLOCK_STATES, CODES, METRICS, PATHS, VLLM, Metric
+from diptych.core.metrics import ACROSS, BLOCK_STATES, CODES, METRICS, PATHS, VLLM, Metric
 from diptych.engine.block_pool import BlockPool
-from diptych.router.placement import Path
+from diptych.router.placement import Across, Path
 
 VLLM_USERS_SCRAPE = [
     "num_requests_running",
@@ -52,5 +52,6 @@ def test_only_workers_names_are_not_listed(metric: Metric) -> None:
 
 def test_what_labels_may_be_is_what_there_is() -> None:
     assert set(PATHS) == set(Path)
+    assert set(ACROSS) == set(Across)
     assert set(BLOCK_STATES) == set(BlockPool((), (), 16).by_state())
     assert set(CODES) == {kind.code for kind in errors._BY_CODE.values()}

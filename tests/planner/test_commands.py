@@ -94,6 +94,7 @@ def test_plan_writes_a_file_that_up_and_simulate_take(files: Path) -> None:
     assert status == 0, out
     config = read_config(Path("best.yaml"), {})
     assert (config.prefill.workers, config.decode.workers, config.decode.kv_tokens) == (1, 1, 16000)
+    assert config.paired, "low affinity"
     assert Path("front.png").read_bytes().startswith(b"\x89PNG")
     assert "1 × prefill (tp 1 pp 1) + 1 × decode (tp 1 pp 1)" in out
     status, out = diptych(*SIMULATE[:3], "--plan", "best.yaml", "--slo", "ttft=0.2s,tpot=0.1s", "--workload", "W.csv")

@@ -78,6 +78,7 @@ class FakeWorker:
         self.step_s = 0.0
         self.steps = 7.0
         self.capacity = 200
+        self.partner = None
 
     async def start(self, address="127.0.0.1:0"):
         self.server = await serve(address, worker=self)
@@ -89,7 +90,7 @@ class FakeWorker:
 
     def member(self):
         layout = card().layout(block_size=16, kv_tokens=256)
-        return Member(self.name, self.address, self.phase, self.incarnation, layout, self.capacity)
+        return Member(self.name, self.address, self.phase, self.incarnation, layout, self.capacity, self.partner)
 
     async def reports(self):
         while not self.silent:
