@@ -1,6 +1,6 @@
 """Step times of the engine on the demo model, against what the machine could do, and where a decode step's time goes.
 
-    python -m diptych.benchmarks.engine [--threads 1] [--dtype bfloat16] [--model DIRECTORY] [--torch]
+    python -m diptych.benchmarks.engine [--threads 1] [--dtype bfloat16] [--quantization none int8 int4] [--model SOURCE] [--torch]
 
 A step is bound by arithmetic or by reading the weights (and the KV) once; both speeds are measured first, with a large matrix product
 and with passes over the weights. Times are the least of several runs, in milliseconds. On a shared machine: `taskset -c 1`.
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from diptych.benchmarks.record import describe, keep, surroundings
 from diptych.core.layout import DType
+from diptych.core.model import CARD
+from diptych.core.quantization import Quantization
 from diptych.core.sampling import SamplingParams
 from diptych.engine import decoder as decoder_module
 from diptych.engine import engine as engine_module
@@ -28,7 +30,7 @@ from diptych.engine.batch import Batch, Draw, Row
 from diptych.engine.engine import Engine
 from diptych.engine.location import demo_source
 from diptych.engine.prepared import PreparedModel, find_or_prepare, open_prepared
-from diptych.engine.weights import TORCH_DTYPE
+from diptych.engine.weights import TORCH_DTYPE, is_product, product
 
 BLOCK = 16
 SEQUENCE = 512
@@ -152,24 +154,35 @@ def profile(bench: Bench, rows: int, vocab_size: int, times: int = 40) -> dict[s
     return dict(sorted(parts.items(), key=lambda each: -each[1]))
 
 
-def measure(model: PreparedModel) -> dict[str, Any]:
-    card, tensors = model.card, model.tensors
-    read, flops = peak_read(model), peak_flops(TORCH_DTYPE[card.dtype])
-    print(f"{card.name} {card.dtype}, {torch.get_num_threads()} thread(s): reads {read / 1e9:.1f} GB/s, computes {flops / 1e9:.0f} GFLOP/s")
+def stored(model: PreparedModel) -> tuple[int, int, int, int]:
+    """Of the products of all layers together, and of the head: weights, bytes."""
+    names = [name for name in model.tensors if is_product(name) and name not in ("embed", "head")]
+    head = product(model.tensors, "head" if "head" in model.tensors else "embed")
+    layers = [product(model.tensors, name).shape for name in names]
+    return (
+        sum(outputs * inputs for outputs, inputs in layers),
+        sum(model.card.matrix_bytes(*shape) for shape in layers),
+        head.shape[0] * head.shape[1],
+        model.card.matrix_bytes(*head.shape),
+    )
+
+
+def measure(model: PreparedModel, read: float, flops: float) -> dict[str, Any]:
+    """Of one model, on a machine that reads and computes as fast as that."""
+    card = model.card
+    print(f"{card.name} {card.precision}:")
     bench = Bench(model)
-    matrices = sum(t.numel() for name, t in tensors.items() if t.dim() == 2 and name not in ("embed", "head"))
-    head = tensors.get("head", tensors["embed"])
+    matrices, matrices_bytes, head, head_bytes = stored(model)
     results: dict[str, Any] = {"read_gb_s": read / 1e9, "gflop_s": flops / 1e9, "prefill": [], "decode": []}
     for start, length in PREFILLS:
         took = least(partial(bench.prefill, 0, start, length))
-        bound = 2 * matrices * length / flops * 1e3 + head.nbytes / read * 1e3
+        bound = 2 * matrices * length / flops * 1e3 + head_bytes / read * 1e3
         print(f"prefill {length:4d} tokens from {start:3d}: {took:7.1f} ms, {bound / took:4.0%} of the bound")
         results["prefill"].append({"tokens": length, "start": start, "ms": took, "bound_ms": bound})
     for rows in ROWS:
         held = sum(place(slot) + 1 for slot in range(rows))
         kv = sum(2 * g.kv_heads * g.head_dim * g.dtype.itemsize * len(g.layers) for g in card.cache_groups()) * held
-        bytes_read = (matrices + head.numel()) * head.itemsize + kv
-        reading, computing = bytes_read / read * 1e3, 2 * (matrices + head.numel()) * rows / flops * 1e3
+        reading, computing = (matrices_bytes + head_bytes + kv) / read * 1e3, 2 * (matrices + head) * rows / flops * 1e3
         bound = max(reading, computing)
         parts = profile(bench, rows, card.vocab_size)
         step = sum(parts.values())
@@ -186,7 +199,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diptych.benchmarks.engine", description="What does a step of the engine take?")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--model", help="a prepared model or a source of one; by default the demo model")
+    parser.add_argument(
+        "--quantization", nargs="+", type=Quantization, choices=list(Quantization), default=[Quantization.NONE], help="one after the other"
+    )
+    parser.add_argument("--model", help="a source of a model; by default the demo model")
     parser.add_argument("--torch", action="store_true", help="without the C++ kernels")
     parser.add_argument("--keep", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
@@ -196,10 +212,16 @@ def main() -> None:
     source = options.model or demo_source()
     if source is None:
         parser.error("the demo model's package is not installed; name a --model")
-    model = open_prepared(Path(find_or_prepare(source, dtype=DType(options.dtype))))
+    if Path(source, CARD).is_file():
+        parser.error("--model is prepared already: name its source")
+    dtype = DType(options.dtype)
+    wide = open_prepared(find_or_prepare(source, dtype=dtype))
+    models = [open_prepared(find_or_prepare(source, dtype=dtype, quantization=each)) for each in options.quantization]
     if options.torch:
         os.environ["CXX"] = "none"
-    results = measure(model)
+    read, flops = peak_read(wide), peak_flops(TORCH_DTYPE[dtype])
+    print(f"{torch.get_num_threads()} thread(s): reads {read / 1e9:.1f} GB/s, computes {flops / 1e9:.0f} GFLOP/s in {dtype}")
+    results = {str(model.card.quantization): measure(model, read, flops) for model in models}
     if options.keep:
         print(f"kept in {keep(options.keep, where, vars(options), results)}")
 

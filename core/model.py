@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .errors import ConfigError, ModelError
 from .layout import CacheGroup, CacheKind, DType, Layout, even_stages, splits
+from .quantization import GROUP, Quantization, precision
 
 CARD, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = "card.json", "weights.safetensors", "tokenizer.json", "chat_template.jinja"
 
@@ -89,13 +90,15 @@ class ForeignDecoder(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """`fingerprint`: SHA-256 (hex) over decoder, dtype and weights. `bos_token_id` is prepended by the tokenizer, not by us."""
+    """`fingerprint`: SHA-256 (hex) over decoder, dtype, quantization and weights. `dtype`: what is computed with. `bos_token_id` is
+    prepended by the tokenizer, not by us."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     source: str
     fingerprint: str
     dtype: DType
+    quantization: Quantization = Quantization.NONE
     vocab_size: int
     max_context: int
     bos_token_id: int | None
@@ -103,6 +106,15 @@ class ModelCard(BaseModel):
     has_chat_template: bool
     weights_bytes: int
     decoder: Decoder | ForeignDecoder
+
+    @property
+    def precision(self) -> str:
+        """Dtype and quantization, in words."""
+        return precision(self.dtype, self.quantization)
+
+    def matrix_bytes(self, outputs: int, inputs: int) -> int:
+        """Bytes of a product's weights."""
+        return self.quantization.matrix_bytes(outputs, inputs, self.dtype.itemsize)
 
     @property
     def slow_path(self) -> str | None:
@@ -137,6 +149,12 @@ class ModelCard(BaseModel):
             works = min((count for count in range(1, decoder.heads + 1) if decoder.can_split(count)), key=lambda count: abs(count - tp))
             what = f"{decoder.heads} attention heads, {decoder.kv_heads} KV heads and an MLP of {decoder.intermediate}"
             raise ConfigError(f"tp {tp} does not split {self.name}, which has {what}; the nearest that does is {works}.", field="tp")
+        elif not all(self.quantization.can_cut(inputs // tp) for inputs in (decoder.heads * decoder.head_dim, decoder.intermediate)):
+            raise ConfigError(
+                f"tp {tp} does not split {self.name} with quantization {self.quantization}: what closes a layer has "
+                f"{decoder.heads * decoder.head_dim} and {decoder.intermediate} inputs, {GROUP} of which share a scale. int8 would.",
+                field="tp",
+            )
         if stages and (len(stages) > decoder.layers or min(stages) < 1 or sum(stages) != decoder.layers):
             nearest = even_stages(decoder.layers, min(len(stages), decoder.layers))
             raise ConfigError(

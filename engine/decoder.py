@@ -14,6 +14,7 @@ from ..kernels.gated import gated
 from ..kernels.layer_norm import layer_norm
 from ..kernels.linear import linear, linear_in_parts
 from ..kernels.paged_attention import attend
+from ..kernels.quantized import embedded
 from ..kernels.residual_norm import residual_norm
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rotary import rotary_angles
@@ -24,7 +25,7 @@ from .parallel import Parallel
 from .placing import Upload
 from .rope import frequencies
 from .shards import Part, Shard
-from .weights import TORCH_DTYPE
+from .weights import TORCH_DTYPE, product
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,9 @@ class LoadedDecoder:
         self.frequencies = [None if rope is None else _frequencies(rope, self.decoder.head_dim, there) for rope in ropes]
         self.vocabularies = [shard.vocabulary(card.vocab_size) for shard in shards]
         self.vocabulary = self.vocabularies[parallel.shard]
-        self.embed = there.weight(tensors["embed"][self.vocabulary])
+        self.embed = there.product(product(tensors, "embed")[self.vocabulary])
         self.positions = there.maybe(tensors.get("positions"))
-        self.head = self.embed if self.decoder.tied_head else there.weight(tensors["head"][self.vocabulary])
+        self.head = self.embed if self.decoder.tied_head else there.product(product(tensors, "head")[self.vocabulary])
         # transformers rounds the scale to the model's dtype before multiplying; at bf16 and hidden 640 that is 25.25 for 25.298.
         self.embedding_scale = torch.tensor(self.decoder.embedding_scale, dtype=self.dtype)
 
@@ -105,7 +106,7 @@ class LoadedDecoder:
         return self.parallel.receive(len(inputs.token_ids), self.decoder.hidden, self.dtype, inputs.token_ids.device)
 
     def _embedded(self, inputs: Inputs) -> Tensor:
-        x = F.embedding(inputs.token_ids, self.embed) if self.parallel.tp == 1 else self._embedded_in_shards(inputs.token_ids)
+        x = embedded(inputs.token_ids, self.embed, self.dtype) if self.parallel.tp == 1 else self._embedded_in_shards(inputs.token_ids)
         x = x * self.embedding_scale
         if self.positions is not None:
             x += F.embedding(inputs.positions, self.positions)
@@ -115,7 +116,7 @@ class LoadedDecoder:
         """Each shard looks up the tokens it has; a token's other parts are zero."""
         places = token_ids - self.vocabulary.start
         elsewhere = (places < 0) | (places >= len(self.embed))
-        part = F.embedding(places.masked_fill_(elsewhere, 0), self.embed)
+        part = embedded(places.masked_fill_(elsewhere, 0), self.embed, self.dtype)
         return self.parallel.sum(part.masked_fill_(elsewhere[:, None], 0.0))
 
     def _store(self, layer: Layer, normed: Tensor, cache: Tensor, group: GroupInputs, angles: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -153,18 +154,18 @@ def _frequencies(rope: Rope, head_dim: int, there: Upload) -> tuple[Tensor, floa
 
 
 def _layer(tensors: Mapping[str, Tensor], number: int, shard: Shard, group: int, there: Upload) -> Layer:
-    def parts(product: tuple[Part, ...]) -> tuple[Part, ...]:
-        return tuple((there.weight(weight), there.maybe(bias)) for weight, bias in product)
+    def put(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        return tuple((there.product(weight), there.maybe(bias)) for weight, bias in parts)
 
     return Layer(
         attention_norm=there.weight(tensors[f"{number}.attention_norm"]),
-        qkv=parts(shard.qkv(tensors, number)),
+        qkv=put(shard.qkv(tensors, number)),
         qk_norm=there.maybe(shard.qk_norm(tensors, number)),
-        o=parts((shard.o(tensors, number),))[0],
+        o=put((shard.o(tensors, number),))[0],
         attention_out_norm=there.maybe(tensors.get(f"{number}.attention_out_norm")),
         mlp_norm=there.weight(tensors[f"{number}.mlp_norm"]),
-        gate_up=parts(shard.gate_up(tensors, number)),
-        down=parts((shard.down(tensors, number),))[0],
+        gate_up=put(shard.gate_up(tensors, number)),
+        down=put((shard.down(tensors, number),))[0],
         mlp_out_norm=there.maybe(tensors.get(f"{number}.mlp_out_norm")),
         next_norm=there.weight(tensors.get(f"{number + 1}.attention_norm", tensors["norm"])),
         group=group,

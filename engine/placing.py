@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..core.errors import ModelError
+from ..kernels.quantized import Weight
 from .inputs import CPU, Inputs
 
 STAGED_BYTES = 32 << 20
@@ -40,6 +42,14 @@ class Upload:
         for start in range(0, len(source), step):
             self._send(source[start : start + step], target[start : start + step])
         return there
+
+    def product(self, weight: Weight) -> Weight:
+        """The same for a matrix. `ModelError` if it is quantised and the device no CPU: no GPU kernel multiplies by such."""
+        if isinstance(weight, Tensor):
+            return self.weight(weight)
+        if self.device.type != "cpu":
+            raise ModelError(f"{weight.quantization} weights are for CPUs: prepare the model without quantization.", field="quantization")
+        return weight
 
     def maybe(self, tensor: Tensor | None) -> Tensor | None:
         """The same for what not every model has."""

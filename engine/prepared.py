@@ -15,16 +15,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ..core.errors import ModelError
 from ..core.layout import DType
 from ..core.model import CARD, CHAT_TEMPLATE, TOKENIZER, WEIGHTS, Decoder, ModelCard, read_card
+from ..core.quantization import Quantization
 from .location import FORMAT, default_prepared_dir, source_name
+from .quantizing import quantizing
 from .recipe import Recipe, choose_recipe
 from .sources import Checkpoint, open_checkpoint
-from .weights import bytes_of, map_weights, shapes_of, write_weights
+from .weights import bytes_of, map_weights, quantized_shapes, shapes_of, write_weights
 
 NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text")
 Progress = Callable[[str, float], None]
@@ -45,31 +48,46 @@ class PreparedModel:
 def open_prepared(directory: Path) -> PreparedModel:
     """Map the prepared model in `directory`; `ModelError` if it is not one or is damaged."""
     card = read_card(directory)
-    shapes = shapes_of(card.decoder, card.vocab_size, card.dtype) if isinstance(card.decoder, Decoder) else None
+    shapes = None
+    if isinstance(card.decoder, Decoder):
+        shapes = quantized_shapes(shapes_of(card.decoder, card.vocab_size, card.dtype), card.quantization)
     return PreparedModel(directory, card, map_weights(directory / WEIGHTS, shapes))
 
 
 def find_or_prepare(
-    source: str, *, dtype: DType, name: str | None = None, chat_template: Path | None = None, progress: Progress | None = None
+    source: str,
+    *,
+    dtype: DType,
+    quantization: Quantization = Quantization.NONE,
+    name: str | None = None,
+    chat_template: Path | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """The prepared directory of `source`, made if there is none yet; `source` itself if it is one already.
 
     Two processes that ask for the same model at once get the same directory, made once.
     """
     if (Path(source) / CARD).is_file():
-        return _as_it_is(Path(source), dtype, name, chat_template)
+        return _as_it_is(Path(source), dtype, quantization, name, chat_template)
     _check_template(chat_template)
-    directory = default_prepared_dir(source, dtype=dtype, name=name, chat_template=chat_template)
+    directory = default_prepared_dir(source, dtype=dtype, quantization=quantization, name=name, chat_template=chat_template)
     if not (directory / CARD).is_file():
-        prepare(source, directory, dtype=dtype, name=name, chat_template=chat_template, progress=progress)
+        options: dict[str, Any] = {"name": name, "chat_template": chat_template, "progress": progress}
+        prepare(source, directory, dtype=dtype, quantization=quantization, **options)
     return directory
 
 
-def _as_it_is(directory: Path, dtype: DType, name: str | None, chat_template: Path | None) -> Path:
+def _as_it_is(directory: Path, dtype: DType, quantization: Quantization, name: str | None, chat_template: Path | None) -> Path:
     """A prepared directory named as the source is used unchanged, so nothing that would change it may be asked for."""
     card = read_card(directory)
     if card.dtype is not dtype:
         raise ModelError(f"{directory} was prepared as {card.dtype}, not {dtype}. Prepare its source again, or serve it as {card.dtype}.")
+    if card.quantization is not quantization:
+        raise ModelError(
+            f"{directory} was prepared with quantization {card.quantization}, not {quantization}. Prepare its source again, or say "
+            f"{card.quantization}.",
+            field="quantization",
+        )
     if chat_template is not None or name not in (None, card.name):
         raise ModelError(f"{directory} is prepared already; a name or a chat template is given when its source is prepared.")
     return directory
@@ -80,6 +98,7 @@ def prepare(
     out: Path,
     *,
     dtype: DType,
+    quantization: Quantization = Quantization.NONE,
     name: str | None = None,
     chat_template: Path | None = None,
     progress: Progress | None = None,
@@ -99,7 +118,7 @@ def prepare(
             with _scratch(out.parent) as scratch, open_checkpoint(source, scratch, report) as checkpoint:
                 made = scratch / "model"
                 made.mkdir()
-                card = _write(checkpoint, made, source, dtype, name, chat_template, report)
+                card = _write(checkpoint, made, source, dtype, quantization, name, chat_template, report)
                 made.rename(out)
                 return card
     except OSError as error:
@@ -138,7 +157,14 @@ def _scratch(parent: Path) -> Iterator[Path]:
 
 
 def _write(
-    checkpoint: Checkpoint, made: Path, source: str, dtype: DType, name: str | None, chat_template: Path | None, report: Progress
+    checkpoint: Checkpoint,
+    made: Path,
+    source: str,
+    dtype: DType,
+    quantization: Quantization,
+    name: str | None,
+    chat_template: Path | None,
+    report: Progress,
 ) -> ModelCard:
     """Write all files of a prepared model; the card last."""
     if dtype is DType.FLOAT16 and checkpoint.config["model_type"] in NOT_IN_FLOAT16:
@@ -146,8 +172,8 @@ def _write(
             f"Activations of {checkpoint.config['model_type']} models grow beyond what float16 holds, 65504: prepare it as bfloat16.",
             field="dtype",
         )
-    recipe = choose_recipe(checkpoint, dtype, report)
-    digest = _fingerprint(recipe, dtype)
+    recipe = quantizing(choose_recipe(checkpoint, dtype, report), quantization)
+    digest = _fingerprint(recipe, dtype, quantization)
     for share in write_weights(made / WEIGHTS, recipe.shapes, recipe.make, digest):
         report("writing weights", share)
     template = chat_template.read_text() if chat_template else checkpoint.chat_template
@@ -159,6 +185,7 @@ def _write(
         source=source,
         fingerprint=digest.hexdigest(),
         dtype=dtype,
+        quantization=quantization,
         vocab_size=int(checkpoint.config["vocab_size"]),
         max_context=recipe.max_context,
         bos_token_id=checkpoint.config.get("bos_token_id"),
@@ -175,5 +202,6 @@ def _write(
     return card
 
 
-def _fingerprint(recipe: Recipe, dtype: DType) -> hashlib._Hash:
-    return hashlib.sha256(json.dumps([FORMAT, recipe.decoder.model_dump(mode="json"), dtype]).encode())
+def _fingerprint(recipe: Recipe, dtype: DType, quantization: Quantization) -> hashlib._Hash:
+    chosen = [] if quantization is Quantization.NONE else [quantization]
+    return hashlib.sha256(json.dumps([FORMAT, recipe.decoder.model_dump(mode="json"), dtype, *chosen]).encode())

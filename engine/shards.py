@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ..core.model import Decoder
 from ..kernels.gated import UNGATED
+from ..kernels.quantized import Quantized, Weight
+from .weights import product
 
-Part = tuple[Tensor, Tensor | None]
+Part = tuple[Weight, Tensor | None]
 """Some rows of a product, and the bias of these rows."""
 
 
@@ -77,8 +79,11 @@ class Shard:
         return slice(self.number * each, (self.number + 1) * each)
 
     def _columns(self, tensors: Mapping[str, Tensor], name: str) -> Part:
-        weight = tensors[name]
-        return weight[:, self._share(weight.shape[1])].contiguous(), tensors.get(f"{name}_bias") if self.number == 0 else None
+        weight, bias = product(tensors, name), tensors.get(f"{name}_bias") if self.number == 0 else None
+        if self.tp == 1:
+            return weight, bias
+        share = self._share(weight.shape[1])
+        return weight.columns(share) if isinstance(weight, Quantized) else weight[:, share].contiguous(), bias
 
 
 def _moved(run: slice, by: int) -> slice:
@@ -93,5 +98,5 @@ def _parts(tensors: Mapping[str, Tensor], name: str, runs: Sequence[slice]) -> t
             joined[-1] = slice(joined[-1].start, run.stop)
         else:
             joined.append(run)
-    weight, bias = tensors[name], tensors.get(f"{name}_bias")
+    weight, bias = product(tensors, name), tensors.get(f"{name}_bias")
     return tuple((weight[run], None if bias is None else bias[run]) for run in joined)

@@ -15,6 +15,9 @@ on the slow path they are those of transformers' module, under its names:
     L.gate_up             [2 * intermediate, hidden]: gate, up; without a gate [intermediate, hidden]
     L.down                [hidden, intermediate]
     L.qkv_bias, L.o_bias, L.gate_up_bias, L.down_bias  [rows of the product], those the model has
+
+With quantization embed, head and the products are numbers of 8 or 4 bits (`kernels.quantized.Quantized`), each followed by its scales,
+embed_scales and so on.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -32,11 +35,17 @@ from torch import Tensor
 from ..core.errors import ModelError
 from ..core.layout import DType
 from ..core.model import Decoder
+from ..core.quantization import GROUP, Quantization
 from ..kernels.gated import UNGATED
+from ..kernels.quantized import Quantized, Weight
 
 TORCH_DTYPE = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16}
-_FORMAT_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_FORMAT_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8"}
 _PAGE = 4096
+SCALES = "_scales"
+"""Behind the name of a quantised tensor: its scales, the next tensor of the file."""
+PRODUCTS = ("embed", "head", "qkv", "o", "gate_up", "down")
+"""What is quantised: all that a step reads but norms, biases and learned positions, which are small."""
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -69,6 +78,34 @@ def shapes_of(decoder: Decoder, vocab_size: int, dtype: DType) -> Shapes:
         tensors.update({f"{part}_bias": (tensors[part][0][:1], model) for part in decoder.biases})
         shapes.update((f"{layer}.{name}", shape) for name, shape in tensors.items())
     return shapes
+
+
+def quantized_shapes(shapes: Shapes, quantization: Quantization) -> Shapes:
+    """What the weights file has in place of `shapes`. `ModelError` names a product that cannot be quantised like this."""
+    if quantization is Quantization.NONE:
+        return shapes
+    number, scale = (torch.int8, torch.float32) if quantization is Quantization.INT8 else (torch.uint8, torch.bfloat16)
+    stored: Shapes = {}
+    for name, shape in shapes.items():
+        if not is_product(name):
+            stored[name] = shape
+            continue
+        (outputs, inputs), _ = shape
+        if not quantization.can_cut(inputs):
+            raise ModelError(f"{name} has {inputs} inputs, and int4 takes {GROUP} at a time: use int8.", field="quantization")
+        stored[name] = ((outputs, quantization.row_bytes(inputs)), number)
+        stored[name + SCALES] = ((outputs, quantization.groups(inputs)), scale)
+    return stored
+
+
+def is_product(name: str) -> bool:
+    return name.rpartition(".")[2] in PRODUCTS
+
+
+def product(tensors: Mapping[str, Tensor], name: str) -> Weight:
+    """A matrix of a prepared model, as it is stored."""
+    scales = tensors.get(name + SCALES)
+    return tensors[name] if scales is None else Quantized(tensors[name], scales)
 
 
 def bytes_of(shapes: Shapes) -> int:

@@ -27,7 +27,10 @@ from .threads import threads
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("linear", "residual_norm", "rotary_store", "gated", "attend_singles", "argmax", "copy_runs", "draw", "likeliest", "bind")
+SOURCES = (
+    "linear", "quantized", "residual_norm", "rotary_store", "gated", "attend_singles", "argmax", "copy_runs", "draw", "likeliest", "bind",
+)  # fmt: skip
+HEADERS = ("vectors.h", "products.h")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 COMPILE_S = 120.0
@@ -41,11 +44,13 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 class Native:
     """The loaded kernels; arguments as in the C++ files, tensors as `data_ptr()`.
 
-    `linear`, `attend_singles` and `copy_runs` let other Python threads run meanwhile. The others take microseconds, less than it takes
-    to get the interpreter back from a thread that has it; so does `copy_few`, which is `copy_runs` for few bytes.
+    Products, `dequantize`, `attend_singles` and `copy_runs` let other Python threads run meanwhile. The others take microseconds, less than
+    it takes to get the interpreter back from a thread that has it; so does `copy_few`, which is `copy_runs` for few bytes.
     """
 
     linear: Kernel
+    linear_quantized: Kernel
+    dequantize: Kernel
     residual_norm: Kernel
     rotary_store: Kernel
     gated: Kernel
@@ -129,7 +134,7 @@ def _compiler() -> str:
 def _key(compiler: str) -> str:
     """Everything the library depends on: sources, flags, compiler, processor."""
     here, stat = Path(__file__).parent, os.stat(compiler)
-    parts = [(here / file).read_bytes() for file in ("vectors.h", *(f"{name}.cpp" for name in SOURCES))]
+    parts = [(here / file).read_bytes() for file in (*HEADERS, *(f"{name}.cpp" for name in SOURCES))]
     parts += [repr((FLAGS, compiler, stat.st_size, stat.st_mtime_ns, platform.machine(), _processor())).encode()]
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
@@ -148,6 +153,8 @@ def _load(path: Path) -> Native:
     alone, together = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
     return Native(
         linear=_kernel(together.diptych_linear, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
+        linear_quantized=_kernel(together.diptych_linear_quantized, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
+        dequantize=_kernel(together.diptych_dequantize, _P, _P, _P, _P, _I, _I, _I, _I),
         residual_norm=_kernel(alone.diptych_residual_norm, _P, _P, _P, _P, _P, _P, _I, _I, _F, _I),
         rotary_store=_kernel(alone.diptych_rotary_store, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _I),
         gated=_kernel(alone.diptych_gated, _P, _P, _I, _I, _I, _I),
