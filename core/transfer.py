@@ -17,14 +17,14 @@ A lane that breaks has failed every transfer on it. Durations only; no clock rea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from .errors import ConfigError
 from .layout import Layout
 from .request import Token
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class Transport(StrEnum):
@@ -88,11 +88,12 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class ShmEndpoint:
-    """How to reach the pool of one rank on the same host: an abstract Unix socket that hands out its memfd, and the nonce that
-    must be read there (16 bytes) before the host counts as the same. Of a pool on a GPU the memfd says where the GPU's memory is."""
+    """How to reach the pool of one rank on the same host: an abstract Unix socket that hands out its memfd to who knows the nonce (16
+    bytes), a secret of the lanes, which must be read there too before the host counts as the same. Of a pool on a GPU the memfd says
+    where the GPU's memory is."""
 
     socket: str
-    nonce: bytes
+    nonce: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

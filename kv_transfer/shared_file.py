@@ -1,4 +1,4 @@
-"""The file that a pool shows to peers on its host: a memfd, given over a Unix socket and mapped read-only there.
+"""The file that a pool shows to peers on its host: a memfd, given over a Unix socket (`door`) and mapped read-only there.
 
 It begins with a nonce, by which a peer knows that it is on the same host, and with the epoch words. Of a pool in host memory the KV
 follows, of a pool on a GPU the handles by which the GPU's memory is found (`device_memory`). Nothing of it has a name in any directory,
@@ -8,42 +8,39 @@ and the kernel takes it back when the last process that maps it has gone.
 from __future__ import annotations
 
 import fcntl
-import logging
 import mmap
 import os
 import secrets
-import socket
-import struct
 
 from ..core.transfer import ShmEndpoint
+from .door import Door
 from .geometry import NONCE_BYTES, SLOTS, WORD_BYTES
-
-log = logging.getLogger(__name__)
 
 F_SEAL_FUTURE_WRITE = 0x10
 """linux/fcntl.h; Python has no name for it. Mappings made from now on cannot be written: a peer only reads."""
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE
 """Without F_SEAL_SHRINK a peer's reads could end in SIGBUS."""
-BACKLOG = 64
 
 
 class SharedFile:
-    """`mapped` is what it holds, zeros behind the nonce at first; `fd` its descriptor; `listener` where peers ask for it."""
+    """`mapped` is what it holds, zeros behind the nonce at first; `fd` its descriptor. At `listener` peers ask for it: when that is
+    readable `hand_out` is to be called, on the asyncio thread; it does not block."""
 
     def __init__(self, size: int) -> None:
         self.fd = os.memfd_create("diptych-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, size)
         self.mapped = mmap.mmap(self.fd, size)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)
-        self.listener = _listen()
         self._nonce = secrets.token_bytes(NONCE_BYTES)
+        self._door = Door(self.fd, self._nonce)
+        self.listener, self.hand_out = self._door.listener, self._door.answer
         self.mapped[:NONCE_BYTES] = self._nonce
         self._words = memoryview(self.mapped)[NONCE_BYTES : NONCE_BYTES + SLOTS * WORD_BYTES].cast("Q")
 
     @property
     def endpoint(self) -> ShmEndpoint:
-        """What a peer needs to map it; `hand_out` must be called when `listener` is readable."""
-        return ShmEndpoint(self.listener.getsockname()[1:].decode(), self._nonce)
+        """What a peer needs to map it. A secret, to be said on lanes alone."""
+        return ShmEndpoint(self._door.name, self._nonce)
 
     def set_word(self, slot: int, word: int) -> None:
         """Set the epoch word of `slot`: one aligned 8-byte store.
@@ -54,28 +51,9 @@ class SharedFile:
         """
         self._words[slot] = word
 
-    def hand_out(self) -> None:
-        """Give the memfd to one process that has connected; it must be of the same user. Does not block."""
-        try:
-            connection, _ = self.listener.accept()
-            with connection:
-                _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-                if uid == os.getuid():
-                    socket.send_fds(connection, [b"\0"], [self.fd], flags=socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except OSError as error:
-            log.info("a process asked for the pool and went away: %s", error)
-
     def close(self) -> None:
         """Give it back. Tensors made of `mapped` stay valid: the mapping goes with the last of them."""
-        self.listener.close()
+        self._door.close()
         self._words.release()
         os.close(self.fd)
         del self.mapped
-
-
-def _listen() -> socket.socket:
-    """An abstract Unix socket: it has no file, and goes with the process."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    listener.bind(f"\0diptych-kv-{secrets.token_hex(16)}")
-    listener.listen(BACKLOG)
-    return listener

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo
 
+from .proving import agree, prove
 from .rendezvous import ToldStore
 from .two_sided import Work
 
@@ -59,12 +60,14 @@ class GlooWire:
         self._group: Any = None
 
     def connect(self, store: ToldStore) -> None:
+        agree(self._end, store)
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
         with _in_words():
             options._devices = [self._device.get()]
             options._timeout = timedelta(seconds=CONNECT_S)
             options._threads = 1
             self._group = ProcessGroupGloo(store, self._end, 2, options)
+        prove(self, self._end, store, CONNECT_S)
 
     def send(self, data: Tensor) -> Work:
         with _in_words():

@@ -11,7 +11,6 @@ import fcntl
 import logging
 import mmap
 import os
-import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from ...core.spans import span
 from ...core.transfer import ShmEndpoint, Transport
 from ..actions import Copy
 from ..crossing import Crossing
+from ..door import ask_at
 from ..geometry import NONCE_BYTES, SLOTS, WORD_BYTES
 from ..pool import Pool
 from ..shared_file import SEALS
@@ -85,7 +85,7 @@ async def attach(transport: Transport, worker_id: str, endpoint: ShmEndpoint, ma
     read there within `ATTACH_S` seconds, or if `make` does."""
     try:
         async with asyncio.timeout(ATTACH_S):
-            fd = await _ask_for_fd(endpoint.socket)
+            fd = await ask_at(endpoint.socket, endpoint.nonce)
         try:
             file = _map(fd, endpoint.nonce, size)
         finally:
@@ -97,23 +97,6 @@ async def attach(transport: Transport, worker_id: str, endpoint: ShmEndpoint, ma
     except BaseException:
         file.close()
         raise
-
-
-async def _ask_for_fd(name: str) -> int:
-    """The file descriptor that the abstract socket `name` hands out."""
-    loop = asyncio.get_running_loop()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as connection:
-        await loop.sock_connect(connection, f"\0{name}")
-        readable = asyncio.Event()
-        loop.add_reader(connection, readable.set)
-        try:
-            await readable.wait()
-        finally:
-            loop.remove_reader(connection)
-        _, fds, _, _ = socket.recv_fds(connection, 1, 1, flags=socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
-    if not fds:
-        raise ValueError("it hands out nothing, perhaps because it is another user's")
-    return fds[0]
 
 
 def _map(fd: int, nonce: bytes, size: int) -> PeerFile:

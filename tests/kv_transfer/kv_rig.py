@@ -25,6 +25,7 @@ from diptych.core.errors import DiptychError, Unavailable
 from diptych.core.fleet import WorkerReport
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout, RankLayout
 from diptych.core.request import Token
+from diptych.core.security import TlsFiles
 from diptych.core.transfer import GroupGrant, LaneMessage, Transport
 from diptych.kv_transfer import cuda_runtime, cuda_streams
 from diptych.kv_transfer.destination import Destination
@@ -618,12 +619,13 @@ async def decode_end(
     offer_wait_s: float = 5.0,
     worker_id: str = "D",
     like: Layout = LAYOUT,
+    tls: TlsFiles | None = None,
 ) -> AsyncIterator[tuple[DecodeEnd, str]]:
-    """A destination and its address, on gRPC or in `exchange`."""
+    """A destination and its address, on gRPC (under `tls`) or in `exchange`."""
     layout = layout_with(blocks, like)
     pools = pools_of(layout, way)
     decode = DecodeEnd(layout, pools, lease_s, worker_id, offer_wait_s=offer_wait_s, transports=(way.transport,))
-    server = await serve("127.0.0.1:0", worker=LaneFace(decode.destination.serve_lane)) if grpc else None
+    server = await serve("127.0.0.1:0", worker=LaneFace(decode.destination.serve_lane), tls=tls) if grpc else None
     address = server.address if server else worker_id
     exchange.destinations[address] = decode.destination
     try:

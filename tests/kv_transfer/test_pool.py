@@ -16,6 +16,7 @@ import torch
 from diptych.core.errors import ConfigError, TransferFailed
 from diptych.core.layout import Layout
 from diptych.core.transfer import ShmEndpoint
+from diptych.kv_transfer.door import Door
 from diptych.kv_transfer.geometry import SLOTS
 from diptych.kv_transfer.pool import Pool
 from diptych.kv_transfer.transports.shm import ShmPool, attach
@@ -89,11 +90,25 @@ def wrong_socket(endpoint: ShmEndpoint) -> ShmEndpoint:
     return replace(endpoint, socket="nobody")
 
 
-@pytest.mark.parametrize(("change", "why"), [(wrong_nonce, "nonce"), (wrong_socket, "refused")])
+@pytest.mark.parametrize(("change", "why"), [(wrong_nonce, "hands out nothing"), (wrong_socket, "refused")])
 def test_another_host_is_told_apart(pool: Pool, change: Callable[[ShmEndpoint], ShmEndpoint], why: str) -> None:
     with pytest.raises(TransferFailed, match=why) as caught:
         asyncio.run(attached(pool, change(pool.endpoint)))
     assert "P cannot be reached by shared memory from here" in caught.value.message
+
+
+def test_a_file_without_the_nonce_is_not_mapped(pool: Pool) -> None:
+    """Somebody else's, under the pool's name: as on another host whose loopback and sockets look alike."""
+
+    async def run() -> None:
+        other = Door(pool.memory.shared.fd, b"x" * 16)
+        asyncio.get_running_loop().add_reader(other.listener, other.answer)
+        with pytest.raises(TransferFailed, match="the nonce there is another's"):
+            await attach("P", ShmEndpoint(other.name, b"x" * 16), pool.layout)
+        asyncio.get_running_loop().remove_reader(other.listener)
+        other.close()
+
+    asyncio.run(run())
 
 
 def test_a_pool_of_another_size_is_not_mapped(pool: Pool) -> None:
@@ -115,11 +130,14 @@ def test_a_listener_that_hands_out_nothing(pool: Pool) -> None:
 
 
 def test_one_who_asks_and_goes_away_does_no_harm(pool: Pool) -> None:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect("\0" + pool.endpoint.socket)
-    pool.hand_out()
-    pool.hand_out()
-    asyncio.run(attached(pool)).close()
+    async def run() -> None:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect("\0" + pool.endpoint.socket)
+        pool.hand_out()
+        pool.hand_out()
+        (await attached(pool)).close()
+
+    asyncio.run(run())
 
 
 def test_too_large_a_pool_is_refused_at_start() -> None:
