@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,14 +15,14 @@ from typing import Any
 
 import pytest
 from cluster_harness import Start
-from diptych.cluster.doctor import examining, gpus, host, probing
+from diptych.cluster.doctor import command, examining, gpus, host, probing
 from diptych.cluster.doctor.examining import judge_fleet
 from diptych.cluster.doctor.finding import Finding, State
 from diptych.cluster.doctor.host import HostFacts
 from diptych.cluster.doctor.links import Link, judge_link, pairs
 from diptych.cluster.process import processes
 from diptych.cluster.supervising import state
-from diptych.core.errors import ConfigError
+from diptych.core.errors import ConfigError, Unavailable
 from diptych.core.fleet import Fleet, Member, Phase
 from diptych.core.layout import Layout
 from diptych.core.transfer import Transport
@@ -328,3 +329,59 @@ def test_a_link_is_judged(link: Link, kind: State) -> None:
     finding = judge_link(link, BOTH)
     assert finding.state is kind
     assert finding.check == "link p → d"
+
+
+# All of them.
+
+HERE, HOST = "test_doctor.py", "test_doctor_host.py"
+FIRES = {
+    "GPUs": f"{HERE} test_gpus_that_are_wrong",
+    "NCCL": f"{HERE} test_drivers_and_versions",
+    "Ray": f"{HERE} test_a_ray_that_does_not_answer",
+    "address": f"{HOST} test_a_host_with_little_room_a_name_for_itself_alone_and_no_network",
+    "clock": f"{HOST} test_a_clock_that_nobody_sets",
+    "cluster": f"{HERE} test_a_supervisor_that_is_gone",
+    "compiler": f"{HOST} test_no_compiler",
+    "config": f"{HERE} test_the_command_says_what_is_wrong_and_fails",
+    "disk": f"{HOST} test_a_host_with_little_room_a_name_for_itself_alone_and_no_network",
+    "doctor": f"{HERE} test_what_ends_the_examination_is_a_finding_too",
+    "driver": f"{HERE} test_gpus_that_are_wrong",
+    "link": f"{HERE} test_up_ends_if_no_kv_moves_between_its_workers",
+    "memory": f"{HERE} test_more_memory_than_there_is",
+    "model": f"{HERE} test_a_model_that_is_not_there_or_damaged",
+    "open files": f"{HOST} test_few_files",
+    "packages": f"{HOST} test_a_package_that_is_missing",
+    "ports": f"{HERE} test_a_port_that_is_taken",
+    "router": f"{HERE} test_a_cluster_that_is_starting_and_a_router_that_does_not_answer",
+    "security": f"{HERE} test_what_up_would_not_leave_open",
+    "settings": f"{HERE} test_more_threads_than_cores_are_noted",
+    "shared memory": f"{HOST} test_a_host_with_little_room_a_name_for_itself_alone_and_no_network",
+    "transports": f"{HOST} test_a_host_with_little_room_a_name_for_itself_alone_and_no_network",
+    "workers": f"{HERE} test_a_worker_nobody_hears",
+}
+"""Each check, and a test in which it fires on what was made wrong on purpose. (A GPU's own is named after it, a link after its pair.)"""
+
+
+def test_each_check_is_seen_to_fire() -> None:
+    sources = [path.read_text() for path in Path(examining.__file__).parent.glob("*.py")]
+    checks = {name for source in sources for name in re.findall(r'(?:wrong|note|ok|_tried)\(\s*f?"([^"]+)"', source)}
+    assert {check.partition(" {")[0] for check in checks} | {"link"} == FIRES.keys()
+    for shown in FIRES.values():
+        file, test = shown.split()
+        assert f"def {test}(" in Path(__file__).with_name(file).read_text(), shown
+
+
+def test_a_model_that_is_still_to_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIPTYCH_HOME", str(tmp_path))
+    finding = examined(config(tmp_path, model={"source": "nobody/has-prepared-it"}))["model"]
+    assert (finding.state, finding.mend) == (State.NOTE, "`diptych up` does that, or `diptych prepare` beforehand.")
+
+
+def test_what_ends_the_examination_is_a_finding_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> Iterator[Finding]:
+        yield from ()
+        raise Unavailable("The router went away.")
+
+    monkeypatch.setattr(examining, "examine", lost)
+    *_, last = command._findings(None, {})
+    assert (last.check, last.state, last.said) == ("doctor", State.WRONG, "The router went away.")
