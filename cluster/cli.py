@@ -16,10 +16,11 @@ from ..core.errors import ConfigError, DiptychError
 from .commands import knobs
 from .commands.bench import bench
 from .commands.keys import certs, keys_app
-from .commands.plan_commands import plan, profile, simulate
+from .commands.plan_commands import plan, simulate
 from .commands.reach import ApiKey, Ca, Tls
 from .commands.workload import workload_app
 from .doctor.command import doctor
+from .profiling.command import profile
 from .top.command import top
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -98,22 +98,3 @@ def plan(
         paired=affinity is Affinity.low, source=model, cost=cost, seed=seed, derive=derive,
     )  # fmt: skip
     planning.run(rate, out, plot, exhaustive=exhaustive)
-
-
-def profile(
-    out: Annotated[Path, typer.Option(metavar="P.json", help="Write the profile there.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="As for `diptych up`. Default: the demo model.")] = None,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Type of weights and KV cache.")] = "bfloat16",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a rank. Default: all cores.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each step; their median counts.")] = 5,
-) -> None:
-    """Measure this machine for a model: the times that `diptych simulate` and `diptych plan` reckon with.
-
-    Prefill over batch and length, decode over batch and context, copying of KV. Takes a minute or two; nothing else should run meanwhile.
-
-    [bold]diptych profile --out P.json[/]
-    """
-    from .preparing import prepare_here
-    from .profiling import profile_here
-
-    profile_here(prepare_here(model or "demo", dtype, None, None, None), threads=threads, repeats=repeats, out=out)

@@ -7,10 +7,13 @@ that has begun is never changed by what comes while it runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ...core.commands import Decode
+from ...core.request import Token
 from ...core.transfer import GroupGrant, LaneMessage
 from ...decode_worker.choices import DecodeOutcome
 from ...decode_worker.decision import Decision
@@ -59,6 +62,9 @@ class DecodeWorker(Worker):
         self._round = self._rows = 0
         self._began = 0.0
         self._busy = False
+        self._ahead = policies.ahead > 0 and hardware.pp == 1
+        self._late: list[Callable[[], None]] = []
+        """What has come too late for the next round."""
         self._joined: list[Life] = []
         """Those with a first token, whose second the next round writes."""
         self._copying_until = 0.0
@@ -69,12 +75,31 @@ class DecodeWorker(Worker):
     def expect(self, life: Life, *, local: bool) -> None:
         self.opened(1, life.arrival.prompt_tokens if local else 0)
         if local:
-            self._settle()
-        self.scheduler.expect(Decode(life.name, life.request, local_prefill=local), self.now)
-        if local:
-            self._turn()
+            self._when_decided(self._read, life)
         else:
+            self.scheduler.expect(Decode(life.name, life.request), self.now)
             self.do(self.machine.expect(life.name, self.now))
+
+    def _when_decided(self, call: Callable[..., None], *arguments: Any) -> None:
+        """What makes the batch another is for the round behind the next, which is decided already when the one before it begins. Not so
+        where nothing runs, nor with several stages."""
+        if self._busy and self._ahead:
+            self._settle()
+            self._late.append(partial(call, *arguments))
+        else:
+            call(*arguments)
+
+    def _read(self, life: Life) -> None:
+        """The prompt, here."""
+        self._settle()
+        self.scheduler.expect(Decode(life.name, life.request, local_prefill=True), self.now)
+        self._turn()
+
+    def _committed(self, name: str, first_tokens: tuple[Token, ...]) -> None:
+        self._settle()
+        self._joined.append(self.scene.lives[name])
+        self._take(self.scheduler.committed(name, first_tokens, self.now))
+        self._turn()
 
     def received(self, lane: int, message: LaneMessage) -> None:
         self.do(self.machine.received(lane, message, self.now))
@@ -98,10 +123,7 @@ class DecodeWorker(Worker):
                     self.scheduler.nearly_done(name, self.now)
                     turn = True
                 case TellCommitted(name, first_tokens):
-                    self._settle()
-                    self._joined.append(self.scene.lives[name])
-                    self._take(self.scheduler.committed(name, first_tokens, self.now))
-                    turn = True
+                    self._when_decided(self._committed, name, first_tokens)
                 case Attach(lane):
                     self.do(self.machine.attached(lane, self.now))
                 case Fence() | TellFailed() | TellReleased() | _:
@@ -164,10 +186,16 @@ class DecodeWorker(Worker):
         self._busy, self._began = True, self.now
         self._round += 1
         self.agenda.after(seconds, self._over, self._round)
+        if self.place is not None:
+            self.place.begin()
+
+    def repaced(self) -> None:
+        """From the next round on."""
+        self._settle()
 
     def _begin_stretch(self, count: int) -> None:
         rows = self.scheduler.rows
-        times = Rounds.of(self.hardware.times, rows, self.scheduler.context, self.hardware.pp)
+        times = Rounds.of(self.times, rows, self.scheduler.context, self.hardware.pp)
         stretch = self._stretch = Stretch(self.now, count, rows, times)
         for life in self._joined:
             life.second = self.now + stretch.times.first
@@ -207,6 +235,11 @@ class DecodeWorker(Worker):
         self._busy = False
         stretch = self._stretch
         self._turn(told=self._make(stretch, stretch.count) if stretch is not None else self._complete())
+        late, self._late = self._late, []
+        for call in late:
+            call()
+        if self.place is not None and not self._busy:
+            self.place.end()
 
     def _complete(self) -> bool:
         """The steps in flight, if there are any, have run; whether some have ended."""
@@ -243,7 +276,7 @@ class DecodeWorker(Worker):
 
     def _round_seconds(self, works: list[Work]) -> float:
         """Steps follow each other through the stages. Where no prompt is read it is a round as in a stretch."""
-        times, stages = self.hardware.times, self.hardware.pp
+        times, stages = self.times, self.hardware.pp
         if not any(work.tokens for work in works):
             return Rounds.of(times, sum(work.rows for work in works), sum(work.context for work in works), stages).first
         each = [step_seconds(times, work, stages) for work in works]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 from ...core.config import ClusterConfig
 from ...core.errors import ConfigError
 from ...core.fleet import LocalPrefill, Phase
+from ..resources.cores import Share, share_cores
 from .profile import Hardware, Profile
 
 
@@ -14,7 +17,7 @@ from .profile import Hardware, Profile
 class Policies:
     """The settings of the production schedulers and of the router; defaults are the config file's.
 
-    `ungranted`: share of a prefill worker's pool that one destination may leave waiting. `ahead`: steps a prefill worker decides beyond
+    `ungranted`: share of a prefill worker's pool that one destination may leave waiting. `ahead`: steps a worker decides beyond
     those that run. `most_running`: requests at once, more are refused; None: any number. `paired`: workers of one number are a pair.
     """
 
@@ -51,18 +54,30 @@ class Policies:
 def workers_of(config: ClusterConfig, profile: Profile) -> list[Hardware]:
     """Every worker of a plan. `ConfigError` names the key of one that the profile does not know, or has no memory for."""
     found = []
+    shares = _shares(config, profile)
     for phase in Phase:
         section = config.section(phase)
         for number, group in enumerate(section.all_groups):
             pp = len(group.stages) or group.pp
             key = f"{phase.value}.groups.{number}" if section.groups else phase.value
-            hardware = hardware_of(profile, phase, group.tp, pp, group.kv_tokens, key)
-            found += [hardware] * group.workers
+            for _ in range(group.workers):
+                ranks = [next(shares) for _ in range(group.tp * pp)]
+                found.append(hardware_of(profile, phase, group.tp, pp, group.kv_tokens, key, ranks[0]))
     return found
 
 
-def hardware_of(profile: Profile, phase: Phase, tp: int, pp: int, kv_tokens: int | None, key: str) -> Hardware:
-    """`kv_tokens` None: as many as fit."""
+def _shares(config: ClusterConfig, profile: Profile) -> Iterator[Share | None]:
+    """What each rank computes on, in the order in which workers are started; None where the profile does not know of cores, or other
+    hosts have them."""
+    if profile.cores is None or config.ray.joined:
+        return repeat(None)
+    groups = (group for phase in Phase for group in config.section(phase).all_groups)
+    ranks = ((group.threads, group.workers * group.tp * (len(group.stages) or group.pp)) for group in groups)
+    return iter(share_cores(range(profile.cores.count), [threads for threads, count in ranks for _ in range(count)]))
+
+
+def hardware_of(profile: Profile, phase: Phase, tp: int, pp: int, kv_tokens: int | None, key: str, share: Share | None = None) -> Hardware:
+    """`kv_tokens` None: as many as fit. `share`: of the host's cores."""
     known = profile.parallelism(tp)
     if known is None:
         tps = ", ".join(str(each.tp) for each in profile.parallelisms)
@@ -78,4 +93,6 @@ def hardware_of(profile: Profile, phase: Phase, tp: int, pp: int, kv_tokens: int
             f"{key}.kv_tokens: {kv_tokens} tokens of KV do not fit beside the weights on {tp * pp} × {profile.device.name}; {fits}.",
             field=f"{key}.kv_tokens",
         )
-    return Hardware(phase, tp, pp, known.times, kv_tokens)
+    times = known.times if share is None else known.on_cores(share.threads)
+    own = len(share.cpus) if share is not None and share.cpus is not None and tp * pp == 1 else None
+    return Hardware(phase, tp, pp, times, kv_tokens, own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ...core.commands import Prefill
@@ -15,6 +16,7 @@ from .lane import Lane
 from .latency import Work, step_seconds
 from .life import Life
 from .profile import Hardware
+from .sharing import Paced
 from .worker import SLOTS, Scene, Worker, output_of, root_of, work_of
 
 
@@ -40,6 +42,7 @@ class PrefillWorker(Worker):
         self._depth = hardware.pp + policies.ahead
         self._flying = 0
         self._free_at = self._last_ends = 0.0
+        self._paced = None if self.place is None else Paced(self.agenda, self.place)
         self.changed()
 
     def add(self, life: Life, destination: str | None) -> None:
@@ -55,22 +58,34 @@ class PrefillWorker(Worker):
             self._flying += 1
             decided = True
             work = work_of(decision.batch, (True,) * len(decision.batch.rows))
-            stages = self.hardware.pp
-            seconds = self._seconds(work)
-            begins = max(self.now, self._free_at)
-            self._free_at = begins + seconds / stages
-            self._last_ends = max(begins + seconds, self._last_ends + seconds / stages)  # none passes another within the pipeline
-            self.course.busy += seconds / stages
             for started in decision.started:
                 if started.destination is not None:
                     self.do(self.machine.offer(started.attempt_id, started.destination, started.prompt_tokens, self.now))
                     if started.cached_tokens:
                         self._computed(started.attempt_id, 0, started.cached_tokens, started.tables)
-            self.agenda.at(self._last_ends, self._ran, decision)
+            if self._paced is None:
+                self.agenda.at(self._ends(work), self._ran, decision)
+            else:
+                self._paced.add(work, partial(self._ran_paced, decision))
         return decided
 
-    def _seconds(self, work: Work) -> float:
-        return step_seconds(self.hardware.times, work, self.hardware.pp)
+    def _ends(self, work: Work) -> float:
+        """When a step that is decided now has gone through all stages; none passes another within the pipeline."""
+        seconds, stages = step_seconds(self.hardware.times, work, self.hardware.pp), self.hardware.pp
+        begins = max(self.now, self._free_at)
+        self._free_at = begins + seconds / stages
+        self._last_ends = max(begins + seconds, self._last_ends + seconds / stages)
+        self.course.busy += seconds / stages
+        return self._last_ends
+
+    def repaced(self) -> None:
+        """The step that runs, too."""
+        if self._paced is not None:
+            self._paced.changed()
+
+    def _ran_paced(self, decision: Decision, seconds: float) -> None:
+        self.course.busy += seconds
+        self._ran(decision)
 
     def _ran(self, decision: Decision) -> None:
         self._flying -= 1

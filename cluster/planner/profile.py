@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
@@ -53,14 +54,21 @@ class Residuals(_Part):
 
 class Parallelism(_Part):
     """Times of workers with so many shards; `kv_tokens` by number of stages, where it was measured. `error`: of times that were not
-    measured but derived, the share by which they may be off."""
+    measured but derived, the share by which they may be off. `by_cores`: of a rank that computes on so many cores of a host."""
 
     tp: int = Field(ge=1)
     times: StepTimes
+    by_cores: dict[int, StepTimes] = {}
     kv_tokens: dict[int, int] = {}
     prefill_residuals: Residuals | None = None
     decode_residuals: Residuals | None = None
     error: float = Field(0.0, ge=0)
+
+    def on_cores(self, cores: int) -> StepTimes:
+        """Of a rank with so many: those of the most measured that are not more, or of the fewest. `times` where none were."""
+        if not self.by_cores:
+            return self.times
+        return self.by_cores[max((count for count in self.by_cores if count <= cores), default=min(self.by_cores))]
 
 
 class Link(_Part):
@@ -78,8 +86,26 @@ class Overheads(_Part):
     message: float = Field(0.0002, ge=0, description="Of a message between two workers.")
 
 
+class Cores(_Part):
+    """A host without GPUs, whose ranks have cores of their own and lend them while idle. What both phases want of it at once (its memory,
+    and a core for each message) makes a step longer: by these factors, while a worker of the other phase computes."""
+
+    count: int = Field(ge=1, description="Of the host.")
+    prefill_beside: float = Field(1.0, ge=1, description="How many times as long a prefill step takes beside decode steps.")
+    decode_beside: float = Field(1.0, ge=1, description="And a decode step beside prefill steps.")
+
+
+class Basis(StrEnum):
+    """Where a figure is from. `fitted`: to what was measured, with residuals; `reckoned`: from other figures of the profile."""
+
+    MEASURED = "measured"
+    FITTED = "fitted"
+    RECKONED = "reckoned"
+    ASSUMED = "assumed"
+
+
 class Profile(_Part):
-    """Times, memory and links of one model on one kind of device."""
+    """Times, memory and links of one model on one kind of device. `basis`: of its figures, by key, where it is known."""
 
     version: Literal[1] = 1
     source: str = Field(description="Where the numbers are from.")
@@ -89,6 +115,8 @@ class Profile(_Part):
     parallelisms: tuple[Parallelism, ...] = Field(min_length=1)
     links: dict[str, Link] = Field(min_length=1)
     overheads: Overheads = Overheads()
+    cores: Cores | None = None
+    basis: dict[str, Basis] = {}
 
     def parallelism(self, tp: int) -> Parallelism | None:
         """What is known of workers of `tp` shards."""
@@ -105,13 +133,15 @@ class Profile(_Part):
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """A worker as the simulation has it: its times, stages and KV pool."""
+    """A worker as the simulation has it: its times, stages and KV pool. `cores`: its own on the profile's host, which it shares with all
+    other such workers; None: it shares nothing."""
 
     phase: Phase
     tp: int
     pp: int
     times: StepTimes
     kv_tokens: int
+    cores: int | None = None
 
 
 def read_profile(path: Path) -> Profile:

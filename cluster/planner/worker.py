@@ -16,10 +16,11 @@ from ...router.placement import Candidate
 from ...worker.load import Load
 from .agenda import Agenda
 from .figures import WorkerCourse
-from .latency import Work
+from .latency import StepTimes, Work
 from .life import MODEL, TOKEN, Life
 from .policies import Policies
 from .profile import Hardware, Link, Model
+from .sharing import Host
 
 BLOCK = 16
 SLOTS = 4096
@@ -41,8 +42,9 @@ class Told(Protocol):
 class Scene:
     """What the workers of one simulation share; `lives`: of the requests that have not ended."""
 
-    def __init__(self, agenda: Agenda, model: Model, policies: Policies, link: Link, message_s: float, told: Told) -> None:
-        self.agenda, self.model, self.policies, self.link, self.message_s, self.told = agenda, model, policies, link, message_s, told
+    def __init__(self, host: Host, model: Model, policies: Policies, link: Link, message_s: float, told: Told) -> None:
+        self.agenda: Agenda = host.agenda
+        self.host, self.model, self.policies, self.link, self.message_s, self.told = host, model, policies, link, message_s, told
         self.lives: dict[str, Life] = {}
         self.stale: list[Worker] = []
         """Those that the router should look at again."""
@@ -71,6 +73,16 @@ class Worker:
         self.course = WorkerCourse()
         self.choices = self.prompt_tokens = 0
         self._ticking = False
+        self.place = None if hardware.cores is None else scene.host.place(hardware, self.repaced)
+
+    @property
+    def times(self) -> StepTimes:
+        """Of a step that begins now."""
+        return self.hardware.times if self.place is None else self.place.times
+
+    def repaced(self) -> None:
+        """`times` may have changed."""
+        raise NotImplementedError
 
     @property
     def now(self) -> float:

@@ -22,6 +22,7 @@ from .life import Life, request_of
 from .policies import Policies
 from .prefill import PrefillWorker
 from .profile import Hardware, Link, Profile
+from .sharing import Host
 from .worker import Scene, Worker
 
 
@@ -50,7 +51,7 @@ class World:
         self._policy = Policy(policies.local_prefill, policies.local_prefill_below)
         self._turn = 0
         scene = self._scene = Scene(
-            self.agenda, profile.model, policies, link or next(iter(profile.links.values())), self._overheads.message, self
+            Host(self.agenda, profile), profile.model, policies, link or next(iter(profile.links.values())), self._overheads.message, self
         )
         self.prefills: dict[str, PrefillWorker] = {}
         self.decodes: dict[str, DecodeWorker] = {}

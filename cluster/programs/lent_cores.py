@@ -14,12 +14,7 @@ import torch
 from ...core.fleet import Phase
 from ...kernels import threads
 from ...kernels.native import native
-from ...worker.lending import CoreTable, Lending
-
-REST_NS = {Phase.PREFILL: 2_000_000, Phase.DECODE: 1_000_000_000}
-"""How long an owner must have been idle before its core is borrowed. A prompt is read faster with any core that is free for a moment. An
-answer's tokens are to come evenly, and where prompts come every second or so a core that is borrowed and taken back makes some of them
-late: with 2 ms here too, at 0.75 prompts a second, ITL p50 was 20 ms in place of 24 and p99 54 in place of 35."""
+from ...worker.lending import REST_NS, CoreTable, Lending
 
 log = logging.getLogger(__name__)
 

@@ -62,6 +62,7 @@ CLUSTER_STAIRS = [
     "dashboards",
     "doctor",
     "commands",
+    "profiling",
     "top",
 ]
 

@@ -1,0 +1,287 @@
+"""How right is the simulator about this machine? Six loads, from idle to beyond saturation, simulated with this machine's profile and then
+served, with prefill and decode apart and with one worker for both.
+
+    python -m diptych.benchmarks.ourselves --profile P.json [--seconds 90] [--repeats 1] [--slo ttft=1s,tpot=50ms] [--plot FILE.png]
+
+`P.json` is what `diptych profile` writes here; without it this machine is profiled first. The same requests come at the same times in
+both. Rates are shares of what the set-up can do by the simulation. Promised: attainment within 5 points, or the offered rate within 5 %,
+goodput within 10 %, TTFT and TPOT (p50 and p90) within 15 %; what is not is listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from diptych.benchmarks.record import RESULTS, describe, keep, surroundings
+from diptych.benchmarks.served import serve, settings
+from diptych.cluster.commands.preparing import prepare_here
+from diptych.cluster.commands.up import Served
+from diptych.cluster.load.answer import Answer
+from diptych.cluster.load.choice import Load
+from diptych.cluster.load.measure import measure
+from diptych.cluster.load.server import Server, find_server
+from diptych.cluster.load.slo import Slo, parse_slo
+from diptych.cluster.load.summary import percentile
+from diptych.cluster.load.workload import Arrival, limited
+from diptych.cluster.planner.life import Life
+from diptych.cluster.planner.policies import Policies, workers_of
+from diptych.cluster.planner.profile import Profile, read_profile
+from diptych.cluster.planner.world import World
+from diptych.cluster.profiling.measuring import profile_here
+from diptych.core.config import ClusterConfig, load_config
+
+SHARES = (0.15, 0.4, 0.6, 0.8, 0.95, 1.25)
+"""Of what a set-up can do."""
+AT_ONCE = 150
+"""Requests that come at once when that is found out."""
+WARM_UP = 4
+"""Requests one after another before a load, and not counted."""
+TIMEOUT_S = 300.0
+POINTS, RATE, GOODPUT, TIMES = 0.05, 0.05, 0.10, 0.15
+"""What is promised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of one load. Seconds; `attainment` as a share, `goodput` in requests per second from the first sending to the last end."""
+
+    attainment: float
+    goodput: float
+    ttft_p50: float
+    ttft_p90: float
+    tpot_p50: float
+    tpot_p90: float
+
+    @classmethod
+    def of(cls, requests: Iterable[tuple[float | None, float | None, bool]], seconds: float) -> Figures:
+        """TTFT, TPOT, and whether both limits were met, of each request."""
+        rows = list(requests)
+        met = sum(each[2] for each in rows)
+        ttft, tpot = (sorted(value for row in rows if (value := row[index]) is not None) for index in (0, 1))
+        shares = [percentile(values, share) for values in (ttft, tpot) for share in (0.5, 0.9)]
+        return cls(met / len(rows), met / seconds, *shares)
+
+    @classmethod
+    def median(cls, runs: Sequence[Figures]) -> Figures:
+        return cls(*(statistics.median(getattr(run, name) for run in runs) for name in cls.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One load. `around`: attainment simulated at rates `RATE` below and above."""
+
+    setup: str
+    rate: float
+    requests: int
+    simulated: Figures
+    measured: Figures
+    runs: Sequence[Figures]
+    around: tuple[float, float]
+
+    def misses(self) -> list[str]:
+        """What is beyond what is promised, as sentences."""
+        return [f"{self.setup} at {self.rate:.2f}/s: {name} simulated {s:.3g}, measured {m:.3g}" for name, s, m in self._beyond()]
+
+    def _beyond(self) -> Iterable[tuple[str, float, float]]:
+        simulated, measured = self.simulated, self.measured
+        low, high = sorted((*self.around, simulated.attainment))[:: len(self.around)]
+        if abs(simulated.attainment - measured.attainment) > POINTS and not low <= measured.attainment <= high:
+            yield "attainment", simulated.attainment, measured.attainment
+        for name in Figures.__slots__[1:]:
+            s, m = getattr(simulated, name), getattr(measured, name)
+            if abs(s - m) > (GOODPUT if name == "goodput" else TIMES) * m:
+                yield name, s, m
+
+
+def load_of(options: argparse.Namespace) -> Load:
+    found = Load(input=options.input, output=options.output, seed=options.seed)
+    found.check()
+    return found
+
+
+def simulated(profile: Profile, config: ClusterConfig, arrivals: Iterable[Arrival], slo: Slo) -> Figures:
+    lives: list[Life] = []
+    world = World(profile, workers_of(config, profile), Policies.of(config), slo=slo, on_end=lives.append)
+    world.run(arrivals)
+    begun = min(life.arrival.at for life in lives)
+    ended = max(life.last for life in lives if life.last is not None)
+    return Figures.of(((life.ttft, life.tpot, world.meets(life)) for life in lives), ended - begun)
+
+
+def capacity(profile: Profile, config: ClusterConfig, load: Load) -> float:
+    """Requests per second that it serves when there are always more."""
+    ended: list[float] = []
+    world = World(profile, workers_of(config, profile), Policies.of(config), on_end=lambda life: ended.append(life.last or 0.0))
+    world.run(
+        Arrival(number, 0.0, each.prompt_tokens, each.output_tokens) for number, each in enumerate(islice(load.arrivals(1.0), AT_ONCE))
+    )
+    half = sorted(ended)[AT_ONCE // 4 : 3 * AT_ONCE // 4]
+    return (len(half) - 1) / (half[-1] - half[0])
+
+
+def measured(answers: Sequence[Answer], slo: Slo) -> Figures:
+    seconds = max(each.sent + each.ended for each in answers) - min(each.sent for each in answers)
+    return Figures.of(((each.ttft, each.tpot, slo.met(each)) for each in answers), seconds)
+
+
+def compared(setup: str, profile: Profile, options: argparse.Namespace) -> list[Comparison]:
+    """All loads of one set-up, each served `--repeats` times by one cluster."""
+    prefill = 1 if setup == "apart" else 0
+    values = settings(prefill=prefill, decode=1, model=options.model, dtype=options.dtype)
+    config, load, slo = load_config(values), load_of(options), parse_slo(options.slo)
+    able = capacity(profile, config, load)
+    rates = [share * able for share in options.shares]
+    print(f"{setup}: can do {able:.2f} requests/s by the simulation", flush=True)
+
+    def requests(rate: float, variant: int) -> list[Arrival]:
+        return list(limited(load.arrivals(rate, variant), None, options.seconds))
+
+    runs: dict[float, list[Figures]] = {rate: [] for rate in rates}
+
+    async def ask(served: Served) -> None:
+        server = await _server(served, options.seed)
+        await _warm(server)
+        for repeat in range(options.repeats):
+            for number, rate in enumerate(rates):
+                variant = 1 + number + len(rates) * repeat  # other prompts each time: a worker keeps the prefixes of those it has read
+                run = await measure(server, requests(rate, variant), asyncio.Event(), lambda _: None)
+                runs[rate].append(measured(run.answers, slo))
+                print(f"{setup} {rate:.2f}/s: {len(run.answers)} requests, {run.errors} errors", flush=True)
+
+    serve(values, ask)
+
+    def predicted(rate: float, number: int, factor: float = 1.0) -> Figures:
+        return Figures.median(
+            [
+                simulated(profile, config, _faster(requests(rate, 1 + number + len(rates) * repeat), factor), slo)
+                for repeat in range(options.repeats)
+            ]
+        )
+
+    return [
+        Comparison(
+            setup, rate, len(requests(rate, 1 + number)), predicted(rate, number), Figures.median(runs[rate]), runs[rate],
+            (predicted(rate, number, 1 - RATE).attainment, predicted(rate, number, 1 + RATE).attainment),
+        )
+        for number, rate in enumerate(rates)
+    ]  # fmt: skip
+
+
+def _faster(arrivals: Iterable[Arrival], factor: float) -> list[Arrival]:
+    return [Arrival(each.number, each.at / factor, each.prompt_tokens, each.output_tokens) for each in arrivals]
+
+
+async def _server(served: Served, seed: int) -> Server:
+    return await find_server(
+        f"http://{served.http}", model=None, api_key=None, vocabulary=served.card.vocab_size, seed=seed, timeout_s=TIMEOUT_S, as_text=False
+    )
+
+
+async def _warm(server: Server) -> None:
+    for number in range(WARM_UP):
+        arrival = Arrival(-2 - number, 0.0, 256, 16)
+        await server.ask(arrival, server.prepare(arrival), 0.0)
+
+
+COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("attainment", "met", lambda value: f"{100 * value:.0f} %"),
+    ("goodput", "goodput /s", lambda value: f"{value:.2f}"),
+    *(
+        (name, name.replace("_", " ").upper().replace("P", "p", 1) + " ms", lambda value: f"{1000 * value:.0f}")
+        for name in Figures.__slots__[2:]
+    ),
+)
+
+
+def table(found: Sequence[Comparison]) -> str:
+    """Measured → simulated; `!`: beyond what is promised."""
+    lines = [f"{'':10}{'/s':>6}{'n':>5}" + "".join(f"{title:>17}" for _, title, _ in COLUMNS)]
+    for each in found:
+        beyond = {name for name, _, _ in each._beyond()}
+        cells = [
+            f"{write(getattr(each.measured, name))} → {write(getattr(each.simulated, name))}{'!' if name in beyond else ' '}"
+            for name, _, write in COLUMNS
+        ]
+        lines.append(f"{each.setup:10}{each.rate:6.2f}{each.requests:5}" + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(lines)
+
+
+def plot(file: Path, found: Sequence[Comparison], slo: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = (
+        (("attainment",), f"met {slo}", 1.0), (("goodput",), "goodput (requests/s)", 1.0),
+        (("ttft_p50", "ttft_p90"), "TTFT p50, p90 (ms)", 1000.0), (("tpot_p50", "tpot_p90"), "TPOT p50, p90 (ms)", 1000.0),
+    )  # fmt: skip
+    for axes, (names, title, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for setup, colour in (("apart", "tab:blue"), ("colocated", "tab:orange")):
+            rows = [each for each in found if each.setup == setup]
+            rates = [each.rate for each in rows]
+            for number, name in enumerate(names):
+                label = setup if number == 0 else None
+                axes.plot(
+                    rates, [scale * getattr(each.simulated, name) for each in rows], color=colour, linestyle="-:"[number], label=label
+                )
+                axes.scatter(rates, [scale * getattr(each.measured, name) for each in rows], color=colour, marker="ox"[number])
+        axes.set(xlabel="requests/s", title=title)
+        if scale != 1.0:
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle("lines: simulated, points: measured")
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m diptych.benchmarks.ourselves", description="How right is the simulator about this machine?"
+    )
+    parser.add_argument("--profile", type=Path, help="of the model on this machine; by default it is made now, which takes some minutes")
+    parser.add_argument("--seconds", type=float, default=90.0, help="length of each load")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each load; their medians count")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=SHARES, help="rates, as shares of what a set-up can do by the simulation"
+    )
+    parser.add_argument("--setup", choices=("apart", "colocated"), help="by default both")
+    parser.add_argument("--input", default="64-448", help="prompt tokens, a range")
+    parser.add_argument("--output", default="16-96", help="output tokens, a range")
+    parser.add_argument("--slo", default="ttft=1s,tpot=50ms")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--model", help="by default the demo model")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--keep", default="ourselves", help="name of the file in benchmarks/results")
+    parser.add_argument("--plot", type=Path, default=RESULTS / "ourselves.png")
+    options = parser.parse_args()
+    where = surroundings()
+    print(describe(where))
+    profile = read_profile(options.profile) if options.profile else _profiled(options)
+    found = [each for setup in (options.setup,) if setup for each in compared(setup, profile, options)] or [
+        each for setup in ("apart", "colocated") for each in compared(setup, profile, options)
+    ]
+    print(f"\nmeasured → simulated, {options.slo}\n{table(found)}\n")
+    misses = [miss for each in found for miss in each.misses()]
+    print(
+        "\n".join([f"{len(misses)} of {6 * len(found)} figures are beyond what is promised:" if misses else "All is as promised.", *misses])
+    )
+    plot(options.plot, found, options.slo)
+    used = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    results = {"profile": profile.model_dump(mode="json"), "loads": [asdict(each) for each in found], "misses": misses}
+    print(f"kept in {keep(options.keep, where, used, results)} and {options.plot}")
+
+
+def _profiled(options: argparse.Namespace) -> Profile:
+    with tempfile.TemporaryDirectory(prefix="diptych-profile-") as scratch:
+        model_dir = prepare_here(options.model or "demo", options.dtype, None, None, None)
+        return profile_here(model_dir, threads=None, repeats=5, clusters=True, out=Path(scratch, "P.json"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Workers on the cores of one host: who computes where at a moment, and how long a step takes for that. Pure.
+
+Each worker has cores of its own, and lends those that it does not use (`worker.lending`): a prefill worker has what has been idle for 2 ms,
+a decode worker what has been idle for a second. While others compute, a step takes as many times as long as the profile says.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from ...core.fleet import Phase
+from ...worker.lending import REST_NS
+from .agenda import Agenda, on_grid
+from .latency import DecodeTimes, PrefillTimes, StepTimes, Work, step_seconds
+from .profile import Hardware, Profile
+
+
+class Host:
+    """The places of all its workers."""
+
+    def __init__(self, agenda: Agenda, profile: Profile) -> None:
+        self.agenda = agenda
+        self.places: list[Place] = []
+        self._profile = profile
+        self._known: dict[tuple[Phase, int, int, bool], StepTimes] = {}
+
+    def place(self, hardware: Hardware, changed: Callable[[], None]) -> Place:
+        """For one more worker; `changed` is called when its steps may take longer, or less long, than before."""
+        place = Place(self, hardware, changed)
+        self.places.append(place)
+        return place
+
+    def times(self, hardware: Hardware, cores: int, beside: bool) -> StepTimes:
+        key = hardware.phase, hardware.tp, cores, beside
+        if key not in self._known:
+            known, host = self._profile.parallelism(hardware.tp), self._profile.cores
+            assert known is not None, f"no times for tp {hardware.tp}"
+            assert host is not None, "a worker with cores of its own on a host without"
+            factor = host.prefill_beside if hardware.phase is Phase.PREFILL else host.decode_beside
+            times = known.on_cores(cores)
+            self._known[key] = scaled(times, factor) if beside else times
+        return self._known[key]
+
+
+class Place:
+    """One worker's: its cores, and whether it computes."""
+
+    def __init__(self, host: Host, hardware: Hardware, changed: Callable[[], None]) -> None:
+        assert hardware.cores is not None, "a worker without cores of its own has no place"
+        self._host, self._hardware, self._changed = host, hardware, changed
+        self._cores, self._rest_s = hardware.cores, REST_NS[hardware.phase] / 1e9
+        self._busy = False
+        self._since = -max(REST_NS.values()) / 1e9  # idle for as long as anybody waits
+
+    @property
+    def times(self) -> StepTimes:
+        """Of its steps as it is now. What is idle for long enough is shared evenly by those who compute."""
+        others = [each for each in self._host.places if each is not self]
+        lent = sum(each._cores for each in others if each._lends(self._rest_s))
+        computing = sum(each._busy for each in others)
+        return self._host.times(self._hardware, self._cores + lent // (1 + computing), computing > 0)
+
+    def _lends(self, rest_s: float) -> bool:
+        return not self._busy and self._host.agenda.now >= on_grid(self._since + rest_s)
+
+    def begin(self) -> None:
+        """It computes from now on."""
+        if not self._busy:
+            self._busy = True
+            self._tell()
+
+    def end(self) -> None:
+        """It has nothing to compute any more."""
+        if self._busy:
+            self._busy, self._since = False, self._host.agenda.now
+            self._tell()
+            for rest_s in {each._rest_s for each in self._host.places if each is not self}:
+                self._host.agenda.after(rest_s, self._tell)
+
+    def _tell(self) -> None:
+        for each in self._host.places:
+            if each is not self and each._busy:
+                each._changed()
+
+
+class Paced:
+    """Steps of one place, one after another. When its times change, what is left of the step that runs takes its share of the new ones."""
+
+    def __init__(self, agenda: Agenda, place: Place) -> None:
+        self._agenda, self._place = agenda, place
+        self._waiting: deque[tuple[Work, Callable[[float], None]]] = deque()
+        self._running: Work | None = None
+        self._left = self._seconds = self._began = self._since = 0.0
+        self._number = 0
+
+    def add(self, work: Work, ran: Callable[[float], None]) -> None:
+        """Run it when all before it have run; `ran` is then told how long it took."""
+        self._waiting.append((work, ran))
+        if self._running is None:
+            self._place.begin()
+            self._next()
+
+    def _next(self) -> None:
+        self._running = self._waiting[0][0]
+        self._began, self._left = self._agenda.now, 1.0
+        self._go_on()
+
+    def _go_on(self) -> None:
+        assert self._running is not None
+        self._since, self._seconds = self._agenda.now, step_seconds(self._place.times, self._running)
+        self._number += 1
+        self._agenda.after(self._left * self._seconds, self._over, self._number)
+
+    def changed(self) -> None:
+        if self._running is not None:
+            self._left = max(0.0, self._left - (self._agenda.now - self._since) / self._seconds)
+            self._go_on()
+
+    def _over(self, number: int) -> None:
+        if number != self._number:
+            return
+        self._running, seconds = None, self._agenda.now - self._began
+        _, ran = self._waiting.popleft()
+        if self._waiting:
+            self._next()
+        ran(seconds)
+        if self._running is None:
+            self._place.end()
+
+
+def scaled(times: StepTimes, factor: float) -> StepTimes:
+    """Each term so many times as long."""
+
+    def prefill(each: PrefillTimes) -> PrefillTimes:
+        return PrefillTimes(constant=each.constant * factor, token=each.token * factor, pair=each.pair * factor)
+
+    def decode(each: DecodeTimes) -> DecodeTimes:
+        return DecodeTimes(constant=each.constant * factor, context=each.context * factor, row=each.row * factor)
+
+    around = {name: getattr(times, name) * factor for name in ("step", "step_context", "step_row", "hop")}
+    large = None if times.decode_large is None else decode(times.decode_large)
+    return times.model_copy(update={"prefill": prefill(times.prefill), "decode": decode(times.decode), "decode_large": large, **around})

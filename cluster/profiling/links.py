@@ -1,0 +1,46 @@
+"""The ways for KV to move between two workers of this host, each timed between two processes by the hinge's own code."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from ...core.layout import Layout
+from ...core.transfer import Transport
+from ..planner.fitting import fit
+from ..planner.profile import Link, Residuals
+from .ends import Here, two_ends
+
+TOKENS = (16, 32, 64, 160, 320, 480)
+"""Of the transfers that are timed, whole blocks; a model with a shorter context has those that it can hold."""
+SKIPPED = 3
+"""Runs that meet pages and connections nobody has touched."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTimes:
+    """Of one transport, medians in seconds. `message`: one way; `transfers`: bytes, and the time from KV stored and committed until the
+    source may free it, in which two messages are."""
+
+    message: float
+    transfers: tuple[tuple[int, float], ...]
+
+
+async def timed_link(layout: Layout, transport: Transport, runs: int) -> LinkTimes:
+    """`layout`: a pool with room for each of `TOKENS` that fits."""
+    async with two_ends(layout, transport, Here) as here:
+        grants = [await here.grant_time() for _ in range(runs + SKIPPED)]
+        transfers = []
+        for tokens in TOKENS:
+            if tokens <= min(layout.num_blocks) * layout.block_size:
+                before = here.moved
+                taken = [await here.hand_over_time(tokens) for _ in range(runs + SKIPPED)]
+                transfers.append(((here.moved - before) // len(taken), statistics.median(taken[SKIPPED:])))
+    return LinkTimes(statistics.median(grants[SKIPPED:]) / 2, tuple(transfers))
+
+
+def link_of(times: LinkTimes) -> tuple[Link, Residuals]:
+    """Time by size, as a line; what two messages take of its constant is not the link's. `ConfigError` for fewer than three sizes."""
+    (constant, per_byte), residuals = fit([(1.0, size) for size, _ in times.transfers], [taken for _, taken in times.transfers])
+    size, taken = times.transfers[-1]
+    return Link(bytes_per_s=1 / per_byte if per_byte else size / taken, latency=max(0.0, constant - 2 * times.message)), residuals

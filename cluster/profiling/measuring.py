@@ -1,0 +1,176 @@
+"""What `diptych profile` does: steps, links and small clusters timed on this host, a latency model fitted, shown and written."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ...core.errors import ConfigError
+from ...core.model import Decoder, ModelCard, read_card
+from ...core.transfer import Transport
+from ..planner.fitting import DecodePoint, PrefillPoint, fit_decode, fit_prefill
+from ..planner.latency import StepTimes
+from ..planner.profile import Basis, Cores, DeviceShare, Link, Model, Overheads, Parallelism, Profile, Residuals
+from ..process.spec import BLOCK_SIZE
+from ..resources.cores import share_cores
+from ..resources.memory import available_bytes
+from .links import TOKENS, link_of, timed_link
+from .reckoning import Seen, beside, request_seconds, with_serving
+from .served import STAGES, watched_clusters
+from .showing import show
+from .steps import Step, grid, timed_steps
+
+REQUEST_S = 0.005
+"""Of a request outside of steps, where no cluster is to be started."""
+LINK_RUNS = 30
+MEMORY_SHARE = 0.5
+"""Of the memory that is free, for KV: what `up` gives all ranks of a host together."""
+Advance = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Times of an engine alone on so many cores."""
+
+    cores: int
+    times: StepTimes
+    prefill: Residuals
+    decode: Residuals
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """A link, and how far its line is from what was measured; `message`: one way."""
+
+    link: Link
+    residuals: Residuals
+    message: float
+
+
+def profile_here(model_dir: Path, *, threads: int | None, repeats: int, clusters: bool, out: Path) -> Profile:
+    """Measure, show how well the fit is, write. `threads`: of each worker of the small clusters; None: as `up` shares the cores.
+    Times of steps are medians of `repeats`; without `clusters` what serving takes besides is assumed."""
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"{out} cannot be written: there is no directory {out.parent}.", field="out")
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [threads or share.threads for share in share_cores(cores, (None, None))]
+    if max(shares) > len(cores):
+        raise ConfigError(f"--threads {threads}: this process may use {len(cores)} cores.", field="threads")
+    card = read_card(model_dir)
+    counts = sorted({*shares, len(cores)})
+    transports = [each for each in Transport if not each.on_gpu]
+    total = len(counts) * len(grid(card.max_context)) + len(transports) + clusters * len(STAGES)
+    with _bar(total) as advance:
+        fitted = {count: _fitted(model_dir, cores[:count], repeats, advance) for count in counts}
+        crossings = {each.value: _crossing(card, each, advance) for each in transports}
+        seen = _seen(model_dir, card, threads, repeats, advance) if clusters else None
+    made = profile_of(card, len(cores), shares, fitted, crossings, seen, available_bytes())
+    out.write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    show(made, fitted, crossings, seen)
+    return made
+
+
+def _fitted(model_dir: Path, cores: Sequence[int], repeats: int, advance: Advance) -> Fitted:
+    on = f"on {len(cores)} core{'s' if len(cores) > 1 else ''}"
+    steps: list[Step] = []
+    for step in timed_steps(model_dir, cores, repeats):
+        advance(f"{step.what} {step.batch} × {step.length} {on}")
+        steps.append(step)
+    prefill, prefill_residuals = fit_prefill([PrefillPoint(s.batch, s.length, s.seconds) for s in steps if s.what == "prefill"])
+    decode, decode_residuals = fit_decode([DecodePoint(s.batch, s.length, s.seconds) for s in steps if s.what == "decode"])
+    return Fitted(len(cores), StepTimes(prefill=prefill, decode=decode), prefill_residuals, decode_residuals)
+
+
+def _crossing(card: ModelCard, transport: Transport, advance: Advance) -> Crossing:
+    tokens = max(each for each in TOKENS if each < card.max_context)
+    times = asyncio.run(timed_link(card.layout(block_size=BLOCK_SIZE, kv_tokens=tokens), transport, LINK_RUNS))
+    advance(f"KV over {transport.value}")
+    return Crossing(*link_of(times), times.message)
+
+
+def _seen(model_dir: Path, card: ModelCard, threads: int | None, repeats: int, advance: Advance) -> Seen:
+    for told in watched_clusters(model_dir, card.dtype, threads, repeats):
+        if isinstance(told, Seen):
+            return told
+        advance(f"a small cluster, {told}")
+    raise AssertionError("what was seen is told last")
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Advance]:
+    """On stderr; called with what has been measured, or is about to be."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=total)
+        yield lambda what: bar.update(task, description=what, advance=1)
+
+
+def profile_of(
+    card: ModelCard,
+    cores: int,
+    shares: Sequence[int],
+    fitted: dict[int, Fitted],
+    crossings: dict[str, Crossing],
+    seen: Seen | None,
+    memory_bytes: float,
+) -> Profile:
+    """`shares`: the cores of a prefill and of a decode worker beside each other."""
+    by_cores = {count: each.times for count, each in fitted.items()}
+    message = next(iter(crossings.values())).message
+    basis = {"prefill": Basis.FITTED, "decode": Basis.FITTED, "links": Basis.FITTED, "overheads.message": Basis.MEASURED}
+    overheads, host, served = Overheads(request=REQUEST_S, message=message), Cores(count=cores), Basis.ASSUMED
+    if seen is not None:
+        served = Basis.MEASURED
+        by_cores = {
+            count: with_serving(times, seen.answers_together if count == cores else seen.answers) for count, times in by_cores.items()
+        }
+        request = request_seconds(by_cores[cores], seen.prompts)
+        slower = beside(by_cores[shares[0]], by_cores[shares[1]], request, seen)
+        overheads = Overheads(request=request, message=message)
+        host = Cores(count=cores, prefill_beside=slower[0], decode_beside=slower[1])
+    model, own = model_of(card), max(shares)
+    known = Parallelism(
+        tp=1,
+        times=by_cores[own],
+        by_cores=by_cores,
+        kv_tokens={1: max(256, int(memory_bytes * MEMORY_SHARE / model.kv_token_bytes) // BLOCK_SIZE * BLOCK_SIZE)},
+        prefill_residuals=fitted[own].prefill,
+        decode_residuals=fitted[own].decode,
+    )
+    return Profile(
+        source=f"measured on this machine, {cores} cores",
+        model=model,
+        device=DeviceShare(name="cpu", memory_bytes=memory_bytes),
+        parallelisms=(known,),
+        links={name: each.link for name, each in crossings.items()},
+        overheads=overheads,
+        cores=host,
+        basis=basis
+        | dict.fromkeys(("overheads.request", "step", "step_row", "cores.prefill_beside", "cores.decode_beside"), served)
+        | {"device.memory_bytes": Basis.MEASURED, "kv_tokens": Basis.RECKONED, "device.cost_per_hour": Basis.ASSUMED},
+    )
+
+
+def model_of(card: ModelCard) -> Model:
+    """The profile's words for a prepared model."""
+    decoder = card.decoder
+    windows = {window: decoder.windows.count(window) for window in set(decoder.windows)}
+    groups = card.cache_groups()
+    return Model(
+        name=card.name,
+        dtype=str(card.dtype),
+        layers=decoder.layers,
+        heads=decoder.heads if isinstance(decoder, Decoder) else 1,
+        kv_heads=decoder.kv_heads if isinstance(decoder, Decoder) else 1,
+        max_context=card.max_context,
+        windows=windows if any(windows) else {},
+        kv_token_bytes=sum(group.token_bytes * len(group.layers) for group in groups),
+        weight_bytes=card.weights_bytes,
+    )

@@ -1,0 +1,78 @@
+"""From what small clusters showed to what serving takes beside the steps of an engine alone. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..planner.latency import StepTimes, Work, step_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Prompts of so many tokens: the median TTFT, in seconds."""
+
+    tokens: int
+    ttft: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """So many at once, which attend to `context` tokens together: the mean time between two tokens, in seconds."""
+
+    rows: int
+    context: int
+    gap: float
+
+    @property
+    def work(self) -> Work:
+        return Work(rows=self.rows, context=self.context)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the clusters showed: of a prefill and a decode worker each phase alone and beside the other, and of one worker for both."""
+
+    prompts: tuple[Prompt, ...]
+    answers: tuple[Answers, ...]
+    prompts_beside: Prompt
+    answers_beside: Answers
+    prompts_together: tuple[Prompt, ...]
+    answers_together: tuple[Answers, ...]
+
+
+def with_serving(times: StepTimes, seen: Sequence[Answers]) -> StepTimes:
+    """The times of an engine alone with what serving adds to each step, and to each sequence of it; neither is below 0. `seen`: of one
+    sequence and of several."""
+    more = [each.gap - step_seconds(times, each.work) for each in seen]
+    fewest, most = min(seen, key=lambda each: each.rows), max(seen, key=lambda each: each.rows)
+    few, many = more[seen.index(fewest)], more[seen.index(most)]
+    row = max(0.0, (many - few) / (most.rows - fewest.rows))
+    step = max(0.0, few - row * fewest.rows)
+    if not row:
+        step = max(0.0, statistics.fmean(more))
+    return times.model_copy(update={"step": step, "step_row": row})
+
+
+def request_seconds(times: StepTimes, prompts: Sequence[Prompt]) -> float:
+    """What a request takes that its step does not: the median over the prompts, none below 0. `times`: of the cores they had."""
+    return max(0.0, statistics.median(each.ttft - prompt_seconds(times, each.tokens) for each in prompts))
+
+
+def prompt_seconds(times: StepTimes, tokens: int, chunk: int | None = None) -> float:
+    """Of a prompt alone, in chunks of so many tokens."""
+    starts = range(0, tokens, chunk or tokens)
+    lengths = [min(tokens - start, chunk or tokens) for start in starts]
+    return sum(
+        step_seconds(times, Work(tokens=length, pairs=length * (2 * start + length))) for start, length in zip(starts, lengths, strict=True)
+    )
+
+
+def beside(times_prefill: StepTimes, times_decode: StepTimes, request_s: float, seen: Seen) -> tuple[float, float]:
+    """How many times as long a step of each phase takes while the other computes, none below 1. `times`: of their own cores."""
+    prompt, answers = seen.prompts_beside, seen.answers_beside
+    return (
+        max(1.0, (prompt.ttft - request_s) / prompt_seconds(times_prefill, prompt.tokens)),
+        max(1.0, answers.gap / step_seconds(times_decode, answers.work)),
+    )

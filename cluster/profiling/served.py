@@ -1,0 +1,207 @@
+"""Two small clusters, started as `diptych up` starts them and asked over HTTP: what serving takes that no step has, and how much longer
+steps take while the other phase computes beside them. They run in a process of their own, which says nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from ...core.config import load_config
+from ...core.errors import DiptychError, Unavailable
+from ..commands.up import Served, Up
+from ..load.answer import Answer
+from ..load.server import Server, find_server
+from ..load.workload import Arrival
+from .reckoning import Answers, Prompt, Seen
+
+ALONE = (64, 256, 448)
+"""Lengths of prompts that are asked one after another."""
+SHORT = 32
+"""Of the prompts of answers that are timed: long enough that a prefill worker reads them."""
+ROWS = (1, 8)
+TOKENS = 48
+LENT_AFTER_S = 0.9
+"""A decode worker borrows cores when their owner has been idle for a second."""
+BESIDE_ROWS, BESIDE_TOKENS, BESIDE_PROMPT = 4, 128, 256
+TIMEOUT_S = 120.0
+STAGES = (
+    "apart: starting",
+    "apart: prompts",
+    "apart: answers",
+    "apart: both",
+    "together: starting",
+    "together: prompts",
+    "together: answers",
+)
+
+
+def watched_clusters(model_dir: Path, dtype: str, threads: int | None, repeats: int) -> Iterator[str | Seen]:
+    """What is being done, one of `STAGES` each time, and at last what was seen. `Unavailable` if a cluster does not start."""
+    ear, mouth = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("spawn").Process(target=_watch_all, args=(mouth, model_dir, dtype, threads, repeats))
+    child.start()
+    mouth.close()
+    try:
+        while not isinstance(told := ear.recv(), Seen):
+            if isinstance(told, DiptychError):
+                raise told
+            yield told
+        yield told
+    except EOFError:
+        raise Unavailable("The process that runs small clusters ended before it was through.") from None
+    finally:
+        child.terminate()  # if it has not ended: the cluster does then
+        child.join()
+
+
+def _watch_all(pipe: Connection, model_dir: Path, dtype: str, threads: int | None, repeats: int) -> None:
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  what `up` says is not asked for here
+    try:
+        pipe.send(_watch(pipe.send, model_dir, dtype, threads, repeats))
+    except DiptychError as error:
+        pipe.send(error)
+
+
+def _watch(tell: Callable[[str], None], model_dir: Path, dtype: str, threads: int | None, repeats: int) -> Seen:
+    seen: dict[str, Any] = {}
+
+    async def apart(client: _Client) -> None:
+        tell("apart: prompts")
+        seen["prompts"] = await client.prompts(repeats)
+        tell("apart: answers")
+        seen["answers"] = [await client.answers(rows, repeats, LENT_AFTER_S) for rows in ROWS]
+        tell("apart: both")
+        seen["prompts_beside"], seen["answers_beside"] = await client.both(repeats)
+
+    async def together(client: _Client) -> None:
+        tell("together: prompts")
+        seen["prompts_together"] = await client.prompts(repeats)
+        tell("together: answers")
+        seen["answers_together"] = [await client.answers(rows, repeats, float("inf")) for rows in ROWS]
+
+    tell("apart: starting")
+    _serve(_config(model_dir, dtype, threads, prefill=1), apart)
+    tell("together: starting")
+    _serve(_config(model_dir, dtype, None, prefill=0), together)
+    return Seen(**{name: tuple(each) if isinstance(each, list) else each for name, each in seen.items()})
+
+
+def _config(model_dir: Path, dtype: str, threads: int | None, *, prefill: int) -> dict[str, Any]:
+    each = {} if threads is None else {"threads": threads}
+    return {
+        "name": f"profile-{os.getpid()}",
+        "device": "cpu",
+        "model": {"source": str(model_dir), "dtype": dtype},
+        "prefill": {"workers": prefill} | each,
+        "decode": {"workers": 1} | each,
+        "router": {"http_port": 0, "grpc_port": 0, "local_prefill": "auto" if prefill else "always"},
+        "ray": {"enabled": False},
+    }
+
+
+def _serve(config: dict[str, Any], ask: Callable[[_Client], Awaitable[None]]) -> None:
+    """Raises what `ask` raised, and `Unavailable` if the cluster ended before it was through."""
+    ended: list[Exception | None] = []
+
+    async def when_up(served: Served) -> bool:
+        try:
+            url, vocabulary = f"http://{served.http}", served.card.vocab_size
+            server = await find_server(url, model=None, api_key=None, vocabulary=vocabulary, seed=0, timeout_s=TIMEOUT_S, as_text=False)
+            await ask(_Client(server))
+        except Exception as error:  # noqa: BLE001  whatever it is, the cluster is ended first
+            ended.append(error)
+        else:
+            ended.append(None)
+        return True
+
+    Up(load_config(config), when_up=when_up).run()
+    if not ended:
+        raise Unavailable("A small cluster ended before it was asked anything.")
+    if ended[0] is not None:
+        raise ended[0]
+
+
+class _Client:
+    """Asks, and times what comes."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._asked = server, 0
+
+    async def _ask(self, prompt: int, output: int) -> Answer:
+        self._asked += 1
+        arrival = Arrival(self._asked, 0.0, prompt, output)
+        answer = await self._server.ask(arrival, self._server.prepare(arrival), 0.0)
+        if answer.error is not None:
+            raise Unavailable(f"A small cluster did not answer: {answer.error}.")
+        return answer
+
+    async def prompts(self, repeats: int) -> list[Prompt]:
+        """One after another, each with one token for answer."""
+        found = []
+        for tokens in ALONE:
+            ttfts = [_ttft(await self._ask(tokens, 1)) for _ in range(1 + repeats)]
+            found.append(Prompt(tokens, statistics.median(ttfts[1:])))
+        return found
+
+    async def answers(self, rows: int, repeats: int, at_most_s: float) -> Answers:
+        """So many at once, timed from when all have begun until one ends, but no longer than for `at_most_s` after the last prompt."""
+        found = []
+        for _ in range(repeats):
+            answers = await asyncio.gather(*(self._ask(SHORT, TOKENS) for _ in range(rows)))
+            begin, end = _all_answer(answers)
+            end = min(end, max(answer.sent + answer.token_times[0] for answer in answers) + at_most_s)
+            found.append(_answers(answers, begin, end))
+        return _median(found)
+
+    async def both(self, repeats: int) -> tuple[Prompt, Answers]:
+        """Answers, and beside them prompts one after another."""
+        ttfts, found = [], []
+        for _ in range(max(1, repeats // 2)):
+            writing = asyncio.gather(*(self._ask(SHORT, BESIDE_TOKENS) for _ in range(BESIDE_ROWS)))
+            prompts = []
+            while not writing.done():
+                prompts.append(await self._ask(BESIDE_PROMPT, 1))
+            begin, end = _all_answer(await writing)
+            found.append(_answers(await writing, begin, end))
+            ttfts += [_ttft(each) for each in prompts if each.sent >= begin and each.sent + each.ended <= end]
+        if not ttfts:
+            raise Unavailable("No prompt was read while answers were written: they ended too soon.")
+        return Prompt(BESIDE_PROMPT, statistics.median(ttfts)), _median(found)
+
+
+def _ttft(answer: Answer) -> float:
+    return answer.token_times[0]
+
+
+def _all_answer(answers: Sequence[Answer]) -> tuple[float, float]:
+    """From when each has its second token until the first of them ends."""
+    return (
+        max(answer.sent + answer.token_times[1] for answer in answers),
+        min(answer.sent + answer.token_times[-1] for answer in answers),
+    )
+
+
+def _answers(answers: Sequence[Answer], begin: float, end: float) -> Answers:
+    """What they do between these moments."""
+    gaps, behind = [], []
+    for answer in answers:
+        within = [(number, answer.sent + at) for number, at in enumerate(answer.token_times) if begin <= answer.sent + at <= end]
+        if len(within) > 1:
+            gaps.append((within[-1][1] - within[0][1]) / (len(within) - 1))
+            behind.append(SHORT + (within[0][0] + within[-1][0]) / 2)
+    if not gaps:
+        raise Unavailable(
+            f"Of {len(answers)} answers at once the first ended before the last began: this machine is busy; profile it idle."
+        )
+    return Answers(len(answers), round(len(answers) * statistics.fmean(behind)), statistics.fmean(gaps))
+
+
+def _median(found: Sequence[Answers]) -> Answers:
+    return sorted(found, key=lambda each: each.gap)[len(found) // 2]

@@ -1,0 +1,118 @@
+"""Steps of the engine alone, timed in a process of its own that keeps to the cores it is given, as a rank's engine does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from ...core.errors import Unavailable
+from ...core.sampling import SamplingParams
+from ...engine.batch import Batch, Draw, Row
+from ...engine.engine import Engine
+from ...engine.prepared import PreparedModel, open_prepared
+from ...engine.weights import TORCH_DTYPE
+from ..process.spec import BLOCK_SIZE
+from ..programs.lent_cores import compute_on
+
+PREFILLS = ((1, 16), (1, 32), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (2, 256), (4, 64), (4, 128), (8, 32))
+"""Batch and length."""
+DECODES = ((1, 16), (1, 512), (1, 1024), (2, 256), (4, 16), (4, 512), (8, 256), (16, 16), (16, 256), (32, 16), (32, 128))
+"""Batch and tokens attended to."""
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step that was timed: the median of its runs, in seconds."""
+
+    what: str
+    batch: int
+    length: int
+    seconds: float
+
+
+def grid(max_context: int) -> list[tuple[str, int, int]]:
+    """What is timed on each number of cores."""
+    both = (("prefill", PREFILLS), ("decode", DECODES))
+    return [(what, batch, length) for what, pairs in both for batch, length in pairs if length < max_context]
+
+
+def timed_steps(model_dir: Path, cores: Sequence[int], repeats: int) -> Iterator[Step]:
+    """Each as it has been timed. `Unavailable` if the process that computes ends before its end."""
+    ear, mouth = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("spawn").Process(target=_time_all, args=(mouth, model_dir, tuple(cores), repeats), daemon=True)
+    child.start()
+    mouth.close()
+    try:
+        while (step := ear.recv()) is not None:
+            yield step
+        child.join()
+    except EOFError:
+        child.join()
+        raise Unavailable(f"The process that timed steps on {len(cores)} cores ended ({child.exitcode}) before it was through.") from None
+    finally:
+        if child.is_alive():
+            child.kill()
+            child.join()
+
+
+def _time_all(pipe: Connection, model_dir: Path, cores: Sequence[int], repeats: int) -> None:
+    compute_on(cores)
+    model = open_prepared(model_dir)
+    steps = grid(model.card.max_context)
+    timed = _Timed(model, steps)
+    for what, batch, length in steps:
+        run = timed.prefill if what == "prefill" else timed.decode
+        pipe.send(Step(what, batch, length, _median(partial(run, batch, length), repeats)))
+    pipe.send(None)
+
+
+class _Timed:
+    """An engine and blocks for the largest batch of `steps`."""
+
+    def __init__(self, model: PreparedModel, steps: Sequence[tuple[str, int, int]]) -> None:
+        tokens = max(batch * (length + BLOCK_SIZE) for _, batch, length in steps)
+        layout = model.card.layout(block_size=BLOCK_SIZE, kv_tokens=tokens)
+        shapes = [
+            (group, (blocks, group.kv_heads, 2, BLOCK_SIZE, group.head_dim))
+            for group, blocks in zip(layout.groups, layout.num_blocks, strict=True)
+        ]
+        caches = [[torch.zeros(shape, dtype=TORCH_DTYPE[model.card.dtype]) for _ in group.layers] for group, shape in shapes]
+        self._engine = Engine(model, caches, block_size=BLOCK_SIZE, max_slots=max(batch for _, batch, _ in steps))
+        draw = random.Random(0)
+        self._scattered = [draw.sample(range(blocks), blocks) for blocks in layout.num_blocks]
+        self._ids = tuple(draw.randrange(3, model.card.vocab_size) for _ in range(max(length for _, length in PREFILLS)))
+        self._engine.warm_up()
+
+    def prefill(self, batch: int, length: int) -> None:
+        self._run(batch, length, 0, self._ids[:length])
+
+    def decode(self, batch: int, context: int) -> None:
+        self._run(batch, context, context - 1, self._ids[:1])
+
+    def _run(self, batch: int, length: int, start: int, ids: tuple[int, ...]) -> None:
+        each = -(-length // BLOCK_SIZE)
+        rows = tuple(
+            Row(slot, start, ids, tuple(tuple(row[slot * each : (slot + 1) * each]) for row in self._scattered), (Draw(GREEDY, 0),))
+            for slot in range(batch)
+        )
+        self._engine.run(Batch(0, rows))
+
+
+def _median(run: Callable[[], None], repeats: int) -> float:
+    run()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)

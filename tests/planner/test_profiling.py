@@ -1,0 +1,103 @@
+"""What `diptych profile` makes of what it has measured; the measuring itself each night."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from diptych.benchmarks.ourselves import Comparison, Figures, table
+from diptych.cluster.cli import app
+from diptych.cluster.planner.latency import step_seconds
+from diptych.cluster.planner.profile import read_profile
+from diptych.cluster.planner.sharing import scaled
+from diptych.cluster.profiling.reckoning import Answers, Prompt, Seen, beside, prompt_seconds, request_seconds, with_serving
+from typer.testing import CliRunner
+from worlds import TIMES
+
+SERVED = TIMES.model_copy(update={"step": 0.002, "step_row": 0.0005})
+
+
+def answers(rows: int, factor: float = 1.0) -> Answers:
+    found = Answers(rows, 50 * rows, 0.0)
+    return Answers(rows, 50 * rows, step_seconds(scaled(SERVED, factor), found.work))
+
+
+def prompts(request: float, factor: float = 1.0) -> tuple[Prompt, ...]:
+    return tuple(Prompt(tokens, request + prompt_seconds(scaled(SERVED, factor), tokens)) for tokens in (64, 256, 448))
+
+
+def test_what_serving_adds_is_found_again() -> None:
+    found = with_serving(TIMES, [answers(1), answers(8)])
+    assert (found.step, found.step_row) == pytest.approx((0.002, 0.0005))
+    assert request_seconds(SERVED, prompts(0.007)) == pytest.approx(0.007)
+
+
+def test_nothing_that_serving_adds_is_negative() -> None:
+    """On a busy machine a step in a cluster can seem shorter than it was alone."""
+    short = [Answers(rows, 50 * rows, 0.9 * step_seconds(TIMES, answers(rows).work)) for rows in (1, 8)]
+    found = with_serving(TIMES, short)
+    assert (found.step, found.step_row) == (0.0, 0.0)
+    assert request_seconds(TIMES, prompts(-1.0)) == 0.0
+
+
+def test_how_each_phase_slows_the_other_is_found_again() -> None:
+    seen = Seen((), (), prompts(0.007, 1.4)[1], answers(4, 1.2), (), ())
+    assert beside(SERVED, SERVED, 0.007, seen) == pytest.approx((1.4, 1.2))
+    none = Seen((), (), prompts(0.007, 0.9)[1], answers(4, 0.9), (), ())
+    assert beside(SERVED, SERVED, 0.007, none) == (1.0, 1.0)
+
+
+def test_a_prompt_in_chunks_takes_a_step_for_each() -> None:
+    assert prompt_seconds(TIMES, 100, 64) == pytest.approx(prompt_seconds(TIMES, 64) + 0.01 + 36e-4 + 36 * (128 + 36) * 1e-9)
+
+
+def figures(**changes: float) -> Figures:
+    return Figures(**{"attainment": 0.9, "goodput": 1.0, "ttft_p50": 0.2, "ttft_p90": 0.4, "tpot_p50": 0.02, "tpot_p90": 0.03} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "around", "missed"),
+    [
+        ({}, (0.9, 0.9), []),
+        ({"attainment": 0.86, "goodput": 1.09, "ttft_p90": 0.45}, (0.9, 0.9), []),
+        ({"attainment": 0.8}, (0.9, 0.9), ["attainment"]),
+        ({"attainment": 0.8}, (0.95, 0.75), []),
+        ({"goodput": 1.2, "tpot_p50": 0.03}, (0.9, 0.9), ["goodput", "tpot_p50"]),
+    ],
+)
+def test_a_figure_beyond_what_is_promised_is_a_miss(changes: dict[str, float], around: tuple[float, float], missed: list[str]) -> None:
+    found = Comparison("apart", 1.0, 50, figures(), figures(**changes), [figures(**changes)], around)
+    assert [miss.split(": ")[1].split()[0] for miss in found.misses()] == missed
+    assert table([found]).count("!") == len(missed)
+
+
+def diptych(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout + result.stderr
+
+
+def test_a_place_that_is_not_there_is_refused_before_anything_is_measured(tiny_gemma3_dir: Path, tmp_path: Path) -> None:
+    status, out = diptych("profile", "--model", str(tiny_gemma3_dir), "--dtype", "float32", "--out", str(tmp_path / "none" / "P.json"))
+    assert status == 2
+    assert "cannot be written: there is no directory" in out
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_this_machine_is_measured_and_then_simulated(tiny_gemma3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out = diptych("profile", "--model", str(tiny_gemma3_dir), "--dtype", "float32", "--out", "P.json", "--repeats", "1")
+    assert status == 0, out
+    known = read_profile(Path("P.json"))
+    assert set(known.links) == {"shm", "gloo"}
+    assert known.cores is not None
+    assert known.basis["overheads.request"] == "measured"
+    Path("plan.yaml").write_text("prefill: {workers: 1}\ndecode: {workers: 1}\nmodel: {dtype: float32}\n")
+    Path("W.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,50,5\n1,40,5\n")
+    status, out = diptych(
+        "simulate", "--profile", "P.json", "--plan", "plan.yaml", "--slo", "ttft=9s,tpot=9s", "--workload", "W.csv", "--json", "OUT"
+    )
+    assert status == 0, out
+    assert json.loads(Path("OUT").read_text())["summary"]["attainment"]["share"] == 1.0

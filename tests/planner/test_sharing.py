@@ -1,0 +1,100 @@
+"""Workers on the cores of one host, in simulation: cores are lent as in production, and each phase slows the other as the profile says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from diptych.cluster.load.workload import Arrival
+from diptych.cluster.planner.latency import StepTimes, Work, step_seconds
+from diptych.cluster.planner.life import Life
+from diptych.cluster.planner.policies import Policies, workers_of
+from diptych.cluster.planner.profile import Cores, Hardware, Link, Overheads, Parallelism, Profile, parse_profile
+from diptych.cluster.planner.sharing import scaled
+from diptych.cluster.planner.world import World
+from diptych.core.config import load_config
+from diptych.decode_worker.scheduler import DecodeScheduler
+from worlds import APART, TIMES, profile
+
+BOTH = scaled(TIMES, 0.5)
+SHARED = profile(
+    parallelisms=(Parallelism(tp=1, times=TIMES, by_cores={1: TIMES, 2: BOTH}, kv_tokens={1: 16000}),),
+    cores=Cores(count=2, prefill_beside=1.5, decode_beside=1.25),
+    links={"shm": Link(bytes_per_s=1e13)},
+    overheads=Overheads(request=0.0, message=0.0),
+)
+APART_HERE = {"prefill": {"workers": 1}, "decode": {"workers": 1}}
+TOGETHER_HERE = {"prefill": {"workers": 0}, "decode": {"workers": 1}, "router": {"local_prefill": "always"}}
+
+
+def shared(config: dict[str, object], known: Profile = SHARED) -> list[Hardware]:
+    return workers_of(load_config({"ray": {"enabled": False}, **config}), known)
+
+
+def served(arrivals: Iterator[Arrival], policies: Policies = APART) -> list[Life]:
+    lives: list[Life] = []
+    world = World(SHARED, shared(APART_HERE), policies, on_end=lives.append)
+    world.run(arrivals)
+    world.check()
+    return sorted(lives, key=lambda life: life.arrival.number)
+
+
+def prompt(tokens: int, times: StepTimes) -> float:
+    return step_seconds(times, Work(tokens=tokens, pairs=tokens * tokens))
+
+
+def test_each_worker_has_the_cores_that_up_would_give_it() -> None:
+    assert [(each.cores, each.times) for each in shared(APART_HERE)] == [(1, TIMES), (1, TIMES)]
+    assert [(each.cores, each.times) for each in shared(TOGETHER_HERE)] == [(2, BOTH)]
+    crowded = shared({"prefill": {"workers": 2}, "decode": {"workers": 1}})
+    assert [each.cores for each in crowded] == [None] * 3, "three ranks on two cores roam, and nothing is lent"
+    assert [each.cores for each in shared(APART_HERE, SHARED.model_copy(update={"cores": None}))] == [None, None]
+    elsewhere = {"ray": {"enabled": True, "address": "auto"}}
+    assert [each.cores for each in shared({**APART_HERE, **elsewhere})] == [None, None]
+
+
+def test_a_prompt_has_the_idle_core_too_and_an_answer_when_it_has_been_idle_for_a_second() -> None:
+    (life,) = served(iter([Arrival(0, 0.0, 100, 101)]))
+    assert life.first is not None
+    assert life.first == pytest.approx(prompt(100, BOTH))
+    now, alone = life.first, life.first + 1.0
+    for step in range(100):
+        now += step_seconds(BOTH if now >= alone else TIMES, Work(rows=1, context=101 + step))
+    assert life.last == pytest.approx(now, abs=1e-4)
+
+
+def test_each_phase_slows_the_other_from_when_it_begins() -> None:
+    """The second prompt comes when the first answer is being written, and is long; the first answer ends within it."""
+    first, second = served(iter([Arrival(0, 0.0, 100, 6), Arrival(1, 0.05, 1000, 2)]), Policies(chunk_tokens=2048, most_running=None))
+    assert first.first is not None
+    assert second.first is not None
+    now = first.first
+    for step in range(5):
+        now += step_seconds(scaled(TIMES, 1.25) if now >= 0.05 else TIMES, Work(rows=1, context=101 + step))
+    assert first.last == pytest.approx(now, abs=1e-4)
+    beside, alone = prompt(1000, scaled(TIMES, 1.5)), prompt(1000, BOTH)
+    done = (now - 0.05) / beside
+    assert 0 < done < 1, "else the answer does not end within the prompt"
+    idle_for_2_ms = 0.002 / prompt(1000, TIMES)
+    left = 1 - done - idle_for_2_ms
+    assert second.first == pytest.approx(now + 0.002 + left * alone, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_stretches_of_steps_change_nothing_here_either(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    draw, at, load = random.Random(seed), 0.0, []
+    for number in range(80):
+        at += draw.expovariate(draw.choice([1.0, 10.0]))
+        load.append(Arrival(number, at, draw.randint(20, 600), draw.randint(1, 120)))
+    fast = [(life.first, life.second, life.last) for life in served(iter(load))]
+    monkeypatch.setattr(DecodeScheduler, "steady", lambda self: 0)
+    assert [(life.first, life.second, life.last) for life in served(iter(load))] == fast
+
+
+def test_times_are_those_of_the_most_cores_measured_that_there_are() -> None:
+    known = SHARED.parallelisms[0]
+    assert [known.on_cores(count) for count in (1, 2, 3)] == [TIMES, BOTH, BOTH]
+    assert Parallelism(tp=1, times=TIMES).on_cores(7) == TIMES
+    assert Parallelism(tp=1, times=TIMES, by_cores={4: BOTH}).on_cores(1) == BOTH
+    assert parse_profile(SHARED.model_dump_json(), "p") == SHARED
