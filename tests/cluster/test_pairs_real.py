@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,8 +32,8 @@ PAIRS = {("prefill-0", "decode-0"), ("prefill-1", "decode-1")}
 TIMES = StepTimes(prefill=PrefillTimes(constant=0.01, token=1e-4, pair=0), decode=DecodeTimes(constant=0.02, context=0, row=0))
 
 
-def plan(model: Path, file: Path) -> Path:
-    """Two pairs, as `diptych plan --affinity low` writes them."""
+def plan(model: Path, file: Path, **ray: str) -> Path:
+    """Two pairs, as `diptych plan --affinity low` writes them, but for what is said of `ray`."""
     card = read_card(model)
     sizes = {"layers": 4, "heads": 4, "kv_heads": 2, "max_context": card.max_context, "kv_token_bytes": 1e3, "weight_bytes": 1e3}
     profile = Profile(
@@ -42,7 +44,7 @@ def plan(model: Path, file: Path) -> Path:
         links={"node": Link(bytes_per_s=1e9)},
     )
     values = config_of(Plan(Shape(1, 1), Shape(1, 1), 2, 2), profile, Policies(local_prefill=LocalPrefill.NEVER, paired=True), None)
-    file.write_text(yaml.safe_dump(values))
+    file.write_text(yaml.safe_dump({**values, "ray": {**values["ray"], **ray}}))
     return file
 
 
@@ -76,6 +78,10 @@ def pids(cluster: Cluster) -> dict[str, int]:
     return {name: pid for name, pid in found.items() if name.startswith(("prefill", "decode")) and pid is not None}
 
 
+def nodes_of(cluster: Cluster) -> dict[str, str]:
+    return {name: listens(pid).rpartition(":")[0] for name, pid in pids(cluster).items()}
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_two_pairs_on_two_nodes(tiny_gemma3_dir: Path, runtime: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +92,7 @@ def test_two_pairs_on_two_nodes(tiny_gemma3_dir: Path, runtime: Path, scratch: P
     ):
         cluster.expect("Ctrl-C ends it.", UP_S)
         state, before = cluster.state(), pids(cluster)
-        nodes = {name: listens(pid).rpartition(":")[0] for name, pid in before.items()}
+        nodes = nodes_of(cluster)
         assert nodes["prefill-0"] == nodes["decode-0"] != nodes["prefill-1"] == nodes["decode-1"]
         assert "pairs: prefill-0 + decode-0, prefill-1 + decode-1" in diptych("status").stdout
 
@@ -104,6 +110,29 @@ def test_two_pairs_on_two_nodes(tiny_gemma3_dir: Path, runtime: Path, scratch: P
         assert len(went(cluster, 4, 8, seed=2000)) == 4, "with what is left, or when they are back"
         wait_for("both again", lambda: all(cluster.output.count(f"{name} is ready") == 2 for name in ("prefill-0", "decode-1")), UP_S)
         wait_for("their pairs", lambda: set(went(cluster, 8, 4, seed=3000)) == PAIRS, UP_S)
-        assert {name: listens(pid).rpartition(":")[0] for name, pid in pids(cluster).items()} == nodes, "each to its partner's node"
+        assert nodes_of(cluster) == nodes, "each to its partner's node"
         assert cluster.end() == 0
         assert nothing_left(state)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_a_pair_moves_together_from_a_node_that_died(
+    tiny_gemma3_dir: Path, runtime: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = plan(tiny_gemma3_dir, runtime.parent / "plan.yaml", placement="spread")
+    with (
+        ray_of_others(scratch, monkeypatch, 4, 2) as address,
+        up(tiny_gemma3_dir, runtime, "-f", str(file), "--address", address) as cluster,
+    ):
+        cluster.expect("Ctrl-C ends it.", UP_S)
+        nodes = nodes_of(cluster)
+        assert nodes["prefill-0"] == nodes["decode-0"] != nodes["prefill-1"] == nodes["decode-1"] == "127.0.0.2"
+        for pid in processes.marked(f"others-{scratch.name}"):
+            if b"raylet/raylet" in (command := Path(f"/proc/{pid}/cmdline").read_bytes()) and b"127.0.0.2" in command:
+                os.kill(pid, signal.SIGKILL)
+        assert len(went(cluster, 8, 8, seed=0)) == 8, "they are answered meanwhile"
+        wait_for("both again", lambda: all(cluster.output.count(f"{name} is ready") == 2 for name in ("prefill-1", "decode-1")), UP_S)
+        assert set(nodes_of(cluster).values()) == {nodes["prefill-0"]}
+        wait_for("its pair", lambda: set(went(cluster, 8, 4, seed=3000)) == PAIRS, UP_S)
+        assert cluster.end() == 0
