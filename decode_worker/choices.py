@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..core.commands import ChoiceFinished, Finished, NewTokens
 from ..core.request import FinishReason, Token
-from ..engine.batch import Draw
+from ..engine.batch import Draw, Drawn
 from ..worker.draws import first_finish, next_draw
 from .sequence import Sequence
 
@@ -63,8 +63,13 @@ def part(trunk: Sequence, first_tokens: Seq[Token], max_context: int, said: Said
 def draws_of(sequence: Sequence) -> tuple[Draw, ...]:
     """Its next token, or the first tokens of the choices it stands for."""
     sampling, index, pending = sequence.request.sampling, sequence.length - sequence.prompt_tokens, sequence.pending > 0
-    choices: Seq[int] = (sequence.choice,)
-    if sequence.shared:
-        choices = [choice for choice in sequence.request.opening if choice not in sequence.stopped]
-    ends = sequence.stop_ids
-    return tuple(next_draw(sampling, index, sequence.tokens, ends, choice=choice, pending=pending) for choice in choices)
+    tokens, ends = sequence.tokens, sequence.stop_ids
+    if not sequence.shared:
+        return (next_draw(sampling, index, tokens, ends, choice=sequence.choice, pending=pending),)
+    choices = [choice for choice in sequence.request.opening if choice not in sequence.stopped]
+    return tuple(next_draw(sampling, index, tokens, ends, choice=choice, pending=pending) for choice in choices)
+
+
+def tokens_of(draws: Seq[Draw], drawn: Seq[Drawn]) -> list[Token]:
+    """What a step has drawn for one of its rows."""
+    return [Token(draw.index, each.token_id, each.logprob, each.top, draw.choice) for draw, each in zip(draws, drawn, strict=True)]

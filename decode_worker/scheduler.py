@@ -31,7 +31,7 @@ from ..engine.slots import Slots
 from ..worker.chunks import chunk_stop
 from ..worker.load import Load, measures
 from .admission import Admission
-from .choices import DecodeOutcome, Said, draws_of, part
+from .choices import DecodeOutcome, Said, draws_of, part, tokens_of
 from .decision import Decision, Draft
 from .growth import Growth
 from .roster import Roster
@@ -221,7 +221,8 @@ class DecodeScheduler:
     def decide(self, now: float) -> Decision | None:
         """The next step, or None if nothing can be computed before something else happens. May be called with steps in flight: a
         row whose last token is not yet known has empty `token_ids`."""
-        draft = Draft(self._chunk_tokens, self._share())
+        decoding = sum([sequence.decoding for sequence in self._roster.running])
+        draft = Draft(self._chunk_tokens, share=-(-decoding // self._stages))
         index = 0
         while index < len(self._roster.running):  # a preemption takes the last away
             self._add_row(draft, self._roster.running[index], may_preempt=True)
@@ -237,10 +238,6 @@ class DecodeScheduler:
         self._step += 1
         forked, self._forked = tuple(self._forked), []
         return Decision(batch, tuple(sequence.attempt_id for sequence, _ in draft.chosen), forked)
-
-    def _share(self) -> int:
-        """How many of those that decode a step takes."""
-        return -(-sum(sequence.decoding for sequence in self._roster.running) // self._stages)
 
     def _add_row(self, draft: Draft, sequence: Sequence, *, may_preempt: bool) -> None:
         """The sequence's next row, if it has one and there are a slot, budget and blocks for it. One that decodes takes its blocks in order
@@ -295,9 +292,7 @@ class DecodeScheduler:
             if table is sequence.table:  # else preempted since
                 sequence.done = row.start + row.length
                 table.publish(sequence.tokens, sequence.done)
-            tokens = tuple(
-                Token(draw.index, each.token_id, each.logprob, each.top, draw.choice) for draw, each in zip(row.draws, drawn, strict=True)
-            )
+            tokens = tokens_of(row.draws, drawn)
             if sequence.shared:
                 if row.start + row.length == len(sequence.tokens):
                     sequence.pending -= 1
@@ -337,24 +332,30 @@ class DecodeScheduler:
         """Whether the next step may be another than the one before it, whatever runs."""
         return bool(self._in_flight or self._pool.copying or (self._admission.waiting and self._seats() and not self._admission.stuck))
 
-    def advance(self, rounds: int, token_id: int, now: float) -> DecodeOutcome:
+    def advance(self, rounds: int, token_id: int) -> bool:
         """As `rounds` (at most `steady()`) times `decide` for all steps of a round, then `complete` for each, where every row draws
-        `token_id`. The outcome has the choices and attempts that end; all that run have `rounds` tokens more, which it does not list."""
-        said, running = Said(), self._roster.running
+        `token_id`. Whether some have all their tokens by that: these end with `retire`, when the last round is over."""
         if not rounds:
-            return said.outcome()
-        if self._may_change() or not 0 < rounds <= min([sequence.limit - len(sequence.tokens) for sequence in running], default=0):
+            return False
+        running = self._roster.running
+        soonest = min([sequence.limit - len(sequence.tokens) for sequence in running], default=0)
+        if self._may_change() or not 0 < rounds <= soonest:
             raise ValueError(f"{rounds} rounds; {self.steady()} are steady")
-        for sequence in running:
-            if sequence.slot < 0:
-                self._growth.seat(sequence)
-        self._step += rounds * -(-len(running) // self._share())
+        for sequence in [sequence for sequence in running if sequence.slot < 0]:
+            self._growth.seat(sequence)
+        rows = len(running)
+        self._step += rounds * -(-rows // -(-rows // self._stages))
         advance_rows(self._pool, running, rounds, token_id, self._step - 1)
         self._admission.look(self._seats())
-        for sequence in [sequence for sequence in running if len(sequence.tokens) == sequence.limit]:
+        self._short = False
+        return rounds == soonest
+
+    def retire(self) -> DecodeOutcome:
+        """Choices and attempts that end with the rounds that `advance` has made; the tokens of these are not listed."""
+        said = Said()
+        for sequence in [sequence for sequence in self._roster.running if len(sequence.tokens) == sequence.limit]:
             said.choices.append(ChoiceFinished(sequence.attempt_id, sequence.choice, FinishReason.LENGTH))
             self._end(sequence, said)
-        self._short = False
         return said.outcome()
 
     @property

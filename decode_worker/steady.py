@@ -46,33 +46,38 @@ def advance_rows(pool: BlockPool, running: Seq[Sequence], rounds: int, token_id:
     few rows, and most rounds at none. The order of changes is that of single steps, or the pool would not be the same afterwards: the first
     of a round takes the blocks of all, while nothing is in flight, and its last publishes what has become whole.
     """
-    size, windowed = pool.block_size, any(group.window for group in pool.groups)
-    opens = tuple({0} | {(group.window - 1) % size for group in pool.groups if group.window})
+    size, windows = pool.block_size, [group.window for group in pool.groups if group.window]
+    drawn = [token_id] * rounds
     changing: dict[int, list[Sequence]] = {}
     filling: dict[int, list[Sequence]] = {}
     for sequence in running:
-        sequence.tokens += [token_id] * rounds
         decided = sequence.decided
-        aheads = [(place - decided) % size for place in opens]
-        if windowed and 0 not in aheads and not sequence.table.ready(decided, decided + 1):  # after a chunk
-            aheads.append(0)
-        for ahead in aheads:
+        opens = -decided % size
+        for ahead in _changes(sequence, windows, size) if windows else (opens,):
             if ahead < rounds:
                 changing.setdefault(ahead, []).append(sequence)
-        if (ahead := (size - 1 - decided) % size) < rounds:
-            filling.setdefault(ahead, []).append(sequence)
+        if (fills := (opens - 1) % size) < rounds:
+            filling.setdefault(fills, []).append(sequence)
+        sequence.tokens += drawn
+        sequence.decided = sequence.done = decided + rounds
     turns = sorted({*changing, *filling})
     for cycle in range(0, rounds, size):
         for turn in turns:
             if (ahead := cycle + turn) >= rounds:
                 break
             for sequence in changing.get(turn, ()):
-                sequence.table.slide(sequence.decided + ahead)
-                enough = sequence.table.extend(sequence.decided + ahead + 1, sequence.decided + ahead)
+                position = sequence.decided - rounds + ahead
+                sequence.table.slide(position)
+                enough = sequence.table.extend(position + 1, position)
                 assert enough, "not steady"
             for sequence in filling.get(turn, ()):
-                sequence.table.publish(sequence.tokens, sequence.decided + ahead + 1)
-    for sequence in running:
-        sequence.decided = sequence.done = sequence.decided + rounds
+                sequence.table.publish(sequence.tokens, sequence.decided - rounds + ahead + 1)
     pool.submitted(last_step)
     pool.completed(last_step)
+
+
+def _changes(sequence: Sequence, windows: Seq[int], size: int) -> set[int]:
+    """In which of the next `size` rounds its table changes: a block opens or leaves a window; in the first, if a chunk went past that."""
+    decided = sequence.decided
+    changes = {-decided % size, *((window - 1 - decided) % size for window in windows)}
+    return changes if sequence.table.ready(decided, decided + 1) else changes | {0}

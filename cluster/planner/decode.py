@@ -61,7 +61,7 @@ class DecodeWorker(Worker):
         self._flying: list[Decision] = []
         self._round = self._rows = 0
         self._began = 0.0
-        self._busy = False
+        self._busy = self._ending = False
         self._ahead = policies.ahead > 0 and hardware.pp == 1
         self._late: list[Callable[[], None]] = []
         """What has come too late for the next round."""
@@ -203,38 +203,29 @@ class DecodeWorker(Worker):
         self._start(stretch.times.seconds(count))
 
     def _settle(self) -> None:
-        """A message has come: of a stretch the rounds that have begun by now are made, and the last of them goes on. If that is the last of
-        all, it is only decided: those that end in it have not ended yet."""
+        """A message has come: of a stretch the rounds that have begun by now are made, and the last of them goes on."""
         if (stretch := self._stretch) is None:
             return
-        times = stretch.times
-        begun = times.begun(self.now - stretch.begun, stretch.count)
-        last = begun == stretch.count
-        self._make(stretch, begun - last)
-        if last:
-            self._began = stretch.begun + times.seconds(begun - 1)
-            joined = self._joined
-            self._decide()
-            self._joined = joined
-        else:
+        begun = stretch.times.begun(self.now - stretch.begun, stretch.count)
+        self._make(stretch, begun)
+        if begun < stretch.count:
             self._round += 1
-            self.agenda.at(stretch.begun + times.seconds(begun), self._over, self._round)
+            self.agenda.at(stretch.begun + stretch.times.seconds(begun), self._over, self._round)
 
-    def _make(self, stretch: Stretch, rounds: int) -> bool:
-        """Whether some have ended."""
+    def _make(self, stretch: Stretch, rounds: int) -> None:
         self._stretch = None
-        outcome = self.scheduler.advance(rounds, TOKEN, self.now)
+        self._ending = self.scheduler.advance(rounds, TOKEN)
         self._itl.add_rising(stretch.times.first, stretch.times.more, rounds, stretch.rows)
         self.course.busy += stretch.times.seconds(rounds)
-        return self._take(outcome)
 
     def _over(self, number: int) -> None:
         """The round by that number has ended, if it is still that which runs."""
         if number != self._round:
             return
         self._busy = False
-        stretch = self._stretch
-        self._turn(told=self._make(stretch, stretch.count) if stretch is not None else self._complete())
+        if (stretch := self._stretch) is not None:
+            self._make(stretch, stretch.count)
+        self._turn(told=self._complete())
         late, self._late = self._late, []
         for call in late:
             call()
@@ -242,8 +233,11 @@ class DecodeWorker(Worker):
             self.place.end()
 
     def _complete(self) -> bool:
-        """The steps in flight, if there are any, have run; whether some have ended."""
-        seconds, rows, ended = self.now - self._began, 0, False
+        """The steps in flight, or the last round of a stretch, have run; whether some have ended."""
+        seconds, rows, ended = self.now - self._began, 0, self._ending
+        if ended:
+            self._ending = False
+            self._take(self.scheduler.retire())
         flying, self._flying = self._flying, []
         if flying:
             self.course.busy += seconds

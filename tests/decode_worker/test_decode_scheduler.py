@@ -464,7 +464,9 @@ def test_advance_is_that_many_rounds_of_single_steps(
             worker.grant()
     fast, slow = (worker.scheduler for worker in twins)
     rounds, rows = math.ceil(fast.steady() * share), fast.rows
-    advanced = fast.advance(rounds, 7, 0.0)
+    all_of_some = fast.advance(rounds, 7)
+    advanced = fast.retire()
+    assert all_of_some == bool(advanced.choices)
     choices: list[ChoiceFinished] = []
     finished: list[Finished] = []
     for _ in range(rounds):
@@ -497,7 +499,7 @@ def test_steady_ends_before_memory_does_and_while_others_could_start() -> None:
     worker.expect("c", prompt(60, 3), local=True, max_tokens=2)
     assert worker.scheduler.steady() == 0, "there is a seat, memory may come"
     with pytest.raises(ValueError, match="steady"):
-        worker.scheduler.advance(1, 7, 0.0)
+        worker.scheduler.advance(1, 7)
     worker.drain()
 
 

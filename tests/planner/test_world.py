@@ -12,7 +12,6 @@ from diptych.cluster.planner.latency import Work, step_seconds
 from diptych.cluster.planner.life import Life
 from diptych.cluster.planner.profile import Link
 from diptych.core.fleet import LocalPrefill
-from diptych.decode_worker.choices import DecodeOutcome
 from diptych.decode_worker.scheduler import DecodeScheduler
 from worlds import APART, TIMES, evenly, run, workers
 
@@ -71,9 +70,9 @@ def test_stretches_of_steps_change_nothing_but_the_time_that_simulating_takes(mo
     made: list[int] = []
     advance = DecodeScheduler.advance
 
-    def counting(self: DecodeScheduler, rounds: int, token_id: int, now: float) -> DecodeOutcome:
+    def counting(self: DecodeScheduler, rounds: int, token_id: int) -> bool:
         made.append(rounds)
-        return advance(self, rounds, token_id, now)
+        return advance(self, rounds, token_id)
 
     monkeypatch.setattr(DecodeScheduler, "advance", counting)
     fast, lives = run(iter(load), hardware, policies)
