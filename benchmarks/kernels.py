@@ -30,12 +30,13 @@ from diptych.kernels.paged_attention import attend
 from diptych.kernels.paging import Paging
 from diptych.kernels.residual_norm import residual_norm, residual_norm_torch
 from diptych.kernels.rotary_store import rotary_store, rotary_store_torch
-from diptych.kernels.sampling import draw, draw_at_once
+from diptych.kernels.sampling import Ask, draw, draw_torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BLOCK, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MLP = 16, 32, 8, 128, 4096, 14_336
 BATCHES, CONTEXTS, TOKENS = (1, 16, 64, 256), (1024, 8192, 32_768), (1, 64, 4096)
+DRAWN = (1, 16)
 PREFILLS = ((0, 2048), (0, 8192), (6144, 2048))
 FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
@@ -78,7 +79,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
     for tokens in sizes.tokens:
         yield from small(tokens, dtype, device)
     yield moves(sizes.moved, dtype, device)
-    yield drawing(sizes.vocabulary, dtype, device)
+    yield from (drawing(rows, sizes.vocabulary, dtype, device) for rows in DRAWN)
     for context in sizes.contexts:
         yield from (decode(batch, context, dtype, device) for batch in sizes.batches)
     for start, length in sizes.prefills:
@@ -114,12 +115,11 @@ def moves(size: int, dtype: torch.dtype, device: torch.device) -> Case:
     return Case("move_rows", f"{len(source)} blocks", move, twin, 2 * source.nbytes)
 
 
-def drawing(vocabulary: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """One row, at a temperature and without limits, with the upload of what is asked; the sampler draws row by row."""
-    logits, noise = torch.randn(vocabulary, dtype=dtype, device=device), Noise(1, 0, 0)
-    run = lambda: draw(logits, noise, temperature=0.8, top_k=0, top_p=1.0)  # noqa: E731
-    twin = lambda: draw_at_once(logits.float() / 0.8, noise, top_k=0, top_p=1.0, min_p=0.0)  # noqa: E731
-    return Case("draw", f"1 x {vocabulary}", run, twin, logits.nbytes)
+def drawing(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """At a temperature and without limits, with the upload of what is asked; torch draws row by row."""
+    logits, asks = torch.randn(rows, vocabulary, dtype=dtype, device=device), [Ask(row, Noise(1, 0, row), 0.8) for row in range(rows)]
+    twin = lambda: [draw_torch(logits[ask.row], ask) for ask in asks]  # noqa: E731
+    return Case("draw", f"{rows} x {vocabulary}", lambda: draw(logits, asks), twin, logits.nbytes)
 
 
 def paged(sequences: int, context: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[list[int]]]:

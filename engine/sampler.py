@@ -1,5 +1,4 @@
-"""From logits to drawn tokens, row by row as each asked. The host waits for the logits' device once for all rows, and once for each
-draw that wants log-probabilities."""
+"""From logits to drawn tokens: all draws of a step in one go, each as it asks. The host waits for the logits' device once."""
 
 from __future__ import annotations
 
@@ -11,73 +10,109 @@ from torch import Tensor
 from ..kernels.argmax import argmax
 from ..kernels.noise import Noise
 from ..kernels.penalties import Seen, penalise
-from ..kernels.sampling import draw, log_probabilities
+from ..kernels.sampling import Ask, draw, log_probabilities
+from ..kernels.sent import sent
 from .batch import Draw, Drawn
+
+Wanted = tuple[int, Draw, Seen | None]
+"""A draw, of which row of the logits, and what its penalties count, if it has any."""
 
 
 def sample(logits: Tensor, draws: Sequence[Sequence[Draw]], seen: Sequence[Sequence[Seen | None]]) -> list[tuple[Drawn, ...]]:
     """The tokens drawn from each row of logits [rows, vocab] (any dtype; all arithmetic on them is fp32), one for each of `draws[row]`.
     `seen[row][i]`: what the penalties of `draws[row][i]` count, if it has any."""
-    rows = zip(logits, draws, seen, choose(logits, draws, seen), strict=True)
-    return [tuple(_drawn(row, *each) for each in zip(wanted, tokens, strict=True)) for row, wanted, _, tokens in rows]
-
-
-def choose(logits: Tensor, draws: Sequence[Sequence[Draw]], seen: Sequence[Sequence[Seen | None]]) -> list[list[int]]:
-    """The tokens alone."""
-    tokens = chosen(logits, draws, seen)
-    answer = iter(tokens.tolist())
-    return [[next(answer) for _ in each] for each in draws]
+    wanted = _listed(draws, seen)
+    drawn = iter(_with_log_probabilities(logits, wanted, _tokens(logits, wanted)))
+    return [tuple([next(drawn) for _ in each]) for each in draws]
 
 
 def chosen(logits: Tensor, draws: Sequence[Sequence[Draw]], seen: Sequence[Sequence[Seen | None]]) -> Tensor:
-    """The same, one behind the other, int64 on the logits' device, which need not have computed them yet."""
-    plain = [[_is_likeliest(draw_, counted) for draw_, counted in zip(*each, strict=True)] for each in zip(draws, seen, strict=True)]
-    likeliest = argmax(logits) if any(any(each) for each in plain) else None
-    if likeliest is not None and all(len(each) == 1 and each[0] for each in plain):
-        return likeliest
-    tokens = []
-    for row, (wanted, counts, simple) in enumerate(zip(draws, seen, plain, strict=True)):
-        for draw_, counted, best in zip(wanted, counts, simple, strict=True):
-            tokens.append(likeliest[row] if best and likeliest is not None else _token(logits[row], draw_, counted))
-    return torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64)
+    """The tokens alone, one behind the other, int64 on the logits' device, which need not have computed them yet."""
+    return _tokens(logits, _listed(draws, seen))
 
 
-def _is_likeliest(draw_: Draw, seen: Seen | None) -> bool:
-    return draw_.sampling.greedy and not _changes(draw_, seen)
+def _listed(draws: Sequence[Sequence[Draw]], seen: Sequence[Sequence[Seen | None]]) -> list[Wanted]:
+    pairs = enumerate(zip(draws, seen, strict=True))
+    return [(row, draw_, counted) for row, each in pairs for draw_, counted in zip(*each, strict=True)]
 
 
-def _changes(draw_: Draw, seen: Seen | None) -> bool:
-    return bool(seen or draw_.sampling.logit_bias or draw_.banned)
+def _tokens(logits: Tensor, wanted: Sequence[Wanted]) -> Tensor:
+    """Bias, penalties and bans change copies of the rows; all else is drawn from the logits as they are."""
+    changed = [place for place, (_, draw_, counted) in enumerate(wanted) if counted or draw_.sampling.logit_bias or draw_.banned]
+    if not changed:
+        return _drawn_from(logits, [(row, draw_) for row, draw_, _ in wanted])
+    some = [wanted[place] for place in changed]
+    tokens = _drawn_from(_changed(logits, some), [(place, draw_) for place, (_, draw_, _) in enumerate(some)])
+    others = [place for place in range(len(wanted)) if place not in changed]
+    return _placed([(changed, tokens), (others, _drawn_from(logits, [wanted[place][:2] for place in others]))])
 
 
-def _drawn(logits: Tensor, draw_: Draw, token: int) -> Drawn:
-    count = draw_.sampling.logprobs
-    return Drawn(token) if count is None else Drawn(token, *log_probabilities(logits, token, count))
+def _drawn_from(logits: Tensor, wanted: Sequence[tuple[int, Draw]]) -> Tensor:
+    """The likeliest token of those that are greedy, and the others drawn."""
+    greedy = [place for place, (_, draw_) in enumerate(wanted) if draw_.sampling.greedy]
+    if len(greedy) == len(wanted) and [row for row, _ in wanted] == list(range(len(logits))):
+        return argmax(logits)
+    rows = sent(torch.tensor([wanted[place][0] for place in greedy], dtype=torch.int64), logits.device)
+    asked = [place for place, (_, draw_) in enumerate(wanted) if not draw_.sampling.greedy]
+    asks = [_ask(*wanted[place]) for place in asked]
+    if not greedy:
+        return draw(logits, asks)
+    return _placed([(greedy, argmax(logits).index_select(0, rows)), (asked, draw(logits, asks))])
 
 
-def _token(logits: Tensor, draw_: Draw, seen: Seen | None) -> Tensor:
+def _ask(row: int, draw_: Draw) -> Ask:
     sampling = draw_.sampling
-    adjusted = _adjusted(logits, draw_, seen) if _changes(draw_, seen) else logits
-    if sampling.greedy:
-        return adjusted.argmax()
     noise = Noise(seed=sampling.seed or 0, choice=draw_.choice, index=draw_.index)
-    return draw(adjusted, noise, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+    return Ask(row, noise, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
-def _adjusted(logits: Tensor, draw_: Draw, seen: Seen | None) -> Tensor:
-    """Logits after bias, penalties and bans, as a copy in fp32."""
-    sampling, logits = draw_.sampling, logits.to(torch.float32, copy=True)
-    if sampling.logit_bias:
-        tokens, biases = zip(*sampling.logit_bias, strict=True)
-        logits[torch.tensor(tokens, device=logits.device)] += torch.tensor(biases, dtype=torch.float32, device=logits.device)
-    if seen:
-        penalise(
-            logits,
-            seen,
-            repetition=sampling.repetition_penalty,
-            presence=sampling.presence_penalty,
-            frequency=sampling.frequency_penalty,
-        )
-    if draw_.banned:
-        logits[torch.tensor(sorted(draw_.banned), device=logits.device)] = -torch.inf
-    return logits
+def _placed(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
+    """Tokens at their places, of which each is in one part."""
+    order = torch.tensor([place for places, _ in parts for place in places]).argsort()
+    tokens = torch.cat([each for _, each in parts])
+    return tokens.index_select(0, sent(order, tokens.device))
+
+
+def _changed(logits: Tensor, wanted: Sequence[Wanted]) -> Tensor:
+    """The rows that are wanted after bias, penalties and bans, one for each, copies in fp32."""
+    device, vocab = logits.device, logits.shape[1]
+    rows = [row for row, _, _ in wanted]
+    picked = logits if rows == list(range(len(logits))) else logits.index_select(0, sent(torch.tensor(rows), device))
+    changed = picked.to(torch.float32, copy=True)
+    flat = changed.view(-1)
+    biases = [(place * vocab + token, bias) for place, (_, draw_, _) in enumerate(wanted) for token, bias in draw_.sampling.logit_bias]
+    if biases:
+        places, values = zip(*biases, strict=True)
+        flat.index_add_(0, sent(torch.tensor(places), device), sent(torch.tensor(values, dtype=torch.float32), device))
+    _penalise(changed, wanted)
+    banned = [place * vocab + token for place, (_, draw_, _) in enumerate(wanted) for token in sorted(draw_.banned)]
+    if banned:
+        flat.index_fill_(0, sent(torch.tensor(banned), device), -torch.inf)
+    return changed
+
+
+def _penalise(changed: Tensor, wanted: Sequence[Wanted]) -> None:
+    penalised = [(place, draw_.sampling, counted) for place, (_, draw_, counted) in enumerate(wanted) if counted]
+    if not penalised:
+        return
+    factors = [(each.repetition_penalty, each.presence_penalty, each.frequency_penalty) for _, each, _ in penalised]
+    rows = sent(torch.tensor([place for place, _, _ in penalised]), changed.device)
+    penalise(changed, [counted for _, _, counted in penalised], rows, sent(torch.tensor(factors, dtype=torch.float32), changed.device))
+
+
+def _with_log_probabilities(logits: Tensor, wanted: Sequence[Wanted], tokens: Tensor) -> list[Drawn]:
+    """What was drawn, in this host's memory, which waits for it once; with log-probabilities of the logits as they were where they are
+    asked for."""
+    asked = [place for place, (_, draw_, _) in enumerate(wanted) if draw_.sampling.logprobs is not None]
+    if not asked:
+        return [Drawn(token) for token in tokens.tolist()]
+    counts = [wanted[place][1].sampling.logprobs or 0 for place in asked]
+    numbers = sent(torch.tensor([[place, wanted[place][0]] for place in asked]), logits.device)
+    table = log_probabilities(logits, numbers[:, 1].contiguous(), tokens.index_select(0, numbers[:, 0]), most := max(counts))
+    told = torch.cat((tokens.double(), table.flatten())).tolist()
+    drawn = [Drawn(int(token)) for token in told[: len(wanted)]]
+    for number, (place, count) in enumerate(zip(asked, counts, strict=True)):
+        own, total, *rest = told[len(wanted) + number * (2 + 2 * most) :][: 2 + 2 * most]
+        top = zip(rest[most : most + count], rest[:count], strict=True)
+        drawn[place] = Drawn(drawn[place].token_id, own - total, tuple([(int(token), value - total) for token, value in top]))
+    return drawn

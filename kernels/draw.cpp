@@ -1,4 +1,4 @@
-// The largest of logit / temperature + Gumbel noise, without most of the noise (noise.py says how it is made, and why).
+// Of each draw the largest of logit / temperature + Gumbel noise, without most of the noise (noise.py says how it is made, and why).
 #include <vector>
 
 #include "vectors.h"
@@ -67,6 +67,8 @@ struct Draw {
     int64_t n;
     float temperature;
     uint64_t seed, choice, index;
+    float floor;
+    int64_t last;
     float best = -INFINITY;
     int64_t token = 0;
 
@@ -115,6 +117,7 @@ struct Draw {
             for (int64_t i = 0; i < 4 * EIGHT; i++) {
                 const int64_t within = start + i, t = group * GROUP + within;
                 if (t >= n) return;
+                if (at(t) < floor || (at(t) == floor && t > last)) continue;
                 const float more = within == place ? 0.0f : exponential_of(words.word[i % 4][i / 4]);
                 const float noise = std::fmin(-logf(more + least), cap), sum = at(t) / temperature + noise;
                 if (sum > best || (sum == best && t < token)) {
@@ -136,23 +139,38 @@ struct Draw {
                 const int64_t lane = (g - start) / 2;
                 const float most = largest_of(g);
                 if (most != most) return first_odd(g);
-                bounds[g] = most / temperature + (g % 2 ? odd[lane] : even[lane]) + SLACK;
+                bounds[g] = most < floor ? -INFINITY : most / temperature + (g % 2 ? odd[lane] : even[lane]) + SLACK;
                 highest = bounds[g] > bounds[highest] ? g : highest;
             }
         }
         look(highest);
         for (int64_t g = 0; g < groups; g++)
-            if (bounds[g] >= best && g != highest) look(g);
+            if (bounds[g] >= best && bounds[g] > -INFINITY && g != highest) look(g);
         return token;
     }
 };
 
+constexpr int64_t ASKED = 5;
+
+template <typename T>
+int64_t drawn(const T* logits, int64_t n, int64_t stride, const int64_t* ask, float floor, int64_t last) {
+    float temperature;
+    std::memcpy(&temperature, ask + 3, sizeof(temperature));
+    return Draw<T>{logits + ask[4] * stride, n, temperature, (uint64_t)ask[0], (uint32_t)ask[1], (uint32_t)ask[2], floor, last}.drawn();
+}
+
 }  // namespace
 
-// token [1] of logits [n], bf16 or, if `wide`, fp32: the first of equal sums, or of those that are no number. Key and counter of the noise as in noise.py.
-extern "C" void diptych_draw(int64_t* token, const void* logits, int64_t wide, int64_t n, float temperature, uint64_t seed, int64_t choice,
-                             int64_t index) {
-    const uint64_t c = (uint32_t)choice, i = (uint32_t)index;
-    *token = wide ? Draw<float>{(const float*)logits, n, temperature, seed, c, i}.drawn()
-                  : Draw<bf16>{(const bf16*)logits, n, temperature, seed, c, i}.drawn();
+// tokens [count] of logits [rows, n], whose rows lie `stride` apart, bf16 or, if `wide`, fp32: the first of equal sums, or of those that are no
+// number. asks [count, ASKED]: seed, choice and index of the noise (noise.py), the temperature's bits, the row. floors, lasts [count], or null: as
+// in gpu/draw.py.
+extern "C" void diptych_draw(int64_t* tokens, const void* logits, int64_t wide, int64_t n, int64_t stride, const int64_t* asks,
+                             const float* floors, const int64_t* lasts, int64_t count, int64_t threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && count > 1)
+    for (int64_t i = 0; i < count; i++) {
+        const float floor = floors ? floors[i] : -INFINITY;
+        const int64_t last = lasts ? lasts[i] : n;
+        tokens[i] = wide ? drawn((const float*)logits, n, stride, asks + i * ASKED, floor, last)
+                         : drawn((const bf16*)logits, n, stride, asks + i * ASKED, floor, last);
+    }
 }

@@ -1,4 +1,4 @@
-// The k largest of a row, and the logarithm of the sum of all exponentials.
+// Of rows the k largest, and the logarithm of the sum of all exponentials.
 #include <algorithm>
 #include <vector>
 
@@ -73,15 +73,21 @@ float log_total(const T* x, int64_t n, float temperature) {
 
 }  // namespace
 
-// values, tokens [k] of logits [n], bf16 or, if `wide`, fp32, divided by the temperature: the largest first, of equal ones the first.
-// kept: how many there are, fewer than k only where some are no numbers.
-extern "C" void diptych_likeliest(float* values, int64_t* tokens, int64_t* kept, const void* logits, int64_t wide, int64_t n, int64_t k,
-                                  float temperature) {
-    *kept = wide ? likeliest(values, tokens, (const float*)logits, n, k, temperature)
-                 : likeliest(values, tokens, (const bf16*)logits, n, k, temperature);
+// values, tokens [count, k] of rows `rows` [count] of logits, bf16 or, if `wide`, fp32, which have n each and lie `stride` apart, divided by
+// temperatures [count]: the largest first, of equal ones the first. kept [count]: how many there are, fewer than k only where some are no numbers.
+extern "C" void diptych_likeliest(float* values, int64_t* tokens, int64_t* kept, const void* logits, int64_t wide, int64_t n, int64_t stride,
+                                  const int64_t* rows, const float* temperatures, int64_t count, int64_t k, int64_t threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && count > 1)
+    for (int64_t i = 0; i < count; i++)
+        kept[i] = wide ? likeliest(values + i * k, tokens + i * k, (const float*)logits + rows[i] * stride, n, k, temperatures[i])
+                       : likeliest(values + i * k, tokens + i * k, (const bf16*)logits + rows[i] * stride, n, k, temperatures[i]);
 }
 
-// log of the sum of e to the logit / temperature.
-extern "C" void diptych_log_total(float* total, const void* logits, int64_t wide, int64_t n, float temperature) {
-    *total = wide ? log_total((const float*)logits, n, temperature) : log_total((const bf16*)logits, n, temperature);
+// totals [count]: of each row the log of the sum of e to the logit / temperature.
+extern "C" void diptych_log_totals(float* totals, const void* logits, int64_t wide, int64_t n, int64_t stride, const int64_t* rows,
+                                   const float* temperatures, int64_t count, int64_t threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && count > 1)
+    for (int64_t i = 0; i < count; i++)
+        totals[i] = wide ? log_total((const float*)logits + rows[i] * stride, n, temperatures[i])
+                         : log_total((const bf16*)logits + rows[i] * stride, n, temperatures[i]);
 }

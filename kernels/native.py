@@ -60,7 +60,7 @@ class Native:
     copy_few: Kernel
     draw: Kernel
     likeliest: Kernel
-    log_total: Kernel
+    log_totals: Kernel
     bind: Kernel
 
 
@@ -162,10 +162,10 @@ def _load(path: Path) -> Native:
         argmax=_kernel(alone.diptych_argmax, _P, _P, _I, _I, _I),
         copy_runs=_kernel(together.diptych_copy_runs, _P, _I, _I),
         copy_few=_kernel(alone.diptych_copy_runs, _P, _I, _I),
-        likeliest=_kernel(alone.diptych_likeliest, _P, _P, _P, _P, _I, _I, _I, _F),
-        log_total=_kernel(alone.diptych_log_total, _P, _P, _I, _I, _F),
+        likeliest=_kernel(alone.diptych_likeliest, _P, _P, _P, _P, _I, _I, _I, _P, _P, _I, _I, _I),
+        log_totals=_kernel(alone.diptych_log_totals, _P, _P, _I, _I, _I, _P, _P, _I, _I),
         bind=_kernel(together.diptych_bind, _P, _I),
-        draw=_kernel(alone.diptych_draw, _P, _P, _I, _I, _F, ctypes.c_uint64, _I, _I),
+        draw=_kernel(alone.diptych_draw, _P, _P, _I, _I, _I, _P, _P, _P, _I, _I),
     )
 
 

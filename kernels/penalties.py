@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .sent import sent
+
 
 class Seen:
     """The distinct tokens of a sequence, `tokens` (int64 [n]), and how often its output holds each, `counts` (fp32 [n]).
@@ -30,10 +32,16 @@ class Seen:
         self.counts[place] += 1.0
 
 
-def penalise(logits: Tensor, seen: Seen, *, repetition: float, presence: float, frequency: float) -> None:
-    """Lower fp32 logits [vocab] in place. Repetition first, over prompt and output (Keskar et al., "CTRL", 2019, section 4.1); then
-    frequency and presence, over the output (OpenAI: logit - frequency * count - presence * [count > 0])."""
-    values = logits[seen.tokens]
-    if repetition != 1.0:
-        values = torch.where(values > 0, values / repetition, values * repetition)
-    logits[seen.tokens] = values - (frequency * seen.counts + presence * (seen.counts > 0))
+def penalise(logits: Tensor, seen: Sequence[Seen], rows: Tensor, factors: Tensor) -> None:
+    """Lower fp32 logits [rows, vocab] in place: row `rows[i]` (int64 [n], distinct) by what `seen[i]` holds and by factors[i], fp32 [n, 3]:
+    repetition, presence, frequency. Repetition first, over prompt and output (Keskar et al., "CTRL", 2019, section 4.1); then frequency and
+    presence, over the output (OpenAI: logit - frequency * count - presence * [count > 0])."""
+    tokens, counts = torch.cat([each.tokens for each in seen]), torch.cat([each.counts for each in seen])
+    owners = [torch.full((each.tokens.shape[0],), number) for number, each in enumerate(seen)]
+    owner = sent(torch.cat(owners), logits.device)
+    places = rows.index_select(0, owner) * logits.shape[1] + tokens
+    repetition, presence, frequency = factors.index_select(0, owner).unbind(1)
+    flat = logits.view(-1)
+    values = flat.index_select(0, places)
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    flat.index_copy_(0, places, values - (frequency * counts + presence * (counts > 0)))

@@ -1,6 +1,6 @@
-"""Drawing tokens on a GPU: temperature, limits, Gumbel noise and the largest sum, in one pass over the logits of all rows.
+"""Drawing tokens on a GPU: temperature, limits, Gumbel noise and the largest sum, of all draws in one pass over the logits.
 
-The noise is that of noise.py, made where it is added. The twin is `draw_at_once`.
+The noise is that of noise.py, made where it is added. The twin is `draw_torch`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ def _draw_chunk(
     GROUP: tl.constexpr,
 ) -> None:
     GROUPS: tl.constexpr = CHUNK // GROUP
-    row, chunk = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    seed = tl.load(ask_ptr + row * 4)
-    choice, index = tl.load(ask_ptr + row * 4 + 1).to(tl.uint32), tl.load(ask_ptr + row * 4 + 2).to(tl.uint32)
-    temperature = tl.load(ask_ptr + row * 4 + 3).to(tl.int32).to(tl.float32, bitcast=True)
+    number, chunk = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    ask_ptr += number * 5
+    seed = tl.load(ask_ptr)
+    choice, index = tl.load(ask_ptr + 1).to(tl.uint32), tl.load(ask_ptr + 2).to(tl.uint32)
+    temperature = tl.load(ask_ptr + 3).to(tl.int32).to(tl.float32, bitcast=True)
+    row = tl.load(ask_ptr + 4)
 
     group = chunk * GROUPS + tl.arange(0, GROUPS)
     zero = tl.zeros([GROUPS], tl.uint32)
@@ -65,42 +67,42 @@ def _draw_chunk(
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = token < vocab
     logits = tl.load(logits_ptr + row * row_stride + token, mask=inside, other=float("-inf")).to(tl.float32)
-    scaled = tl.div_rn(logits, temperature + tl.zeros([GROUPS, GROUP], tl.float32))  # as torch divides: floors are among these
+    scaled = tl.div_rn(logits, temperature + tl.zeros([GROUPS, GROUP], tl.float32))  # as on a CPU
     if LIMITED:
-        floor, last = tl.load(floor_ptr + row), tl.load(last_ptr + row)
-        kept = (scaled > floor) | ((scaled == floor) & (token <= last))
-        scaled = tl.where(kept | (scaled != scaled), scaled, float("-inf"))
+        floor, last = tl.load(floor_ptr + number), tl.load(last_ptr + number)
+        kept = (logits > floor) | ((logits == floor) & (token <= last))
+        scaled = tl.where(kept | (logits != logits), scaled, float("-inf"))
     sums = scaled + noise
     sums = tl.where(sums == sums, sums, float("inf"))  # what is no number wins, as in argmax
     flat = tl.reshape(sums, [CHUNK])
     winner = tl.argmax(flat, axis=0)
-    at = row * tl.num_programs(0) + chunk
+    at = number * tl.num_programs(0) + chunk
     tl.store(best_ptr + at, tl.max(flat, axis=0))
     tl.store(token_ptr + at, (chunk * CHUNK + winner).to(tl.int64))
 
 
 @triton.jit
 def _best_chunk(out_ptr: tl.tensor, best_ptr: tl.tensor, token_ptr: tl.tensor, chunks: tl.tensor, CHUNKS: tl.constexpr) -> None:
-    row = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, CHUNKS)
-    best = tl.load(best_ptr + row * chunks + at, mask=at < chunks, other=float("-inf"))
+    best = tl.load(best_ptr + number * chunks + at, mask=at < chunks, other=float("-inf"))
     winner = tl.argmax(best, axis=0)
-    tl.store(out_ptr + row, tl.load(token_ptr + row * chunks + winner))
+    tl.store(out_ptr + number, tl.load(token_ptr + number * chunks + winner))
 
 
 def draw(out: Tensor, logits: Tensor, asks: Tensor, floors: Tensor | None, lasts: Tensor | None) -> None:
-    """out: int64 [rows], the tokens; logits: [rows, vocab], rows contiguous; asks: int64 [rows, 4], seed, choice and index of the noise,
-    and the bits of the temperature in fp32.
+    """out: int64 [draws], the tokens; logits: [rows, vocab], each row contiguous; asks: int64 [draws, 5], seed, choice and index of the
+    noise, the bits of the temperature in fp32, the row.
 
-    floors: fp32 [rows], the least logit / temperature that can be drawn, if there are limits, and lasts: int64 [rows], the last token that
-    can be drawn of those that have it.
+    floors: fp32 [draws], the least logit that can be drawn, if there are limits, and lasts: int64 [draws], the last token that can be drawn
+    of those that have it.
     """
-    rows, vocab = logits.shape
+    draws, vocab = len(asks), logits.shape[1]
     chunks = triton.cdiv(vocab, CHUNK)
-    best = torch.empty(rows, chunks, dtype=torch.float32, device=out.device)
-    tokens = torch.empty(rows, chunks, dtype=torch.int64, device=out.device)
+    best = torch.empty(draws, chunks, dtype=torch.float32, device=out.device)
+    tokens = torch.empty(draws, chunks, dtype=torch.int64, device=out.device)
     limits = (best, tokens) if floors is None or lasts is None else (floors, lasts)  # not read without limits
-    _draw_chunk[(chunks, rows)](
+    _draw_chunk[(chunks, draws)](
         best,
         tokens,
         logits,
@@ -113,4 +115,4 @@ def draw(out: Tensor, logits: Tensor, asks: Tensor, floors: Tensor | None, lasts
         GROUP=GROUP,
         num_warps=8,
     )
-    _best_chunk[(rows,)](out, best, tokens, chunks, CHUNKS=max(16, triton.next_power_of_2(chunks)))
+    _best_chunk[(draws,)](out, best, tokens, chunks, CHUNKS=max(16, triton.next_power_of_2(chunks)))

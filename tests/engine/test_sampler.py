@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from diptych.core.sampling import SamplingParams
 from diptych.engine.batch import Draw, Row
@@ -56,7 +59,7 @@ def slow(logits: torch.Tensor, draw: Draw, history: list[int]) -> int:
 
 
 @given(st.integers(0, 10_000), samplings, ids, ids, st.sets(st.integers(0, VOCABULARY - 1), max_size=5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_a_draw_is_that_of_the_slow_twin(seed, sampling, prompt, output, banned):
     logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 4
     history = [1, *prompt, *output]
@@ -65,6 +68,38 @@ def test_a_draw_is_that_of_the_slow_twin(seed, sampling, prompt, output, banned)
     ((drawn,),) = sample(logits[None], [(draw,)], [(Seen(history, len(output)) if sampling.penalised else None,)])
     assert drawn.token_id == slow(logits, draw, history)
     assert torch.equal(logits, before), "log-probabilities are of the logits as they were"
+
+
+wanted = st.tuples(samplings, st.sampled_from([None, 0, 1, 5]), ids, ids, st.sets(st.integers(0, VOCABULARY - 1), max_size=5))
+
+
+@given(
+    st.integers(0, 10_000), st.sampled_from([torch.float32, torch.bfloat16]), st.lists(st.lists(wanted, min_size=1, max_size=2), max_size=5)
+)
+@settings(max_examples=40, deadline=None)
+def test_a_mixed_batch_is_drawn_as_each_of_its_draws_alone(seed, dtype, rows):
+    """Greedy beside sampled, limits, penalties, biases and bans, log-probabilities for some; several draws from one row."""
+    rows = rows or [[(SamplingParams(temperature=0.0), None, [], [], set())]]
+    logits = (torch.randn(len(rows), VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 4).to(dtype)
+    draws, seen, expected, tops = [], [], [], []
+    for row, each in zip(logits, rows, strict=True):
+        histories = [([1, *prompt, *output], len(output)) for _, _, prompt, output, _ in each]
+        made = [
+            Draw(replace(sampling, logprobs=logprobs), count, choice, tuple(history), frozenset(banned))
+            for choice, ((sampling, logprobs, _, _, banned), (history, count)) in enumerate(zip(each, histories, strict=True))
+        ]
+        draws.append(made)
+        seen.append([Seen(*history) if draw.sampling.penalised else None for draw, history in zip(made, histories, strict=True)])
+        expected.append([slow(row.float(), draw, history) for draw, (history, _) in zip(made, histories, strict=True)])
+        tops.append(row.float().log_softmax(0))
+    answers = sample(logits, draws, seen)
+    assert [[drawn.token_id for drawn in each] for each in answers] == expected
+    for row, made, each in zip(tops, draws, answers, strict=True):
+        for draw, drawn in zip(made, each, strict=True):
+            count = draw.sampling.logprobs
+            assert (drawn.logprob is None) == (count is None)
+            assert [value for _, value in drawn.top] == pytest.approx(row.topk(count or 0).values.tolist(), abs=1e-4)
+            assert drawn.logprob is None or drawn.logprob == pytest.approx(float(row[drawn.token_id]), abs=1e-4)
 
 
 def test_penalties_follow_the_slot_while_steps_are_in_flight(bench, prompt, tiny_llama_dir):

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import torch
-from diptych.kernels.penalties import Seen, penalise
+from diptych.kernels.penalties import Seen
+from diptych.kernels.penalties import penalise as penalise_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 VOCABULARY = 50
 tokens = st.lists(st.integers(0, VOCABULARY - 1), max_size=40)
+
+
+def penalise(logits: torch.Tensor, seen: Seen, *, repetition: float, presence: float, frequency: float) -> None:
+    """The second of three rows is changed, and no other."""
+    rows = torch.stack((logits, logits, logits))
+    penalise_all(rows, [seen], torch.tensor([1]), torch.tensor([[repetition, presence, frequency]]))
+    assert torch.equal(rows[0], logits)
+    assert torch.equal(rows[2], logits)
+    logits.copy_(rows[1])
 
 
 def logits_of(seed: int) -> torch.Tensor:

@@ -8,9 +8,12 @@ from itertools import product
 import pytest
 import torch
 from diptych.kernels.noise import GROUP, Noise
-from diptych.kernels.sampling import draw, draw_at_once, draw_torch, log_probabilities, survivors
+from diptych.kernels.sampling import Ask, _edges_there, draw_torch, limits_of, log_probabilities
+from diptych.kernels.sampling import draw as draw_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_by_row import one as draw
+from row_by_row import slow, survivors
 
 
 def test_noise_of_some_tokens_is_the_noise_of_all():
@@ -62,7 +65,7 @@ def test_a_draw_without_most_of_the_noise_is_the_draw_with_all_of_it(seed, vocab
         noise, given_ = Noise(seed, 1, index), logits.to(dtype)
         expected = int((given_.float() / 0.8 + noise.of_all(vocabulary)).argmax())
         assert draw(given_, noise, temperature=0.8, top_k=0, top_p=1.0) == expected
-        assert draw_torch(given_, noise, 0.8) == expected
+        assert draw_torch(given_, Ask(0, noise, 0.8)) == expected
 
 
 @pytest.mark.parametrize("limits", [(0, 0.97, 0.0), (0, 1.0, 1e-4), (0, 1.0, 0.1), (3000, 1.0, 0.0), (5000, 0.99, 1e-5)])
@@ -76,18 +79,59 @@ def test_many_survivors_and_few_draw_alike(limits):
         assert draw(logits, noise, temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p) == expected
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(
-    "limits",
-    [(0, 1.0, 0.0), (50, 1.0, 0.0), (0, 0.9, 0.0), (9999, 0.999, 0.0), (20, 0.8, 0.01), (0, 1.0, 0.1), (0, 1e-6, 0.0), (0, 0.95, 0.9)],
+asks = st.builds(
+    Ask,
+    row=st.integers(0, 3),
+    noise=st.builds(Noise, seed=st.integers(0, 2**64 - 1), choice=st.integers(0, 2), index=st.integers(0, 99)),
+    temperature=st.sampled_from([0.3, 0.8, 1, 2.0]),  # clients write whole numbers, too
+    top_k=st.sampled_from([0, 0, 1, 7, 50, 1200, 9999]),
+    top_p=st.sampled_from([1.0, 1.0, 0.999, 0.9, 0.5, 1e-6]),
+    min_p=st.sampled_from([0.0, 0.0, 0.01, 0.3]),
 )
-def test_a_draw_at_once_is_the_same(limits, device):
-    top_k, top_p, min_p = limits
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**60),
+    st.sampled_from([1, 5, GROUP + 1, 1003, 6000]),
+    st.sampled_from([0.5, 3.0, 10.0]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.lists(asks, min_size=1, max_size=6),
+)
+def test_draws_in_one_go_are_those_made_row_by_row(seed, vocabulary, spread, dtype, wanted):
+    """Rows that many draw from and rows that none does, with limits and without; in bf16 many logits at the edge are equal."""
+    logits = (torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread).to(dtype)
+    expected = [slow(logits, ask) for ask in wanted]
+    assert draw_all(logits, wanted).tolist() == expected
+    limits = limits_of(logits, wanted)
+    assert [int(draw_torch(logits[ask.row], ask, (limits[0][i], limits[1][i]))) for i, ask in enumerate(wanted)] == expected
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**60), st.sampled_from([torch.float32, torch.bfloat16]), st.lists(asks, min_size=1, max_size=4))
+def test_limits_that_a_device_finds_without_the_host_are_the_same(seed, dtype, wanted):
+    logits = (torch.randn(4, 3000, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
+    floors, lasts = limits_of(logits, wanted)
+    limited = [i for i, ask in enumerate(wanted) if ask.limited]
+    if limited:
+        for place, floor, last in zip(limited, *_edges_there(logits, wanted, limited), strict=True):
+            one, other = (let_through(logits[wanted[place].row], *each) for each in ((floor, last), (floors[place], lasts[place])))
+            # Sums in another order may move the edge of the nucleus by the tokens whose probability is the rounding of the sum.
+            assert abs(one - other) <= (max(1, one // 500) if wanted[place].top_p < 1.0 else 0)
+
+
+def let_through(row, floor, last):
+    return int(((row > floor) | ((row == floor) & (torch.arange(len(row)) <= last))).sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_draws_the_same(dtype):
     for index in range(40):
-        logits = torch.randn(6000, generator=torch.Generator().manual_seed(index)) * (0.5 + index % 4)
-        noise = Noise(2**64 - index - 1, 1, index)
-        token = draw_at_once((logits / 0.8).to(device), noise, top_k=top_k, top_p=top_p, min_p=min_p)
-        assert int(token) == int(draw(logits, noise, temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p))
+        logits = (torch.randn(3, 6000, generator=torch.Generator().manual_seed(index)) * (0.5 + index % 4)).to(dtype)
+        limits = [(0, 1.0, 0.0), (50, 1.0, 0.0), (0, 0.9, 0.0), (9999, 0.999, 0.0), (20, 0.8, 0.01), (0, 1.0, 0.1), (0, 1e-6, 0.0)]
+        wanted = [Ask(i % 3, Noise(2**64 - index - 1, i, index), 0.8, *each) for i, each in enumerate(limits)]
+        assert draw_all(logits.cuda(), wanted).tolist() == draw_all(logits, wanted).tolist()
 
 
 def test_of_equal_sums_the_first_wins_and_a_broken_model_breaks_no_draw():
@@ -157,8 +201,8 @@ def test_top_k_does_not_change_the_noise_of_those_it_lets_through():
 def test_log_probabilities_are_of_the_raw_distribution():
     logits = torch.randn(300, generator=torch.Generator().manual_seed(1)) * 3
     expected = logits.log_softmax(0)
-    logprob, top = log_probabilities(logits, 17, 4)
-    assert logprob == pytest.approx(float(expected[17]), abs=1e-5)
-    assert [token for token, _ in top] == expected.topk(4).indices.tolist()
-    assert [value for _, value in top] == pytest.approx(expected.topk(4).values.tolist(), abs=1e-5)
-    assert log_probabilities(logits, 17, 0)[1] == ()
+    ((own, total, *rest),) = log_probabilities(logits[None], torch.tensor([0]), torch.tensor([17]), 4).tolist()
+    assert own - total == pytest.approx(float(expected[17]), abs=1e-5)
+    assert rest[4:] == expected.topk(4).indices.tolist()
+    assert [value - total for value in rest[:4]] == pytest.approx(expected.topk(4).values.tolist(), abs=1e-5)
+    assert log_probabilities(logits[None], torch.tensor([0]), torch.tensor([17]), 0).shape == (1, 2)

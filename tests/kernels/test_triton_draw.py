@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 from diptych.kernels.noise import GROUP, Noise
-from diptych.kernels.sampling import draw, draw_torch, survivors
+from diptych.kernels.sampling import Ask, draw_torch
+from diptych.kernels.sampling import draw as draw_all
+from row_by_row import one as draw
+from row_by_row import slow
 from triton_place import DEVICE, on_triton
 
 pytestmark = pytest.mark.usefixtures("on_triton")
@@ -29,7 +32,7 @@ def test_of_all(vocabulary: int, dtype: torch.dtype) -> None:
         logits, noise = logits_of(vocabulary, spread, banned, trial).to(dtype), Noise(2**64 - 1 - (trial << 40), trial % 3, 77 + trial)
         found = draw(logits.to(DEVICE), noise, temperature=0.8, top_k=0, top_p=1.0)
         assert (found.shape, found.dtype) == ((), torch.int64)
-        assert int(found) == int(draw_torch(logits, noise, 0.8))
+        assert int(found) == int(draw_torch(logits, Ask(0, noise, 0.8)))
 
 
 @pytest.mark.parametrize(
@@ -39,15 +42,22 @@ def test_of_all(vocabulary: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_within_limits(limits: tuple[int, float, float], dtype: torch.dtype) -> None:
     """In bf16 many logits are equal, some of them at the edge."""
-    top_k, top_p, min_p = limits
     for index in range(6):
         logits, noise = logits_of(3000, 0.5 + index % 4, 0.0, index).to(dtype), Noise(index, 1, index)
-        values, tokens = survivors(logits.float(), top_k, top_p, min_p, 0.8)
-        if dtype is torch.bfloat16:  # which of equal ones torch's top-k names is its own affair
-            order = (logits.float() / 0.8).sort(descending=True, stable=True)
-            values, tokens = (each[: len(tokens)] for each in order)
-        expected = int(tokens[(values + noise.of(tokens)).argmax()])
-        assert int(draw(logits.to(DEVICE), noise, temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p)) == expected
+        ask = Ask(0, noise, 0.8, *limits)
+        assert draw_all(logits[None].to(DEVICE), [ask]).tolist() == [slow(logits[None], ask)]
+
+
+def test_all_in_one_go() -> None:
+    """Draws from rows in any order, with limits and without, beside each other."""
+    logits = torch.stack([logits_of(3000, spread, 0.0, row) for row, spread in enumerate((0.5, 2.0, 4.0))]).to(torch.bfloat16)
+    wanted = [
+        Ask(2, Noise(5, 0, 1), 0.8, 20),
+        Ask(0, Noise(2**64 - 1, 3, 0), 1.5),
+        Ask(0, Noise(7, 0, 9), 0.3, 0, 0.9),
+        Ask(2, Noise(9, 1, 9), 1.0, 0, 1.0, 0.1),
+    ]
+    assert draw_all(logits.to(DEVICE), wanted).tolist() == [slow(logits, ask) for ask in wanted]
 
 
 def test_of_equal_sums_the_first_wins_and_a_broken_model_breaks_no_draw() -> None:
