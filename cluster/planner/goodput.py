@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
-from ..load.goodput import Probe, Tally, Trial, Verdict
+from ..load.goodput import Probe, Trial, Verdict
 from ..load.slo import Slo
 from ..load.workload import Arrival
 from .life import Life
 from .policies import Policies
 from .profile import Hardware, Link, Profile
+from .standing import Standing
 from .world import World
 
 FLOOR = 1 / 64
@@ -63,34 +64,30 @@ class Bench:
     link: Link
     terms: Terms
 
-    def probe(self, hardware: Sequence[Hardware], rate: float, *, slo: Slo | None = None, arrivals: Arrivals | None = None) -> Probe:
+    def probe(
+        self,
+        hardware: Sequence[Hardware],
+        rate: float,
+        *,
+        slo: Slo | None = None,
+        arrivals: Arrivals | None = None,
+        whole: bool = False,
+    ) -> Probe:
         """Simulate one rate until its attainment is surely above or below the target. Requests that come while the cluster fills,
-        within the time that one may take, are not counted; and that it is met is not believed before `FILLINGS` times as many."""
-        terms = self.terms
-        trial, tally = Trial.growing(terms.target, terms.confidence, terms.most), Tally()
-        looks, verdict = iter(trial.looks), Verdict.OPEN
-        look = next(looks)
-        limits = slo or terms.slo
-        load = (arrivals or terms.arrivals)(rate, terms.seed)
-        ahead, load = _filling(load, limits)
-        done = False
+        within the time that one may take, are not counted; and that it is met is not believed before `FILLINGS` times as many.
+        `whole`: not without those that can change nothing any more."""
+        terms, limits = self.terms, slo or self.terms.slo
+        ahead, load = _filling((arrivals or terms.arrivals)(rate, terms.seed), limits)
+        trial = Trial.growing(terms.target, terms.confidence, terms.most)
+        standing = Standing(trial, FILLINGS * ahead, whole=whole)
 
-        def ended(life: Life) -> None:
-            nonlocal look, verdict, done
-            if life.arrival.number < ahead:
-                return
-            tally.add(life.arrival.number - ahead, world.meets(life))
-            while not done and tally.advance(look):
-                verdict = trial.judge(tally.met, tally.total)
-                if verdict is Verdict.MET and look < min(trial.most, FILLINGS * ahead):
-                    verdict = Verdict.OPEN
-                done = verdict is not Verdict.OPEN or look == trial.most
-                look = next(looks, look)
+        def known(life: Life) -> None:
+            if life.arrival.number >= ahead:
+                standing.add(life.arrival.number - ahead, world.meets(life))
 
-        world = World(self.profile, hardware, self.policies, link=self.link, slo=limits, on_end=ended)
-        world.run(islice(load, ahead + terms.most), lambda: done)
-        low, high = trial.interval(tally.met, tally.total)
-        return Probe(rate, tally.met, tally.total, low, high, verdict)
+        world = World(self.profile, hardware, self.policies, link=self.link, slo=limits, on_late=known, on_end=known)
+        world.run(islice(load, ahead + terms.most), lambda: standing.done)
+        return standing.probe(rate)
 
     def goodput(
         self,

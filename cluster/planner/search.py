@@ -210,12 +210,15 @@ class Planner:
         return max((below(each.per_device) + (each.plan.devices <= plan.devices) for each in outcome.scored), default=None)
 
     def _promise(self, plan: Plan) -> float:
-        """By which plans are ordered: the bound per device, less what of the TTFT limit a prompt takes alone. The sooner a good plan is
-        found, the more of the others are beaten at once."""
+        """By which plans are ordered: requests per second and device, as far as can be told. The sooner a good plan is found, the more of
+        the others are beaten at once. Of prompts it is the rate at which a wait fits into what the TTFT limit leaves beside a prompt alone:
+        its mean in a queue of equal services, ρ s / 2 (1 - ρ) (Pollaczek and Khinchine), and an exponential tail."""
         policies, slo = self._bench.policies, self._slo
         prompts = most_prompts(self._profile, plan.prefill, self._sample, policies)
         if slo.ttft is not None:
-            prompts *= max(0.0, 1 - idle_seconds(self._profile, Phase.PREFILL, plan.prefill, self._sample, self._target) / slo.ttft)
+            left = max(0.0, slo.ttft - idle_seconds(self._profile, Phase.PREFILL, plan.prefill, self._sample, self._target))
+            waits = 2 * left * prompts / -math.log(1 - self._target)
+            prompts *= waits / (1 + waits)
         answers = most_answers(self._profile, plan.decode, self._sample, slo, policies)
         return min(plan.prefills * prompts, plan.decodes * answers) / plan.devices
 

@@ -54,7 +54,7 @@ class Trier:
         if least is None:
             return Lost(str(plan), Loss.SLO, f"at no rate tried do {terms.target:.0%} meet both limits")
         probe = served.probes[least]
-        why = f"at {terms.rate(least):.3g} requests/s per device {probe.share:.1%} are within the limits ({probe.total} simulated)"
+        why = f"at {terms.rate(least):.3g} requests/s per device at most {probe.share:.1%} of {probe.total} are within the limits"
         return Lost(str(plan), Loss.DOMINATED, why)
 
     def alone(self, phase: Phase, shape: Shape, bound: float, longest: int) -> float | None:
@@ -91,6 +91,6 @@ class Trier:
     def _short(self, plan: Plan, rate: float) -> tuple[int, int]:
         """Which phase misses its own limit more."""
         workers, slo = plan.hardware(self.bench.profile), self.bench.terms.slo
-        first = self.bench.probe(workers, rate, slo=Slo(ttft=slo.ttft))
-        rest = self.bench.probe(workers, rate, slo=Slo(tpot=slo.tpot))
+        first = self.bench.probe(workers, rate, slo=Slo(ttft=slo.ttft), whole=True)
+        rest = self.bench.probe(workers, rate, slo=Slo(tpot=slo.tpot), whole=True)
         return (1, 0) if first.share < rest.share else (0, 1)

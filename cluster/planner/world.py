@@ -27,8 +27,8 @@ from .worker import Scene, Worker
 
 
 class World:
-    """`on_end` is called with each request that has ended; nothing is kept of it afterwards. `link`: by which KV moves, one of the
-    profile's."""
+    """`on_end` is called with each request that has ended; nothing is kept of it afterwards. `on_late`: with one whose first token has come
+    too late, before that. `link`: by which KV moves, one of the profile's."""
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class World:
         *,
         link: Link | None = None,
         slo: Slo | None = None,
+        on_late: Callable[[Life], None] = lambda life: None,
         on_end: Callable[[Life], None] = lambda life: None,
     ) -> None:
         self.agenda = Agenda()
@@ -46,7 +47,7 @@ class World:
         self.paths: dict[str, int] = {}
         self.across: dict[str, int] = {}
         """Requests whose KV left its pair, by why."""
-        self._slo, self._on_end = slo or Slo(), on_end
+        self._slo, self._on_late, self._on_end = slo or Slo(), on_late, on_end
         self._overheads, self._policies = profile.overheads, policies
         self._policy = Policy(policies.local_prefill, policies.local_prefill_below)
         self._turn = 0
@@ -121,11 +122,14 @@ class World:
     # -- what the workers tell (`worker.Told`) -------------------------------------------------------------------------
 
     def first_token(self, name: str, now: float, *, last: bool) -> None:
-        self._scene.lives[name].first = now
+        life = self._scene.lives[name]
+        life.first = now
         if last:
-            if (decode := self._scene.lives[name].decode) is not None:
-                raise AssertionError(f"{name} has one token and was sent to {decode}")
+            if life.decode is not None:
+                raise AssertionError(f"{name} has one token and was sent to {life.decode}")
             self.ended(name, now)
+        elif self._slo.ttft is not None and now - life.arrival.at > self._slo.ttft:
+            self._on_late(life)
 
     def ended(self, name: str, now: float) -> None:
         life = self._scene.lives.pop(name)
