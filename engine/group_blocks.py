@@ -25,7 +25,7 @@ class GroupBlocks:
         self._free = list(range(count - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._fenced: OrderedDict[int, int] = OrderedDict()
-        self._hash_of: dict[int, bytes] = {}
+        self._hash_of: list[bytes | None] = [None] * count
         self._by_hash: dict[bytes, int] = {}
         self._copies: dict[int, int] = {}
 
@@ -58,7 +58,9 @@ class GroupBlocks:
             block = self._free.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            del self._by_hash[self._hash_of.pop(block)]
+            prefix_hash, self._hash_of[block] = self._hash_of[block], None
+            assert prefix_hash is not None, "a cached block has no hash"
+            del self._by_hash[prefix_hash]
         self.references[block] = 1
         return block
 
@@ -127,17 +129,18 @@ class GroupBlocks:
             left = references[block] = references[block] - 1
             if left:
                 continue
-            if block in hashed:
-                self._cached[block] = None
-            else:
+            if hashed[block] is None:
                 self._free.append(block)
+            else:
+                self._cached[block] = None
 
     def publish(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:
         """Referenced blocks (or `NO_BLOCK`) now hold the tokens hashed to `hashes`. The first block published for a hash keeps it."""
+        hash_of, by_hash = self._hash_of, self._by_hash
         for block, prefix_hash in zip(blocks, hashes, strict=True):
-            if block != NO_BLOCK and block not in self._hash_of and prefix_hash not in self._by_hash:
-                self._hash_of[block] = prefix_hash
-                self._by_hash[prefix_hash] = block
+            if block != NO_BLOCK and hash_of[block] is None and prefix_hash not in by_hash:
+                hash_of[block] = prefix_hash
+                by_hash[prefix_hash] = block
 
     def completed(self, step: int) -> None:
         """`step` and all before it have completed: what only they could touch settles."""
@@ -149,10 +152,10 @@ class GroupBlocks:
             self._settle(block)
 
     def _settle(self, block: int) -> None:
-        if block in self._hash_of:
-            self._cached[block] = None
-        else:
+        if self._hash_of[block] is None:
             self._free.append(block)
+        else:
+            self._cached[block] = None
 
     def check(self, held: Counter[int]) -> None:
         """Raise `AssertionError` unless every block is in one state; `held[block]`: how many tables hold it."""
@@ -163,9 +166,10 @@ class GroupBlocks:
         assert {block: self.references[block] for block in referenced} == held + Counter(self._copies.values()), (
             "reference counts are wrong"
         )
-        assert all(self.references[block] == 1 and block not in self._hash_of for block in self._copies), "a block to be copied to is used"
-        assert {h: b for b, h in self._hash_of.items()} == self._by_hash, "hash table and block hashes differ"
-        assert not any(block in self._hash_of for block in self._free), "a free block is hashed"
-        assert all(block in self._hash_of for block in self._cached), "a cached block has no hash"
+        hashed = {block: prefix_hash for block, prefix_hash in enumerate(self._hash_of) if prefix_hash is not None}
+        assert all(self.references[block] == 1 and block not in hashed for block in self._copies), "a block to be copied to is used"
+        assert {h: b for b, h in hashed.items()} == self._by_hash, "hash table and block hashes differ"
+        assert not any(block in hashed for block in self._free), "a free block is hashed"
+        assert all(block in hashed for block in self._cached), "a cached block has no hash"
         fences = list(self._fenced.values())
         assert fences == sorted(fences), "fences out of order"
