@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from diptych.cluster.programs.exporter import Exporter
+from diptych.cluster.programs.exporter import TOGETHER, Exporter
 from diptych.cluster.top.scraped import parse
 from diptych.core.metrics import METRICS, MODEL, VLLM, Metric, Recorder
 
@@ -80,3 +80,22 @@ def test_two_exporters_do_not_meet() -> None:
     one, other = Exporter("tiny"), Exporter("tiny")
     one.set("diptych_requests_running", 1)
     assert "diptych_requests_running 0.0" in other.text().decode()
+
+
+def test_what_is_recorded_is_seen_by_who_looks_and_nothing_is_lost_when_a_worker_goes() -> None:
+    exporter = Exporter("tiny")
+    for number in range(3 * TOGETHER + 5):
+        exporter.inc("vllm:generation_tokens_total")
+        exporter.observe("vllm:inter_token_latency_seconds", number % 2)
+        if number in (0, TOGETHER, 200):
+            lines = exporter.text().decode().splitlines()
+            assert f'vllm:generation_tokens_total{{model_name="tiny"}} {number + 1}.0' in lines
+            assert f'vllm:inter_token_latency_seconds_count{{model_name="tiny"}} {number + 1}.0' in lines
+    exporter.inc("diptych_worker_steps_total", 7, worker="a", phase="decode")
+    exporter.inc("diptych_worker_steps_total", 7, worker="b", phase="decode")
+    exporter.forget("a", "decode")
+    lines = exporter.text().decode().splitlines()
+    assert [line for line in lines if line.startswith("diptych_worker_steps_total{")] == [
+        'diptych_worker_steps_total{phase="decode",worker="b"} 7.0'
+    ]
+    assert f'vllm:inter_token_latency_seconds_sum{{model_name="tiny"}} {(3 * TOGETHER + 5) // 2}.0' in lines
