@@ -35,7 +35,7 @@ Its threads need microseconds of a core, which a host with 30 busy threads a cor
 HANDSHAKE_MS = 10_000
 """Who connects has said that it speaks HTTP/2, and ended its TLS handshake, by then. (grpc waits two minutes.)"""
 CLIENT_IDLE_MS = 65_000
-"""A client's connection without a call is ended after this long; it connects again when it has one."""
+"""A client's connection without a call is ended after this long, or at most twice as long; it connects again when it has one."""
 CLIENT_KEEPALIVE_MS = 10_000
 CLIENT_PING_TIMEOUT_MS = 20_000
 """A client's connection may be slow, and the answer waits behind megabytes of text."""

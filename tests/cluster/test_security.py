@@ -170,11 +170,11 @@ def test_tenants_share_no_blocks_and_everything_can_be_rotated_under_load(
         logs = Path(str(here.state["logs"]))
         told = "".join(path.read_text() for path in logs.iterdir()) + here.cluster.output + json.dumps(here.state)
         assert told.count("read again") >= 6, "keys and certificates"
-        environments = "".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in here.processes)
+        started = "".join(Path(f"/proc/{pid}/{what}").read_text() for pid in here.processes for what in ("cmdline", "environ"))
         secrets = [acme.split("-", 2)[2], umbrella.split("-", 2)[2], here.internal.key.read_text().splitlines()[1], CANARY[:20]]
         for secret in secrets:
             assert secret not in told
-            assert secret not in environments
+            assert secret not in started
 
 
 async def cached(here: Secured, keys: list[str]) -> list[bool]:
