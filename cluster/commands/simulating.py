@@ -238,5 +238,8 @@ def show(summary: dict[str, Any]) -> None:
     )
     busy = ", ".join(f"{name} {100 * course['utilisation']:.0f} %" for name, course in list(summary["workers"].items())[:16])
     _out.print(f"busy: {busy}{' …' if len(summary['workers']) > 16 else ''}", markup=False)
+    if summary["across"]:
+        left = ", ".join(f"{count} ({why})" for why, count in summary["across"].items())
+        _out.print(f"requests whose KV left its pair: {left}", markup=False)
     if summary["estimate"]:
         _out.print(f"The times are an estimate ({summary['profile']}); `diptych profile` measures them.", markup=False)

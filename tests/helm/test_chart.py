@@ -201,6 +201,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a cache of one pod", wrong(cache={"type": "pvc", "accessModes": ["ReadWriteOnce"]}), "it has to be ReadWriteMany"),
     ("a key of the chart's", wrong(config={"ray": {"address": "x:1"}}), "config.ray.address is filled in by the chart"),
     ("another", wrong(config={"router": {"host": "::"}}), "config.router.host is filled in by the chart"),
+    ("pairs in pods of one phase", wrong(config={"paired": True}), "a pair of workers shares a node of the Ray cluster"),
     ("nobody to read", wrong(config={"prefill": {"workers": 0}, "router": {"local_prefill": "never"}}), "nobody could read a prompt"),
     ("idle prefill workers", wrong(config={"router": {"local_prefill": "always"}}), "set config.prefill.workers to 0"),
     ("nobody to write", wrong(config={"decode": {"workers": 0}}), "nobody could write an answer"),

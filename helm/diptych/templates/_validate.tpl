@@ -54,6 +54,9 @@
 {{- fail (printf "config.%s is filled in by the chart; in its place there is %s." $key $instead) -}}
 {{- end -}}
 {{- end -}}
+{{- if $config.paired -}}
+{{- fail "config.paired: a pair of workers shares a node of the Ray cluster, and here each pod is one, of a single phase." -}}
+{{- end -}}
 {{- $router := $config.router | default dict -}}
 {{- range $key := list "http_port" "grpc_port" -}}
 {{- if lt (int (index $router $key)) 1024 -}}
