@@ -43,6 +43,8 @@ AT_ONCE = 150
 """Requests that come at once when that is found out."""
 WARM_UP = 4
 """Requests one after another before a load, and not counted."""
+FEWEST = 5
+"""Requests without which a load has no percentiles."""
 TIMEOUT_S = 300.0
 POINTS, RATE, GOODPUT, TIMES = 0.05, 0.05, 0.10, 0.15
 """What is promised."""
@@ -143,6 +145,8 @@ def compared(setup: str, profile: Profile, options: argparse.Namespace) -> list[
     def requests(rate: float, variant: int) -> list[Arrival]:
         return list(limited(load.arrivals(rate, variant), None, options.seconds))
 
+    if len(requests(min(rates), 1)) < FEWEST:
+        raise SystemExit(f"At {min(rates):.3g} requests/s fewer than {FEWEST} come within {options.seconds:g} s: give more --seconds.")
     runs: dict[float, list[Figures]] = {rate: [] for rate in rates}
 
     async def ask(served: Served) -> None:

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import median
 
 import numpy as np
 
 from ...core.errors import ConfigError
-from .latency import DecodeTimes, PrefillTimes
+from .latency import DecodeTimes, PrefillTimes, StepTimes, Work, step_seconds
 from .profile import Residuals
+
+LEAST_PIECE = 4
+"""Points of a piece: three terms, and one that shows whether they fit."""
+NOISE = 0.03
+"""One piece that is nowhere off by more than times of one step differ is enough."""
+WORTH = 0.7
+"""Two pieces are worth it when they are off by less than this share of what one is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +46,55 @@ def fit_prefill(points: Sequence[PrefillPoint]) -> tuple[PrefillTimes, Residuals
     return PrefillTimes(constant=constant, token=token, pair=pair), residuals
 
 
+@dataclass(frozen=True, slots=True)
+class BothPoint:
+    """A measured step of `batch` sequences that attend to `context` tokens each, with `tokens` of a prompt behind its first `start`."""
+
+    batch: int
+    context: int
+    tokens: int
+    start: int
+    seconds: float
+
+
 def fit_decode(points: Sequence[DecodePoint]) -> tuple[DecodeTimes, Residuals]:
     """Raises `ConfigError` for fewer than three points."""
     terms = [(1.0, point.batch * point.context, point.batch) for point in points]
     (constant, context, row), residuals = fit(terms, [point.seconds for point in points])
     return DecodeTimes(constant=constant, context=context, row=row), residuals
+
+
+def fit_decodes(points: Sequence[DecodePoint]) -> tuple[DecodeTimes, DecodeTimes | None, int, Residuals]:
+    """As `fit_decode`, but in two pieces where these are much nearer to what was measured: times of small batches, those of large ones,
+    from which batch on these hold, and how far all are off."""
+    times, residuals = fit_decode(points)
+    best: tuple[DecodeTimes, DecodeTimes | None, int, Residuals] = times, None, 2, residuals
+    for border in sorted({point.batch for point in points})[1:] if residuals.worst > NOISE else ():
+        pieces = [point for point in points if point.batch < border], [point for point in points if point.batch >= border]
+        if min(map(len, pieces)) < LEAST_PIECE:
+            continue
+        (small, below), (large, above) = map(fit_decode, pieces)
+        mean = (below.mean * below.points + above.mean * above.points) / len(points)
+        if mean < min(WORTH * residuals.mean, best[3].mean):
+            found = Residuals(points=len(points), mean=mean, worst=max(below.worst, above.worst))
+            best = small, large, border, found
+    return best
+
+
+def fit_steps(
+    prefills: Sequence[PrefillPoint], decodes: Sequence[DecodePoint], both: Sequence[BothPoint]
+) -> tuple[StepTimes, Residuals, Residuals]:
+    """The times of a worker of one stage, and how far those of prefill and of decode steps are off."""
+    prefill, prefill_residuals = fit_prefill(prefills)
+    small, large, border, decode_residuals = fit_decodes(decodes)
+    times = StepTimes(prefill=prefill, decode=small, decode_large=large, large_from=border)
+    more = [each.seconds - step_seconds(times, _work(each)) for each in both]
+    return times.model_copy(update={"both": max(0.0, median(more)) if more else 0.0}), prefill_residuals, decode_residuals
+
+
+def _work(each: BothPoint) -> Work:
+    pairs = each.tokens * (2 * each.start + each.tokens)
+    return Work(tokens=each.tokens, pairs=pairs, rows=each.batch, context=each.batch * each.context)
 
 
 def fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[tuple[float, ...], Residuals]:

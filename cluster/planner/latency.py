@@ -45,6 +45,7 @@ class StepTimes(_Times):
     decode: DecodeTimes
     decode_large: DecodeTimes | None = None
     large_from: int = Field(96, ge=2)
+    both: float = Field(0.0, ge=0, description="What a step takes more that computes prompts and decodes.")
     step: float = Field(0.0, ge=0, description="What every step costs besides, once: handing it out and bringing its tokens back.")
     step_context: float = Field(0.0, ge=0, description="And that per token attended to.")
     step_row: float = Field(0.0, ge=0, description="And that per sequence that decodes: its token's way out.")
@@ -70,6 +71,7 @@ def step_seconds(times: StepTimes, work: Work, stages: int = 1) -> float:
     decode, prefill = times.of_rows(work.rows), times.prefill
     constant = max(decode.constant if work.rows else 0.0, prefill.constant if work.tokens else 0.0)
     computed = constant + prefill.token * work.tokens + prefill.pair * work.pairs + decode.context * work.context + decode.row * work.rows
+    computed += times.both if work.rows and work.tokens else 0.0
     around = times.step + times.step_context * work.context + times.step_row * work.rows
     return computed + around + (times.hop * stages if stages > 1 else 0.0)
 

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ...core.errors import ConfigError
+
 
 def profile(
     out: Annotated[Path, typer.Option(metavar="P.json", help="Write the profile there.")],
@@ -27,6 +29,8 @@ def profile(
 
     [bold]diptych profile --out P.json[/]
     """
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"{out} cannot be written: there is no directory {out.parent}.", field="out")
     from ..commands.preparing import prepare_here
     from .measuring import profile_here
 

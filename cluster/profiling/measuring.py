@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ...core.errors import ConfigError
 from ...core.model import Decoder, ModelCard, read_card
 from ...core.transfer import Transport
-from ..planner.fitting import DecodePoint, PrefillPoint, fit_decode, fit_prefill
+from ..planner.fitting import BothPoint, DecodePoint, PrefillPoint, fit_steps
 from ..planner.latency import StepTimes
 from ..planner.profile import Basis, Cores, DeviceShare, Link, Model, Overheads, Parallelism, Profile, Residuals
 from ..process.spec import BLOCK_SIZE
@@ -25,7 +25,7 @@ from .links import TOKENS, link_of, timed_link
 from .reckoning import Seen, beside, request_seconds, with_serving
 from .served import STAGES, watched_clusters
 from .showing import show
-from .steps import Step, grid, timed_steps
+from .steps import CHUNK, CHUNK_START, Step, grid, timed_steps
 
 REQUEST_S = 0.005
 """Of a request outside of steps, where no cluster is to be started."""
@@ -57,8 +57,6 @@ class Crossing:
 def profile_here(model_dir: Path, *, threads: int | None, repeats: int, clusters: bool, out: Path) -> Profile:
     """Measure, show how well the fit is, write. `threads`: of each worker of the small clusters; None: as `up` shares the cores.
     Times of steps are medians of `repeats`; without `clusters` what serving takes besides is assumed."""
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"{out} cannot be written: there is no directory {out.parent}.", field="out")
     cores = sorted(os.sched_getaffinity(0))
     shares = [threads or share.threads for share in share_cores(cores, (None, None))]
     if max(shares) > len(cores):
@@ -83,9 +81,10 @@ def _fitted(model_dir: Path, cores: Sequence[int], repeats: int, advance: Advanc
     for step in timed_steps(model_dir, cores, repeats):
         advance(f"{step.what} {step.batch} × {step.length} {on}")
         steps.append(step)
-    prefill, prefill_residuals = fit_prefill([PrefillPoint(s.batch, s.length, s.seconds) for s in steps if s.what == "prefill"])
-    decode, decode_residuals = fit_decode([DecodePoint(s.batch, s.length, s.seconds) for s in steps if s.what == "decode"])
-    return Fitted(len(cores), StepTimes(prefill=prefill, decode=decode), prefill_residuals, decode_residuals)
+    prefills = [PrefillPoint(each.batch, each.length, each.seconds) for each in steps if each.what == "prefill"]
+    decodes = [DecodePoint(each.batch, each.length, each.seconds) for each in steps if each.what == "decode"]
+    both = [BothPoint(each.batch, each.length, CHUNK, CHUNK_START, each.seconds) for each in steps if each.what == "both"]
+    return Fitted(len(cores), *fit_steps(prefills, decodes, both))
 
 
 def _crossing(card: ModelCard, transport: Transport, advance: Advance) -> Crossing:

@@ -76,7 +76,7 @@ def _watch(tell: Callable[[str], None], model_dir: Path, dtype: str, threads: in
         tell("apart: prompts")
         seen["prompts"] = await client.prompts(repeats)
         tell("apart: answers")
-        seen["answers"] = [await client.answers(rows, repeats, LENT_AFTER_S) for rows in ROWS]
+        seen["answers"] = tuple([await client.answers(rows, repeats, LENT_AFTER_S) for rows in ROWS])
         tell("apart: both")
         seen["prompts_beside"], seen["answers_beside"] = await client.both(repeats)
 
@@ -84,13 +84,13 @@ def _watch(tell: Callable[[str], None], model_dir: Path, dtype: str, threads: in
         tell("together: prompts")
         seen["prompts_together"] = await client.prompts(repeats)
         tell("together: answers")
-        seen["answers_together"] = [await client.answers(rows, repeats, float("inf")) for rows in ROWS]
+        seen["answers_together"] = tuple([await client.answers(rows, repeats, float("inf")) for rows in ROWS])
 
     tell("apart: starting")
     _serve(_config(model_dir, dtype, threads, prefill=1), apart)
     tell("together: starting")
     _serve(_config(model_dir, dtype, None, prefill=0), together)
-    return Seen(**{name: tuple(each) if isinstance(each, list) else each for name, each in seen.items()})
+    return Seen(**seen)
 
 
 def _config(model_dir: Path, dtype: str, threads: int | None, *, prefill: int) -> dict[str, Any]:
@@ -142,13 +142,13 @@ class _Client:
             raise Unavailable(f"A small cluster did not answer: {answer.error}.")
         return answer
 
-    async def prompts(self, repeats: int) -> list[Prompt]:
+    async def prompts(self, repeats: int) -> tuple[Prompt, ...]:
         """One after another, each with one token for answer."""
         found = []
         for tokens in ALONE:
             ttfts = [_ttft(await self._ask(tokens, 1)) for _ in range(1 + repeats)]
             found.append(Prompt(tokens, statistics.median(ttfts[1:])))
-        return found
+        return tuple(found)
 
     async def answers(self, rows: int, repeats: int, at_most_s: float) -> Answers:
         """So many at once, timed from when all have begun until one ends, but no longer than for `at_most_s` after the last prompt."""

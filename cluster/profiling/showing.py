@@ -8,7 +8,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.table import Table
 
-from ..planner.latency import StepTimes
+from ..planner.latency import DecodeTimes, StepTimes
 from ..planner.policies import Policies
 from ..planner.profile import Basis, Profile, Residuals
 from .reckoning import Seen, prompt_seconds
@@ -49,11 +49,13 @@ def show(made: Profile, fitted: Mapping[int, Fitted], crossings: Mapping[str, Cr
 def _show_steps(fitted: Mapping[int, Fitted]) -> None:
     table = _table("fitted", "constant", "per token", "per pair | per sequence", "residuals")
     for cores, each in fitted.items():
-        prefill, decode = each.times.prefill, each.times.decode
+        prefill, large = each.times.prefill, each.times.decode_large
         row = (f"{1e3 * prefill.constant:.2f} ms", f"{1e6 * prefill.token:.2f} µs", f"{1e9 * prefill.pair:.3f} ns", _fit(each.prefill))
-        table.add_row(f"prefill, {cores} cores", *row)
-        row = (f"{1e3 * decode.constant:.2f} ms", f"{1e6 * decode.context:.3f} µs", f"{1e6 * decode.row:.1f} µs", _fit(each.decode))
-        table.add_row(f"decode, {cores} cores", *row)
+        table.add_row(f"prefill, {_cores(cores)}", *row)
+        table.add_row(f"decode, {_cores(cores)}", *_decode(each.times.decode), _fit(each.decode))
+        if large is not None:
+            table.add_row(f"  from {each.times.large_from} sequences on", *_decode(large), "")
+        table.add_row("  with a prompt's chunk", f"{1e3 * each.times.both:.2f} ms more", "", "", "")
     _out.print(table)
 
 
@@ -67,7 +69,7 @@ def _show_rest(made: Profile, crossings: Mapping[str, Crossing]) -> None:
 
     for cores, times in known.by_cores.items():
         added = f"{1e3 * times.step:.2f} ms and {1e3 * times.step_row:.2f} ms for each sequence"
-        row(f"serving adds to a step on {cores} cores", added, made.basis["step"])
+        row(f"serving adds to a step on {_cores(cores)}", added, made.basis["step"])
     row("a prefill step beside decode steps", f"{host.prefill_beside:.2f} times as long", made.basis["cores.prefill_beside"])
     row("a decode step beside prefill steps", f"{host.decode_beside:.2f} times as long", made.basis["cores.decode_beside"])
     row("a request outside of steps", f"{1e3 * made.overheads.request:.2f} ms", made.basis["overheads.request"])
@@ -91,6 +93,14 @@ def _check(made: Profile, seen: Seen) -> str:
 
 def _table(*columns: str) -> Table:
     return Table(*columns, box=None, pad_edge=False, header_style="bold", show_header=any(columns))
+
+
+def _decode(times: DecodeTimes) -> tuple[str, str, str]:
+    return f"{1e3 * times.constant:.2f} ms", f"{1e6 * times.context:.3f} µs", f"{1e6 * times.row:.1f} µs"
+
+
+def _cores(count: int) -> str:
+    return "1 core" if count == 1 else f"{count} cores"
 
 
 def _fit(residuals: Residuals) -> str:

@@ -25,14 +25,21 @@ from ..programs.lent_cores import compute_on
 
 PREFILLS = ((1, 16), (1, 32), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (2, 256), (4, 64), (4, 128), (8, 32))
 """Batch and length."""
-DECODES = ((1, 16), (1, 512), (1, 1024), (2, 256), (4, 16), (4, 512), (8, 256), (16, 16), (16, 256), (32, 16), (32, 128))
+DECODES = (
+    (1, 16), (1, 512), (1, 1024), (2, 256), (4, 16), (4, 512), (8, 16), (8, 256),
+    (9, 256), (12, 16), (16, 16), (16, 256), (32, 16), (32, 128),
+)  # fmt: skip
 """Batch and tokens attended to."""
+BOTH = ((1, 256), (4, 256), (8, 256))
+"""Batch and tokens attended to, beside a prompt's chunk."""
+CHUNK, CHUNK_START = 64, 128
+"""Of that prompt: `decode.chunk_tokens` by default, behind so many."""
 GREEDY = SamplingParams(temperature=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step that was timed: the median of its runs, in seconds."""
+    """A step that was timed (`what`: prefill, decode or both): the median of its runs, in seconds."""
 
     what: str
     batch: int
@@ -42,8 +49,8 @@ class Step:
 
 def grid(max_context: int) -> list[tuple[str, int, int]]:
     """What is timed on each number of cores."""
-    both = (("prefill", PREFILLS), ("decode", DECODES))
-    return [(what, batch, length) for what, pairs in both for batch, length in pairs if length < max_context]
+    kinds = (("prefill", PREFILLS), ("decode", DECODES), ("both", BOTH))
+    return [(what, batch, length) for what, pairs in kinds for batch, length in pairs if length < max_context]
 
 
 def timed_steps(model_dir: Path, cores: Sequence[int], repeats: int) -> Iterator[Step]:
@@ -71,7 +78,7 @@ def _time_all(pipe: Connection, model_dir: Path, cores: Sequence[int], repeats: 
     steps = grid(model.card.max_context)
     timed = _Timed(model, steps)
     for what, batch, length in steps:
-        run = timed.prefill if what == "prefill" else timed.decode
+        run = {"prefill": timed.prefill, "decode": timed.decode, "both": timed.both}[what]
         pipe.send(Step(what, batch, length, _median(partial(run, batch, length), repeats)))
     pipe.send(None)
 
@@ -99,13 +106,22 @@ class _Timed:
     def decode(self, batch: int, context: int) -> None:
         self._run(batch, context, context - 1, self._ids[:1])
 
+    def both(self, batch: int, context: int) -> None:
+        stop, ids = CHUNK_START + CHUNK, self._ids[:CHUNK]
+        chunk = Row(batch, CHUNK_START, ids, self._tables(batch * context, stop))
+        self._engine.run(Batch(0, (*self._rows(batch, context, context - 1, self._ids[:1]), chunk)))
+
     def _run(self, batch: int, length: int, start: int, ids: tuple[int, ...]) -> None:
-        each = -(-length // BLOCK_SIZE)
-        rows = tuple(
-            Row(slot, start, ids, tuple(tuple(row[slot * each : (slot + 1) * each]) for row in self._scattered), (Draw(GREEDY, 0),))
-            for slot in range(batch)
-        )
-        self._engine.run(Batch(0, rows))
+        self._engine.run(Batch(0, self._rows(batch, length, start, ids)))
+
+    def _rows(self, batch: int, length: int, start: int, ids: tuple[int, ...]) -> tuple[Row, ...]:
+        tables = (self._tables(slot * length, length) for slot in range(batch))
+        return tuple(Row(slot, start, ids, each, (Draw(GREEDY, 0),)) for slot, each in enumerate(tables))
+
+    def _tables(self, before: int, tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Blocks for so many tokens, behind those for `before`."""
+        first, count = -(-before // BLOCK_SIZE), -(-tokens // BLOCK_SIZE)
+        return tuple(tuple(row[first : first + count]) for row in self._scattered)
 
 
 def _median(run: Callable[[], None], repeats: int) -> float:

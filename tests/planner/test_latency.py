@@ -9,7 +9,7 @@ import pytest
 from diptych.cluster.planner.agenda import GRID
 from diptych.cluster.planner.data_sheets import DEVICES, device_of, estimate
 from diptych.cluster.planner.extrapolating import extended, law
-from diptych.cluster.planner.fitting import DecodePoint, PrefillPoint, fit, fit_decode, fit_prefill
+from diptych.cluster.planner.fitting import BothPoint, DecodePoint, PrefillPoint, fit, fit_decode, fit_decodes, fit_prefill, fit_steps
 from diptych.cluster.planner.latency import DecodeTimes, Rounds, StepTimes, Work, step_seconds
 from diptych.cluster.planner.profile import Model, parse_profile
 from diptych.core.errors import ConfigError
@@ -52,6 +52,33 @@ def test_fitting_finds_the_terms_again_in_spite_of_noise() -> None:
     assert residuals.worst < 0.05
     decode, _ = fit_decode([DecodePoint(b, n, step_seconds(TIMES, Work(rows=b, context=b * n))) for b, n in grid])
     assert (decode.constant, decode.context, decode.row) == pytest.approx((0.02, 1e-6, 1e-4), rel=1e-6)
+
+
+def test_decode_times_are_fitted_in_two_pieces_where_large_batches_have_others() -> None:
+    small, large = TIMES.decode, DecodeTimes(constant=0.005, context=1e-6, row=0.002)
+    grid = [(batch, context) for batch in (1, 4, 8, 9, 16, 32) for context in (16, 256)]
+    points = [
+        DecodePoint(b, n, step_seconds(TIMES.model_copy(update={"decode": small if b < 9 else large}), Work(rows=b, context=b * n)))
+        for b, n in grid
+    ]
+    found = fit_decodes(points)
+    assert found[2] == 9
+    assert found[0].row == pytest.approx(small.row)
+    assert found[1] is not None
+    assert found[1].row == pytest.approx(large.row)
+    assert found[3].worst < 1e-6
+    alike = [DecodePoint(b, n, step_seconds(TIMES, Work(rows=b, context=b * n))) for b, n in grid]
+    assert fit_decodes(alike)[1] is None, "one piece is enough"
+
+
+def test_what_a_chunk_beside_decodes_takes_more_is_fitted() -> None:
+    more = TIMES.model_copy(update={"both": 0.008, "hop": 0.0})
+    prefills = [PrefillPoint(1, n, step_seconds(TIMES, Work(tokens=n, pairs=n * n))) for n in (16, 64, 256, 1024)]
+    decodes = [DecodePoint(b, 64, step_seconds(TIMES, Work(rows=b, context=b * 64))) for b in (1, 2, 4, 8)]
+    both = [BothPoint(b, 64, 64, 128, step_seconds(more, Work(tokens=64, pairs=64 * 320, rows=b, context=64 * b))) for b in (1, 4)]
+    times, _, _ = fit_steps(prefills, decodes, both)
+    assert times.both == pytest.approx(0.008, rel=0.01)
+    assert step_seconds(times, Work(rows=1, context=64)) == pytest.approx(decodes[0].seconds, rel=0.01), "alone it takes no more"
 
 
 def test_no_term_is_negative_and_short_steps_count_as_much_as_long_ones() -> None:
