@@ -24,7 +24,7 @@ from .errors import ConfigError
 from .layout import Layout
 from .request import Token
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 class Transport(StrEnum):

@@ -1,4 +1,5 @@
 // Runs of bytes from one place in memory to another.
+#include <algorithm>
 #include <cstring>
 
 #include "vectors.h"
@@ -9,7 +10,10 @@
 
 namespace {
 
+typedef std::uint64_t u64x8 __attribute__((vector_size(64)));
+
 constexpr int64_t CACHE_LINE = 64, FETCHED_AHEAD = 2048, STREAMED = 16 << 10, NEXT = 1024;
+constexpr int64_t PART = 16 << 10, ROW = 4096, ROW_WORDS = ROW / 8;  // a part and its sums are in the nearest cache together
 
 // Past the caches, which neither end's next step wants full of it, and without first reading what is overwritten.
 void stream(char* to, const char* from, int64_t length) {
@@ -42,6 +46,47 @@ void copy_layer(const char* source, char* destination, const int64_t* runs, int6
     }
 }
 
+// The `length` bytes at `place` as a table of 64-bit words, ROW bytes a row: the sum of each column and of each row, from the first row on.
+struct Sums {
+    const char* place;
+    int64_t length;
+    std::uint64_t *columns, *rows;
+    int64_t done;
+
+    void add(const char* row) {
+        u64x8 total = {};
+        for (int64_t i = 0; i < ROW_WORDS; i += 8) {
+            const u64x8 words = load_as<u64x8>(row + 8 * i), column = load_as<u64x8>(columns + i) + words;
+            std::memcpy(columns + i, &column, sizeof column);
+            total += words;
+        }
+        rows[done++] = total[0] + total[1] + total[2] + total[3] + total[4] + total[5] + total[6] + total[7];
+    }
+
+    // Of all rows that end before `end`.
+    void until(int64_t end) {
+        for (end = std::min(end, length); (done + 1) * ROW <= end;) add(place + done * ROW);
+    }
+
+    // Of those that are left, the last perhaps as if zeros followed.
+    void finish() {
+        until(length);
+        if (done * ROW >= length) return;
+        char last[ROW] = {};
+        std::memcpy(last, place + done * ROW, length - done * ROW);
+        add(last);
+    }
+
+    void copy(char* to, const char* from, int64_t length, bool past, bool again) {
+        for (int64_t at = 0; at < length; at += PART) {
+            const int64_t part = std::min(PART, length - at);
+            if (!again) until(from + at + part + ROW - place);
+            past ? stream(to + at, from + at, part) : (void)std::memcpy(to + at, from + at, part);
+            if (again) until(to + at + part - place);
+        }
+    }
+};
+
 }  // namespace
 
 // pieces [k, 4]: where its layers begin, how many; where its runs begin, how many. layers [m, 2]: addresses of a source and of a
@@ -53,6 +98,21 @@ extern "C" void diptych_copy_runs(const int64_t* pieces, int64_t k, int64_t agai
         for (int64_t l = 0; l < piece[1]; l++)
             copy_layer((const char*)layers[2 * l], (char*)layers[2 * l + 1], (const int64_t*)piece[2], piece[3], again);
     }
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+// layers, runs and `again` as above. `place`, `length` bytes long, is where all runs end, each behind the one before it (`again`), or
+// where all begin. sums [ROW_WORDS + rows]: of its columns, then of its rows.
+extern "C" void diptych_copy_summed(const int64_t* layers, int64_t m, const int64_t* runs, int64_t n, int64_t again, const char* place,
+                                    int64_t length, std::uint64_t* sums) {
+    std::memset(sums, 0, ROW);
+    Sums summed{place, length, sums, sums + ROW_WORDS, 0};
+    for (const int64_t* layer = layers; layer < layers + 2 * m; layer += 2)
+        for (const int64_t* run = runs; run < runs + 3 * n; run += 3)
+            summed.copy((char*)layer[1] + run[1], (const char*)layer[0] + run[0], run[2], !again && run[2] >= STREAMED, again);
+    summed.finish();
 #if defined(__x86_64__)
     _mm_sfence();
 #endif

@@ -32,11 +32,16 @@ def copy_runs(pieces: Sequence[Piece], *, again: bool = False) -> None:
         return
     table, kept = array("q"), []  # `kept`: what has an address in the table must live until the copy is made
     for layers, runs in pieces:
-        places = array("q", chain.from_iterable(layers))
+        places = addresses(layers)
         kept.append(places)
         table.extend((places.buffer_info()[0], len(layers), runs.buffer_info()[0], len(runs) // 3))
     copy = kernels.copy_few if sum(len(layers) * sum(runs[2::3]) for layers, runs in pieces) < HOLD_BELOW else kernels.copy_runs
     copy(table.buffer_info()[0], len(pieces), again)
+
+
+def addresses(layers: Sequence[tuple[int, int]]) -> array[int]:
+    """Of a piece's layers, for code that takes an address."""
+    return array("q", chain.from_iterable(layers))
 
 
 def copy_runs_memmove(pieces: Sequence[Piece]) -> None:

@@ -44,8 +44,9 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 class Native:
     """The loaded kernels; arguments as in the C++ files, tensors as `data_ptr()`.
 
-    Products, `dequantize`, `attend_singles` and `copy_runs` let other Python threads run meanwhile. The others take microseconds, less than
-    it takes to get the interpreter back from a thread that has it; so does `copy_few`, which is `copy_runs` for few bytes.
+    Products, `dequantize`, `attend_singles`, `copy_runs` and `copy_summed` let other Python threads run meanwhile. The others take
+    microseconds, less than it takes to get the interpreter back from a thread that has it; so do `copy_few` and `copy_summed_few`, the
+    same for few bytes.
     """
 
     linear: Kernel
@@ -58,6 +59,8 @@ class Native:
     argmax: Kernel
     copy_runs: Kernel
     copy_few: Kernel
+    copy_summed: Kernel
+    copy_summed_few: Kernel
     draw: Kernel
     likeliest: Kernel
     log_totals: Kernel
@@ -162,6 +165,8 @@ def _load(path: Path) -> Native:
         argmax=_kernel(alone.diptych_argmax, _P, _P, _I, _I, _I),
         copy_runs=_kernel(together.diptych_copy_runs, _P, _I, _I),
         copy_few=_kernel(alone.diptych_copy_runs, _P, _I, _I),
+        copy_summed=_kernel(together.diptych_copy_summed, _P, _I, _P, _I, _I, _P, _I, _P),
+        copy_summed_few=_kernel(alone.diptych_copy_summed, _P, _I, _P, _I, _I, _P, _I, _P),
         likeliest=_kernel(alone.diptych_likeliest, _P, _P, _P, _P, _I, _I, _I, _P, _P, _I, _I, _I),
         log_totals=_kernel(alone.diptych_log_totals, _P, _P, _I, _I, _I, _P, _P, _I, _I),
         bind=_kernel(together.diptych_bind, _P, _I),

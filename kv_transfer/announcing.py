@@ -27,8 +27,7 @@ def to_read(layout: Layout, lane: Lane, transfer: Transfer, word: int) -> Iterat
 def to_stage(layout: Layout, lane: Lane, transfers: Mapping[str, Transfer]) -> Iterator[tuple[Transfer, Stage | str]]:
     """Two-sided: give each route's free staging slots to what is computed, a piece to each transfer in turn. A transfer that lacks a
     piece must have been failed (and so dropped from the stagings) before the next is asked for."""
-    assert lane.transport is not None
-    most = slot_bytes(layout, lane.transport)
+    most = slot_bytes(layout)
     for number, (route, staging) in enumerate(zip(lane.routes, lane.stagings, strict=True)):
         while (transfer_id := staging.next()) is not None:
             transfer = transfers[transfer_id]

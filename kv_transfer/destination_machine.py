@@ -325,7 +325,7 @@ class DestinationMachine:
         """A piece of another epoch, or of a transfer that has ended, is not looked at; what is sent all the same is received. One whose
         size cannot be told would leave a pair out of step."""
         assert lane.hello is not None
-        fault = size_fault(ready, lane.routes, slot_bytes(lane.hello.layout, lane.choices[0])) if lane.two_sided else None
+        fault = size_fault(ready, lane.routes, slot_bytes(lane.hello.layout)) if lane.two_sided else None
         if fault is not None:
             return self._hang_up(lane.number, f"Piece {ready.seq} of {ready.transfer_id} cannot be received: {fault}.", now)
         found = self._receipt_on(lane, ready.transfer_id)

@@ -135,8 +135,7 @@ class DestinationRank:
             if route.destination != self._rank:
                 continue
             crossing = Crossing(route, hello.layout, self._layout)
-            size = slot_bytes(hello.layout, transport)
-            ground = Ground(self._pool, transport, self._wires[transport], crossing, size, self._silence_s)
+            ground = Ground(self._pool, transport, self._wires[transport], crossing, slot_bytes(hello.layout), self._silence_s)
             self._pairs[lane][number] = Incoming(ground, self._events(lane, number))
 
     def _events(self, lane: int, route: int) -> PairEvents:

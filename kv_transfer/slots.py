@@ -7,11 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..kernels.copy_summed import table_sums
 from . import cuda_streams
 from .coverage import Span
 from .crossing import Crossing
 from .packing import checksum as checksum_of
-from .packing import checksum_from, pack, sums, unpack
+from .packing import pack, unpack
 from .pool import Pool
 from .rows import pack_rows, require_fit, unpack_rows
 from .staging import SLOTS_PER_PAIR
@@ -43,14 +44,10 @@ class HostSlots:
         return self._slots[slot][:length]
 
     def fill(self, slot: int, span: Span, blocks: tuple[int, ...]) -> int:
-        pack(self._pool, self._crossing, span, blocks, self._slots[slot])
-        return checksum_of(self._slots[slot], self._crossing.bytes(span))
+        return pack(self._pool, self._crossing, span, blocks, self._slots[slot])
 
     def empty(self, slot: int, span: Span, blocks: tuple[int, ...], checksum: int) -> bool:
-        if checksum_of(self._slots[slot], self._crossing.bytes(span)) != checksum:
-            return False
-        unpack(self._pool, self._crossing, span, blocks, self._slots[slot])
-        return True
+        return unpack(self._pool, self._crossing, span, blocks, self._slots[slot], checksum)
 
 
 class DeviceSlots:
@@ -76,20 +73,20 @@ class DeviceSlots:
             pack_rows(self._pool, self._crossing, span, blocks, self._slots[slot])
             found = self._sums(slot, span)
             cuda_streams.mark().synchronize()
-        return checksum_from(found)
+        return checksum_of(found)
 
     def empty(self, slot: int, span: Span, blocks: tuple[int, ...], checksum: int) -> bool:
         with torch.cuda.stream(self._stream):
             found = self._sums(slot, span)
             fits = unpack_rows(self._pool, self._crossing, span, blocks, self._slots[slot])
             cuda_streams.mark().synchronize()
-            if checksum_from(found) != checksum:
+            if checksum_of(found) != checksum:
                 return False
             require_fit(fits)
         return True
 
     def _sums(self, slot: int, span: Span) -> Tensor:
-        return cuda_streams.to_host(sums(self._slots[slot], self._crossing.bytes(span)))
+        return cuda_streams.to_host(table_sums(self._slots[slot], self._crossing.bytes(span)))
 
 
 def slots_for(pool: Pool, crossing: Crossing, slot_bytes: int) -> Slots:

@@ -75,8 +75,7 @@ class SourceRank:
             if route.source != self._rank:
                 continue
             crossing = Crossing(route, self._layout, peer)
-            size = slot_bytes(self._layout, transport)
-            ground = Ground(self._pool, transport, self._wires[transport], crossing, size, self._silence_s)
+            ground = Ground(self._pool, transport, self._wires[transport], crossing, slot_bytes(self._layout), self._silence_s)
             self._pairs[lane, number] = Outgoing(ground, self._events(lane, number))
 
     def _events(self, lane: int, route: int) -> PairEvents:

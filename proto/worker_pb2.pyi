@@ -394,7 +394,7 @@ class Workload(_message.Message):
     def __init__(self, seconds: _Optional[float] = ..., age: _Optional[_Iterable[float]] = ..., prompt_tokens: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., output_tokens: _Optional[_Iterable[int]] = ..., ttft: _Optional[_Iterable[float]] = ..., tpot: _Optional[_Iterable[float]] = ..., ended: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class LaneMessage(_message.Message):
-    __slots__ = ("hello", "offer", "grant", "refused", "ready", "commit", "ack", "cancel", "keep_alive", "rendezvous", "nearly_done")
+    __slots__ = ("hello", "offer", "grant", "refused", "ready", "commit", "ack", "cancel", "keep_alive", "rendezvous", "nearly_done", "rest")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
@@ -406,6 +406,7 @@ class LaneMessage(_message.Message):
     KEEP_ALIVE_FIELD_NUMBER: _ClassVar[int]
     RENDEZVOUS_FIELD_NUMBER: _ClassVar[int]
     NEARLY_DONE_FIELD_NUMBER: _ClassVar[int]
+    REST_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     offer: Offer
     grant: Grant
@@ -417,7 +418,8 @@ class LaneMessage(_message.Message):
     keep_alive: KeepAlive
     rendezvous: Rendezvous
     nearly_done: NearlyDone
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., keep_alive: _Optional[_Union[KeepAlive, _Mapping]] = ..., rendezvous: _Optional[_Union[Rendezvous, _Mapping]] = ..., nearly_done: _Optional[_Union[NearlyDone, _Mapping]] = ...) -> None: ...
+    rest: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., keep_alive: _Optional[_Union[KeepAlive, _Mapping]] = ..., rendezvous: _Optional[_Union[Rendezvous, _Mapping]] = ..., nearly_done: _Optional[_Union[NearlyDone, _Mapping]] = ..., rest: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("worker_id", "incarnation", "layout", "shm", "protocol_version", "transports")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..core.errors import InvalidRequest
@@ -94,8 +94,18 @@ def _hello(message: Hello) -> pb.Hello:
     )
 
 
-def decode_lane_message(data: bytes) -> LaneMessage:
+def join_lane_messages(first: bytes, rest: Sequence[bytes]) -> bytes:
+    """Several encoded messages as one."""
+    return first + pb.LaneMessage(rest=rest).SerializeToString() if rest else first
+
+
+def decode_lane_messages(data: bytes) -> list[LaneMessage]:
+    """The inverse of both, in their order."""
     wire = parse(pb.LaneMessage, data)
+    return [_read(wire), *(_read(parse(pb.LaneMessage, each)) for each in wire.rest)]
+
+
+def _read(wire: pb.LaneMessage) -> LaneMessage:
     name = chosen(wire, "message")
     return _READ[name](getattr(wire, name))
 

@@ -15,7 +15,7 @@ from ..core.spans import Recording
 from ..proto.worker_pb2 import DESCRIPTOR
 from .channels import ANSWER_S, ClientCall, open_internal_channel
 from .codec_spans import decode_spans_answer, decode_spans_command, encode_spans_answer, encode_spans_command
-from .stream import ByteCall, Stream
+from .stream import ByteCall, Stream, alone
 
 LONGEST_S = 600.0
 MOST = 1_000_000
@@ -33,7 +33,7 @@ class SpansServed(Stream[SpansAnswer, SpansCommand]):
     """The end that is recorded."""
 
     def __init__(self, call: ByteCall, *, peer: str) -> None:
-        super().__init__(call, encode_spans_answer, decode_spans_command, peer=peer)
+        super().__init__(call, encode_spans_answer, alone(decode_spans_command), peer=peer)
 
 
 async def serve_spans(stream: SpansServed) -> None:
@@ -81,7 +81,7 @@ class SpansClient:
         self._peer = f"{'router' if router else 'worker'} at {address}"
         method = DESCRIPTOR.services_by_name["Router" if router else "Worker"].methods_by_name["Spans"]
         call = ClientCall(open_internal_channel(address, tls), method, peer=self._peer, owns_channel=True)
-        self._stream: Stream[SpansCommand, SpansAnswer] = Stream(call, encode_spans_command, decode_spans_answer, peer=self._peer)
+        self._stream: Stream[SpansCommand, SpansAnswer] = Stream(call, encode_spans_command, alone(decode_spans_answer), peer=self._peer)
 
     async def begin(self, seconds: float, most: int) -> ClockSeen:
         """Returns when the other is being recorded. Raises what it refuses with, `Unavailable` if it does not answer."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, Self, TypeVar
 
 from ..core.errors import DiptychError, Unavailable
@@ -48,6 +48,11 @@ class ByteCall(Protocol):
         ...
 
 
+def alone(decode: Callable[[bytes], In]) -> Callable[[bytes], Sequence[In]]:
+    """Of a stream on which each message is written by itself."""
+    return lambda data: (decode(data),)
+
+
 class Stream(Generic[Out, In]):
     """`send` messages and iterate over the peer's.
 
@@ -55,8 +60,8 @@ class Stream(Generic[Out, In]):
     this end cut a peer that does not read; `InvalidRequest` when the peer sent what is no message; or the error the peer ended with.
     """
 
-    def __init__(self, call: ByteCall, encode: Callable[[Out], bytes], decode: Callable[[bytes], In], *, peer: str) -> None:
-        """`peer`: how the other end is named in errors and logs."""
+    def __init__(self, call: ByteCall, encode: Callable[[Out], bytes], decode: Callable[[bytes], Sequence[In]], *, peer: str) -> None:
+        """`peer`: how the other end is named in errors and logs. `decode`: the messages in what the peer has written at once."""
         self.peer = peer
         self._call = call
         self._encode = encode
@@ -162,13 +167,17 @@ class Stream(Generic[Out, In]):
         self._wake_reader.set()
         self._wake_consumer.set()
 
+    def _next(self) -> bytes:
+        """What to write at once: the oldest message."""
+        data = self._outbox.popleft()
+        self._outbox_bytes -= len(data)
+        return data
+
     async def _write_queued(self) -> None:
         try:
             while not self._ended:
                 while self._outbox:
-                    data = self._outbox.popleft()
-                    self._outbox_bytes -= len(data)
-                    await self._call.write(data)
+                    await self._call.write(self._next())
                 if self._closing:
                     await self._call.done_writing()
                     return
@@ -184,7 +193,7 @@ class Stream(Generic[Out, In]):
                 if self._closing:
                     continue
                 with span(Doing.DECODE):
-                    self._inbox.append(self._decode(data))
+                    self._inbox.extend(self._decode(data))
                 self._wake_consumer.set()
                 while len(self._inbox) >= READ_AHEAD and not self.ended:
                     self._wake_reader.clear()

@@ -18,7 +18,7 @@ from .codec_fields import parse
 from .codec_fleet import decode_report
 from .credentials import current
 from .lane import Lane
-from .stream import ByteCall, Stream
+from .stream import ByteCall, Stream, alone
 
 _METHODS = DESCRIPTOR.services_by_name["Worker"].methods_by_name
 
@@ -28,7 +28,7 @@ class RouterStream(Stream[StepEvents, Command]):
     that does not read is cut."""
 
     def __init__(self, call: ByteCall, *, peer: str) -> None:
-        super().__init__(call, encode_step_events, decode_command, peer=peer)
+        super().__init__(call, encode_step_events, alone(decode_command), peer=peer)
 
 
 class WorkerStream(Stream[Command, StepEvents]):
@@ -36,7 +36,7 @@ class WorkerStream(Stream[Command, StepEvents]):
     stops every attempt on it."""
 
     def __init__(self, call: ByteCall, *, peer: str) -> None:
-        super().__init__(call, encode_command, decode_step_events, peer=peer)
+        super().__init__(call, encode_command, alone(decode_step_events), peer=peer)
 
 
 class WorkerFace(Protocol):

@@ -42,7 +42,7 @@ PROMPT = 1024
 
 
 async def moved(transport: Transport, passes: int) -> dict[str, Any]:
-    """By piece size: GB/s of the hinge and of the raw link, and their ratio."""
+    """By piece size: GB/s of the hinge and of the raw link, their ratio, and CPU seconds of both ends for a GB of each."""
     found = {}
     async with two_workers(WIDE, transport) as here:
         with tempfile.TemporaryDirectory(prefix="diptych-benchmark-") as scratch:
@@ -52,13 +52,19 @@ async def moved(transport: Transport, passes: int) -> dict[str, Any]:
                 count = WIDE.num_blocks[0] * WIDE.block_size // tokens
                 ours, raw = [], []
                 for number in range(1 + passes):
-                    times = await raw_pass(here, transport, piece), await here.pass_over(tokens, count)
+                    times = await here.taking(raw_pass(here, transport, piece)), await here.taking(here.pass_over(tokens, count))
                     if number:  # the first meets pages that nobody has touched
                         raw.append(times[0])
                         ours.append(times[1])
-                figures = {"gb_per_s": rate(WIDE, ours), "raw_gb_per_s": rate(WIDE, raw)}
-                found[f"{piece >> 10} KiB"] = figures | {"ratio": figures["gb_per_s"] / figures["raw_gb_per_s"]}
+                found[f"{piece >> 10} KiB"] = compared(ours, raw)
     return found
+
+
+def compared(ours: list[tuple[float, float]], raw: list[tuple[float, float]]) -> dict[str, float]:
+    """Of passes over the whole pool, each by the seconds and the CPU seconds that it took: medians."""
+    fast, fast_raw = (rate(WIDE, [seconds for seconds, _ in passes]) for passes in (ours, raw))
+    cpu, cpu_raw = (1 / rate(WIDE, [cpu for _, cpu in passes]) for passes in (ours, raw))
+    return {"gb_per_s": fast, "raw_gb_per_s": fast_raw, "ratio": fast / fast_raw, "cpu_s_per_gb": cpu, "raw_cpu_s_per_gb": cpu_raw}
 
 
 async def join(here: Here, transport: Transport, store: Path) -> None:
@@ -96,7 +102,8 @@ def measure(transport: Transport, options: argparse.Namespace) -> dict[str, Any]
 def show(transport: Transport, found: dict[str, Any]) -> None:
     print(f"\n{transport.value}: one 16-token block of the demo model (288 KiB) {found['block_us']:.0f} µs")
     for piece, figures in found["pieces"].items():
-        print(f"{piece:>10}{figures['gb_per_s']:8.2f} GB/s{figures['raw_gb_per_s']:8.2f} raw{figures['ratio']:8.2f}")
+        print(f"{piece:>10}{figures['gb_per_s']:8.2f} GB/s{figures['raw_gb_per_s']:8.2f} raw{figures['ratio']:8.2f}", end="")
+        print(f"{figures['cpu_s_per_gb']:8.3f} CPU s/GB{figures['raw_cpu_s_per_gb']:8.3f} raw")
     if share := found.get("share"):
         parts = ", ".join(f"{name} {share[f'{name}_percent']:.4f} %" for name in ("exposed", "overlapped"))
         print(f"of a request of {share['request']:.1f} s: {parts}")

@@ -58,7 +58,7 @@ def staging_bytes(card: ModelCard, spec: RankSpec) -> int:
     """The slots of the pairs it may make (gloo's, on a GPU nccl's), where its pool is. It is not known yet with which workers a one-sided
     transport works, and a pair is made while the worker serves: too late to find that there is no room."""
     layout = card.layout(block_size=BLOCK_SIZE, kv_tokens=LEAST_TOKENS, tp=spec.tp, stages=spec.stages)
-    return sum(spec.pairs * pair_bytes(layout, transport) for transport in spec.transports if transport.two_sided)
+    return sum(spec.pairs * pair_bytes(layout) for transport in spec.transports if transport.two_sided)
 
 
 def rank_layout(card: ModelCard, spec: RankSpec, tokens: int) -> Layout:

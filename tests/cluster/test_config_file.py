@@ -170,14 +170,14 @@ def test_staging_is_counted_for_every_pair_that_gloo_may_make(tmp_path: Path) ->
 
     alone, both = wanted(transports=["shm"]), wanted()
     assert {name: both[name] - alone[name] for name in ("prefill-0", "decode-0")} == {
-        "prefill-0": 3 * (16 << 20),
-        "decode-0": 2 * (16 << 20),
+        "prefill-0": 3 * (64 << 20),
+        "decode-0": 2 * (64 << 20),
     }
     spec = RankSpec(worker_id="d", phase=Phase.DECODE, model_dir=directory, pairs=3)
     with pytest.raises(ConfigError, match="with staging for its transfers") as caught:
-        require_memory(read_card(directory), spec, 48 << 20)
+        require_memory(read_card(directory), spec, 192 << 20)
     assert caught.value.field == "kv_tokens"
-    require_memory(read_card(directory), spec, 64 << 20)
+    require_memory(read_card(directory), spec, 208 << 20)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ PARSERS: dict[str, list[Parser]] = {
         codec_fleet.decode_fleet,
         codec_fleet.decode_fleet_status,
         codec_fleet.decode_report,
-        codec_lane.decode_lane_message,
+        codec_lane.decode_lane_messages,
         codec_spans.decode_spans_command,
         codec_spans.decode_spans_answer,
     ],

@@ -51,9 +51,9 @@ def count(span: Span, size: int) -> int:
 
 def by_packing(source: Pool, destination: Pool, crossing: Crossing, span: Span, here: tuple[int, ...], there: tuple[int, ...]) -> None:
     slot = torch.zeros(1 << 16, dtype=torch.uint8)
-    pack(source, crossing, span, here, slot)
+    checksum = pack(source, crossing, span, here, slot)
     assert not slot[crossing.bytes(span) :].any(), "a piece is as long as both ends reckon"
-    unpack(destination, crossing, span, there, slot)
+    assert unpack(destination, crossing, span, there, slot, checksum)
 
 
 def by_copying(source: Pool, destination: Pool, crossing: Crossing, span: Span, here: tuple[int, ...], there: tuple[int, ...]) -> None:

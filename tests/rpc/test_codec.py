@@ -119,6 +119,13 @@ ready = st.builds(
     u64,
     u32,
 )
+
+
+def written_at_once(messages: list[transfer.LaneMessage]) -> bytes:
+    first, *rest = map(codec_lane.encode_lane_message, messages)
+    return codec_lane.join_lane_messages(first, rest)
+
+
 lane_messages = st.one_of(
     st.builds(transfer.Hello, texts, u64, layouts, many(shm), many(st.sampled_from(transfer.Transport)), u32),
     st.builds(transfer.Rendezvous, u32, texts, st.binary(max_size=40)),
@@ -168,7 +175,7 @@ CODECS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], bytes], Callable
         codec_spans.decode_spans_command,
     ),
     "spans answer": (spans_answers, codec_spans.encode_spans_answer, codec_spans.decode_spans_answer),
-    "lane message": (lane_messages, codec_lane.encode_lane_message, codec_lane.decode_lane_message),
+    "lane message": (st.lists(lane_messages, min_size=1, max_size=3), written_at_once, codec_lane.decode_lane_messages),
     "generate": (calls, codec_inference.encode_generate, codec_inference.decode_generate),
     "chunk": (chunks, codec_inference.encode_chunk, codec_inference.decode_chunk),
     "models": (models, codec_inference.encode_models, codec_inference.decode_models),
