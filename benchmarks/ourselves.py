@@ -197,10 +197,7 @@ async def _warm(server: Server) -> None:
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("attainment", "met", lambda value: f"{100 * value:.0f} %"),
     ("goodput", "goodput /s", lambda value: f"{value:.2f}"),
-    *(
-        (name, name.replace("_", " ").upper().replace("P", "p", 1) + " ms", lambda value: f"{1000 * value:.0f}")
-        for name in Figures.__slots__[2:]
-    ),
+    *((name, f"{name[:4].upper()} {name[5:]} ms", lambda value: f"{1000 * value:.0f}") for name in Figures.__slots__[2:]),
 )
 
 

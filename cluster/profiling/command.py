@@ -34,6 +34,4 @@ def profile(
     from ..commands.preparing import prepare_here
     from .measuring import profile_here
 
-    profile_here(
-        prepare_here(model or "demo", dtype, None, None, None), threads=threads, repeats=repeats, clusters=clusters, out=out
-    )
+    profile_here(prepare_here(model or "demo", dtype, None, None, None), threads=threads, repeats=repeats, clusters=clusters, out=out)
