@@ -11,8 +11,11 @@ import argparse
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,12 +38,13 @@ from diptych.core.fleet import LocalPrefill, Phase
 SLO_66B = Slo(ttft=2.5, tpot=0.15)
 """The paper's, of OPT-66B with ShareGPT (OSDI 2024, table 1)."""
 TURNS = 3_000_000
+PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """`memory_mib`: the most this process has ever held."""
+    """`memory_mib`: the most that this process has ever held, or one that it has started and that has ended."""
 
     wall_s: float
     cpu_s: float
@@ -50,8 +54,14 @@ class Cost:
 def timed(call: Callable[[], R]) -> tuple[R, Cost]:
     began, used = time.perf_counter(), _cpu()
     found = call()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    memory = max(resource.getrusage(who).ru_maxrss for who in PROCESSES) / 1024
     return found, Cost(round(time.perf_counter() - began, 2), round(_cpu() - used, 2), round(memory, 1))
+
+
+def timed_apart(call: Callable[[], R]) -> tuple[R, Cost]:
+    """In a process of its own, whose memory is nobody else's."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        return executor.submit(timed, call).result()
 
 
 def yardstick() -> float:
@@ -65,7 +75,7 @@ def yardstick() -> float:
 
 def _cpu() -> float:
     """Of this process and of those that have ended."""
-    ours = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    ours = [resource.getrusage(who) for who in PROCESSES]
     return sum(each.ru_utime + each.ru_stime for each in ours)
 
 
@@ -91,6 +101,11 @@ def many(load: Load, requests: int, workers: int = 64, rate: float = 100.0) -> W
     return world
 
 
+def seconds_of_many(load: Load, requests: int) -> float:
+    """How long that load takes in the simulation."""
+    return many(load, requests).agenda.now
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=Path, default=Path("../shared/distserve/sharegpt_lengths.json"), help="default: %(default)s")
@@ -103,7 +118,7 @@ def main() -> None:
     load = Load(lengths=tuple(read_pairs(options.lengths.read_text(), options.lengths.name)))
     print(describe(where))
     for exhaustive in (False, True)[: 1 + options.exhaustive]:
-        outcome, cost = timed(lambda exhaustive=exhaustive: pairs_of_66b(load, exhaustive=exhaustive))  # type: ignore[misc]
+        outcome, cost = timed(partial(pairs_of_66b, load, exhaustive=exhaustive))
         best = outcome.best
         assert best is not None
         name = "every pair of OPT-66B on 8 devices" + (", exhaustive" if exhaustive else "")
@@ -112,10 +127,10 @@ def main() -> None:
         results[name] = {"considered": outcome.considered, "searched": outcome.simulated, "best": str(best.plan), "rate": best.rate}
         results[name] |= asdict(cost)  # type: ignore[operator]
     for requests in options.requests:
-        world, cost = timed(lambda requests=requests: many(load, requests))  # type: ignore[misc]
+        simulated, cost = timed_apart(partial(seconds_of_many, load, requests))
         name = f"{requests} requests on 64 workers"
-        print(f"{name}: {cost.wall_s} s ({cost.cpu_s} s of CPU), {cost.memory_mib} MiB; {world.agenda.now:.0f} s simulated")
-        results[name] = asdict(cost) | {"simulated_s": world.agenda.now}
+        print(f"{name}: {cost.wall_s} s ({cost.cpu_s} s of CPU), {cost.memory_mib} MiB; {simulated:.0f} s simulated")
+        results[name] = asdict(cost) | {"simulated_s": simulated}
         yards.append(yardstick())
     print(f"a loop of {TURNS} turns meanwhile: {', '.join(map(str, yards))} s of CPU")
     if options.keep:

@@ -73,6 +73,7 @@ def test_what_is_not_simulated_could_not_have_won(found: Outcome) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)  # it took 400 s beside ten others on two cores
 def test_nor_of_the_pairs_of_a_large_model_on_a_node() -> None:
     known = profile_of("opt-66b-a100")
 
