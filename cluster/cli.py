@@ -71,6 +71,7 @@ def _options(
 
 
 LogFormat = Literal["pretty", "json"]
+KvDtype = Literal["auto", "int8"]
 
 
 class Dtype(StrEnum):
@@ -112,7 +113,8 @@ def up(
     file: Annotated[Path | None, typer.Option("--file", "-f", metavar="cluster.yaml", help="A config file; flags override it.")] = None,
     model: Model = None,
     name: NewName = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Type of weights and KV cache. Default: bfloat16.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights. Default: bfloat16.")] = None,
+    kv_dtype: Annotated[KvDtype | None, typer.Option("--kv-cache-dtype", help="Type of the KV cache. Default: auto, the weights'.")] = None,
     device: Annotated[Device | None, typer.Option(help="What to compute on. Default: auto, GPUs if torch and the host have CUDA.")] = None,
     prefill: Annotated[int | None, typer.Option(metavar="N", help="Prefill workers. Default: 1.")] = None,
     decode: Annotated[int | None, typer.Option(metavar="N", help="Decode workers. Default: 1.")] = None,
@@ -140,12 +142,13 @@ def up(
     [bold]diptych up --prefill-tp 2 --decode-pp 2[/]  workers of two ranks each, shared out differently
     [bold]diptych up -f cluster.yaml -v[/]            from a file (see `diptych config schema`)
     """
-    from .commands import probe, up
+    from .commands import detached, probe, up
 
     overrides = {
         "model.source": model,
         "name": name,
         "model.dtype": dtype.value if dtype else None,
+        "model.kv_dtype": kv_dtype,
         "device": device.value if device else None,
         "prefill.workers": prefill,
         "decode.workers": decode,
@@ -163,9 +166,7 @@ def up(
     }
     config = _config(file, overrides, colocated)
     if detach:
-        from .commands.detached import detach as keep
-
-        typer.echo(f"Cluster {config.name!r} starts in the background. What it prints: {keep(config)}")
+        typer.echo(f"Cluster {config.name!r} starts in the background. What it prints: {detached.detach(config)}")
         return
     up.Up(config, verbose=verbose, when_up=probe.probe if verbose else None).run()
 
@@ -354,7 +355,7 @@ def chat(
 @app.command()
 def prepare(
     source: Annotated[str, typer.Argument(help="A Hugging Face directory, a GGUF file, a hub name, or `demo`.")],
-    dtype: Annotated[Dtype, typer.Option(help="Type of weights and KV cache.")] = Dtype.bfloat16,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights.")] = Dtype.bfloat16,
     out: Annotated[Path | None, typer.Option(help="Where to put it. Default: ~/.cache/diptych/models/…")] = None,
     name: Annotated[str | None, typer.Option("--name", "-n", help="What clients call the model. Default: the source's name.")] = None,
     chat_template: ChatTemplate = None,

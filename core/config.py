@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_valid
 
 from .errors import ConfigError
 from .fleet import LocalPrefill, Phase
-from .layout import even_stages
+from .layout import DType, even_stages
 from .section import Section
 from .security import SecuritySection
 from .transfer import Transport
@@ -25,8 +25,18 @@ class ModelSection(Section):
         "Without one: the demo model, if its package is installed.",
     )
     name: str | None = Field(None, description="The name clients use; by default the source's own.")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of weights and KV cache.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of the weights.")
+    kv_dtype: Literal["auto", "int8"] = Field(
+        "auto",
+        description="Type of the KV cache: auto is the weights'; int8, with a scale for every 32 numbers of a head, takes 53 % of "
+        "bfloat16's memory and of what is handed over then, at some cost of quality ([performance](performance.md)). For workers on a CPU.",
+    )
     chat_template: str | None = Field(None, description="A Jinja file to use as the chat template in place of the model's own.")
+
+    @property
+    def held_as(self) -> DType | None:
+        """The KV cache's dtype; None for that of the weights."""
+        return None if self.kv_dtype == "auto" else DType(self.kv_dtype)
 
 
 _THREADS = (

@@ -12,16 +12,26 @@ from enum import StrEnum
 
 from .errors import InvalidRequest
 
+INT8_GROUP, SCALE_BYTES = 32, 2
+"""Of an int8 row so many numbers share a scale, a bfloat16."""
+
 
 class DType(StrEnum):
+    """int8 is of KV alone: a row, one head's key or value of one token, is its numbers and behind them their scales."""
+
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+    INT8 = "int8"
 
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return 4 if self is DType.FLOAT32 else 2
+        return {DType.FLOAT32: 4, DType.INT8: 1}.get(self, 2)
+
+
+OF_WEIGHTS = (DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16)
+"""The dtypes that a model is prepared in."""
 
 
 class CacheKind(StrEnum):
@@ -33,9 +43,10 @@ class CacheKind(StrEnum):
 class CacheGroup:
     """Layers whose KV has one kind and one shape; a group has its own blocks and tables.
 
-    Per layer a group's cache is `[num_blocks, kv_heads, 2, block_size, head_dim]` of `dtype` (K is [..., 0, :, :], V is
-    [..., 1, :, :]), so that a head range of a block, K and V, is one run of bytes. A window group's layers attend to the
-    last `window` positions, the current one included: query q sees keys k with q - window < k <= q.
+    Per layer a group's cache is `[num_blocks, kv_heads, 2, block_size, width]` of `dtype` (K is [..., 0, :, :], V is
+    [..., 1, :, :]), so that a head range of a block, K and V, is one run of bytes; scales are in the run, so they go wherever it
+    goes. A window group's layers attend to the last `window` positions, the current one included: query q sees keys k with
+    q - window < k <= q.
     """
 
     kind: CacheKind
@@ -52,9 +63,18 @@ class CacheGroup:
             raise _wrong("groups.window", f"is {self.window} for a {self.kind} group")
 
     @property
+    def width(self) -> int:
+        """Elements of a row, one head's key or value of one token: head_dim, and in int8 the bytes of its scales."""
+        return self.head_dim + (SCALE_BYTES * -(-self.head_dim // INT8_GROUP) if self.dtype is DType.INT8 else 0)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token in one layer, K and V."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.kv_heads * self.row_bytes
 
     def first_needed(self, position: int) -> int:
         """The first position that a query at `position` sees; 0 for a full group."""

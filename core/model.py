@@ -123,8 +123,8 @@ class ModelCard(BaseModel):
             return None
         return f"{self.name} ({self.decoder.architecture}) has no fast path here: it runs through transformers, slower."
 
-    def cache_groups(self) -> tuple[CacheGroup, ...]:
-        """One group per distinct window, full attention first."""
+    def cache_groups(self, kv_dtype: DType | None = None) -> tuple[CacheGroup, ...]:
+        """One group per distinct window, full attention first; of the weights' dtype if no other is named."""
         decoder = self.decoder
         return tuple(
             CacheGroup(
@@ -132,15 +132,17 @@ class ModelCard(BaseModel):
                 layers=tuple(i for i, w in enumerate(decoder.windows) if w == window),
                 kv_heads=decoder.kv_heads,
                 head_dim=decoder.head_dim,
-                dtype=self.dtype,
+                dtype=kv_dtype or self.dtype,
                 window=window,
             )
             for window in sorted(set(decoder.windows))
         )
 
-    def layout(self, *, block_size: int, kv_tokens: int, tp: int = 1, stages: tuple[int, ...] = ()) -> Layout:
+    def layout(
+        self, *, block_size: int, kv_tokens: int, tp: int = 1, stages: tuple[int, ...] = (), kv_dtype: DType | None = None
+    ) -> Layout:
         """A worker's layout whose every group holds `kv_tokens` tokens, rounded up to whole blocks. `ConfigError` (field `tp` or `pp`)
-        if the model cannot be spread like that; `stages` as in `Layout`."""
+        if the model cannot be spread like that; `stages` as in `Layout`, `kv_dtype` as in `cache_groups`."""
         decoder = self.decoder
         if isinstance(decoder, ForeignDecoder):
             if tp > 1 or stages:
@@ -160,7 +162,7 @@ class ModelCard(BaseModel):
             raise ConfigError(
                 f"Stages of {stages} layers do not share out the {decoder.layers} layers of {self.name}; {nearest} would.", field="pp"
             )
-        groups = self.cache_groups()
+        groups = self.cache_groups(kv_dtype)
         blocks = -(-kv_tokens // block_size)
         return Layout(self.fingerprint, groups, block_size, (blocks,) * len(groups), tp, stages)
 

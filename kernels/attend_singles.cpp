@@ -1,8 +1,10 @@
 // Attention of rows with one new token each, over the paged cache where it lies: keys and values of a block are read once for all query
-// heads that share them, and nothing outside what a query may see is read. bf16 in and out, scores, softmax and sums in fp32.
+// heads that share them, and nothing outside what a query may see is read. bf16 in and out, scores, softmax and sums in fp32. Of an int8
+// cache what is seen of a block is made bf16 before it is read.
 #include <algorithm>
 #include <vector>
 
+#include "int8_rows.h"
 #include "vectors.h"
 
 namespace {
@@ -10,43 +12,60 @@ namespace {
 struct Paged {
     bf16* out;           // [rows, heads, head_dim]
     const bf16* query;   // [rows, heads, head_dim]
-    const bf16* cache;   // [blocks, kv_heads, 2, block_size, head_dim]
+    const char* cache;   // [blocks, kv_heads, 2, block_size] rows of head_dim bf16, or as in int8_rows.h
     const int64_t* tables;  // [rows, table_width]: the blocks from the first with a key that is seen
     const int64_t* firsts;  // [rows]: the first position seen
     const int64_t* lasts;   // [rows]: the last, the query's own
     int64_t table_width, heads, kv_heads, block_size, head_dim;
     float scale, softcap;
+    bool int8;
+
+    int64_t row() const { return int8 ? row_bytes(head_dim) : head_dim * sizeof(bf16); }
 };
 
-// The keys of one block that a query sees: `count` of them, [head_dim] each, and the values of the same positions. `next`: from there to
-// the same place of the block that comes next, which is asked for meanwhile; blocks lie scattered, and no processor guesses where.
+// The keys of one block that a query sees: `count` of them, and the values of the same positions. `next`: from there to the same place of
+// the block that comes next, in bytes, which is asked for meanwhile; blocks lie scattered, and no processor guesses where.
 struct Seen {
-    const bf16* keys;
-    const bf16* values;
+    const char* keys;
+    const char* values;
     int64_t count;
     int64_t next;
+};
+
+// The rows of keys or of values as bf16 [count, head_dim], where they lie or made of them. `next` as above.
+struct Opened {
+    const bf16* rows;
+    int64_t count, next;
 };
 
 Seen seen(const Paged& p, int64_t row, int64_t kv_head, int64_t block) {
     const int64_t size = p.block_size, from = (p.firsts[row] / size + block) * size;
     const int64_t low = std::max<int64_t>(p.firsts[row] - from, 0), high = std::min(p.lasts[row] + 1 - from, size);
     const int64_t* table = p.tables + row * p.table_width;
-    const int64_t block_stride = p.kv_heads * 2 * size * p.head_dim;
-    const bf16* keys = p.cache + table[block] * block_stride + (kv_head * 2 * size + low) * p.head_dim;
+    const int64_t block_stride = p.kv_heads * 2 * size * p.row();
+    const char* keys = p.cache + table[block] * block_stride + (kv_head * 2 * size + low) * p.row();
     const int64_t next = high + from <= p.lasts[row] ? (table[block + 1] - table[block]) * block_stride : 0;
-    return {keys, keys + size * p.head_dim, high - low, next};
+    return {keys, keys + size * p.row(), high - low, next};
+}
+
+Opened opened(const Paged& p, const Seen& s, const char* rows, std::vector<bf16>& made) {
+    if (!p.int8) return {(const bf16*)rows, s.count, s.next};
+    for (int64_t at = 0; at < s.count * p.row(); at += 64) __builtin_prefetch(rows + s.next + at, 0, 3);
+    made.resize(p.block_size * p.head_dim);
+    for (int64_t i = 0; i < s.count; i++) decode_row(made.data() + i * p.head_dim, rows + i * p.row(), p.head_dim);
+    return {made.data(), s.count, 0};
 }
 
 // Scores of `queries` query heads with the keys: scores[head * stride + key].
-void score(const Paged& p, const bf16* query, int64_t queries, const Seen& s, float* scores, int64_t stride) {
+void score(const Paged& p, const bf16* query, int64_t queries, const Opened& s, float* scores, int64_t stride) {
     for (int64_t key = 0; key < s.count; key += TILE) {
         const bf16* keys[TILE];
-        for (int i = 0; i < TILE; i++) keys[i] = s.keys + std::min(key + i, s.count - 1) * p.head_dim;
+        for (int i = 0; i < TILE; i++) keys[i] = s.rows + std::min(key + i, s.count - 1) * p.head_dim;
         for (int64_t q = 0; q < queries; q += TILE) {
             const int64_t rows = std::min<int64_t>(TILE, queries - q);
             f32x4 found[TILE];
             const Rows x = {query + q * p.head_dim, p.head_dim, 1};
-            const Ahead ahead = {(const char*)(keys[0] + s.next), (int64_t)(p.head_dim * sizeof(bf16)), sizeof(bf16)};
+            const Ahead ahead = {(const char*)keys[0] + s.next, (int64_t)(p.head_dim * sizeof(bf16)), sizeof(bf16)};
             if (q == 0)
                 dots<4>(rows, found, x, keys, p.head_dim, ahead);
             else
@@ -82,7 +101,7 @@ float soften(const Paged& p, float* scores, int64_t count) {
 
 // Adds the values, each by its share, to `mixed` [queries, head_dim], 16 * WIDTH elements from d on.
 template <int QUERIES, int WIDTH>
-inline void mix_part(const Paged& p, const Seen& s, const float* shares, int64_t stride, float* mixed, int64_t d) {
+inline void mix_part(const Paged& p, const Opened& s, const float* shares, int64_t stride, float* mixed, int64_t d) {
     f32x16 acc[QUERIES][WIDTH];
     for (int q = 0; q < QUERIES; q++)
         for (int i = 0; i < WIDTH; i++) acc[q][i] = load(mixed + q * p.head_dim + d + i * LANES);
@@ -90,9 +109,9 @@ inline void mix_part(const Paged& p, const Seen& s, const float* shares, int64_t
         f32x16 values[WIDTH];
 #pragma GCC unroll 4
         for (int i = 0; i < WIDTH; i++) {
-            const bf16* part = s.values + key * p.head_dim + d + i * LANES;
+            const bf16* part = s.rows + key * p.head_dim + d + i * LANES;
             values[i] = load(part);
-            if (i % 2 == 0) __builtin_prefetch(part + s.next, 0, 3);
+            if (i % 2 == 0) __builtin_prefetch((const char*)part + s.next, 0, 3);
         }
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; q++) {
@@ -105,13 +124,13 @@ inline void mix_part(const Paged& p, const Seen& s, const float* shares, int64_t
 }
 
 template <int QUERIES>
-void mix(const Paged& p, const Seen& s, const float* shares, int64_t stride, float* mixed) {
+void mix(const Paged& p, const Opened& s, const float* shares, int64_t stride, float* mixed) {
     int64_t d = 0;
     for (; d + 4 * LANES <= p.head_dim; d += 4 * LANES) mix_part<QUERIES, 4>(p, s, shares, stride, mixed, d);
     for (; d < p.head_dim; d += LANES) mix_part<QUERIES, 1>(p, s, shares, stride, mixed, d);
 }
 
-void mix(const Paged& p, int64_t queries, const Seen& s, const float* shares, int64_t stride, float* mixed) {
+void mix(const Paged& p, int64_t queries, const Opened& s, const float* shares, int64_t stride, float* mixed) {
     int64_t q = 0;
     for (; q + 4 <= queries; q += 4) mix<4>(p, s, shares + q * stride, stride, mixed + q * p.head_dim);
     if (queries & 2) mix<2>(p, s, shares + q * stride, stride, mixed + q * p.head_dim);
@@ -124,11 +143,12 @@ void attend(const Paged& p, int64_t row, int64_t kv_head) {
     const int64_t blocks = p.lasts[row] / size - p.firsts[row] / size + 1, count = p.lasts[row] - p.firsts[row] + 1;
     const int64_t stride = (count + LANES - 1) / LANES * LANES, place = (row * p.heads + kv_head * queries) * p.head_dim;
     thread_local std::vector<float> scores, mixed, totals;
+    thread_local std::vector<bf16> made;
     scores.resize(queries * stride);
     mixed.assign(queries * p.head_dim, 0.0f);
     for (int64_t block = 0, at = 0; block < blocks; block++) {
         const Seen s = seen(p, row, kv_head, block);
-        score(p, p.query + place, queries, s, scores.data() + at, stride);
+        score(p, p.query + place, queries, opened(p, s, s.keys, made), scores.data() + at, stride);
         at += s.count;
     }
     std::vector<float>& shares = scores;
@@ -136,7 +156,7 @@ void attend(const Paged& p, int64_t row, int64_t kv_head) {
     for (int64_t q = 0; q < queries; q++) totals[q] = soften(p, shares.data() + q * stride, count);
     for (int64_t block = 0, at = 0; block < blocks; block++) {
         const Seen s = seen(p, row, kv_head, block);
-        mix(p, queries, s, shares.data() + at, stride, mixed.data());
+        mix(p, queries, opened(p, s, s.values, made), shares.data() + at, stride, mixed.data());
         at += s.count;
     }
     for (int64_t q = 0; q < queries; q++)
@@ -147,10 +167,11 @@ void attend(const Paged& p, int64_t row, int64_t kv_head) {
 }  // namespace
 
 // head_dim is a multiple of 16. Softmax of scale * q.k, soft-capped unless softcap is 0.
-extern "C" void diptych_attend_singles(bf16* out, const bf16* query, const bf16* cache, const int64_t* tables, const int64_t* firsts,
+extern "C" void diptych_attend_singles(bf16* out, const bf16* query, const char* cache, const int64_t* tables, const int64_t* firsts,
                                        const int64_t* lasts, int64_t rows, int64_t table_width, int64_t heads, int64_t kv_heads,
-                                       int64_t block_size, int64_t head_dim, float scale, float softcap, int64_t threads) {
-    const Paged paged = {out, query, cache, tables, firsts, lasts, table_width, heads, kv_heads, block_size, head_dim, scale, softcap};
+                                       int64_t block_size, int64_t head_dim, float scale, float softcap, int64_t int8, int64_t threads) {
+    const Paged paged = {out,   query,    cache,      tables,   firsts, lasts,   table_width,
+                         heads, kv_heads, block_size, head_dim, scale,  softcap, (bool)int8};
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t item = 0; item < rows * kv_heads; item++) attend(paged, item / kv_heads, item % kv_heads);
 }

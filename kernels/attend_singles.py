@@ -28,7 +28,7 @@ class PagedSingles:
 
 
 def fits(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
-    """Whether `attend_singles` can compute it there, by the C++ kernel."""
+    """Whether `attend_singles` can compute it there, by the C++ kernel. dtype: the model's; its cache may be int8."""
     return dtype is torch.bfloat16 and head_dim % 16 == 0 and device.type == "cpu" and native() is not None
 
 
@@ -41,7 +41,7 @@ def make_paged_singles(tokens: Sequence[int], positions: Sequence[int], tables: 
 
 
 def attend_singles(query: Tensor, cache: Tensor, span: PagedSingles, scale: float, softcap: float) -> Tensor:
-    """Queries [rows, heads, head_dim], contiguous, in and out; cache as in `attend`."""
+    """Queries [rows, heads, head_dim], bf16, contiguous, in and out; cache as in `attend`."""
     kernels = native()
     assert kernels is not None, "a span that `fits` did not allow"
     out = torch.empty_like(query)
@@ -61,6 +61,7 @@ def attend_singles(query: Tensor, cache: Tensor, span: PagedSingles, scale: floa
         head_dim,
         scale,
         softcap,
+        cache.dtype is torch.int8,
         threads(),
     )
     return out

@@ -28,9 +28,10 @@ from .threads import threads
 log = logging.getLogger(__name__)
 
 SOURCES = (
-    "linear", "quantized", "residual_norm", "rotary_store", "gated", "attend_singles", "argmax", "copy_runs", "draw", "likeliest", "bind",
+    "linear", "quantized", "residual_norm", "rotary_store", "gated", "int8_rows", "attend_singles", "argmax",
+    "copy_runs", "draw", "likeliest", "bind",
 )  # fmt: skip
-HEADERS = ("vectors.h", "products.h")
+HEADERS = ("vectors.h", "products.h", "int8_rows.h")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 COMPILE_S = 120.0
@@ -56,6 +57,7 @@ class Native:
     rotary_store: Kernel
     gated: Kernel
     attend_singles: Kernel
+    read_int8: Kernel
     argmax: Kernel
     copy_runs: Kernel
     copy_few: Kernel
@@ -159,9 +161,10 @@ def _load(path: Path) -> Native:
         linear_quantized=_kernel(together.diptych_linear_quantized, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
         dequantize=_kernel(together.diptych_dequantize, _P, _P, _P, _P, _I, _I, _I, _I),
         residual_norm=_kernel(alone.diptych_residual_norm, _P, _P, _P, _P, _P, _P, _I, _I, _F, _I),
-        rotary_store=_kernel(alone.diptych_rotary_store, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _I),
+        rotary_store=_kernel(alone.diptych_rotary_store, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _I, _I),
         gated=_kernel(alone.diptych_gated, _P, _P, _I, _I, _I, _I),
-        attend_singles=_kernel(together.diptych_attend_singles, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, _F, _I),
+        attend_singles=_kernel(together.diptych_attend_singles, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, _F, _I, _I),
+        read_int8=_kernel(alone.diptych_read_int8, _P, _P, _P, _I, _I, _I, _I),
         argmax=_kernel(alone.diptych_argmax, _P, _P, _I, _I, _I),
         copy_runs=_kernel(together.diptych_copy_runs, _P, _I, _I),
         copy_few=_kernel(alone.diptych_copy_runs, _P, _I, _I),

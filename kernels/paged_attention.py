@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .attend_chunks import PagedChunks
 from .attend_singles import PagedSingles, attend_singles
+from .int8_rows import read_blocks
 from .paging import Paging
 from .softcap import softcap_
 from .triton_kernels import TritonKernels, triton_for
@@ -39,7 +40,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One row's new tokens, a slice of the step's. blocks: int64, rows of the cache read as [-1, block_size * head_dim]."""
+    """One row's new tokens, a slice of the step's. blocks: int64, rows of the cache read as [-1, block_size * width]."""
 
     tokens: slice
     blocks: Tensor
@@ -110,8 +111,8 @@ def _mask(seen: NDArray[np.bool_], dtype: torch.dtype) -> Tensor:
 def attend(query: Tensor, cache: Tensor, spans: Sequence[Span], scale: float, softcap: float = 0.0) -> Tensor:
     """Attention of the step's queries over one layer's cache: [tokens, heads * head_dim], in `query`'s dtype.
 
-    query: [tokens, heads, head_dim]; cache: [num_blocks, kv_heads, 2, block_size, head_dim]. The queries' own keys and values
-    are already stored. Softmax is over `scale * q·k`, soft-capped (0 is no cap), in fp32.
+    query: [tokens, heads, head_dim]; cache: [num_blocks, kv_heads, 2, block_size, head_dim] of its dtype, or int8 (int8_rows.py). The
+    queries' own keys and values are already stored. Softmax is over `scale * q·k`, soft-capped (0 is no cap), in fp32.
     """
     if (kernels := triton_for(query)) is not None and not any(isinstance(span, Gathered) for span in spans):
         return _attend_paged(kernels, query.contiguous(), cache, spans, scale, softcap)
@@ -144,8 +145,8 @@ def _attend_chunk(query: Tensor, cache: Tensor, chunk: Chunk, scale: float, soft
     Two matrix products and a softmax: in bf16 that takes a third of the time of torch's fused attention on the CPU (256
     queries: 1.05 ms against 3.3), in fp32 the same.
     """
-    _, kv_heads, _, block_size, head_dim = cache.shape
-    read = cache.view(-1, block_size * head_dim).index_select(0, chunk.blocks).view(kv_heads, 2, -1, head_dim)
+    kv_heads, head_dim = cache.shape[1], query.shape[2]
+    read = _read(cache, chunk.blocks, query.dtype).view(kv_heads, 2, -1, head_dim)
     keys, values = read[:, 0], read[:, 1]
     group = query.shape[1] // kv_heads
     for tile in chunk.tiles:
@@ -158,6 +159,14 @@ def _attend_chunk(query: Tensor, cache: Tensor, chunk: Chunk, scale: float, soft
         out[tile.queries] = mixed.view(kv_heads, group, count, head_dim).permute(2, 0, 1, 3).reshape(count, -1, head_dim)
 
 
+def _read(cache: Tensor, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """`blocks` of a `Gathered`, each one head's keys or values, as numbers: [tokens, head_dim]."""
+    if cache.dtype is torch.int8:
+        return read_blocks(cache, blocks, dtype)
+    block_size, head_dim = cache.shape[3:]
+    return cache.view(-1, block_size * head_dim).index_select(0, blocks).view(-1, head_dim)
+
+
 def _attend_rows(query: Tensor, cache: Tensor, span: Singles | PagedSingles, scale: float, softcap: float) -> Tensor:
     if isinstance(span, PagedSingles):
         return attend_singles(query, cache, span, scale, softcap)
@@ -166,9 +175,9 @@ def _attend_rows(query: Tensor, cache: Tensor, span: Singles | PagedSingles, sca
 
 def _attend_singles(query: Tensor, cache: Tensor, span: Singles, scale: float, softcap: float) -> Tensor:
     """Queries [rows, heads, head_dim], in and out. The heads that share keys become queries of one head: keys are read once."""
-    _, kv_heads, _, block_size, head_dim = cache.shape
+    kv_heads, head_dim = cache.shape[1], query.shape[2]
     batch, group = len(query) * kv_heads, query.shape[1] // kv_heads
-    read = cache.view(-1, block_size * head_dim).index_select(0, span.blocks).view(batch, 1, 2, -1, head_dim)
+    read = _read(cache, span.blocks, query.dtype).view(batch, 1, 2, -1, head_dim)
     shared = query.view(batch, 1, group, head_dim)
     keys, values = read[:, :, 0], read[:, :, 1]
     if softcap:  # which torch's fused attention cannot do

@@ -1,5 +1,6 @@
 // From the output of the qkv product to rotated queries and stored keys and values: the norms of queries and keys, the rotation and the
 // copy into the paged cache, in one pass. bf16 in and out, fp32 in between, rounded where the torch twin rounds.
+#include "int8_rows.h"
 #include "vectors.h"
 
 namespace {
@@ -39,22 +40,31 @@ void turn(bf16* out, const bf16* in, const float* weight, const float* cos, cons
 }  // namespace
 
 // queries [tokens, heads, head_dim]; qkv [tokens, heads + 2 * kv_heads, head_dim], rows qkv_stride apart; qk_norm fp32 [heads + kv_heads,
-// head_dim] or null; cos, sin fp32 [tokens, head_dim / 2] or null. rows [tokens, kv_heads]: the key's row of the cache, read as rows of
-// head_dim; the value's is block_size further. head_dim <= 1024.
-extern "C" void diptych_rotary_store(bf16* queries, bf16* cache, const bf16* qkv, int64_t qkv_stride, const float* qk_norm,
+// head_dim] or null; cos, sin fp32 [tokens, head_dim / 2] or null. rows [tokens, kv_heads]: the key's row of the cache, bf16 or, if `int8`,
+// as in int8_rows.h; the value's is block_size further. head_dim <= 1024.
+extern "C" void diptych_rotary_store(bf16* queries, char* cache, const bf16* qkv, int64_t qkv_stride, const float* qk_norm,
                                      const float* cos, const float* sin, const int64_t* rows, int64_t tokens, int64_t heads,
-                                     int64_t kv_heads, int64_t head_dim, int64_t block_size, float eps, int64_t threads) {
-    const int64_t n = head_dim;
+                                     int64_t kv_heads, int64_t head_dim, int64_t block_size, float eps, int64_t int8, int64_t threads) {
+    const int64_t n = head_dim, row = int8 ? row_bytes(n) : n * sizeof(bf16);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < tokens; t++) {
         const bf16* in = qkv + t * qkv_stride;
         const float* c = cos ? cos + t * (n / 2) : nullptr;
         const float* s = sin ? sin + t * (n / 2) : nullptr;
+        const bf16* values = in + (heads + kv_heads) * n;
         for (int64_t h = 0; h < heads + kv_heads; h++) {
-            bf16* out = h < heads ? queries + (t * heads + h) * n : cache + rows[t * kv_heads + h - heads] * n;
+            char* key = h < heads ? nullptr : cache + rows[t * kv_heads + h - heads] * row;
+            bf16 turned[1024];
+            bf16* out = !key ? queries + (t * heads + h) * n : int8 ? turned : (bf16*)key;
             turn(out, in + h * n, qk_norm ? qk_norm + h * n : nullptr, c, s, n, eps);
+            if (key && int8) encode_row(key, turned, n);
         }
-        for (int64_t h = 0; h < kv_heads; h++)
-            std::memcpy(cache + (rows[t * kv_heads + h] + block_size) * n, in + (heads + kv_heads + h) * n, n * sizeof(bf16));
+        for (int64_t h = 0; h < kv_heads; h++) {
+            char* value = cache + (rows[t * kv_heads + h] + block_size) * row;
+            if (int8)
+                encode_row(value, values + h * n, n);
+            else
+                std::memcpy(value, values + h * n, row);
+        }
     }
 }

@@ -18,13 +18,15 @@ KEPT = 64
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A route's part of a cache group at one end: there a block is [kv_heads, 2, size, head_dim] of `dtype`, and what goes the route
+    """A route's part of a cache group at one end: there a block is [kv_heads, 2, size, width] of `dtype`, and what goes the route
     begins with the block's head `first_head`."""
 
     size: int
     kv_heads: int
     first_head: int
     dtype: DType
+    head_dim: int
+    width: int
 
     def holds(self, blocks: tuple[int, ...]) -> Blocks:
         return Blocks(blocks, self.size, self.kv_heads, self.first_head)
@@ -32,7 +34,8 @@ class Place:
 
 def _places(route: Route, rank: RankLayout) -> tuple[Place, ...]:
     groups = zip(rank.layout.groups, route.first_heads, rank.first_heads, strict=True)
-    return tuple(Place(rank.layout.block_size, group.kv_heads, first - held, group.dtype) for group, first, held in groups)
+    size = rank.layout.block_size
+    return tuple(Place(size, group.kv_heads, first - held, group.dtype, group.head_dim, group.width) for group, first, held in groups)
 
 
 def _table(runs: Runs) -> Table:
@@ -40,7 +43,7 @@ def _table(runs: Runs) -> Table:
 
 
 class Crossing:
-    """Runs are those of one layer. They count bytes, or, where the piece is cast, elements of each end's dtype."""
+    """Runs are those of one layer. They count bytes, or, where the piece is cast, numbers: head_dim of them a row."""
 
     def __init__(self, route: Route, source: Layout, destination: Layout) -> None:
         """`source` and `destination`: of the two workers, all ranks."""
@@ -79,8 +82,7 @@ class Crossing:
 
     def _find_packed(self, group: int, start: int, stop: int, blocks: tuple[int, ...]) -> Table:
         here, crossing = self.sources[group], self._groups[group]
-        row = crossing.head_dim * here.dtype.itemsize
-        runs = runs_unpacked(here.size, here.holds(blocks), crossing.kv_heads, start, stop, row)
+        runs = runs_unpacked(here.size, here.holds(blocks), crossing.kv_heads, start, stop, crossing.row_bytes)
         return _table([(there, at, length) for at, there, length in runs])
 
     def _find_unpacked(self, group: int, start: int, stop: int, blocks: tuple[int, ...]) -> Table:
@@ -89,5 +91,4 @@ class Crossing:
 
     def _row(self, group: int) -> int:
         """One head's K of one token."""
-        itemsize = 1 if self.casts(group) else self.sources[group].dtype.itemsize
-        return self._groups[group].head_dim * itemsize
+        return self._groups[group].head_dim if self.casts(group) else self._groups[group].row_bytes

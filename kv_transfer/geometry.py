@@ -1,7 +1,7 @@
 """Where the bytes of a pool lie, so that two processes with equal layouts find the same KV at the same place.
 
 header   nonce (16 bytes), then one 64-bit epoch word per slot; padded to a page
-layers   in the order of the cache groups; each [num_blocks, kv_heads, 2, block_size, head_dim], padded to a page
+layers   in the order of the cache groups; each [num_blocks, kv_heads, 2, block_size, width], padded to a page
 """
 
 from __future__ import annotations

@@ -9,16 +9,12 @@ import warnings
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from .geometry import Table, runs_in
-
 _MADV_POPULATE_WRITE = 23
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.malloc.argtypes, _libc.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.argtypes, _new_capsule.restype = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p), ctypes.py_object
-
-TOO_LARGE = "float16, in which it is to be held here, ends at 65504, and there is a larger number"
 
 
 def address_of(mapped: mmap.mmap) -> int:
@@ -63,22 +59,6 @@ def tensor_at(address: int, length: int, device: torch.device) -> torch.Tensor:
     ctypes.memmove(place, ctypes.byref(described), ctypes.sizeof(described))
     tensor: torch.Tensor = from_dlpack(_new_capsule(place, b"dltensor", None))
     return tensor
-
-
-def cast_runs(source: int, reads: torch.dtype, destination: int, writes: torch.dtype, runs: Table) -> None:
-    """Copy each run, in elements, of dtype `reads` at the address `source`, and round it to `writes` at the address `destination`. Raises
-    `OverflowError` if that is float16 and cannot hold one."""
-    here = _elements(source, reads, max(offset + length for offset, _, length in runs_in(runs)))
-    there = _elements(destination, writes, max(offset + length for _, offset, length in runs_in(runs)))
-    for offset, offset_there, length in runs_in(runs):
-        rounded = there[offset_there : offset_there + length].copy_(here[offset : offset + length])
-        if writes is torch.float16 and not rounded.isfinite().all():
-            raise OverflowError(TOO_LARGE)
-
-
-def _elements(address: int, dtype: torch.dtype, count: int) -> torch.Tensor:
-    """A view of what lies at `address`. It does not keep the mapping from being closed."""
-    return torch.frombuffer((ctypes.c_uint8 * (count * dtype.itemsize)).from_address(address), dtype=dtype)
 
 
 def take_pages(address: int, length: int) -> bool:

@@ -11,10 +11,10 @@ import zlib
 from torch import Tensor
 
 from ..kernels.copy_summed import copy_summed, table_sums
+from .casting import cast_runs
 from .coverage import Span
 from .crossing import Crossing
-from .memory import cast_runs
-from .pool import DTYPES, Pool
+from .pool import Pool
 
 
 def pack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], slot: Tensor) -> int:
@@ -32,7 +32,7 @@ def unpack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], 
         return checksum(copy_summed(piece, slot, length, again=False)) == expected
     if checksum(table_sums(slot, length)) != expected:
         return False
-    reads, writes = (DTYPES[places[span.group].dtype] for places in (crossing.sources, crossing.destinations))
+    reads, writes = crossing.sources[span.group], crossing.destinations[span.group]
     for there, staged in layers:
         cast_runs(staged, reads, there, writes, found)
     return True

@@ -14,7 +14,7 @@ from .geometry import Geometry
 from .host_memory import HostMemory
 from .shared_file import SharedFile
 
-DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16}
+DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16, DType.INT8: torch.int8}
 CPU = torch.device("cpu")
 
 
@@ -30,7 +30,7 @@ class Memory(Protocol):
 
 
 class Pool:
-    """`caches[g][i]` is `[num_blocks[g], kv_heads, 2, block_size, head_dim]` of layer `layout.groups[g].layers[i]`, zeros at first.
+    """`caches[g][i]` is `[num_blocks[g], kv_heads, 2, block_size, width]` of layer `layout.groups[g].layers[i]`, zeros at first.
 
     Use `allocate`. `whole` is all of it as bytes, `address` where that begins in this process or on `device`; `geometry` says what lies
     where.
@@ -89,7 +89,7 @@ class Pool:
 def _views(layout: Layout, geometry: Geometry, whole: Tensor) -> list[list[Tensor]]:
     caches: list[list[Tensor]] = []
     for group, blocks in zip(layout.groups, layout.num_blocks, strict=True):
-        shape = (blocks, group.kv_heads, 2, layout.block_size, group.head_dim)
+        shape = (blocks, group.kv_heads, 2, layout.block_size, group.width)
         length = blocks * layout.block_size * group.token_bytes
         views = [whole[geometry.offsets[layer] :][:length].view(DTYPES[group.dtype]) for layer in group.layers]
         caches.append([view.view(shape) for view in views])

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.move_rows import move_rows
+from .casting import TOO_LARGE
 from .coverage import Span
 from .crossing import Crossing
 from .geometry import Runs, Table, runs_in
-from .memory import TOO_LARGE
 from .pool import DTYPES, Pool
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -83,6 +83,7 @@ def require_fit(fits: Fits) -> None:
 def _carry(crossing: Crossing, span: Span, runs: Table, layers: list[tuple[Tensor, Tensor]]) -> Fits:
     """`runs`, which count bytes or, where it is cast, elements, from the first to the second of each pair."""
     dtypes = [DTYPES[places[span.group].dtype] for places in (crossing.sources, crossing.destinations)]
+    assert not crossing.casts(span.group) or torch.int8 not in dtypes, "a pool on a GPU is not int8"
     if not crossing.casts(span.group):
         dtypes = [torch.uint8, torch.uint8]
     fits: list[Tensor] = []

@@ -100,7 +100,9 @@ class Up:
         self._gpus = () if self.config.ray.joined else chosen(self.config.device, visible_gpus(), torch_cuda())
         preflight.check_ports(self.config)
         preflight.check_ray(self.config)
-        preflight.check_transports(self.config, on_gpu=bool(self._gpus) or self.config.device == "cuda")
+        on_gpu = bool(self._gpus) or self.config.device == "cuda"
+        preflight.check_transports(self.config, on_gpu=on_gpu)
+        preflight.check_kv_dtype(self.config, on_gpu=on_gpu)
         for said in before_up(self.config):
             terminal.warn(said)
         try:
@@ -144,7 +146,9 @@ class Up:
             planning = asyncio.create_task(keep_planned(self.config, supervisor, record, scale, self.recorded, stop))
             ear = await listen(self.cluster_id, scale)
             try:
-                terminal.say(f"Serving {name} ({card.dtype}): {_count(first)}. Cluster {self.config.name!r}, logs in {record.state.logs}")
+                held = self.config.model.held_as
+                what = f"{name} ({card.dtype}{f', KV {held}' if held else ''})"
+                terminal.say(f"Serving {what}: {_count(first)}. Cluster {self.config.name!r}, logs in {record.state.logs}")
                 await supervisor.run(stop, kill)
             finally:
                 ear.close()

@@ -151,7 +151,9 @@ def _ports(config: ClusterConfig) -> Finding:
 def _memory(config: ClusterConfig, card: ModelCard, cores: list[int], said: list[str]) -> Finding:
     """Adds to `said` what works, but not well."""
     planned = workers(config, card, Path(), cores)
-    planned = allot(config, card, planned, chosen(config.device, visible_gpus(), torch_cuda()))
+    there = chosen(config.device, visible_gpus(), torch_cuda())
+    preflight.check_kv_dtype(config, on_gpu=bool(there))
+    planned = allot(config, card, planned, there)
     preflight.check_memory(config, card, planned)
     said += preflight.warnings(config, card, planned, len(cores))
     return ok("memory", f"suffices for {len(planned)} workers")

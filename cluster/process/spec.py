@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ...core.config import LimitsSection, LogFormat, Placing
 from ...core.errors import ConfigError
 from ...core.fleet import LocalPrefill, Phase
+from ...core.layout import DType
 from ...core.security import JwtSection, TlsFiles
 from ...core.transfer import Transport
 
@@ -45,6 +46,7 @@ class RankSpec(_Spec):
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="What it computes on, and holds its KV in.")
     gpu: str | None = Field(None, description="The one GPU it sees, as CUDA_VISIBLE_DEVICES names it; by default those its parent sees.")
+    kv_dtype: DType | None = Field(None, description="What its KV is held in; by default the weights' dtype.")
     kv_tokens: int | None = Field(None, ge=BLOCK_SIZE, description="Tokens the KV pool holds; by default as many as memory allows.")
     memory_fraction: float = Field(
         0.25, gt=0, le=1, description="Of its GPU's memory, or of what the host has available, how much it may take by default."

@@ -15,7 +15,8 @@ from ..process.spec import BLOCK_SIZE, RankSpec
 def worker_layout(spec: RankSpec, card: ModelCard) -> Layout:
     """That of the spec's worker; of a pool that sizes itself with one block, until its size is known. Raises `ConfigError` if the model
     cannot be spread like that, or has no such rank."""
-    layout = card.layout(block_size=BLOCK_SIZE, kv_tokens=spec.kv_tokens or BLOCK_SIZE, tp=spec.tp, stages=spec.stages)
+    tokens = spec.kv_tokens or BLOCK_SIZE
+    layout = card.layout(block_size=BLOCK_SIZE, kv_tokens=tokens, tp=spec.tp, stages=spec.stages, kv_dtype=spec.kv_dtype)
     if spec.rank >= layout.ranks:
         raise ConfigError(f"{spec.worker_id} has {layout.ranks} ranks, which begin at 0, and no rank {spec.rank}.", field="rank")
     return layout

@@ -17,13 +17,12 @@ from ...engine.engine import Engine
 from ...engine.nccl_groups import nccl
 from ...engine.parallel import MakeGroup, Parallel, connect, gloo
 from ...engine.prepared import PreparedModel, open_prepared
-from ...engine.weights import TORCH_DTYPE
 from ...kernels.native import native
-from ...kv_transfer.pool import Pool
+from ...kv_transfer.pool import DTYPES, Pool
 from ...worker.leader import STEP_S
 from ..process.child import progress
 from ..process.spec import BLOCK_SIZE, RankSpec
-from ..resources.devices import VISIBLE
+from ..resources.devices import NO_INT8_ON_GPU, VISIBLE
 from ..resources.pool_size import blocks_here, say_size, smallest
 from .identity import worker_layout
 
@@ -80,9 +79,11 @@ def load(spec: RankSpec, host: str, store: Store | None) -> Loaded:
 
 
 def _device(spec: RankSpec) -> torch.device:
-    """The rank sees one GPU alone. Raises `ConfigError` if it is not there."""
+    """The rank sees one GPU alone. Raises `ConfigError` if it is not there, or is to hold what its kernels cannot read."""
     if spec.device == "cpu":
         return torch.device("cpu")
+    if spec.kv_dtype is DType.INT8:
+        raise ConfigError(NO_INT8_ON_GPU, field="kv_dtype")
     if not torch.cuda.is_available():
         gpu = spec.gpu or os.environ.get(VISIBLE) or "of its own"
         why = "torch is a CPU build" if torch.version.cuda is None else "torch finds no GPU there"
@@ -97,8 +98,8 @@ def _groups(device: torch.device, host: str) -> MakeGroup:
 def _warm(spec: RankSpec, model: PreparedModel, layout: Layout, parallel: Parallel | None, device: torch.device) -> Engine:
     """The engine, with a pool of one block, which is all that a first step needs."""
     own = layout.on(spec.rank).layout
-    shapes = [(group, (1, group.kv_heads, 2, own.block_size, group.head_dim)) for group in own.groups]
-    small = [[torch.zeros(shape, dtype=TORCH_DTYPE[group.dtype], device=device) for _ in group.layers] for group, shape in shapes]
+    shapes = [(group, (1, group.kv_heads, 2, own.block_size, group.width)) for group in own.groups]
+    small = [[torch.zeros(shape, dtype=DTYPES[group.dtype], device=device) for _ in group.layers] for group, shape in shapes]
     engine = Engine(model, small, block_size=BLOCK_SIZE, max_slots=spec.max_running, parallel=parallel, device=device)
     if device.type == "cpu":
         engine.warm_up()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ...core.errors import ConfigError, DiptychError
-from ...core.layout import DType
+from ...core.layout import OF_WEIGHTS, DType
 from ...core.model import CARD, read_card
 from ...rpc.channels import join_address
 from ..process.child import FAILED, hold_leash, log_to_stderr, progress, say
@@ -32,7 +32,7 @@ def main() -> int:
     )
     parser.add_argument("--spec", required=True, help="RankSpec as JSON")
     parser.add_argument("--source", required=True, help="what the model is prepared from, if it is not there")
-    parser.add_argument("--dtype", required=True, choices=list(DType))
+    parser.add_argument("--dtype", required=True, choices=OF_WEIGHTS)
     parser.add_argument("--fingerprint", required=True, help="of the model the others serve")
     parser.add_argument("--host", required=True, help="the node's address, to listen on")
     parser.add_argument("--threads", required=True, type=int)

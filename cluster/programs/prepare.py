@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 
 from ...core.errors import DiptychError
-from ...core.layout import DType
+from ...core.layout import OF_WEIGHTS, DType
 from ..process.child import FAILED, hold_leash, log_to_stderr, say
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m diptych.cluster.programs.prepare", description="Find or make a prepared model.")
     parser.add_argument("--source", required=True, help="what to prepare")
-    parser.add_argument("--dtype", required=True, choices=list(DType))
+    parser.add_argument("--dtype", required=True, choices=OF_WEIGHTS)
     parser.add_argument("--leash", action="store_true", help="end with the process that started this one")
     arguments = parser.parse_args()
     if arguments.leash:

@@ -201,7 +201,7 @@ class _Worker:
         spec, card = self._spec, self._card
         return {
             "pool": BlockPool(self._layout.num_blocks, self._layout.groups, BLOCK_SIZE),
-            "root_hash_of": partial(_root_hash, card),
+            "root_hash_of": partial(_root_hash, self._layout),
             "chunk_tokens": spec.chunk_tokens,
             "max_running": spec.max_running,
             "max_context": card.max_context,
@@ -220,8 +220,9 @@ def capacity_tokens(layout: Layout, card: ModelCard) -> int:
     return min(card.max_context, min(layout.num_blocks) * layout.block_size)
 
 
-def _root_hash(card: ModelCard, request: Request) -> bytes:
-    return root_hash(fingerprint=card.fingerprint, dtype=card.dtype, tenant=request.tenant, adapter=request.adapter)
+def _root_hash(layout: Layout, request: Request) -> bytes:
+    kv_dtype = layout.groups[0].dtype
+    return root_hash(fingerprint=layout.fingerprint, dtype=kv_dtype, tenant=request.tenant, adapter=request.adapter)
 
 
 def _asked_to_end(loop: asyncio.AbstractEventLoop) -> asyncio.Event:

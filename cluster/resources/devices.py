@@ -17,6 +17,7 @@ GPU_FRACTION = 0.9
 """Of a GPU's memory what its rank takes where nobody named a fraction; the rest is for contexts longer than those it warms up with."""
 CPU_FRACTION = 0.5
 """Of a host's available memory what its ranks may take together where nobody named a fraction."""
+NO_INT8_ON_GPU = "int8 is for workers on a CPU, the kernels for GPUs do not read it yet: leave kv_dtype out, or say device: cpu."
 _ROUNDING = 1e-6
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...core.errors import ConfigError
-from ...core.layout import Layout, even_stages
+from ...core.layout import DType, Layout, even_stages
 from ...core.model import Decoder, ModelCard
 from ...kv_transfer.staging import pair_bytes
 from ..process.spec import BLOCK_SIZE, RankSpec
@@ -57,20 +57,24 @@ def _least_pool(card: ModelCard, spec: RankSpec) -> int:
 def staging_bytes(card: ModelCard, spec: RankSpec) -> int:
     """The slots of the pairs it may make (gloo's, on a GPU nccl's), where its pool is. It is not known yet with which workers a one-sided
     transport works, and a pair is made while the worker serves: too late to find that there is no room."""
-    layout = card.layout(block_size=BLOCK_SIZE, kv_tokens=LEAST_TOKENS, tp=spec.tp, stages=spec.stages)
+    layout = _layout(card, spec, LEAST_TOKENS)
     return sum(spec.pairs * pair_bytes(layout) for transport in spec.transports if transport.two_sided)
 
 
 def rank_layout(card: ModelCard, spec: RankSpec, tokens: int) -> Layout:
     """Of the rank's own pool, were it of so many tokens."""
-    return card.layout(block_size=BLOCK_SIZE, kv_tokens=tokens, tp=spec.tp, stages=spec.stages).on(spec.rank).layout
+    return _layout(card, spec, tokens).on(spec.rank).layout
 
 
-def blocks_in(layout: Layout, free: int) -> int:
-    """How many blocks of each group of a rank's own `layout` `free` bytes hold, beside what attention gathers of one layer at a time:
-    every key and value once, and as much again in padding. `MANY` for a rank without KV."""
+def _layout(card: ModelCard, spec: RankSpec, tokens: int) -> Layout:
+    return card.layout(block_size=BLOCK_SIZE, kv_tokens=tokens, tp=spec.tp, stages=spec.stages, kv_dtype=spec.kv_dtype)
+
+
+def blocks_in(layout: Layout, free: int, read: DType) -> int:
+    """How many blocks of each group of a rank's own `layout` `free` bytes hold, beside what attention gathers of one layer at a time, as
+    `read`, the weights' dtype: every key and value once, and as much again in padding. `MANY` for a rank without KV."""
     block = pool_bytes(replace(layout, num_blocks=(1,) * len(layout.groups)))
-    gathered = 2 * max((layout.block_size * group.token_bytes for group in layout.groups if group.layers), default=0)
+    gathered = 2 * max((layout.block_size * replace(group, dtype=read).token_bytes for group in layout.groups if group.layers), default=0)
     return max(0, free) // (block + gathered) if block else MANY
 
 

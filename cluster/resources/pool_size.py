@@ -21,7 +21,7 @@ def blocks_here(card: ModelCard, spec: RankSpec, layout: Layout, device: torch.d
     `layout`: of its own pool, with any number of blocks. Raises `ConfigError` if it is less than the least."""
     free = _free_on_gpu(device, spec.memory_fraction) if device.type == "cuda" else _free_here(card, spec)
     free -= staging_bytes(card, spec)
-    blocks = blocks_in(layout, free)
+    blocks = blocks_in(layout, free, card.dtype)
     if blocks * BLOCK_SIZE < LEAST_TOKENS:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this host"
         raise ConfigError(

@@ -14,6 +14,7 @@ from ...core.model import ModelCard
 from ...core.transfer import transports_for
 from ...rpc.stranger import answers_strangers
 from ..process.spec import Worker
+from .devices import NO_INT8_ON_GPU
 from .memory import available_bytes, kv_bytes, process_bytes
 
 ROUTER_BYTES = 200 << 20
@@ -59,6 +60,12 @@ def check_transports(config: ClusterConfig, *, on_gpu: bool) -> None:
     """`ConfigError` if `transfer.transports` names one that KV on GPUs, or in host memory, cannot move by."""
     if "transports" in config.transfer.model_fields_set:
         transports_for(config.transfer.transports, on_gpu=on_gpu)
+
+
+def check_kv_dtype(config: ClusterConfig, *, on_gpu: bool) -> None:
+    """`ConfigError` if GPUs are to hold KV in what their kernels cannot read."""
+    if on_gpu and config.model.held_as is DType.INT8:
+        raise ConfigError(f"model.kv_dtype: {NO_INT8_ON_GPU}", field="model.kv_dtype")
 
 
 def ray_address(config: ClusterConfig) -> str | None:

@@ -8,10 +8,11 @@ from ...core.layout import Layout
 from ...core.transfer import ShmEndpoint, Transport
 from ...kernels.copy_runs import Piece, copy_runs
 from ..actions import Copy
+from ..casting import cast_runs
 from ..crossing import Crossing
 from ..geometry import Geometry
-from ..memory import address_of, cast_runs
-from ..pool import DTYPES, Pool
+from ..memory import address_of
+from ..pool import Pool
 from . import one_sided
 from .one_sided import PeerFile
 
@@ -33,7 +34,7 @@ class ShmPool:
             if not crossing.casts(span.group):
                 plain.append((layers, found))
                 continue
-            reads, writes = (DTYPES[places[span.group].dtype] for places in (crossing.sources, crossing.destinations))
+            reads, writes = crossing.sources[span.group], crossing.destinations[span.group]
             for here, there in layers:
                 cast_runs(here, reads, there, writes, found)
         copy_runs(plain)

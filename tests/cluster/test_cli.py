@@ -64,6 +64,7 @@ def test_every_command_has_help(command: str) -> None:
         (["up", "--address", "x:1", "--no-ray"], 2, "--address joins a Ray cluster and --no-ray does without"),
         (["up", "--name", "Bad Name"], 2, "name:"),
         (["up", "--dtype", "int4"], 2, "int4"),
+        (["up", "--kv-cache-dtype", "fp8"], 2, "fp8"),
         (["up", "--chat-template", "/nowhere.jinja"], 2, "there is no file /nowhere.jinja"),
         (["config", "check", "/nowhere.yaml"], 2, "There is no config file"),
         (["down"], 2, "No cluster named 'default' runs here."),

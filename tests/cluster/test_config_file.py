@@ -58,6 +58,7 @@ def test_an_empty_section_is_a_section_of_defaults(tmp_path: Path) -> None:
         ("decode:\n  workers: 0\n", "decode.workers", "greater than or equal to 1"),
         ("decode:\n  workers: 1.5\n", "decode.workers", "1.5"),
         ("model:\n  dtype: int4\n", "model.dtype", "'float16' or 'float32'"),
+        ("model:\n  kv_dtype: fp8\n", "model.kv_dtype", "'auto' or 'int8'"),
         ("router:\n  http_port: 99999\n", "router.http_port", "65535"),
         ("transfer:\n  lease_s: -1\n", "transfer.lease_s", "greater than 0"),
         ("name: Bad Name\n", "name", "Bad Name"),

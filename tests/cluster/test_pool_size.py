@@ -40,14 +40,24 @@ def test_blocks_are_as_many_as_fit_beside_what_attention_gathers() -> None:
     layout = Layout("", (full(3),), BLOCK_SIZE, (1,))
     block = BLOCK_SIZE * 2 * 2 * 8 * 4
     assert pool_bytes(layout) == 3 * block
-    assert blocks_in(layout, 5 * block) == 1
-    assert blocks_in(layout, 5 * block - 1) == 0
-    assert blocks_in(layout, 1000 * block) == 200
-    assert blocks_in(layout, -1) == 0
+    assert blocks_in(layout, 5 * block, DType.FLOAT32) == 1
+    assert blocks_in(layout, 5 * block - 1, DType.FLOAT32) == 0
+    assert blocks_in(layout, 1000 * block, DType.FLOAT32) == 200
+    assert blocks_in(layout, -1, DType.FLOAT32) == 0
+
+
+def test_int8_has_nearly_twice_the_blocks_of_bfloat16_in_the_same_memory() -> None:
+    """Of head_dim 256 and 18 layers: 272 bytes a row for 512, and attention gathers one layer in bfloat16 whatever is held."""
+    held = [CacheGroup(CacheKind.FULL, tuple(range(18)), kv_heads=1, head_dim=256, dtype=dtype) for dtype in (DType.BFLOAT16, DType.INT8)]
+    layouts = [Layout("", (group,), BLOCK_SIZE, (1,)) for group in held]
+    assert [pool_bytes(layout) for layout in layouts] == [BLOCK_SIZE * 18 * 2 * row for row in (512, 272)]
+    assert [blocks_in(layout, 1 << 30, DType.BFLOAT16) for layout in layouts] == [
+        (1 << 30) // (BLOCK_SIZE * row) for row in (20 * 1024, 18 * 544 + 2 * 1024)
+    ]
 
 
 def test_a_stage_without_kv_holds_any_number() -> None:
-    assert blocks_in(Layout("", (full(0),), BLOCK_SIZE, (1,)), 0) == MANY
+    assert blocks_in(Layout("", (full(0),), BLOCK_SIZE, (1,)), 0, DType.FLOAT32) == MANY
 
 
 def here(card: ModelCard, spec: RankSpec) -> int:
@@ -57,7 +67,7 @@ def here(card: ModelCard, spec: RankSpec) -> int:
 def test_a_host_gives_a_fraction_of_what_the_weights_leave(card: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_size, "available_bytes", lambda: (1 << 30) + 4 * MIB)
     spec = rank(max_running=1024)
-    fits = blocks_in(rank_layout(card, spec, BLOCK_SIZE), 2 * MIB)
+    fits = blocks_in(rank_layout(card, spec, BLOCK_SIZE), 2 * MIB, card.dtype)
     assert LEAST_TOKENS // BLOCK_SIZE < fits < most_tokens(card, spec) // BLOCK_SIZE
     assert here(card, spec) == fits
     assert here(card, spec.model_copy(update={"memory_fraction": 1.0})) == pytest.approx(2 * fits, abs=1)

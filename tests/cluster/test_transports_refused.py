@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from diptych.cluster.resources.preflight import check_transports
+from diptych.cluster.resources.preflight import check_kv_dtype, check_transports
 from diptych.core.config import ClusterConfig
 from diptych.core.errors import ConfigError
 from diptych.core.transfer import Transport
@@ -52,3 +52,11 @@ def test_without_nccl4py(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
 def test_with_nccl4py(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wiring, "installed", lambda: True)
     assert wiring.usable((), GPU) == (Transport.CUDA_IPC, Transport.NCCL)
+
+
+def test_gpus_do_not_hold_int8() -> None:
+    config = ClusterConfig.model_validate({"model": {"kv_dtype": "int8"}})
+    check_kv_dtype(config, on_gpu=False)
+    check_kv_dtype(ClusterConfig(), on_gpu=True)
+    with pytest.raises(ConfigError, match=r"model.kv_dtype: int8 is for workers on a CPU.* say device: cpu"):
+        check_kv_dtype(config, on_gpu=True)

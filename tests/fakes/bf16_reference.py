@@ -25,13 +25,13 @@ class Reference:
             out = self.model.generate(torch.tensor([ids]), max_new_tokens=count, min_new_tokens=count, do_sample=False)
         return out[0, len(ids) :].tolist()
 
-    def agreed(self, ids, one, other, sampling=GREEDY):
-        """How many tokens after `ids` are equal; fails if the first difference is not within the tolerance."""
+    def agreed(self, ids, one, other, sampling=GREEDY, dtype=torch.bfloat16):
+        """How many tokens after `ids` are equal; fails if the first difference is not within the tolerance of `dtype`."""
         for index, (a, b) in enumerate(zip(one, other, strict=True)):
             if a != b:
                 logits = self.logits([*ids, *one[:index]])
                 noise = None if sampling.greedy else Noise(sampling.seed, 0, index)
                 temperature = 1.0 if sampling.greedy else sampling.temperature
-                assert may_differ(logits, a, b, torch.bfloat16, temperature=temperature, noise=noise), f"step {index}: {a} or {b}"
+                assert may_differ(logits, a, b, dtype, temperature=temperature, noise=noise), f"step {index}: {a} or {b}"
                 return index
         return len(one)
