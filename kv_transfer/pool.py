@@ -65,7 +65,8 @@ class Pool:
         self.memory.shared.set_word(slot, word)
 
     def hand_out(self) -> None:
-        """Give the shared file to one process that has connected; it must be of the same user. Does not block."""
+        """Give the shared file to one process that has connected, if it is of the same user and knows what `endpoint` says (`door`). On the
+        asyncio thread; does not block."""
         self.memory.shared.hand_out()
 
     def stored(self, layer: int) -> None:
