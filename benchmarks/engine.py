@@ -43,7 +43,8 @@ SAMPLINGS = {
 }
 PARTS = {
     decoder_module: ("linear", "linear_in_parts", "attend", "rotary_store", "residual_norm", "rms_norm", "gated", "rotary_angles"),
-    engine_module: ("make_inputs", "sample"),
+    engine_module: ("sample",),
+    Engine: ("inputs_of",),
 }
 """What a step's time is divided among; what is left is the rest."""
 

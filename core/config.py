@@ -115,6 +115,11 @@ class DecodeSection(_PhaseSection):
     chunk_tokens: int = Field(
         64, ge=16, description="Prompt tokens a decode worker computes beside one step of its decodes (local prefill)."
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="On a GPU decode steps are captured when a worker starts, and each is then one launch; false is for finding faults. "
+        "Where they cannot be captured, and in larger batches, kernels are launched one by one, which the log and a metric say.",
+    )
 
 
 class TransferSection(Section):

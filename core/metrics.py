@@ -133,6 +133,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("diptych_worker_grants_waiting", "gauge", "Transfers offered and not yet granted, at either end.", _WORKER),
     Metric("diptych_worker_blocks", "gauge", "KV blocks of all cache groups, by state.", (*_WORKER, Label("state", BLOCK_STATES))),
     Metric("diptych_worker_steps_total", "counter", "Engine steps.", _WORKER),
+    Metric("diptych_worker_eager_steps_total", "counter", "Steps of decodes alone that a GPU computed without a CUDA graph.", _WORKER),
     Metric("diptych_worker_computed_tokens_total", "counter", "Prompt tokens a prefill worker computed.", _WORKER),
     Metric("diptych_worker_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache.", _WORKER),
     Metric("diptych_worker_local_prefill_tokens_total", "counter", "Prompt tokens a decode worker computed by request.", _WORKER),

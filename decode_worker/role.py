@@ -154,6 +154,8 @@ class DecodeRole:
         for attempt_id in self._fresh.intersection(decision.attempts):
             self._fresh.discard(attempt_id)
             stamp(Stage.DECODE_STARTED, attempt_id, times.began)
+        if output.eager:
+            self._reporter.count("diptych_worker_eager_steps_total")
         self._tell(self._scheduler.complete(output, self._clock.now()))
 
     def _tell(self, outcome: DecodeOutcome) -> None:

@@ -76,7 +76,9 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """`drawn[i]` answers the draws of `rows[i]`, one for each."""
+    """`drawn[i]` answers the draws of `rows[i]`, one for each. `eager`: decodes alone, launched kernel by kernel on a GPU, where a captured
+    step would have been one launch."""
 
     step: int
     drawn: tuple[tuple[Drawn, ...], ...]
+    eager: bool = False

@@ -12,12 +12,16 @@ from ..core.model import ForeignDecoder
 from ..core.recordings import Doing
 from ..core.sampling import SamplingParams
 from ..core.spans import span
+from ..kernels.attend_singles import fits
 from ..kernels.block_copy import copy_blocks
 from ..kernels.penalties import Seen
 from .batch import Batch, BlockCopy, Draw, Drawn, Row, StepOutput
+from .decode_graphs import Capture, DecodeGraphs, Step
+from .decode_inputs import DecodeInputs, decodes
+from .decode_shapes import DecodeShape
 from .decoder import LoadedDecoder
 from .foreign import TransformersDecoder
-from .inputs import CPU, make_inputs
+from .inputs import CPU, Inputs, make_inputs
 from .last_drawn import LastDrawn
 from .parallel import Parallel
 from .placing import Upload
@@ -56,14 +60,38 @@ class Engine:
             self._decoder = LoadedDecoder(model.card, model.tensors, parallel or alone, self._upload)
         self._upload.release()
         self.hold(caches)
+        self._kept: DecodeInputs | None = None
         self.last_drawn = LastDrawn(max_slots)
         self._seen: list[Seen | None] = [None] * max_slots
 
     def hold(self, caches: Sequence[Sequence[Tensor]], stored: Callable[[int], None] | None = None) -> None:
-        """Compute over these caches from now on; what was stored in others is forgotten. `stored(layer)` is called when the device has been
-        asked for all stores of a layer's KV, and need not have made them."""
+        """Compute over these caches from now on; what was stored in others is forgotten, and what was captured. `stored(layer)` is called
+        when the device has been asked for all stores of a layer's KV, and need not have made them."""
         self._caches, self._stored = caches, stored
         self._decoder.hold(caches)
+        self._graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def capture(self, shapes: tuple[DecodeShape, ...], capture: Capture, captured: Callable[[int], None]) -> None:
+        """Steps of decodes alone that fit one of `shapes` are replayed from now on. The last block of every group is then the engine's own.
+        `captured` is told after each how many are done. In a worker of one rank, where attention gathers nothing; `RuntimeError` if the
+        device cannot capture a step."""
+
+        def forward(inputs: Inputs) -> Tensor:
+            logits = self._decoder.logits(inputs, None)
+            assert logits is not None, "this rank draws"
+            return logits
+
+        self._graphs = DecodeGraphs(
+            forward,
+            self._groups,
+            shapes,
+            block_size=self._block_size,
+            scratch=[len(each[0]) - 1 if each else 0 for each in self._caches],
+            device=self._upload.device,
+            capture=capture,
+            captured=captured,
+        )
 
     @torch.inference_mode()
     def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepOutput:
@@ -83,11 +111,10 @@ class Engine:
             with span(Doing.COPY_BLOCKS, batch.step):
                 self._copy(batch.copies)
         with span(Doing.INPUTS, batch.step):
-            inputs = self._upload.batch(
-                make_inputs(batch.rows, self.last_drawn.tokens, self._groups, block_size=self._block_size, dtype=self._dtype, device=device)
-            )
+            step = None if self._graphs is None or on_layer is not None else self._graphs.step(batch.rows, self.last_drawn.tokens)
+            inputs = self.inputs_of(batch.rows) if step is None else None
         with span(Doing.FORWARD, batch.step):
-            logits = self._decoder.logits(inputs, on_layer and partial(self._layer_stored, on_layer))
+            logits = self._logits(step, inputs, on_layer)
         drawing = [row for row in batch.rows if row.draws]
         drawn: dict[int, tuple[Drawn, ...]] = {}
         if logits is not None:
@@ -97,9 +124,32 @@ class Engine:
                 drawn = {row.slot: each for row, each in zip(drawing, answers, strict=True)}
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # what draws nothing has not yet waited
-        output = StepOutput(batch.step, tuple(drawn.get(row.slot, ()) for row in batch.rows))
+        eager = step is None and on_layer is None and device.type == "cuda" and decodes(batch.rows)
+        output = StepOutput(batch.step, tuple(drawn.get(row.slot, ()) for row in batch.rows), eager)
         self.last_drawn.note(batch, output)
         return output
+
+    def inputs_of(self, rows: Sequence[Row]) -> Inputs:
+        """Where the model is computed. Of decodes alone on a CPU what stays the same is not made again."""
+        device = self._upload.device
+        if decodes(rows) and all(fits(self._dtype, group.head_dim, device) for group in self._groups):
+            return self._kept_inputs(rows)
+        return self._upload.batch(
+            make_inputs(rows, self.last_drawn.tokens, self._groups, block_size=self._block_size, dtype=self._dtype, device=device)
+        )
+
+    def _kept_inputs(self, rows: Sequence[Row]) -> Inputs:
+        kept, context = self._kept, 1 + max([row.start for row in rows])
+        if kept is None or kept.context < context:
+            kept = self._kept = DecodeInputs(self._groups, block_size=self._block_size, rows=len(self._seen), context=2 * context)
+        kept.fill(rows, self.last_drawn.tokens)
+        return kept.inputs(len(rows))
+
+    def _logits(self, step: Step | None, inputs: Inputs | None, on_layer: Callable[[int], None] | None) -> Tensor | None:
+        if step is not None:
+            return step.logits()
+        assert inputs is not None
+        return self._decoder.logits(inputs, on_layer and partial(self._layer_stored, on_layer))
 
     def _layer_stored(self, on_layer: Callable[[int], None], layer: int) -> None:
         with span(Doing.ANNOUNCE):

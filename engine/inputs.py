@@ -29,7 +29,7 @@ class GroupInputs:
     spans: tuple[Span, ...]
 
 
-_NOTHING = GroupInputs(store=torch.empty(0, dtype=torch.int64), spans=())
+NOTHING = GroupInputs(store=torch.empty(0, dtype=torch.int64), spans=())
 """For a group none of whose layers are in this rank's stage."""
 
 
@@ -65,7 +65,7 @@ def make_inputs(
         token_ids.extend(row.token_ids or (last_drawn[row.slot],))
         places.append(len(token_ids))
     positions = np.concatenate([np.arange(row.start, row.start + row.length) for row in rows])
-    inputs = tuple(_group_inputs(rows, places, index, group, kind) if group.layers else _NOTHING for index, group in enumerate(groups))
+    inputs = tuple(_group_inputs(rows, places, index, group, kind) if group.layers else NOTHING for index, group in enumerate(groups))
     drawn = [end - 1 for row, end in zip(rows, places[1:], strict=True) if row.draws]
     last = max(range(len(groups)), key=lambda index: groups[index].layers[-1:])
     return Inputs(
@@ -92,7 +92,8 @@ def _ends(rows: Sequence[Row], index: int, group: CacheGroup, kind: _Kind) -> tu
     return tuple(_singles(ends, range(len(ends)), index, group, kind))
 
 
-def _paging(group: CacheGroup, block_size: int) -> Paging:
+def paging_of(group: CacheGroup, block_size: int) -> Paging:
+    """What a query of a group sees."""
     return Paging(kv_heads=group.kv_heads, block_size=block_size, window=group.window)
 
 
@@ -115,7 +116,7 @@ def _group_inputs(rows: Sequence[Row], places: Sequence[int], index: int, group:
 
 def _chunks(rows: Sequence[Row], places: Sequence[int], index: int, group: CacheGroup, kind: _Kind) -> Iterator[Span]:
     """The rows with several tokens, the first of each at its place, over their tables of group `index`."""
-    paging = _paging(group, kind.block_size)
+    paging = paging_of(group, kind.block_size)
     long = [(place, row.start, row.length, row.tables[index]) for place, row in zip(places, rows, strict=False) if row.length > 1]
     if long and attends(kind.dtype, group.head_dim, kind.block_size, kind.device):
         yield make_paged_chunks(long, paging)
@@ -125,7 +126,7 @@ def _chunks(rows: Sequence[Row], places: Sequence[int], index: int, group: Cache
 
 def _singles(rows: Sequence[Row], places: Sequence[int], index: int, group: CacheGroup, kind: _Kind) -> Iterator[Span]:
     """The rows with one token, each at its place, over their tables of group `index`."""
-    paging = _paging(group, kind.block_size)
+    paging = paging_of(group, kind.block_size)
     paged = fits(kind.dtype, group.head_dim, kind.device) or attends(kind.dtype, group.head_dim, kind.block_size, kind.device)
     for members in _together(rows) if paged else _alike(rows, paging.window):
         picked = [rows[row] for row in members]

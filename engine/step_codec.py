@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 _COUNT = Struct("<I")
 _STEP = Struct("<q")
+_OUTPUT = Struct("<q?")  # step, eager
 _ROW = Struct("<II")  # slot, start
 _COPY = Struct("<III")  # group, source, destination
 _DRAW = Struct("<II")  # index, choice
@@ -36,7 +37,7 @@ def encode_batch(batch: Batch) -> bytes:
 
 def encode_output(output: StepOutput) -> bytes:
     """`decode_output` is the exact inverse."""
-    return _STEP.pack(output.step) + _each(_each(map(_drawn, drawn)) for drawn in output.drawn)
+    return _OUTPUT.pack(output.step, output.eager) + _each(_each(map(_drawn, drawn)) for drawn in output.drawn)
 
 
 def decode_batch(data: bytes) -> Batch:
@@ -50,8 +51,8 @@ def decode_batch(data: bytes) -> Batch:
 def decode_output(data: bytes) -> StepOutput:
     """`struct.error` if the bytes end early."""
     reader = _Reader(data)
-    (step,) = reader.take(_STEP)
-    return StepOutput(step, reader.each(lambda: reader.each(reader.drawn)))
+    step, eager = reader.take(_OUTPUT)
+    return StepOutput(step, reader.each(lambda: reader.each(reader.drawn)), eager)
 
 
 def _each(parts: Iterable[bytes]) -> bytes:

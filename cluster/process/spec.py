@@ -53,6 +53,7 @@ class RankSpec(_Spec):
     )
     chunk_tokens: int = Field(512, ge=1, description="Prompt tokens computed per step.")
     max_running: int = Field(32, ge=1, description="Attempts in one batch.")
+    cuda_graphs: bool = Field(True, description="On a GPU: capture decode steps where that is possible.")
     lease_s: float = Field(10.0, gt=0, description="A grant without piece or keep-alive ends after this, in seconds.")
     offer_wait_s: float = Field(5.0, gt=0, description="How long an Offer waits for its Decode, in seconds.")
     pairs: int = Field(

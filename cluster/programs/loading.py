@@ -24,6 +24,7 @@ from ..process.child import progress
 from ..process.spec import BLOCK_SIZE, RankSpec
 from ..resources.devices import NO_INT8_ON_GPU, VISIBLE
 from ..resources.pool_size import blocks_here, say_size, smallest
+from .graphs import capture, rehearse, shapes_of
 from .identity import worker_layout
 
 WARM_CONTEXT = 16384
@@ -35,13 +36,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """`layout`: the worker's. `parallel`: None in a worker of one rank."""
+    """`layout`: the worker's. `parallel`: None in a worker of one rank. `spare_blocks`: of each group's, the last ones, which are the
+    engine's own."""
 
     card: ModelCard
     layout: Layout
     pool: Pool
     engine: Engine
     parallel: Parallel | None
+    spare_blocks: int
 
     def disconnect(self) -> None:
         """From the other ranks, when no step runs, and before the process ends: gloo's threads would abort it."""
@@ -65,17 +68,19 @@ def load(spec: RankSpec, host: str, store: Store | None) -> Loaded:
     try:
         engine = _warm(spec, model, layout, parallel, device)
         progress("warm")
+        shapes, graph_bytes = rehearse(engine, shapes_of(spec, model.card, layout, device), device)
         if spec.kv_tokens is None:
-            layout = _sized(spec, model, layout, device, store)
+            layout = _sized(spec, model, layout, device, store, graph_bytes)
         pool = Pool.allocate(layout.on(spec.rank).layout, device)
     except BaseException:
         if parallel is not None:
             parallel.close()
         raise
     engine.hold(pool.caches, pool.stored)
+    captured = capture(engine, shapes, device)
     gc.freeze()  # what is there stays; a full search of it for garbage takes 112 ms, five decode steps, in which nobody has the interpreter
     progress("pool allocated")
-    return Loaded(model.card, layout, pool, engine, parallel)
+    return Loaded(model.card, layout, pool, engine, parallel, int(captured))
 
 
 def _device(spec: RankSpec) -> torch.device:
@@ -109,9 +114,9 @@ def _warm(spec: RankSpec, model: PreparedModel, layout: Layout, parallel: Parall
     return engine
 
 
-def _sized(spec: RankSpec, model: PreparedModel, layout: Layout, device: torch.device, store: Store | None) -> Layout:
+def _sized(spec: RankSpec, model: PreparedModel, layout: Layout, device: torch.device, store: Store | None, graph_bytes: int) -> Layout:
     """The layout with as many blocks as the rank with the least memory can hold."""
-    own = blocks_here(model.card, spec, layout.on(spec.rank).layout, device)
+    own = blocks_here(model.card, spec, layout.on(spec.rank).layout, device, graph_bytes)
     blocks, decided = smallest(own, spec.rank, layout.ranks, store)
     say_size(spec, blocks, decided, layout.ranks)
     return replace(layout, num_blocks=(blocks,) * len(layout.groups))

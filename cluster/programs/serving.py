@@ -75,6 +75,8 @@ class _Worker:
     def __init__(self, spec: RankSpec, host: str, loaded: Loaded, leader: Leader | None) -> None:
         """`host`: by which others reach it. `leader`: its way to the other ranks, if there are any."""
         self._spec, self._host, self._card, self._pool, self._layout = spec, host, loaded.card, loaded.pool, loaded.layout
+        self._num_blocks = tuple(count - loaded.spare_blocks for count in loaded.layout.num_blocks)
+        """Of each group: those that the scheduler may give away."""
         self._leader = leader
         self._clock: Clock = MonotonicClock()
         self._incarnation = new_incarnation()
@@ -111,7 +113,7 @@ class _Worker:
             address=join_address(self._host, server.port) if self._spec.advertise else server.address,
             incarnation=self._incarnation,
             layout=dataclasses.asdict(self._layout),
-            capacity_tokens=capacity_tokens(self._layout, self._card),
+            capacity_tokens=capacity_tokens(self._num_blocks, self._card),
         )
         await asked.wait()
         _end_at_the_next(self._asyncio)
@@ -200,7 +202,7 @@ class _Worker:
         """What both schedulers are made of."""
         spec, card = self._spec, self._card
         return {
-            "pool": BlockPool(self._layout.num_blocks, self._layout.groups, BLOCK_SIZE),
+            "pool": BlockPool(self._num_blocks, self._layout.groups, BLOCK_SIZE),
             "root_hash_of": partial(_root_hash, self._layout),
             "chunk_tokens": spec.chunk_tokens,
             "max_running": spec.max_running,
@@ -215,9 +217,9 @@ def depth(phase: Phase, stages: int) -> int:
     return DEPTH if stages == 1 else stages + (phase is Phase.PREFILL)
 
 
-def capacity_tokens(layout: Layout, card: ModelCard) -> int:
+def capacity_tokens(num_blocks: Sequence[int], card: ModelCard) -> int:
     """The longest sequence the empty pool holds. Every group has blocks for as many tokens."""
-    return min(card.max_context, min(layout.num_blocks) * layout.block_size)
+    return min(card.max_context, min(num_blocks) * BLOCK_SIZE)
 
 
 def _root_hash(layout: Layout, request: Request) -> bytes:

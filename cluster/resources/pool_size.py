@@ -16,11 +16,12 @@ from .memory import CUDA_BYTES, LEAST_TOKENS, available_bytes, blocks_in, gib, m
 log = logging.getLogger(__name__)
 
 
-def blocks_here(card: ModelCard, spec: RankSpec, layout: Layout, device: torch.device) -> int:
+def blocks_here(card: ModelCard, spec: RankSpec, layout: Layout, device: torch.device, graph_bytes: int = 0) -> int:
     """How many blocks of each group this rank can hold. To be asked when weights and communicators are there and a step has been computed.
-    `layout`: of its own pool, with any number of blocks. Raises `ConfigError` if it is less than the least."""
+    `layout`: of its own pool, with any number of blocks; `graph_bytes`: what is to be left for CUDA graphs. Raises `ConfigError` if it is
+    less than the least."""
     free = _free_on_gpu(device, spec.memory_fraction) if device.type == "cuda" else _free_here(card, spec)
-    free -= staging_bytes(card, spec)
+    free -= staging_bytes(card, spec) + graph_bytes
     blocks = blocks_in(layout, free, card.dtype)
     if blocks * BLOCK_SIZE < LEAST_TOKENS:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this host"

@@ -6,6 +6,7 @@ numbers; those of the same code on the CPU are tested elsewhere, those of a GPU 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import pytest
@@ -13,7 +14,10 @@ import torch
 from diptych.core.layout import DType
 from diptych.core.model import Decoder, ModelCard, Rope
 from diptych.core.sampling import SamplingParams
+from diptych.engine import decoder as decoder_module
 from diptych.engine.batch import Draw, Row
+from diptych.engine.decode_graphs import DecodeGraphs, run_again
+from diptych.engine.decode_shapes import decode_shapes
 from diptych.engine.decoder import LoadedDecoder
 from diptych.engine.inputs import CPU, Inputs, make_inputs
 from diptych.engine.nccl_groups import nccl
@@ -21,6 +25,7 @@ from diptych.engine.parallel import Parallel
 from diptych.engine.placing import Upload, _each_tensor
 from diptych.engine.sampler import chosen
 from diptych.engine.weights import TORCH_DTYPE, shapes_of
+from diptych.kernels.attend_singles import PagedSingles
 from diptych.kernels.block_copy import copy_blocks
 from diptych.kernels.penalties import Seen
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -124,17 +129,41 @@ def test_so_does_that_of_a_rank_of_many(rank: int) -> None:
     assert (logits is not None) == (rank // 2 == 1)
 
 
+@pytest.mark.parametrize("decoder", [LLAMA, GEMMA, OPT], ids=["llama", "gemma", "opt"])
+def test_so_does_a_step_that_is_captured(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its attention, which is a kernel. What a CUDA graph must not do, ask the host, a fake cannot do either."""
+
+    def attend(query: torch.Tensor, _cache: torch.Tensor, spans: Sequence[PagedSingles], *_: float) -> torch.Tensor:
+        assert {part.device for span in spans for part in (span.tokens, span.tables, span.firsts, span.lasts)} == {THERE}
+        return torch.empty_like(query).flatten(1)
+
+    made, shapes = card(decoder, DType.BFLOAT16), decode_shapes(8, 128)
+    parallel = Parallel(made.layout(block_size=BLOCK, kv_tokens=BLOCK))
+    alone = [row for row in rows() if row.length == 1]
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        loaded, _, _ = step(made, parallel)
+        monkeypatch.setattr(decoder_module, "attend", attend)
+        graphs = DecodeGraphs(
+            lambda inputs: loaded.logits(inputs, None), parallel.groups, shapes,
+            block_size=BLOCK, scratch=[7] * len(parallel.groups), device=THERE, capture=run_again, captured=lambda _: None,
+        )  # fmt: skip
+        ready = graphs.step(alone, [])
+        assert ready is not None
+        logits = ready.logits()
+    assert (logits.device, logits.shape) == (THERE, (len(alone), VOCABULARY))
+
+
 def test_drawing_waits_for_nothing() -> None:
-    """Draws with no number brought to the host in between: a fake has none. (What names tokens, biases and bans, is a list of numbers that
-    torch would copy to a device at once, which a fake is not; `test_gpu.py` has them.)"""
+    """Draws with no number brought to the host in between: a fake has none."""
     history = (1, 2, 2, 3)
     draws = [[Draw(sampling, 2, history=history)] for sampling in DRAWS]
-    seen = [[Seen(history, 2) if sampling.penalised else None] for sampling in DRAWS]
+    draws += [[Draw(SamplingParams(temperature=0.5, seed=1, logit_bias=((3, 1.0),)), 2, banned=frozenset({4, 5}))]]
+    seen = [[Seen(history, 2) if draw.sampling.penalised else None] for (draw,) in draws]
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         for counted in (each for row in seen for each in row if each is not None):
             counted.tokens, counted.counts = torch.empty(3, dtype=torch.int64, device=THERE), torch.empty(3, device=THERE)
-        tokens = chosen(torch.empty(len(DRAWS), VOCABULARY, dtype=torch.bfloat16, device=THERE), draws, seen)
-        assert (tokens.device, tokens.dtype, tokens.shape) == (THERE, torch.int64, (len(DRAWS),))
+        tokens = chosen(torch.empty(len(draws), VOCABULARY, dtype=torch.bfloat16, device=THERE), draws, seen)
+        assert (tokens.device, tokens.dtype, tokens.shape) == (THERE, torch.int64, (len(draws),))
         greedy = chosen(torch.empty(2, VOCABULARY, device=THERE), [[Draw(GREEDY, 0)]] * 2, [[None]] * 2)
         assert (greedy.device, greedy.shape) == (THERE, (2,))
 

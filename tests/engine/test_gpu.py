@@ -6,6 +6,9 @@ import pytest
 import torch
 from diptych.core.layout import DType
 from diptych.core.sampling import SamplingParams
+from diptych.engine.batch import Draw, Row
+from diptych.engine.cuda_capture import CudaCapture
+from diptych.engine.decode_shapes import decode_shapes
 from diptych.engine.engine import Engine
 from diptych.engine.placing import Upload
 from diptych.engine.prepared import prepare
@@ -44,6 +47,32 @@ def test_tokens_are_those_of_the_cpu(request, bench, on_gpu, prompt, model, samp
         ids = prompt(50 + 7 * seed, seed=seed)
         answers = [[drawn.token_id for drawn in make(directory).generate(ids, 30, chunk=16, sampling=sampling)] for make in (bench, on_gpu)]
         assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("model", ["tiny_gemma3_dir", "tiny_llama_dir"])
+def test_captured_steps_draw_the_same_tokens(request, on_gpu, prompt, model):
+    """Sequences beside each other, in shapes with rows to fill; a graph that is replayed reads what lies in its memory now."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    answers = []
+    for captured in (False, True):
+        made, done = on_gpu(request.getfixturevalue(model)), []
+        made.free = [[block for block in free if block != count - 1] for free, count in zip(made.free, made.layout.num_blocks, strict=True)]
+        if captured:
+            made.engine.capture(decode_shapes(8, 128), CudaCapture(CUDA), done.append)
+            assert done == [1, 2, 3, 4]
+        tables = [made.table(80) for _ in range(5)]
+        firsts = [made.prefill(prompt(9 + 7 * slot, seed=slot), each, slot=slot, sampling=SAMPLINGS[1]) for slot, each in enumerate(tables)]
+        told = [[first.token_id] for first in firsts]
+        for index in range(1, 30):
+            places = [8 + 7 * slot + len(told[slot]) for slot in range(1 + index % 5)]
+            rows = [
+                Row(slot, place, (), made.passed(tables[slot], place), (Draw(SAMPLINGS[slot % 3], len(told[slot])),))
+                for slot, place in enumerate(places)
+            ]
+            for slot, drawn in enumerate(made.step(*rows)):
+                told[slot].append(drawn.token_id)
+        answers.append(told)
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("dtype", [DType.BFLOAT16, DType.FLOAT16])

@@ -11,7 +11,7 @@ import pytest
 from house_rules import ROOT, Tree, check_policy
 
 POLICIES = {
-    "engine": "batch block_pool group_blocks last_drawn step_codec",
+    "engine": "batch block_pool decode_shapes group_blocks last_drawn step_codec",
     "worker": "admit attempts chunks load",
     "prefill_worker": "leases prompt scheduler",
     "decode_worker": "admission choices decision growth leases roster scheduler sequence steady totals waits",

@@ -1,0 +1,93 @@
+"""Decode steps that are captured once and replayed: a step's launches, some ten a layer, become one.
+
+Shapes are few (decode_shapes.py). A step's inputs are written in host memory, where those of the step before still are, and go in one copy
+to the place that the captured step reads. Rows that fill the shape compute token 0 at position 0 of a scratch block, which no sequence has,
+and nothing is drawn from them. The shapes share one memory pool: one step is over when the next begins.
+
+What is captured, and how, is `Capture`'s affair: CUDA graphs on a GPU (cuda_capture.py); `run_again`, which captures nothing, is the same
+code step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.layout import CacheGroup
+from .batch import Row
+from .decode_inputs import DecodeInputs, decodes
+from .decode_shapes import DecodeShape, shape_for
+from .inputs import Inputs
+
+Replay = Callable[[], Tensor]
+"""Compute what was captured, over what its memory holds now; the result's own memory is that of every replay."""
+Capture = Callable[[Callable[[], Tensor]], Replay]
+Forward = Callable[[Inputs], Tensor]
+"""A step: logits [rows, vocab]."""
+
+
+def run_again(run: Callable[[], Tensor]) -> Replay:
+    """`Capture` without capturing."""
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """here: the inputs in this host's memory; there: the memory that the step reads."""
+
+    here: DecodeInputs
+    there: Tensor
+    replay: Replay
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step whose inputs are on their way to where it reads them."""
+
+    replay: Replay
+    rows: int
+
+    def logits(self) -> Tensor:
+        """[rows, vocab], until the next step begins."""
+        return self.replay()[: self.rows]
+
+
+class DecodeGraphs:
+    """Captured when made: it takes the caches' memory as it is then."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        groups: Sequence[CacheGroup],
+        shapes: tuple[DecodeShape, ...],
+        *,
+        block_size: int,
+        scratch: Sequence[int],
+        device: torch.device,
+        capture: Capture,
+        captured: Callable[[int], None],
+    ) -> None:
+        """`scratch[g]`: the block of group g that is nobody's. `captured` is told how many of `shapes` are done, after each."""
+        self._shapes = shapes
+        self._fill = Row(slot=0, start=0, token_ids=(0,), tables=tuple((block,) for block in scratch))
+        self._steps: dict[DecodeShape, _Captured] = {}
+        for shape in shapes:
+            here = DecodeInputs(groups, block_size=block_size, rows=shape.rows, context=shape.context, pinned=device.type == "cuda")
+            here.fill([self._fill] * shape.rows, ())
+            there = torch.empty(here.whole.shape, dtype=torch.int64, device=device).copy_(here.whole)
+            inputs = here.cut(there, shape.rows)
+            self._steps[shape] = _Captured(here, there, capture(lambda inputs=inputs: forward(inputs)))  # type: ignore[misc]
+            captured(len(self._steps))
+
+    def step(self, rows: Sequence[Row], last_drawn: Sequence[int]) -> Step | None:
+        """The step of these rows; None if they are not all decodes, or no shape has room for them."""
+        shape = shape_for(self._shapes, len(rows), 1 + max([row.start for row in rows])) if decodes(rows) else None
+        if shape is None:
+            return None
+        step = self._steps[shape]
+        step.here.fill((*rows, *[self._fill] * (shape.rows - len(rows))), last_drawn)
+        step.there.copy_(step.here.whole, non_blocking=True)  # the step before, which read it, is over
+        return Step(step.replay, len(rows))
