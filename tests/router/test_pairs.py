@@ -74,12 +74,11 @@ def test_what_moves_no_kv_goes_to_whom_it_would():
 
 
 workers = st.builds(
-    lambda name, load, free, alive, draining, unlike: worker(
-        name, load=load, free=free, alive=alive, state=WorkerState.DRAINING if draining else WorkerState.READY,
-        layout=OTHER if unlike else LAYOUT,
+    lambda name, load, free, alive, draining: worker(
+        name, load=load, free=free, alive=alive, state=WorkerState.DRAINING if draining else WorkerState.READY
     ),
     st.sampled_from([f"{side}{number}" for side in "pd" for number in range(4)]), st.integers(0, 2000), st.integers(0, 64),
-    st.booleans(), st.sampled_from([True, False, False, False]), st.sampled_from([True, False, False, False, False, False]),
+    st.booleans(), st.sampled_from([True, False, False, False]),
 )  # fmt: skip
 fleets = st.lists(workers, min_size=2, max_size=8, unique_by=lambda c: c.member.worker_id)
 
@@ -96,7 +95,7 @@ def best(fleet, avoid):
     names = {c.member.worker_id for c in roomy}
     inside, across = 0.0, 0.0
     for p, d in product(prefills, roomy):
-        score = prefill_score(p) * decode_score(d) * (p.member.layout.fingerprint == d.member.layout.fingerprint)
+        score = prefill_score(p) * decode_score(d)
         if p.member.partner == d.member.worker_id:
             inside = max(inside, score)
         elif p.member.partner not in names:
