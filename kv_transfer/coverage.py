@@ -44,6 +44,15 @@ class Coverage:
     def until(self, layer: int) -> int:
         return self._until[layer]
 
+    def beyond(self, other: Coverage, layers: tuple[int, ...]) -> dict[tuple[int, int], list[int]]:
+        """Those of `layers` that are covered further here than there, by from where and up to where."""
+        found: dict[tuple[int, int], list[int]] = {}
+        ours, theirs = self._until, other._until
+        for layer in layers:
+            if theirs[layer] < ours[layer]:
+                found.setdefault((theirs[layer], ours[layer]), []).append(layer)
+        return found
+
     def extend(self, layers: tuple[int, ...], start: int, stop: int) -> None:
         """Cover [start, stop) of `layers`; `ValueError` (and no change) if that leaves a hole, repeats a position, goes past the
         end, or a layer is named twice or unknown."""
@@ -62,12 +71,7 @@ def ahead(groups: tuple[CacheGroup, ...], block_size: int, computed: Coverage, a
     """What of `groups` is computed and not yet announced, in spans of at most `most_bytes` (which must hold a block of any layer). Layers
     with equal positions share a span; only what is too long in a single layer is cut, between blocks of `block_size`."""
     for number, group in enumerate(groups):
-        together: dict[tuple[int, int], list[int]] = {}
-        for layer in group.layers:
-            start, stop = announced.until(layer), computed.until(layer)
-            if start < stop:
-                together.setdefault((start, stop), []).append(layer)
-        for (start, stop), layers in together.items():
+        for (start, stop), layers in computed.beyond(announced, group.layers).items():
             width = max(1, most_bytes // ((stop - start) * group.token_bytes))
             for first in range(0, len(layers), width):
                 yield from _cut(Span(number, tuple(layers[first : first + width]), start, stop), group.token_bytes, block_size, most_bytes)
