@@ -164,7 +164,7 @@ def stored(model: PreparedModel) -> tuple[int, int, int, int]:
         sum(outputs * inputs for outputs, inputs in layers),
         sum(model.card.matrix_bytes(*shape) for shape in layers),
         head.shape[0] * head.shape[1],
-        model.card.matrix_bytes(*head.shape),
+        model.card.table_bytes(*head.shape),
     )
 
 

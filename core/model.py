@@ -113,8 +113,12 @@ class ModelCard(BaseModel):
         return precision(self.dtype, self.quantization)
 
     def matrix_bytes(self, outputs: int, inputs: int) -> int:
-        """Bytes of a product's weights."""
+        """Bytes of a layer's product."""
         return self.quantization.matrix_bytes(outputs, inputs, self.dtype.itemsize)
+
+    def table_bytes(self, outputs: int, inputs: int) -> int:
+        """Bytes of an embedding or a head."""
+        return self.quantization.of_tables.matrix_bytes(outputs, inputs, self.dtype.itemsize)
 
     @property
     def slow_path(self) -> str | None:

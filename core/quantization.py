@@ -1,7 +1,8 @@
 """Weights in fewer bits than the model computes with: what there is, what it takes, where it may be cut.
 
 Numbers of 8 or 4 bits times a scale: of int8 each row of a matrix, one output's inputs, has a scale; of int4 each `GROUP` inputs of a row.
-Embedding, head and the products of the layers are stored so. Norms, biases and learned positions are as they are without.
+Embedding, head and the products of the layers are stored so, embedding and head always as int8. Norms, biases and learned positions are
+as they are without.
 """
 
 from __future__ import annotations
@@ -19,6 +20,16 @@ class Quantization(StrEnum):
     NONE = "none"
     INT8 = "int8"
     INT4 = "int4"
+
+    @property
+    def bits(self) -> int:
+        """Of a number of a quantised matrix."""
+        return 8 if self is Quantization.INT8 else 4
+
+    @property
+    def of_tables(self) -> Quantization:
+        """What embedding and head are stored as: with int4 there too the perplexity of Gemma 3 270M is 60 % higher."""
+        return Quantization.INT8 if self is Quantization.INT4 else self
 
     def matrix_bytes(self, outputs: int, inputs: int, itemsize: int) -> int:
         """Bytes of a matrix, scales included; `itemsize`: bytes of a number that is not quantised."""

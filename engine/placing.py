@@ -48,7 +48,7 @@ class Upload:
         if isinstance(weight, Tensor):
             return self.weight(weight)
         if self.device.type != "cpu":
-            raise ModelError(f"{weight.quantization} weights are for CPUs: prepare the model without quantization.", field="quantization")
+            raise ModelError(f"int{weight.bits} weights are for CPUs: prepare the model without quantization.", field="quantization")
         return weight
 
     def maybe(self, tensor: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ from ..core.model import Decoder
 from ..core.quantization import Quantization
 from ..kernels.quantized import Quantized, quantize
 from .recipe import Recipe
-from .weights import SCALES, is_product, quantized_shapes
+from .weights import SCALES, is_product, kind_of, quantized_shapes
 
 
 def quantizing(recipe: Recipe, quantization: Quantization) -> Recipe:
@@ -28,7 +28,7 @@ def quantizing(recipe: Recipe, quantization: Quantization) -> Recipe:
 
     @lru_cache(maxsize=1)  # numbers and scales are asked for one after the other
     def both(name: str) -> Quantized:
-        return quantize(recipe.make(name), quantization)
+        return quantize(recipe.make(name), kind_of(name, quantization).bits)
 
     def make(name: str) -> Tensor:
         if name.endswith(SCALES):

@@ -84,18 +84,23 @@ def quantized_shapes(shapes: Shapes, quantization: Quantization) -> Shapes:
     """What the weights file has in place of `shapes`. `ModelError` names a product that cannot be quantised like this."""
     if quantization is Quantization.NONE:
         return shapes
-    number, scale = (torch.int8, torch.float32) if quantization is Quantization.INT8 else (torch.uint8, torch.bfloat16)
     stored: Shapes = {}
     for name, shape in shapes.items():
         if not is_product(name):
             stored[name] = shape
             continue
-        (outputs, inputs), _ = shape
-        if not quantization.can_cut(inputs):
+        (outputs, inputs), kind = shape[0], kind_of(name, quantization)
+        if not kind.can_cut(inputs):
             raise ModelError(f"{name} has {inputs} inputs, and int4 takes {GROUP} at a time: use int8.", field="quantization")
-        stored[name] = ((outputs, quantization.row_bytes(inputs)), number)
-        stored[name + SCALES] = ((outputs, quantization.groups(inputs)), scale)
+        number, scale = (torch.int8, torch.float32) if kind is Quantization.INT8 else (torch.uint8, torch.bfloat16)
+        stored[name] = ((outputs, kind.row_bytes(inputs)), number)
+        stored[name + SCALES] = ((outputs, kind.groups(inputs)), scale)
     return stored
+
+
+def kind_of(name: str, quantization: Quantization) -> Quantization:
+    """What a product is stored as."""
+    return quantization.of_tables if name in ("embed", "head") else quantization
 
 
 def is_product(name: str) -> bool:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .native import native_for
-from .quantized import Quantized, Weight, bits, dequantized
+from .quantized import Quantized, Weight, dequantized
 from .threads import threads
 
 NATIVE_ROWS = 64
@@ -57,7 +57,7 @@ def linear_quantized(x: Tensor, weight: Quantized, bias: Tensor | None = None) -
         weight.values.data_ptr(),
         weight.scales.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        bits(weight),
+        weight.bits,
         rows,
         n_in,
         n_out,

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.quantization import GROUP, RUN, Quantization
 from .native import native_for, threads_for
 
+GROUP = 32
+"""Inputs that share an int4 scale."""
+RUN = 128
+"""Inputs in one run of int4 numbers."""
 PART_BYTES = 4 << 20
 """Of a product of many rows as many weights at a time are made: they stay in the third-level cache until they are multiplied."""
 _TRIED = (-8.0, -7.5, -7.0, 8.0, 7.5, 7.0)
@@ -29,12 +32,13 @@ class Quantized:
     scales: Tensor
 
     @property
-    def quantization(self) -> Quantization:
-        return Quantization.INT8 if self.values.dtype is torch.int8 else Quantization.INT4
+    def bits(self) -> int:
+        """Of a number: 8 or 4."""
+        return 8 if self.values.dtype is torch.int8 else 4
 
     @property
     def inputs(self) -> int:
-        return self.values.shape[1] if self.values.dtype is torch.int8 else self.scales.shape[1] * GROUP
+        return self.values.shape[1] if self.bits == 8 else self.scales.shape[1] * GROUP
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,8 +52,8 @@ class Quantized:
         return Quantized(self.values[rows], self.scales[rows])
 
     def columns(self, run: slice) -> Quantized:
-        """Some inputs, copied; they begin and end where `Quantization.can_cut` says."""
-        if self.quantization is Quantization.INT8:
+        """Some inputs, copied; of int4 whole groups."""
+        if self.bits == 8:
             return Quantized(self.values[:, run].contiguous(), self.scales)
         groups = slice(run.start // GROUP, run.stop // GROUP)
         return Quantized(_packed(_numbers(self)[:, run]), self.scales[:, groups].contiguous())
@@ -66,10 +70,10 @@ Weight = Tensor | Quantized
 """A matrix [out, in]."""
 
 
-def quantize(weight: Tensor, quantization: Quantization) -> Quantized:
-    """The matrix [out, in], of any float dtype, in 8 or 4 bits. int4: in is a multiple of `GROUP`."""
+def quantize(weight: Tensor, bits: int) -> Quantized:
+    """The matrix [out, in], of any float dtype, in 8 or 4 bits. With 4 in is a multiple of `GROUP`."""
     each = max(1, _AT_ONCE // weight.shape[1])
-    make = _int8 if quantization is Quantization.INT8 else _int4
+    make = _int8 if bits == 8 else _int4
     parts = [make(weight[start : start + each].float()) for start in range(0, len(weight), each)]
     return Quantized(torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
 
@@ -128,7 +132,7 @@ def dequantized(matrix: Quantized, dtype: torch.dtype, places: Tensor | None = N
         matrix.values.data_ptr(),
         matrix.scales.data_ptr(),
         None if places is None else places.data_ptr(),
-        bits(matrix),
+        matrix.bits,
         count,
         matrix.inputs,
         threads_for(out.numel()),
@@ -138,7 +142,7 @@ def dequantized(matrix: Quantized, dtype: torch.dtype, places: Tensor | None = N
 
 def dequantized_torch(matrix: Quantized, dtype: torch.dtype) -> Tensor:
     """The same by torch."""
-    if matrix.quantization is Quantization.INT8:
+    if matrix.bits == 8:
         return (matrix.values * matrix.scales).to(dtype)
     groups = _numbers(matrix).view(len(matrix), -1, GROUP)
     return (groups * matrix.scales.float()[:, :, None]).to(dtype).view(len(matrix), -1)
@@ -147,8 +151,3 @@ def dequantized_torch(matrix: Quantized, dtype: torch.dtype) -> Tensor:
 def embedded(places: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """The rows `places` (int64 [n]) of a matrix."""
     return dequantized(weight, dtype, places) if isinstance(weight, Quantized) else F.embedding(places, weight)
-
-
-def bits(matrix: Quantized) -> int:
-    """Of a number."""
-    return 8 if matrix.values.dtype is torch.int8 else 4

@@ -37,9 +37,10 @@ def check(config: ClusterConfig, card: ModelCard) -> None:
     profile, slo = read_profile(Path(plan.profile)), parse_slo(plan.slo)
     if slo.ttft is None or slo.tpot is None:
         raise ConfigError("autoplan.slo: a plan needs a limit for both ttft and tpot, as in ttft=1s,tpot=100ms.", field="autoplan.slo")
-    if (profile.model.name, profile.model.dtype) != (card.name, card.dtype):
+    if (profile.model.name, profile.model.dtype) != (card.name, card.precision):
         raise ConfigError(
-            f"autoplan.profile: {plan.profile} is of {profile.model.name} in {profile.model.dtype}; this is {card.name} in {card.dtype}.",
+            f"autoplan.profile: {plan.profile} is of {profile.model.name} in {profile.model.dtype}, and this is {card.name} in "
+            f"{card.precision}.",
             field="autoplan.profile",
         )
     _check_alike(config)

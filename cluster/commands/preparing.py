@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...core.errors import ModelError
 from ...core.layout import DType
+from ...core.quantization import Quantization
 from ...engine.location import demo_source
 from ..supervising.models import NO_DEMO
 
 
-def prepare_here(source: str, dtype: str, out: Path | None, name: str | None, chat_template: Path | None) -> Path:
+def prepare_here(
+    source: str, dtype: str, out: Path | None, name: str | None, chat_template: Path | None, quantization: Quantization = Quantization.NONE
+) -> Path:
     """The directory of the prepared model, made unless it is there already."""
     from ...engine.prepared import find_or_prepare, prepare
 
@@ -29,7 +33,9 @@ def prepare_here(source: str, dtype: str, out: Path | None, name: str | None, ch
         def progress(what: str, share: float) -> None:
             bar.update(task, description=what, completed=share)
 
+        chosen = {"dtype": DType(dtype), "quantization": quantization}
+        options: dict[str, Any] = {**chosen, "name": name, "chat_template": chat_template, "progress": progress}
         if out is None:
-            return find_or_prepare(source, dtype=DType(dtype), name=name, chat_template=chat_template, progress=progress)
-        prepare(source, out.absolute(), dtype=DType(dtype), name=name, chat_template=chat_template, progress=progress)
+            return find_or_prepare(source, **options)
+        prepare(source, out.absolute(), **options)
         return out.absolute()

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ...core.config import ClusterConfig
 from ...core.errors import ConfigError
+from ...core.quantization import precision
 from ..load.choice import Load
 from ..load.mix import parse_mix
 from ..load.slo import Slo, parse_slo
@@ -123,10 +124,10 @@ class Simulating:
 
 def check_model(profile: Profile, config: ClusterConfig) -> None:
     """`ConfigError` if the plan serves another model, or another type, than the profile is about."""
-    name, dtype = config.model.name, config.model.dtype
+    name, dtype = config.model.name, precision(config.model.dtype, config.model.quantization)
     if name is not None and name != profile.model.name:
         raise ConfigError(f"The profile is of {profile.model.name}, and the plan serves {name}.", field="model.name")
-    if "dtype" in config.model.model_fields_set and dtype != profile.model.dtype:
+    if {"dtype", "quantization"} & config.model.model_fields_set and dtype != profile.model.dtype:
         raise ConfigError(f"The profile is of {profile.model.dtype}, and the plan serves {dtype}.", field="model.dtype")
 
 

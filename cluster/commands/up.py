@@ -103,6 +103,7 @@ class Up:
         on_gpu = bool(self._gpus) or self.config.device == "cuda"
         preflight.check_transports(self.config, on_gpu=on_gpu)
         preflight.check_kv_dtype(self.config, on_gpu=on_gpu)
+        preflight.check_quantization(self.config.model.quantization, on_gpu=on_gpu)
         for said in before_up(self.config):
             terminal.warn(said)
         try:
@@ -113,6 +114,7 @@ class Up:
             if model_dir is None:  # told to end meanwhile
                 return
             card = read_card(model_dir)
+            preflight.check_quantization(card.quantization, on_gpu=on_gpu)
             first = allot(self.config, card, workers(self.config, card, model_dir, self.cores), self._gpus)
             preflight.check_memory(self.config, card, first)
             check_autoplan(self.config, card)
@@ -147,7 +149,7 @@ class Up:
             ear = await listen(self.cluster_id, scale)
             try:
                 held = self.config.model.held_as
-                what = f"{name} ({card.dtype}{f', KV {held}' if held else ''})"
+                what = f"{name} ({card.precision}{f', KV {held}' if held else ''})"
                 terminal.say(f"Serving {what}: {_count(first)}. Cluster {self.config.name!r}, logs in {record.state.logs}")
                 await supervisor.run(stop, kill)
             finally:

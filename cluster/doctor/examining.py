@@ -123,7 +123,7 @@ def _model(config: ClusterConfig, found: list[ModelCard]) -> Finding:
     missing = [name for name in ("tokenizer.json",) if not (directory / name).exists()]
     if missing:
         return wrong("model", f"{directory} has no {missing[0]}.", "It is damaged: remove it, and have it prepared again.", "model.source")
-    return ok("model", f"{found[0].name} ({found[0].dtype}) in {directory}")
+    return ok("model", f"{found[0].name} ({found[0].precision}) in {directory}")
 
 
 def _security(config: ClusterConfig, said: list[str]) -> Finding:

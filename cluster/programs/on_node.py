@@ -1,6 +1,6 @@
 """A rank on a node that is perhaps not the supervisor's host: it sees to the model there, and becomes the rank.
 
-    python -m diptych.cluster.programs.on_node --spec '<RankSpec as JSON>' --source SOURCE --dtype DTYPE --fingerprint FINGERPRINT
+    python -m diptych.cluster.programs.on_node --spec '<RankSpec as JSON>' --source SOURCE --dtype DTYPE --quantization Q --fingerprint F
         --host ADDRESS --threads N [--cores FIRST:COUNT] [--leader HOST:PORT] [--leash]
 
 The prepared model is the spec's directory if the node has it (the supervisor's own host, or a shared disk); else `source` is found or
@@ -20,6 +20,7 @@ from typing import NoReturn
 from ...core.errors import ConfigError, DiptychError
 from ...core.layout import OF_WEIGHTS, DType
 from ...core.model import CARD, read_card
+from ...core.quantization import Quantization
 from ...rpc.channels import join_address
 from ..process.child import FAILED, hold_leash, log_to_stderr, progress, say
 from ..process.identities import from_environment
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--spec", required=True, help="RankSpec as JSON")
     parser.add_argument("--source", required=True, help="what the model is prepared from, if it is not there")
     parser.add_argument("--dtype", required=True, choices=OF_WEIGHTS)
+    parser.add_argument("--quantization", required=True, choices=list(Quantization))
     parser.add_argument("--fingerprint", required=True, help="of the model the others serve")
     parser.add_argument("--host", required=True, help="the node's address, to listen on")
     parser.add_argument("--threads", required=True, type=int)
@@ -50,7 +52,12 @@ def main() -> int:
             spec.model_copy(
                 update={
                     "model_dir": model_here(
-                        spec.model_dir, arguments.source, DType(arguments.dtype), arguments.fingerprint, arguments.host
+                        spec.model_dir,
+                        arguments.source,
+                        DType(arguments.dtype),
+                        Quantization(arguments.quantization),
+                        arguments.fingerprint,
+                        arguments.host,
                     ),
                     "listen": join_address(arguments.host, 0),
                     "threads": arguments.threads,
@@ -66,14 +73,14 @@ def main() -> int:
     return FAILED
 
 
-def model_here(known: Path, source: str, dtype: DType, fingerprint: str, host: str) -> Path:
+def model_here(known: Path, source: str, dtype: DType, quantization: Quantization, fingerprint: str, host: str) -> Path:
     """The directory of the model with `fingerprint` on this node. Raises `ConfigError` if it is not there and cannot be made."""
     if (known / CARD).is_file() and read_card(known).fingerprint == fingerprint:
         return known
     from ...engine.prepared import find_or_prepare
 
     try:
-        directory = find_or_prepare(source, dtype=dtype, progress=_Telling(host))
+        directory = find_or_prepare(source, dtype=dtype, quantization=quantization, progress=_Telling(host))
     except DiptychError as error:
         raise ConfigError(f"On node {host} the model cannot be had: {error.message}", field="model.source") from None
     if read_card(directory).fingerprint != fingerprint:

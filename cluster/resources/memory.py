@@ -40,8 +40,8 @@ def process_bytes(card: ModelCard, spec: RankSpec) -> int:
     """Private memory of a rank before its pool. Shards copy the weights they cut by columns (`engine.shards`)."""
     copied = 0
     if isinstance(card.decoder, Decoder) and spec.tp > 1:
-        inputs = card.decoder.heads * card.decoder.head_dim + card.decoder.intermediate
-        copied = _layers(card, spec) * card.decoder.hidden * inputs // spec.tp * card.dtype.itemsize
+        inputs = (card.decoder.heads * card.decoder.head_dim, card.decoder.intermediate)
+        copied = _layers(card, spec) * sum(card.matrix_bytes(card.decoder.hidden, each // spec.tp) for each in inputs)
     return WORKER_BYTES + (TRANSFORMERS_BYTES if card.slow_path else 0) + copied
 
 
@@ -87,7 +87,7 @@ def weights_bytes(card: ModelCard, spec: RankSpec) -> int:
     """Bytes of the weights that a rank reads, nearly: its share of its layers, and of embedding and head if its stage has them."""
     if not isinstance(card.decoder, Decoder):
         return card.weights_bytes
-    table = card.vocab_size * card.decoder.hidden * card.dtype.itemsize
+    table = card.table_bytes(card.vocab_size, card.decoder.hidden)
     ends = [spec.rank // spec.tp == 0, spec.rank // spec.tp == max(1, len(spec.stages)) - 1]
     tables = any(ends) if card.decoder.tied_head else sum(ends)
     layers = max(0, card.weights_bytes - table * (1 if card.decoder.tied_head else 2))

@@ -11,6 +11,7 @@ from ...core.config import ClusterConfig
 from ...core.errors import ConfigError
 from ...core.layout import DType
 from ...core.model import ModelCard
+from ...core.quantization import Quantization
 from ...core.transfer import transports_for
 from ...rpc.stranger import answers_strangers
 from ..process.spec import Worker
@@ -66,6 +67,15 @@ def check_kv_dtype(config: ClusterConfig, *, on_gpu: bool) -> None:
     """`ConfigError` if GPUs are to hold KV in what their kernels cannot read."""
     if on_gpu and config.model.held_as is DType.INT8:
         raise ConfigError(f"model.kv_dtype: {NO_INT8_ON_GPU}", field="model.kv_dtype")
+
+
+def check_quantization(quantization: Quantization, *, on_gpu: bool) -> None:
+    """`ConfigError` if GPUs are to multiply with quantised weights."""
+    if on_gpu and quantization is not Quantization.NONE:
+        raise ConfigError(
+            f"model.quantization: {quantization} is for CPUs: there is no GPU kernel for such products. Leave it out, or say device: cpu.",
+            field="model.quantization",
+        )
 
 
 def ray_address(config: ClusterConfig) -> str | None:

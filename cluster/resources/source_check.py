@@ -14,6 +14,7 @@ from typing import Any
 from ...core.config import ClusterConfig
 from ...core.layout import DType
 from ...core.model import Decoder, ForeignDecoder, ModelCard
+from ...core.quantization import Quantization
 from ...engine.gguf import read_first
 from ...engine.location import DEMO_PACKAGE, source_name
 from .layouts import layouts
@@ -34,11 +35,11 @@ _GGUF_SIZES = {
 def check_spread(config: ClusterConfig, source: str) -> None:
     """Raise `ConfigError`, as for the prepared model, if what `source` says of itself cannot be spread over ranks as the config wants."""
     sizes = _sizes(source)
-    if (card := sketch(config.model.name or source_name(source), sizes)) is not None:
+    if (card := sketch(config.model.name or source_name(source), sizes, config.model.quantization)) is not None:
         layouts(config, card)
 
 
-def sketch(name: str, sizes: Mapping[str, Any]) -> ModelCard | None:
+def sketch(name: str, sizes: Mapping[str, Any], quantization: Quantization = Quantization.NONE) -> ModelCard | None:
     """A card with the sizes of a Hugging Face config and nothing else that is true; None if it lacks one."""
     try:
         decoder = _decoder(sizes)
@@ -46,7 +47,7 @@ def sketch(name: str, sizes: Mapping[str, Any]) -> ModelCard | None:
         return None
     return ModelCard(
         name=name, source="", fingerprint="", dtype=DType.FLOAT32, vocab_size=1, max_context=1, bos_token_id=None, eos_token_ids=(),
-        has_chat_template=False, weights_bytes=0, decoder=decoder,
+        has_chat_template=False, weights_bytes=0, decoder=decoder, quantization=quantization,
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def find_model(config: ClusterConfig) -> Path | None:
         return _prepared(config, directory)
     if _is_path(source) and not directory.exists():
         raise ConfigError(f"model.source: {config.model.source} does not exist.", field="model.source")
-    kept = default_prepared_dir(source, dtype=DType(config.model.dtype))
+    kept = default_prepared_dir(source, dtype=DType(config.model.dtype), quantization=config.model.quantization)
     return kept if (kept / CARD).is_file() else None
 
 
@@ -57,6 +57,12 @@ def _prepared(config: ClusterConfig, directory: Path) -> Path:
             "Leave --dtype out, or name the source it was prepared from.",
             field="model.dtype",
         )
+    if "quantization" in config.model.model_fields_set and config.model.quantization is not card.quantization:
+        raise ConfigError(
+            f"model.quantization: {directory} is prepared with quantization {card.quantization}, not {config.model.quantization}. "
+            "Leave --quantization out, or name the source it was prepared from.",
+            field="model.quantization",
+        )
     return directory
 
 
@@ -68,7 +74,9 @@ def _is_path(source: str) -> bool:
 async def prepare_model(config: ClusterConfig, terminal: Terminal, stop: asyncio.Event) -> Path | None:
     """The config's model, prepared (in a process of its own) if it was not; None if `stop` came first."""
     command = (sys.executable, "-m", "diptych.cluster.programs.prepare")
-    argv = (*command, "--source", source_of(config), "--dtype", config.model.dtype, "--leash")
+    argv = (
+        *command, "--source", source_of(config), "--dtype", config.model.dtype, "--quantization", config.model.quantization, "--leash",
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="diptych-") as scratch:
         log = Path(scratch, "prepare.log")
         running = await PlainLauncher(secrets.token_hex(8), Path(scratch)).start(Launch("model", argv, log))

@@ -154,7 +154,7 @@ def launch_worker(worker: Worker, programs: Programs, logs: Path) -> Launch:
 
 def launch_on_nodes(worker: Worker, config: ClusterConfig, card: ModelCard, source: str, logs: Path) -> Launch:
     """A worker on nodes of a joined Ray cluster, where the model of `source` is prepared if it is not there."""
-    model = ("--source", source, "--dtype", card.dtype, "--fingerprint", card.fingerprint)
+    model = ("--source", source, "--dtype", card.dtype, "--quantization", card.quantization, "--fingerprint", card.fingerprint)
     return _as_one(
         Launch(
             name=rank_name(spec),
