@@ -36,7 +36,7 @@ from diptych.engine.engine import Engine
 from diptych.engine.location import demo_source
 from diptych.engine.prepared import PreparedModel, find_or_prepare, open_prepared
 from diptych.engine.sampler import sample
-from diptych.engine.weights import TORCH_DTYPE
+from diptych.kv_transfer.pool import DTYPES
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -47,9 +47,10 @@ GREEDY = (Draw(SamplingParams(temperature=0.0), 0),)
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of computing a model."""
+    """One way of computing a model. `held`: the dtype of its KV cache, if not the weights'."""
 
     dtype: DType = DType.BFLOAT16
+    held: DType | None = None
     quantization: Quantization = Quantization.NONE
 
 
@@ -58,6 +59,8 @@ VARIANTS = {
     "float32": Variant(DType.FLOAT32),
     "int8": Variant(quantization=Quantization.INT8),
     "int4": Variant(quantization=Quantization.INT4),
+    "int8-kv": Variant(held=DType.INT8),
+    "int8-all": Variant(held=DType.INT8, quantization=Quantization.INT8),
 }
 
 
@@ -91,11 +94,10 @@ class Score:
 class Reader:
     """An engine that reads texts side by side, each in a slot of its own."""
 
-    def __init__(self, model: PreparedModel, texts: int, tokens: int) -> None:
-        layout = model.card.layout(block_size=BLOCK, kv_tokens=texts * -(-tokens // BLOCK) * BLOCK)
-        dtype = TORCH_DTYPE[model.card.dtype]
-        shapes = [(blocks, g.kv_heads, 2, BLOCK, g.head_dim) for g, blocks in zip(layout.groups, layout.num_blocks, strict=True)]
-        caches = [[torch.zeros(shape, dtype=dtype) for _ in g.layers] for g, shape in zip(layout.groups, shapes, strict=True)]
+    def __init__(self, model: PreparedModel, held: DType | None, texts: int, tokens: int) -> None:
+        layout = model.card.layout(block_size=BLOCK, kv_tokens=texts * -(-tokens // BLOCK) * BLOCK, kv_dtype=held)
+        shapes = [(blocks, g.kv_heads, 2, BLOCK, g.width) for g, blocks in zip(layout.groups, layout.num_blocks, strict=True)]
+        caches = [[torch.zeros(shape, dtype=DTYPES[g.dtype]) for _ in g.layers] for g, shape in zip(layout.groups, shapes, strict=True)]
         self._engine = Engine(model, caches, block_size=BLOCK, max_slots=texts)
         scattered = [random.Random(0).sample(range(blocks), blocks) for blocks in layout.num_blocks]
         self._tables = [tuple(tuple(each[i::texts]) for each in scattered) for i in range(texts)]
@@ -138,7 +140,7 @@ def compare(models: dict[str, PreparedModel], texts: int, scored: int) -> dict[s
     first = next(iter(models.values()))
     read = windows(Tokenizer.from_file(str(first.directory / TOKENIZER)), texts, PROMPT + scored)
     read = [begun(text, first.card.bos_token_id) for text in read]
-    readers = {name: Reader(model, texts, PROMPT + scored) for name, model in models.items()}
+    readers = {name: Reader(model, VARIANTS[name].held, texts, PROMPT + scored) for name, model in models.items()}
     scores = {name: Score() for name in models}
     begin, end = 0, PROMPT
     while end < PROMPT + scored:

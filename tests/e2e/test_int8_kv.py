@@ -26,17 +26,9 @@ def prompt(length: int) -> list[int]:
     return [2, *(order.randrange(3, 512) for _ in range(length - 1))]
 
 
-@pytest.mark.parametrize(
-    ("there", "transport"),
-    [
-        (DType.INT8, Transport.SHM),
-        *(
-            pytest.param(there, transport, marks=pytest.mark.nightly)
-            for there in (DType.INT8, None)
-            for transport in (Transport.GLOO, Transport.SHM)
-        ),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("transport", [Transport.SHM, Transport.GLOO])
+@pytest.mark.parametrize("there", [DType.INT8, None])
 def test_handed_over_and_read_locally(there: DType | None, transport: Transport, tiny_llama_source: Path, tmp_path: Path) -> None:
     """`there`: what the decode worker holds it in; None is bfloat16, to which it casts what comes."""
     from transformers import AutoModelForCausalLM
