@@ -164,7 +164,7 @@ def model_of(card: ModelCard) -> Model:
     groups = card.cache_groups()
     return Model(
         name=card.name,
-        dtype=str(card.dtype),
+        dtype=card.precision,
         layers=decoder.layers,
         heads=decoder.heads if isinstance(decoder, Decoder) else 1,
         kv_heads=decoder.kv_heads if isinstance(decoder, Decoder) else 1,

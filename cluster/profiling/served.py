@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,10 +65,18 @@ def watched_clusters(model_dir: Path, dtype: str, threads: int | None, repeats: 
 
 def _watch_all(pipe: Connection, model_dir: Path, dtype: str, threads: int | None, repeats: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  what `up` says is not asked for here
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         pipe.send(_watch(pipe.send, model_dir, dtype, threads, repeats))
     except DiptychError as error:
         pipe.send(error)
+
+
+def _end_with_parent() -> None:
+    """As by Ctrl-C, so that the cluster ends too."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _watch(tell: Callable[[str], None], model_dir: Path, dtype: str, threads: int | None, repeats: int) -> Seen:
