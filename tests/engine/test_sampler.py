@@ -76,7 +76,7 @@ wanted = st.tuples(samplings, st.sampled_from([None, 0, 1, 5]), ids, ids, st.set
 @given(
     st.integers(0, 10_000), st.sampled_from([torch.float32, torch.bfloat16]), st.lists(st.lists(wanted, min_size=1, max_size=2), max_size=5)
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_mixed_batch_is_drawn_as_each_of_its_draws_alone(seed, dtype, rows):
     """Greedy beside sampled, limits, penalties, biases and bans, log-probabilities for some; several draws from one row."""
     rows = rows or [[(SamplingParams(temperature=0.0), None, [], [], set())]]

@@ -57,7 +57,7 @@ def test_a_batch_survives_its_bytes(batch):
 
 
 @settings(max_examples=50)
-@given(st.builds(StepOutput, st.integers(-2, 2**62), tuples(tuples(DRAWN, 3), 3)))
+@given(st.builds(StepOutput, st.integers(-2, 2**62), tuples(tuples(DRAWN, 3), 3), st.booleans()))
 def test_an_output_survives_its_bytes(output):
     assert decode_output(encode_output(output)) == output
 
