@@ -52,4 +52,4 @@ class Quantization(StrEnum):
 
 def precision(dtype: str, quantization: Quantization) -> str:
     """What a model computes with and is stored as, in words."""
-    return dtype if quantization is Quantization.NONE else f"{dtype}, {quantization} weights"
+    return str(dtype) if quantization is Quantization.NONE else f"{dtype}, {quantization} weights"
