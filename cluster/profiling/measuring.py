@@ -17,12 +17,13 @@ from ...core.model import Decoder, ModelCard, read_card
 from ...core.transfer import Transport
 from ..planner.fitting import BothPoint, DecodePoint, PrefillPoint, fit_steps
 from ..planner.latency import StepTimes
+from ..planner.policies import Policies
 from ..planner.profile import Basis, Cores, DeviceShare, Link, Model, Overheads, Parallelism, Profile, Residuals
 from ..process.spec import BLOCK_SIZE
 from ..resources.cores import share_cores
 from ..resources.memory import available_bytes
 from .links import TOKENS, link_of, timed_link
-from .reckoning import Seen, beside, request_seconds, with_serving
+from .reckoning import Seen, beside, request_seconds, with_chunks, with_serving
 from .served import STAGES, watched_clusters
 from .showing import show
 from .steps import CHUNK, CHUNK_START, Step, grid, timed_steps
@@ -130,6 +131,8 @@ def profile_of(
         by_cores = {
             count: with_serving(times, seen.answers_together if count == cores else seen.answers) for count, times in by_cores.items()
         }
+        request = request_seconds(by_cores[cores], seen.prompts)
+        by_cores[cores] = with_chunks(by_cores[cores], request, seen.prompts_together, Policies().decode_chunk_tokens)
         request = request_seconds(by_cores[cores], seen.prompts)
         slower = beside(by_cores[shares[0]], by_cores[shares[1]], request, seen)
         overheads = Overheads(request=request, message=message)

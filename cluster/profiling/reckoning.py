@@ -60,6 +60,15 @@ def request_seconds(times: StepTimes, prompts: Sequence[Prompt]) -> float:
     return max(0.0, statistics.median(each.ttft - prompt_seconds(times, each.tokens) for each in prompts))
 
 
+def with_chunks(times: StepTimes, request_s: float, prompts: Sequence[Prompt], chunk: int) -> StepTimes:
+    """The times with what each step of a prompt takes more, or less, where it is read in chunks of so many tokens: by the mean over the
+    prompts of several. `request_s` was reckoned with `times` from prompts of one step, so one step of each is in it already."""
+    several = [each for each in prompts if each.tokens > chunk]
+    more = [(each.ttft - request_s - prompt_seconds(times, each.tokens, chunk)) / (-(-each.tokens // chunk) - 1) for each in several]
+    constant = max(0.0, times.prefill.constant + statistics.fmean(more))
+    return times.model_copy(update={"prefill": times.prefill.model_copy(update={"constant": constant})})
+
+
 def prompt_seconds(times: StepTimes, tokens: int, chunk: int | None = None) -> float:
     """Of a prompt alone, in chunks of so many tokens."""
     starts = range(0, tokens, chunk or tokens)

@@ -31,7 +31,7 @@ ROWS = (1, 8)
 TOKENS = 48
 LENT_AFTER_S = 0.9
 """A decode worker borrows cores when their owner has been idle for a second."""
-BESIDE_ROWS, BESIDE_TOKENS, BESIDE_PROMPT = 4, 128, 256
+BESIDE_ROWS, BESIDE_TOKENS, BESIDE_PROMPT = 6, 128, 256
 TIMEOUT_S = 120.0
 STAGES = (
     "apart: starting",

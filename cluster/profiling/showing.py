@@ -82,7 +82,7 @@ def _show_rest(made: Profile, crossings: Mapping[str, Crossing]) -> None:
 
 
 def _check(made: Profile, seen: Seen) -> str:
-    """Prompts at one worker for both phases, of which nothing was fitted."""
+    """Prompts at one worker for both phases: the shortest was not fitted to."""
     host = made.cores
     assert host is not None, "a host's profile knows its cores"
     times, chunk = made.parallelisms[0].on_cores(host.count), Policies().decode_chunk_tokens

@@ -11,7 +11,7 @@ from diptych.cluster.cli import app
 from diptych.cluster.planner.latency import step_seconds
 from diptych.cluster.planner.profile import read_profile
 from diptych.cluster.planner.sharing import scaled
-from diptych.cluster.profiling.reckoning import Answers, Prompt, Seen, beside, prompt_seconds, request_seconds, with_serving
+from diptych.cluster.profiling.reckoning import Answers, Prompt, Seen, beside, prompt_seconds, request_seconds, with_chunks, with_serving
 from typer.testing import CliRunner
 from worlds import TIMES
 
@@ -39,6 +39,14 @@ def test_nothing_that_serving_adds_is_negative() -> None:
     found = with_serving(TIMES, short)
     assert (found.step, found.step_row) == (0.0, 0.0)
     assert request_seconds(TIMES, prompts(-1.0)) == 0.0
+
+
+def test_what_each_chunk_of_a_prompt_takes_more_is_found_again() -> None:
+    slower = SERVED.model_copy(update={"prefill": SERVED.prefill.model_copy(update={"constant": 0.014})})
+    chunked = tuple(Prompt(tokens, 0.007 + prompt_seconds(slower, tokens, 64)) for tokens in (64, 256, 448))
+    request = request_seconds(SERVED, tuple(Prompt(tokens, 0.007 + prompt_seconds(slower, tokens)) for tokens in (64, 256, 448)))
+    found = with_chunks(SERVED, request, chunked, 64)
+    assert found.prefill.constant == pytest.approx(0.014)
 
 
 def test_how_each_phase_slows_the_other_is_found_again() -> None:
