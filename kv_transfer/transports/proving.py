@@ -35,8 +35,12 @@ def prove(wire: Wire, end: int, store: ToldStore, within_s: float) -> None:
     heard = torch.empty(PROOF_BYTES, dtype=torch.uint8)
     shown = torch.frombuffer(bytearray(proof(secret, end, peer)), dtype=torch.uint8)
     works = [wire.receive(heard), wire.send(shown)]
-    for work in works:
-        work.wait(timedelta(seconds=within_s))
+    try:
+        for work in works:
+            work.wait(timedelta(seconds=within_s))
+    except ConnectionError as error:
+        log.warning("a pair is given up: the other end did not show that it knows what was said on the lane (%s)", error)
+        raise
     if not proves(bytes(heard.tolist()), secret, peer, end):
         log.warning("a pair is given up: %s", STRANGER)
         raise ConnectionError(STRANGER)

@@ -23,7 +23,7 @@ from diptych.core.security import TlsFiles
 from diptych.kv_transfer import door
 from diptych.kv_transfer.pool import Pool
 from diptych.kv_transfer.transports.gloo import Device, GlooWire
-from diptych.kv_transfer.transports.proving import SECRET
+from diptych.kv_transfer.transports.proving import SECRET, agree, prove
 from diptych.kv_transfer.transports.rendezvous import ToldStore
 from diptych.kv_transfer.transports.shm import attach
 from diptych.kv_transfer.transports.two_sided import DESTINATION, SOURCE
@@ -245,3 +245,21 @@ def test_an_end_of_another_lane_is_a_stranger(device: Device) -> None:
         here, there = lane(told=True)
         ends = [threads.submit(GlooWire(end, device).connect, store) for end, store in ((SOURCE, here), (DESTINATION, there))]
         assert [outcome(each) for each in ends] == ["connected", "connected"]
+
+
+def test_a_stranger_who_says_nothing_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Silent:
+        def wait(self, timeout: timedelta) -> None:
+            raise ConnectionError(f"Timed out after {timeout}")
+
+    class Nobody(GlooWire):
+        def send(self, data: torch.Tensor) -> Silent:
+            return Silent()
+
+        receive = send
+
+    store, _ = lane(told=True)
+    agree(SOURCE, store)
+    with pytest.raises(ConnectionError, match="Timed out"):
+        prove(Nobody(SOURCE, Device("127.0.0.1")), SOURCE, store, 1.0)
+    assert "did not show that it knows what was said on the lane (Timed out" in caplog.text
