@@ -24,7 +24,7 @@ def test_every_case_runs() -> None:
     results = measure(sizes, torch.float32, DEVICE, clock)
     found = {(each["kernel"], each["shape"]): each for each in results["kernels"]}
     assert [name for name, _ in found] == [
-        *("residual_norm", "gated", "rotary_store", "move_rows", "draw", "attend_singles", "attend_chunks", "attend_chunks")
+        *("residual_norm", "gated", "rotary_store", "move_rows", "draw", "draw", "attend_singles", "attend_chunks", "attend_chunks")
     ]
     assert results["copy_gb_s"] == pytest.approx(2 * (1 << 20) / 2e-3 / 1e9)
     key_and_value = 2 * 8 * 128 * 4
