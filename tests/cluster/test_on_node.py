@@ -18,6 +18,7 @@ from diptych.core.errors import ConfigError
 from diptych.core.fleet import Phase
 from diptych.core.layout import DType
 from diptych.core.model import read_card
+from diptych.core.quantization import Quantization
 
 UNLEASHED = 3
 
@@ -26,7 +27,20 @@ UNLEASHED = 3
 def on_node(model: Path, fingerprint: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     spec = RankSpec(worker_id="decode-0", phase=Phase.DECODE, model_dir=model, threads=8, kv_tokens=512)
     command = [sys.executable, "-m", "diptych.cluster.programs.on_node", "--spec", spec.model_dump_json(), "--source", "/nowhere/model"]
-    here = ["--dtype", "float32", "--fingerprint", fingerprint, "--host", "127.0.0.1", "--threads", "1", *options, "--leash"]
+    here = [
+        "--dtype",
+        "float32",
+        "--quantization",
+        "none",
+        "--fingerprint",
+        fingerprint,
+        "--host",
+        "127.0.0.1",
+        "--threads",
+        "1",
+        *options,
+        "--leash",
+    ]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     process = subprocess.Popen(
         [*command, *here], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd="/"
@@ -67,6 +81,7 @@ def test_a_model_that_the_node_has_not_is_said_with_the_node(tiny_gemma3_dir: Pa
 
 def test_another_model_at_the_same_place_is_not_served(tmp_path: Path) -> None:
     here = write_card(tmp_path / "model")
-    assert model_here(here, str(here), DType.FLOAT32, "f" * 64, "10.0.0.2") == here
+    asked = (here, str(here), DType.FLOAT32, Quantization.NONE)
+    assert model_here(*asked, "f" * 64, "10.0.0.2") == here
     with pytest.raises(ConfigError, match=r"On node 10.0.0.2 .* is another model than here"):
-        model_here(here, str(here), DType.FLOAT32, "e" * 64, "10.0.0.2")
+        model_here(*asked, "e" * 64, "10.0.0.2")

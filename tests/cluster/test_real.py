@@ -210,6 +210,7 @@ def test_a_prefill_worker_reads_a_prompt_with_the_core_of_an_idle_decode_worker_
         assert cluster.end() == 0
 
 
+@pytest.mark.nightly
 def test_a_ray_worker_started_from_the_root_imports_other_peoples_proto(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DESIGN §4: `proto` and `kernels` at our root must not be what others find under these names."""
     monkeypatch.chdir(ROOT)

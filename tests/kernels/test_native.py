@@ -79,7 +79,7 @@ def test_other_sources_flags_or_processors_are_other_libraries(compiler, monkeyp
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are x86's")
-@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3"])
+@pytest.mark.parametrize("level", [pytest.param("x86-64-v2", marks=pytest.mark.nightly), "x86-64-v3"])
 def test_processors_without_avx512(level, compiler, monkeypatch, tmp_path):
     """The same sources for SSE4 and for AVX2, which this processor can run."""
     flags = [f"-march={level}" if flag.startswith("-march") else flag for flag in native_module.FLAGS]
