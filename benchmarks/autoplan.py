@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.benchmarks.record import RESULTS, describe, keep, surroundings
-from diptych.benchmarks.served import serve, settings
 from diptych.cluster.commands.up import Served
+from diptych.cluster.commands.while_up import serve, settings
 from diptych.cluster.load.answer import Answer
 from diptych.cluster.load.measure import measure
 from diptych.cluster.load.mix import Mix, Stream

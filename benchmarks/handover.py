@@ -17,8 +17,8 @@ from typing import Any
 
 from diptych.benchmarks import open_loop
 from diptych.benchmarks.record import describe, keep, summary, surroundings
-from diptych.benchmarks.served import serve, settings
 from diptych.cluster.commands.up import Served
+from diptych.cluster.commands.while_up import serve, settings
 from diptych.core.stages import Stage
 from diptych.rpc.inference import InferenceClient
 from diptych.worker.timeline import read_stamps

@@ -20,8 +20,8 @@ from typing import Any
 
 from diptych.benchmarks import open_loop
 from diptych.benchmarks.record import describe, keep, surroundings
-from diptych.benchmarks.served import serve, settings
 from diptych.cluster.commands.up import Served
+from diptych.cluster.commands.while_up import serve, settings
 from diptych.core.model import WEIGHTS
 from diptych.rpc.inference import InferenceClient
 

@@ -20,9 +20,9 @@ from itertools import islice
 from pathlib import Path
 
 from diptych.benchmarks.record import RESULTS, describe, keep, surroundings
-from diptych.benchmarks.served import serve, settings
 from diptych.cluster.commands.preparing import prepare_here
 from diptych.cluster.commands.up import Served
+from diptych.cluster.commands.while_up import serve, settings
 from diptych.cluster.load.answer import Answer
 from diptych.cluster.load.choice import Load
 from diptych.cluster.load.measure import measure

@@ -9,8 +9,8 @@ from typing import Any
 from diptych.benchmarks import open_loop
 from diptych.benchmarks.handover import stages
 from diptych.benchmarks.record import percentile
-from diptych.benchmarks.served import serve, settings
 from diptych.cluster.commands.up import Served
+from diptych.cluster.commands.while_up import serve, settings
 from diptych.core.stages import Stage
 from diptych.core.transfer import Transport
 from diptych.rpc.inference import InferenceClient

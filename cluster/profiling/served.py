@@ -15,9 +15,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from ...core.config import load_config
 from ...core.errors import DiptychError, Unavailable
-from ..commands.up import Served, Up
+from ..commands.up import Served
+from ..commands.while_up import serve, settings
 from ..load.answer import Answer
 from ..load.server import Server, find_server
 from ..load.workload import Arrival
@@ -105,37 +105,17 @@ def _watch(tell: Callable[[str], None], model_dir: Path, dtype: str, threads: in
 
 def _config(model_dir: Path, dtype: str, threads: int | None, *, prefill: int) -> dict[str, Any]:
     each = {} if threads is None else {"threads": threads}
-    return {
-        "name": f"profile-{os.getpid()}",
-        "device": "cpu",
-        "model": {"source": str(model_dir), "dtype": dtype},
-        "prefill": {"workers": prefill} | each,
-        "decode": {"workers": 1} | each,
-        "router": {"http_port": 0, "grpc_port": 0, "local_prefill": "auto" if prefill else "always"},
-        "ray": {"enabled": False},
-    }
+    config = settings(prefill=prefill, decode=1, model=str(model_dir), dtype=dtype, **dict.fromkeys(("prefill", "decode"), each))
+    return config | {"name": f"profile-{os.getpid()}", "device": "cpu"}
 
 
 def _serve(config: dict[str, Any], ask: Callable[[_Client], Awaitable[None]]) -> None:
-    """Raises what `ask` raised, and `Unavailable` if the cluster ended before it was through."""
-    ended: list[Exception | None] = []
+    async def measure(served: Served) -> None:
+        url, vocabulary = f"http://{served.http}", served.card.vocab_size
+        server = await find_server(url, model=None, api_key=None, vocabulary=vocabulary, seed=0, timeout_s=TIMEOUT_S, as_text=False)
+        await ask(_Client(server))
 
-    async def when_up(served: Served) -> bool:
-        try:
-            url, vocabulary = f"http://{served.http}", served.card.vocab_size
-            server = await find_server(url, model=None, api_key=None, vocabulary=vocabulary, seed=0, timeout_s=TIMEOUT_S, as_text=False)
-            await ask(_Client(server))
-        except Exception as error:  # noqa: BLE001  whatever it is, the cluster is ended first
-            ended.append(error)
-        else:
-            ended.append(None)
-        return True
-
-    Up(load_config(config), when_up=when_up).run()
-    if not ended:
-        raise Unavailable("A small cluster ended before it was asked anything.")
-    if ended[0] is not None:
-        raise ended[0]
+    serve(config, measure)
 
 
 class _Client:

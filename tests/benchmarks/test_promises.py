@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 from diptych.benchmarks import handover, memory, stall, start
-from diptych.benchmarks.served import settings
+from diptych.cluster.commands.while_up import settings
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 DEMO = {"model": None, "dtype": "bfloat16"}

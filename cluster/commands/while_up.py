@@ -1,12 +1,13 @@
-"""A real cluster for the length of a benchmark: what `diptych up` starts, with free ports."""
+"""A real cluster for as long as something is asked of it: what `diptych up` starts, on free ports, ended when that is through."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from diptych.cluster.commands.up import Served, Up
-from diptych.core.config import load_config
+from ...core.config import load_config
+from ...core.errors import Unavailable
+from .up import Served, Up
 
 Measure = Callable[[Served], Awaitable[None]]
 
@@ -28,13 +29,13 @@ def settings(*, prefill: int, decode: int, model: str | None, dtype: str, **sect
 
 def serve(config: dict[str, Any], measure: Measure) -> None:
     """Start the cluster `config` describes, run `measure` once it serves, end the cluster. Raises what `measure` raised, and
-    `InterruptedError` if the cluster ended before it was through."""
-    ended: list[BaseException | None] = []
+    `Unavailable` if the cluster ended before it was through."""
+    ended: list[Exception | None] = []
 
     async def when_up(served: Served) -> bool:
         try:
             await measure(served)
-        except BaseException as error:  # noqa: BLE001  whatever it is, the cluster is ended first
+        except Exception as error:  # noqa: BLE001  whatever it is, the cluster is ended first
             ended.append(error)
         else:
             ended.append(None)
@@ -42,6 +43,6 @@ def serve(config: dict[str, Any], measure: Measure) -> None:
 
     Up(load_config(config), when_up=when_up).run()
     if not ended:
-        raise InterruptedError("The cluster ended before the measurement.")
+        raise Unavailable("The cluster ended before it had been asked everything.")
     if ended[0] is not None:
         raise ended[0]
