@@ -1,9 +1,11 @@
-"""One load on Diptych with prefill and decode apart, Diptych colocated, vLLM and transformers, one after another; one table.
+"""The same loads on Diptych with prefill and decode apart, Diptych colocated, vLLM and transformers, one after another; two tables and a
+picture.
 
     python -m diptych.benchmarks.peers [--rate 0.75] [--requests 60] [--input 256] [--output 64] [--slo ttft=1s,tpot=100ms] [--budget 240]
 
-Every server has the whole machine, the demo model in bfloat16 and the same seeded load from `diptych bench`, in a process of its own
-beside it. A server that is not installed is skipped, and named with how to install it.
+Every server has the whole machine, the demo model in bfloat16 and the same seeded loads from `diptych bench`, in a process of its own
+beside it: one request at a time, 16 at once, a steady load, long prompts, and the search for the goodput. A server that is not installed
+is skipped, and named with how to install it. With vLLM and transformers 40 minutes.
 """
 
 from __future__ import annotations
@@ -14,26 +16,32 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from diptych.benchmarks.peers.servers import NotStarted, Peer, peers
+from diptych.benchmarks.peers.bound import bound
+from diptych.benchmarks.peers.loads import Load, loads
+from diptych.benchmarks.peers.picture import draw
+from diptych.benchmarks.peers.servers import NotStarted, Peer, first_token, peers
 from diptych.benchmarks.peers.table import table
 from diptych.benchmarks.peers.weights import hugging_face_directory
-from diptych.benchmarks.record import describe, keep, surroundings
+from diptych.benchmarks.record import RESULTS, describe, keep, surroundings
 
 
-def measure(peer: Peer, model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The load at its rate, then the search for the goodput, unless its budget is 0."""
+def measure(peer: Peer, model: Path, prompt_tokens: int, chosen: Iterable[Load]) -> dict[str, Any]:
+    """How long it takes to start, and what it makes of each load."""
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, peer.serving(model, Path(scratch, "server.log")) as url:
-        load = ["--rate", options.rate, "--input", options.input, "--output", options.output, "--seed", options.seed]
-        load += ["--slo", options.slo, "--timeout", options.timeout]
-        found = _bench(Path(scratch), url, *load, "--requests", options.requests, "--warm-up", options.warm_up)["report"]
-        if options.budget:
-            limits = ["--goodput", "--budget", options.budget, "--probe-requests", options.probe_requests, "--warm-up", 2]
-            search = _bench(Path(scratch), url, *load, *limits)
-            found["goodput"] = search["goodput"] | {"probes": search["probes"]}
-    return {"version": peer.version, **found}
+        first_token(url, prompt_tokens)
+        found: dict[str, Any] = {"version": peer.version, "start_s": time.monotonic() - begin}
+        print(f"first token after {found['start_s']:.1f} s", flush=True)
+        for load in chosen:
+            if peer.together or not load.patient:
+                print(f"\n{peer.name}: {load.name}", flush=True)
+                found[load.name] = _bench(Path(scratch), url, *load.arguments)
+    return found
 
 
 def _bench(scratch: Path, url: str, *arguments: object) -> dict[str, Any]:
@@ -41,27 +49,31 @@ def _bench(scratch: Path, url: str, *arguments: object) -> dict[str, Any]:
     command = [sys.executable, "-P", "-m", "diptych.cluster.cli", "bench", url, *map(str, arguments), "--json", str(out)]
     subprocess.run(command, check=True)
     values: dict[str, Any] = json.loads(out.read_text())
-    return values
+    if "goodput" in values:
+        return {"goodput": values["goodput"], "probes": values["probes"]}
+    report: dict[str, Any] = values["report"]
+    return report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m diptych.benchmarks.peers", description="One load on us and on our peers.")
-    parser.add_argument("--rate", type=float, default=0.75, help="requests per second, Poisson")
-    parser.add_argument("--requests", type=int, default=60, help="of the load at that rate, warm-up included")
-    parser.add_argument("--warm-up", type=int, default=5, help="requests not counted")
-    parser.add_argument("--input", default="256", help="prompt tokens")
-    parser.add_argument("--output", default="64", help="output tokens")
+    parser = argparse.ArgumentParser(prog="python -m diptych.benchmarks.peers", description="The same loads on us and on our peers.")
+    parser.add_argument(
+        "--rate", type=float, default=0.75, help="requests per second of the steady load, Poisson; the first that the search tries"
+    )
+    parser.add_argument("--requests", type=int, default=60, help="of the steady load, warm-up included")
+    parser.add_argument("--warm-up", type=int, default=5, help="requests of the steady load that are not counted")
+    parser.add_argument("--input", type=int, default=256, help="prompt tokens")
+    parser.add_argument("--output", type=int, default=64, help="output tokens")
     parser.add_argument("--slo", default="ttft=1s,tpot=100ms")
     parser.add_argument("--budget", type=float, default=240.0, help="seconds the search for each goodput may take; 0: no search")
     parser.add_argument("--probe-requests", type=int, default=120, help="the most requests of one probe")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a request is an error")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", action="append", help="a part of a server's name; may be given several times")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that servers are ended on the way out
     where = surroundings()
     print(describe(where))
-    model = hugging_face_directory()
+    model, most = hugging_face_directory(), bound(options.input)
+    print(f"{most['read_gb_s']:.1f} GB/s, {most['gflop_s']:.0f} GFLOP/s: TTFT, TPOT at least {most['ttft']:.3f} and {most['tpot']:.3f} s")
     results: dict[str, Any] = {}
     for peer in peers():
         if options.only and not any(part.lower() in peer.name.lower() for part in options.only):
@@ -72,15 +84,16 @@ def main() -> None:
             results[peer.name] = {"skipped": peer.missing}
             continue
         try:
-            results[peer.name] = measure(peer, model, options)
-        except (NotStarted, subprocess.CalledProcessError) as error:
+            results[peer.name] = measure(peer, model, options.input, loads(options))
+        except (NotStarted, subprocess.CalledProcessError, OSError) as error:
             print(f"failed: {error}")
             results[peer.name] = {"failed": str(error)}
         except KeyboardInterrupt:
             results[peer.name] = {"skipped": "interrupted"}
             break
-    print(f"\n{table(results)}")
-    print(f"kept in {keep('peers', where, vars(options), results)}")
+    print(f"\n{table(results, most)}")
+    draw(RESULTS / "peers.png", results, describe(where))
+    print(f"kept in {keep('peers', where, vars(options), {'bound': most, 'servers': results})}")
 
 
 if __name__ == "__main__":

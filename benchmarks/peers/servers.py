@@ -33,12 +33,14 @@ class NotStarted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """`command`: a line to start it, with {port} and {model} filled in. `missing`: how to install it, if it is not here."""
+    """`command`: a line to start it, with {port} and {model} filled in. `missing`: how to install it, if it is not here. `together`:
+    it answers several requests at a time."""
 
     name: str
     command: tuple[str, ...]
     version: str
     missing: str | None = None
+    together: bool = True
     environment: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
@@ -80,9 +82,20 @@ def peers() -> list[Peer]:
         ),
         Peer(
             "transformers", (sys.executable, *plain), _version_of(sys.executable, "transformers"),
-            missing=None if find_spec("transformers") else "transformers: pip install -c constraints.txt transformers",
+            together=False, missing=None if find_spec("transformers") else "transformers: pip install -c constraints.txt transformers",
         ),
     ]  # fmt: skip
+
+
+def first_token(url: str, prompt_tokens: int) -> None:
+    """Have it answer a prompt so long with one token."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=START_S) as answer:
+        model = json.load(answer)["data"][0]["id"]
+    body = {"model": model, "prompt": list(range(100, 100 + prompt_tokens)), "max_tokens": 1, "temperature": 0.0, "stream": True}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=START_S) as answer:
+        if b'"choices"' not in answer.read():
+            raise NotStarted(f"{url} answered without a token")
 
 
 def _version_of(python: str, package: str) -> str:
@@ -105,7 +118,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
                 return
         except (urllib.error.URLError, OSError):  # not up yet; there is no event to wait for in a server that is not ours
             try:
-                process.wait(0.5)
+                process.wait(0.1)
             except subprocess.TimeoutExpired:
                 if time.monotonic() < end:
                     continue

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diptych.benchmarks.peers.goals import GOALS, PEER
+from diptych.benchmarks.peers.loads import ALONE, SEARCH, STEADY
+from diptych.benchmarks.peers.picture import draw
 from diptych.benchmarks.peers.servers import NotStarted, Peer, peers
 from diptych.benchmarks.peers.table import table
 from diptych.benchmarks.peers.transformers_server import Model, make_app
@@ -86,18 +89,44 @@ def test_the_transformers_server_streams_what_transformers_generates(tiny_gemma3
     assert events[-1]["usage"]["prompt_tokens"] == 5
 
 
-def test_the_table_has_a_row_for_what_was_measured_and_a_line_for_the_rest() -> None:
-    figures = {"p50": 0.1, "p99": 0.25}
-    measured: dict[str, Any] = {
+def measured(ms: float) -> dict[str, Any]:
+    figures = {"p50": ms / 1000, "p99": 2.5 * ms / 1000}
+    report: dict[str, Any] = {
         "times": {"ttft": figures, "tpot": figures, "itl": figures, "handover_gap": figures},
         "itl_p99_over_p50": 2.5,
-        "output_tokens_per_s": 40.0,
+        "output_tokens_per_s": 4000 / ms,
         "attainment": {"share": 0.9},
-        "goodput": {"rate": 1.5, "proven": None},
-        "errors": {"timeout": 2},
+        "errors": {"timeout": 2} if ms > 50 else {},
     }
-    text = table({"ours": measured, "theirs": {"skipped": "pip install theirs"}, "other": {"failed": "no"}})
-    heading, row, *rest = text.splitlines()
-    assert row.split() == ["ours", *["100.0", "250.0"] * 3, "2.50", "100.0", "250.0", "40.0", "90%", "1.50", "-"]
-    assert len(heading) == len(row)
-    assert rest == ["ours: errors: {'timeout': 2}", "theirs: skipped: pip install theirs", "other: failed: no"]
+    return {"start_s": ms, STEADY: report, ALONE: report, SEARCH: {"goodput": {"rate": 150 / ms, "proven": None}}}
+
+
+def test_the_tables_have_what_was_measured_and_a_line_for_the_rest(tmp_path: Path) -> None:
+    results = {"ours": measured(50.0), PEER: measured(100.0), "other": {"skipped": "pip install other"}, "last": {"failed": "no"}}
+    heading, ours, theirs, empty, *rest = table(results, {"ttft": 0.02, "tpot": 0.01}).splitlines()
+    assert ours.split() == ["ours", "50.0", "125.0", "50.0", "125.0", "50.0", "125.0", "2.50", "50.0", "125.0", "80.0", "90%", "3.00", "-"]
+    assert len(heading) == len(ours) == len(theirs)
+    assert (empty, rest[0].split()) == ("", ["goal", "ours", PEER, "bound", "wanted", "reached", "by"])
+    assert rest[1].split() == ["TTFT", "alone", "50", "ms", "100", "ms", "20", "ms", "≤", "0.6", "×", PEER, "-"]
+    assert rest[len(GOALS) + 1 :] == [
+        f"{PEER}: steady: errors: {{'timeout': 2}}",
+        f"{PEER}: alone: errors: {{'timeout': 2}}",
+        "other: skipped: pip install other",
+        "last: failed: no",
+    ]
+    draw(tmp_path / "picture.png", results, "title")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_goals_are_reached_beside_the_peer_and_say_nothing_of_what_was_not_measured() -> None:
+    reached = {goal.name: goal.reached(measured(50.0), measured(100.0)) for goal in GOALS}
+    assert reached == {
+        "TTFT alone": True,
+        "TPOT alone": True,
+        "16 at once": None,
+        "ITL p99 / p50": False,
+        "tokens 1 to 2, p99": False,
+        "goodput": True,
+        "ITL p99, long prompts": None,
+        "start to first token": False,
+    }

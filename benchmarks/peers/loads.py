@@ -1,0 +1,31 @@
+"""What every server is asked, one load after another, in the words of `diptych bench`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+ALONE, TOGETHER, STEADY, LONG, SEARCH = "alone", "16 at once", "steady", "long prompts", "goodput"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`arguments`: of `diptych bench`. `patient`: only for servers that answer requests together, as one that does not takes minutes."""
+
+    name: str
+    arguments: tuple[object, ...]
+    patient: bool = True
+
+
+def loads(options: argparse.Namespace) -> list[Load]:
+    """In the order in which they are put on a server. `options`: of `python -m diptych.benchmarks.peers`."""
+    lengths = ("--input", options.input, "--output", options.output)
+    judged = (*lengths, "--slo", options.slo)
+    probes = ("--goodput", "--budget", options.budget, "--probe-requests", options.probe_requests, "--warm-up", 2)
+    found = [
+        Load(ALONE, (*lengths, "--rate", 0.25, "--constant", "--requests", 12, "--warm-up", 2), patient=False),
+        Load(TOGETHER, (*lengths, "--rate", 1000, "--constant", "--requests", 16, "--warm-up", 0), patient=False),
+        Load(STEADY, (*judged, "--rate", options.rate, "--requests", options.requests, "--warm-up", options.warm_up)),
+        Load(LONG, ("--input", 1024, "--output", 64, "--rate", 0.25, "--requests", 24, "--warm-up", 2)),
+    ]
+    return [*found, Load(SEARCH, (*judged, "--rate", options.rate, *probes))] if options.budget else found
