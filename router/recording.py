@@ -7,10 +7,10 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from operator import itemgetter
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple, TextIO
 
 from ..core.clock import Clock
@@ -85,8 +85,6 @@ class RecordFile:
     def __init__(self, path: Path, most_bytes: int) -> None:
         """What is in the file already becomes FILE.1. `ConfigError` if it cannot be written."""
         self._path, self._most_bytes = path, most_bytes
-        self._writing = Lock()
-        """A router that stops writes the rest while its thread may still be writing."""
         self._behind: list[Past] = []
         """They wait for one that came before."""
         self._begin: float | None = None
@@ -101,10 +99,6 @@ class RecordFile:
 
     def write(self, ended: Iterable[Past], oldest: float | None) -> None:
         """`oldest`: when the first of those came that have not ended; None: there are none. Raises `OSError`."""
-        with self._writing:
-            self._write(ended, oldest)
-
-    def _write(self, ended: Iterable[Past], oldest: float | None) -> None:
         self._behind += ended
         self._behind.sort(key=lambda past: past.accepted)
         everything = oldest is None or len(self._behind) > KEPT
@@ -141,15 +135,19 @@ class RecordFile:
 
 
 async def keep_written(recording: Recording, file: RecordFile, oldest: Callable[[], float | None]) -> None:
-    """Write what has ended to the file once a second, on a thread, and the rest when cancelled. `oldest` as for `RecordFile.write`."""
-    with closing(file):
+    """Write what has ended to the file once a second, on a thread, and the rest when cancelled. `oldest` as for `RecordFile.write`.
+
+    The thread has nothing else to do, and what it was given it writes, whoever is cancelled: the file is closed behind it.
+    """
+    loop = asyncio.get_running_loop()
+    with closing(file), ThreadPoolExecutor(1, "record") as thread:
         try:
             while True:
                 await asyncio.sleep(WRITE_S)
                 if ended := recording.take():
-                    await asyncio.to_thread(_write, file, ended, oldest())
+                    await asyncio.shield(loop.run_in_executor(thread, _write, file, ended, oldest()))
         finally:
-            _write(file, recording.take(), None)
+            thread.submit(_write, file, recording.take(), None)
 
 
 def _write(file: RecordFile, ended: Iterable[Past], oldest: float | None) -> None:

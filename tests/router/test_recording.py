@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -11,7 +13,8 @@ import pytest
 from diptych.cluster.load.traces import read_arrivals
 from diptych.core.clock import ManualClock
 from diptych.core.errors import ConfigError
-from diptych.router.recording import COLUMNS, Past, RecordFile, Recording
+from diptych.router import recording as recording_module
+from diptych.router.recording import COLUMNS, Past, RecordFile, Recording, keep_written
 from diptych.rpc.router import RouterClient
 
 PAST = Past(0.0, 100, 16, 5, 0.25, 0.01)
@@ -95,6 +98,38 @@ def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"router\.record") as error:
         RecordFile(tmp_path / "none" / "W.csv", 4096)
     assert error.value.field == "router.record"
+
+
+def test_what_was_taken_is_written_though_the_router_stops_and_its_threads_are_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording_module, "WRITE_S", 0.0)
+
+    class Taken(Recording):
+        """Says when something was taken."""
+
+        taken = asyncio.Event()
+
+        def take(self) -> list[Past]:
+            if found := super().take():
+                self.taken.set()
+            return found
+
+    async def stops() -> None:
+        over, threads = threading.Event(), ThreadPoolExecutor(1)
+        asyncio.get_running_loop().set_default_executor(threads)
+        threads.submit(over.wait)
+        recording = Taken(ManualClock())
+        recording.ended(past(1.0))
+        writing = asyncio.create_task(keep_written(recording, RecordFile(tmp_path / "W.csv", 1 << 20), lambda: None))
+        await recording.taken.wait()
+        recording.ended(past(2.0))
+        writing.cancel()
+        await asyncio.wait([writing])
+        over.set()
+
+    asyncio.run(stops())
+    assert [row["arrival_s"] for row in rows(tmp_path / "W.csv")] == ["0.0000", "1.0000"]
 
 
 def test_a_router_records_what_it_serves(site, tmp_path: Path) -> None:
