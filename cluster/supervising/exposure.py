@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,8 @@ from ..process.identities import is_mutual
 if TYPE_CHECKING:
     from cryptography import x509
 
-SOON_DAYS = 14
-"""A certificate that ends within so many days is told of at the start."""
+SOON = timedelta(days=14)
+"""A certificate that ends within so long is told of at the start."""
 
 
 def check(config: ClusterConfig) -> None:
@@ -55,9 +55,19 @@ def warnings(config: ClusterConfig) -> list[str]:
         said.append("security.allow_unauthenticated: unless Ray asks for a token, whoever reaches it may run programs on its nodes.")
     for files in _files(config):
         ends = _end(files)
-        if (days := (ends - datetime.now(UTC)).days) < SOON_DAYS:
-            said.append(f"The certificate {files.cert} ends in {days} days, on {ends.date()}; a new one in its place is taken at once.")
+        if (left := ends - datetime.now(UTC)) < SOON:
+            said.append(
+                f"The certificate {files.cert} ends in {_rounded(left)}, on {ends.date()}; a new one in its place is taken at once."
+            )
     return said
+
+
+def _rounded(left: timedelta) -> str:
+    """Whole days, of which nobody takes the last for none: of less than two, the hours."""
+    if left.days > 1:
+        return f"{left.days} days"
+    hours = left // timedelta(hours=1)
+    return f"{hours} hours" if hours > 1 else "less than two hours"
 
 
 def is_loopback(host: str) -> bool:

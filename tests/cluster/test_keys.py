@@ -191,7 +191,9 @@ def test_a_certificate_that_nobody_would_accept_is_refused_at_the_start(tmp_path
     issued.internal("old", days=-0.01)
     issued.internal("named", name="elsewhere")
     exposure.check(config("good"))
-    assert "ends in 0 days" in "".join(exposure.warnings(config("good")))
+    for name, days, said in (("week", 7.5, "7 days"), ("today", 0.9, "21 hours"), ("now", 0.05, "less than two hours")):
+        issued.internal(name, days=days)
+        assert f"ends in {said}," in "".join(exposure.warnings(config(name)))
     for name, words in (("old", "ended on"), ("named", f"must be for {INTERNAL_NAME}"), ("none", "no certificate and its key")):
         with pytest.raises(ConfigError, match=words) as caught:
             exposure.check(config(name))
