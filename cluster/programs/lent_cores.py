@@ -7,6 +7,7 @@ import os
 import time
 from array import array
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,17 +28,38 @@ def lending(path: Path, phase: Phase, own: Sequence[int]) -> Lending | None:
     except (OSError, ValueError) as error:
         log.warning("No cores are lent here: %s", error)
         return None
-    found = Lending(table, own, rest_ns=REST_NS[phase], use=compute_on, now=time.monotonic_ns)
+    found = Lending(table, own, os.getpid(), rest_ns=REST_NS[phase], use=compute_on, now=time.monotonic_ns, lives=_lives)
     threads.ask(found.look)
     return found
 
 
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def compute_on(cores: Sequence[int]) -> None:
-    """One thread on each of `cores`, the calling one on the first."""
+    """One thread on each of `cores`, the calling one on the first. Where the host does not allow that, threads run where it puts them."""
     log.debug("computing on %s", cores)
     torch.set_num_threads(len(cores))
     if (kernels := native()) is None:
-        os.sched_setaffinity(0, cores)
-    else:
-        table = array("q", cores)
-        kernels.bind(table.buffer_info()[0], len(table))
+        try:
+            os.sched_setaffinity(0, cores)
+        except OSError:
+            _not_bound(*cores)
+        return
+    table = array("q", cores)
+    kernels.bind(table.buffer_info()[0], len(table))
+    if -1 in table:
+        _not_bound(*(core for core, bound in zip(cores, table, strict=True) if bound < 0))
+
+
+@cache
+def _not_bound(*cores: int) -> None:
+    """Once for the same cores: they are lent and taken back many times a second."""
+    log.warning("No thread can be bound to core %s: products run on other cores, beside others' work", ", ".join(map(str, cores)))

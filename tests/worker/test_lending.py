@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import pytest
-from diptych.worker.lending import CoreTable, Lending
+from diptych.worker.lending import GONE_NS, CoreTable, Lending
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,9 +26,11 @@ class Clock:
 class Rank:
     """`used`: the cores it computes on, the first its own."""
 
+    killed: ClassVar[set[int]] = set()
+
     def __init__(self, table: CoreTable, own: Sequence[int], clock: Clock) -> None:
-        self.own, self.used, self.computing = tuple(own), tuple(own), False
-        self.lending = Lending(table, own, rest_ns=REST, use=self._use, now=clock)
+        self.own, self.used, self.computing, self.pid = tuple(own), tuple(own), False, 1000 + own[0]
+        self.lending = Lending(table, own, self.pid, rest_ns=REST, use=self._use, now=clock, lives=lambda pid: pid not in self.killed)
 
     def _use(self, cores: Sequence[int]) -> None:
         self.used = tuple(cores)
@@ -87,6 +90,21 @@ def test_who_ends_gives_back_what_it_has_borrowed() -> None:
         first.end()
         clock.now += REST
         assert [second.lending.look(), second.lending.look()] == [1, 3], "with the core of the first, which is idle now"
+
+
+def test_what_was_borrowed_by_one_that_was_killed_is_to_be_had_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    with table_of(3) as table:
+        idle, first, second = (Rank(table, (core,), clock) for core in range(3))
+        idle.end()
+        clock.now += REST
+        for rank in (first, second):
+            rank.begin()
+        assert [first.lending.look(), second.lending.look(), first.lending.look()] == [1, 1, 2]
+        monkeypatch.setattr(Rank, "killed", {first.pid})
+        clock.now += GONE_NS
+        assert [second.lending.look(), second.lending.look()] == [1, 2], "asked for and had, though nobody has given it back"
+        assert second.used == (2, 0)
 
 
 def test_a_table_that_is_too_short_is_no_table() -> None:
