@@ -13,6 +13,10 @@ from ..supervising import state
 
 _PANEL = "Access"
 
+Name = Annotated[str, typer.Option("--name", "-n", help="The cluster's name on this host.")]
+Server = Annotated[
+    str | None, typer.Option("--server", metavar="HOST:PORT", help="Ask this router, in place of the cluster's of that name.")
+]
 ApiKey = Annotated[
     str | None,
     typer.Option("--api-key", metavar="KEY", envvar="DIPTYCH_API_KEY", help="For a router that wants one.", rich_help_panel=_PANEL),
