@@ -11,8 +11,9 @@ from datetime import timedelta
 
 import pytest
 import torch
+from decoders import GEMMA, LLAMA, card
 from diptych.core.layout import DType
-from diptych.core.model import Decoder, ModelCard, Rope
+from diptych.core.model import Decoder, ModelCard
 from diptych.core.sampling import SamplingParams
 from diptych.engine import decoder as decoder_module
 from diptych.engine.batch import Draw, Row
@@ -23,7 +24,7 @@ from diptych.engine.inputs import CPU, Inputs, make_inputs
 from diptych.engine.nccl_groups import nccl
 from diptych.engine.parallel import Parallel
 from diptych.engine.placing import Upload, _each_tensor
-from diptych.engine.sampler import chosen
+from diptych.engine.sampler import sample
 from diptych.engine.weights import TORCH_DTYPE, shapes_of
 from diptych.kernels.attend_singles import PagedSingles
 from diptych.kernels.block_copy import copy_blocks
@@ -35,16 +36,6 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 BLOCK, VOCABULARY = 16, 500
 _setup_privateuseone_for_python_backend()
 THERE = torch.device("privateuseone", 0)
-LLAMA = Decoder(
-    family="llama", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, activation="silu", norm_eps=1e-6,
-    query_scale=0.25, tied_head=False, windows=(0, 0), rope_full=Rope(theta=1e4),
-)  # fmt: skip
-GEMMA = LLAMA.model_copy(
-    update={
-        "activation": "gelu_tanh", "embedding_scale": 8.0, "qk_norm": True, "sandwich_norms": True, "attention_softcap": 50.0,
-        "logit_softcap": 30.0, "tied_head": True, "windows": (24, 0), "rope_window": Rope(theta=1e3),
-    }
-)  # fmt: skip
 OPT = LLAMA.model_copy(
     update={
         "activation": "relu", "layer_norm": True, "biases": ("qkv", "o", "gate_up", "down"), "learned_positions": 128, "rope_full": None
@@ -59,13 +50,6 @@ DRAWS = [
     SamplingParams(temperature=0.0, repetition_penalty=1.2),
     SamplingParams(temperature=0.9, seed=4, repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.2),
 ]
-
-
-def card(decoder: Decoder, dtype: DType) -> ModelCard:
-    return ModelCard(
-        name="fake", source="", fingerprint="", dtype=dtype, vocab_size=VOCABULARY, max_context=128, bos_token_id=None, eos_token_ids=(),
-        has_chat_template=False, weights_bytes=0, decoder=decoder,
-    )  # fmt: skip
 
 
 def rows() -> tuple[Row, ...]:
@@ -95,7 +79,7 @@ def step(made: ModelCard, parallel: Parallel) -> tuple[LoadedDecoder, torch.Tens
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16])
 @pytest.mark.parametrize("decoder", [LLAMA, GEMMA, OPT], ids=["llama", "gemma", "opt"])
 def test_a_step_stays_on_the_device(decoder: Decoder, dtype: DType) -> None:
-    made = card(decoder, dtype)
+    made = card(decoder, dtype, VOCABULARY)
     parallel = Parallel(made.layout(block_size=BLOCK, kv_tokens=BLOCK))
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         loaded, logits, layers = step(made, parallel)
@@ -110,7 +94,7 @@ def test_a_step_stays_on_the_device(decoder: Decoder, dtype: DType) -> None:
 @pytest.mark.parametrize("rank", range(4))
 def test_so_does_that_of_a_rank_of_many(rank: int) -> None:
     """Without the other ranks: a sum is then the part, and the activations of another stage are what memory holds."""
-    made = card(GEMMA, DType.BFLOAT16)
+    made = card(GEMMA, DType.BFLOAT16, VOCABULARY)
 
     class Nobody:
         def send(self, parts: list[torch.Tensor], *_: int) -> None:
@@ -137,7 +121,7 @@ def test_so_does_a_step_that_is_captured(decoder: Decoder, monkeypatch: pytest.M
         assert {part.device for span in spans for part in (span.tokens, span.tables, span.firsts, span.lasts)} == {THERE}
         return torch.empty_like(query).flatten(1)
 
-    made, shapes = card(decoder, DType.BFLOAT16), decode_shapes(8, 128)
+    made, shapes = card(decoder, DType.BFLOAT16, VOCABULARY), decode_shapes(8, 128)
     parallel = Parallel(made.layout(block_size=BLOCK, kv_tokens=BLOCK))
     alone = [row for row in rows() if row.length == 1]
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -162,14 +146,14 @@ def test_drawing_waits_for_nothing() -> None:
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         for counted in (each for row in seen for each in row if each is not None):
             counted.tokens, counted.counts = torch.empty(3, dtype=torch.int64, device=THERE), torch.empty(3, device=THERE)
-        tokens = chosen(torch.empty(len(draws), VOCABULARY, dtype=torch.bfloat16, device=THERE), draws, seen)
+        tokens = sample(torch.empty(len(draws), VOCABULARY, dtype=torch.bfloat16, device=THERE), draws, seen).tokens
         assert (tokens.device, tokens.dtype, tokens.shape) == (THERE, torch.int64, (len(draws),))
-        greedy = chosen(torch.empty(2, VOCABULARY, device=THERE), [[Draw(GREEDY, 0)]] * 2, [[None]] * 2)
+        greedy = sample(torch.empty(2, VOCABULARY, device=THERE), [[Draw(GREEDY, 0)]] * 2, [[None]] * 2).tokens
         assert (greedy.device, greedy.shape) == (THERE, (2,))
 
 
 def test_a_mix_of_devices_would_be_found() -> None:
-    made = card(LLAMA, DType.FLOAT32)
+    made = card(LLAMA, DType.FLOAT32, VOCABULARY)
     parallel = Parallel(made.layout(block_size=BLOCK, kv_tokens=BLOCK))
     inputs = make_inputs(rows(), [], parallel.groups, block_size=BLOCK, dtype=torch.float32, device=THERE)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -189,7 +173,7 @@ def tensors_of(inputs: Inputs) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_inputs_for_a_device_are_those_of_the_cpu(dtype: torch.dtype) -> None:
     """Packed into one buffer, and cut out of it again."""
-    groups = card(GEMMA, DType.FLOAT32).layout(block_size=BLOCK, kv_tokens=BLOCK).groups
+    groups = card(GEMMA, DType.FLOAT32, VOCABULARY).layout(block_size=BLOCK, kv_tokens=BLOCK).groups
     inputs = make_inputs(rows(), [], groups, block_size=BLOCK, dtype=dtype)
     before, after = tensors_of(inputs), tensors_of(Upload().together(inputs))
     assert len(before) > 20

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoders import GEMMA, LLAMA, card
 from diptych.core.layout import DType
-from diptych.core.model import Decoder, ModelCard, Rope
+from diptych.core.model import Decoder, ModelCard
 from diptych.core.sampling import SamplingParams
 from diptych.engine.batch import Draw, Row
 from diptych.engine.decoder import LoadedDecoder
@@ -22,16 +23,6 @@ from triton_place import DEVICE, ON_GPU, on_triton
 pytestmark = pytest.mark.usefixtures("on_triton")
 __all__ = ["on_triton"]
 VOCABULARY, BLOCKS = 300, 12
-LLAMA = Decoder(
-    family="llama", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, activation="silu", norm_eps=1e-6,
-    query_scale=0.25, tied_head=False, windows=(0, 0), rope_full=Rope(theta=1e4),
-)  # fmt: skip
-GEMMA = LLAMA.model_copy(
-    update={
-        "activation": "gelu_tanh", "embedding_scale": 8.0, "qk_norm": True, "sandwich_norms": True, "attention_softcap": 50.0,
-        "logit_softcap": 30.0, "tied_head": True, "windows": (24, 0), "rope_window": Rope(theta=1e3),
-    }
-)  # fmt: skip
 DRAW = (Draw(SamplingParams(temperature=0.0), 0),)
 ROWS = (
     Row(0, 20, tuple(range(30)), ((3, 1, 4, 7),) * 2),
@@ -39,13 +30,6 @@ ROWS = (
     *(Row(2 + slot, start, (7 + slot,), ((8, 9, 10, 11),) * 2, DRAW) for slot, start in ((0, 62),)),
     Row(3, 3, (9,), ((5,),) * 2, DRAW),
 )
-
-
-def card(decoder: Decoder, dtype: DType) -> ModelCard:
-    return ModelCard(
-        name="tiny", source="", fingerprint="", dtype=dtype, vocab_size=VOCABULARY, max_context=128, bos_token_id=None, eos_token_ids=(),
-        has_chat_template=False, weights_bytes=0, decoder=decoder,
-    )  # fmt: skip
 
 
 def step(made: ModelCard) -> tuple[torch.Tensor, list[torch.Tensor], set[type]]:
@@ -74,10 +58,10 @@ def step(made: ModelCard) -> tuple[torch.Tensor, list[torch.Tensor], set[type]]:
 @pytest.mark.parametrize("decoder", [LLAMA, GEMMA], ids=["llama", "gemma"])
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16, *([DType.BFLOAT16] if ON_GPU else [])])
 def test_a_step_by_triton_is_that_by_torch(decoder: Decoder, dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, caches, kinds = step(card(decoder, dtype))
+    logits, caches, kinds = step(card(decoder, dtype, VOCABULARY))
     assert kinds == {PagedChunks, PagedSingles}, "nothing is gathered"
     monkeypatch.setattr(triton_kernels, "triton_kernels", lambda: None)
-    by_torch, caches_by_torch, kinds = step(card(decoder, dtype))
+    by_torch, caches_by_torch, kinds = step(card(decoder, dtype, VOCABULARY))
     assert not kinds & {PagedChunks, PagedSingles}
     close = {DType.FLOAT32: 1e-5, DType.FLOAT16: 1e-2, DType.BFLOAT16: 8e-2}[dtype]
     torch.testing.assert_close(logits, by_torch, rtol=close, atol=close * float(by_torch.abs().max()))
