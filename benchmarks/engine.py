@@ -15,20 +15,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from diptych.benchmarks.bare_engine import asked, empty_caches
 from diptych.benchmarks.record import describe, keep, surroundings
 from diptych.core.layout import DType
-from diptych.core.model import CARD
 from diptych.core.quantization import Quantization
 from diptych.core.sampling import SamplingParams
 from diptych.engine import decoder as decoder_module
 from diptych.engine import engine as engine_module
 from diptych.engine.batch import Batch, Draw, Row
 from diptych.engine.engine import Engine
-from diptych.engine.location import demo_source
 from diptych.engine.prepared import PreparedModel, find_or_prepare, open_prepared
 from diptych.engine.weights import TORCH_DTYPE, is_product, product
 
@@ -87,10 +85,7 @@ class Bench:
     def __init__(self, model: PreparedModel) -> None:
         count = max(ROWS)
         layout = model.card.layout(block_size=BLOCK, kv_tokens=count * SEQUENCE)
-        dtype = TORCH_DTYPE[model.card.dtype]
-        shapes = [(blocks, g.kv_heads, 2, BLOCK, g.head_dim) for g, blocks in zip(layout.groups, layout.num_blocks, strict=True)]
-        caches = [[torch.zeros(shape, dtype=dtype) for _ in g.layers] for g, shape in zip(layout.groups, shapes, strict=True)]
-        self.engine = Engine(model, caches, block_size=BLOCK, max_slots=count)
+        self.engine = Engine(model, empty_caches(layout), block_size=BLOCK, max_slots=count)
         order = random.Random(0)
         per_sequence = SEQUENCE // BLOCK
         scattered = [order.sample(range(blocks), blocks) for blocks in layout.num_blocks]
@@ -198,23 +193,14 @@ def measure(model: PreparedModel, read: float, flops: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diptych.benchmarks.engine", description="What does a step of the engine take?")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument(
         "--quantization", nargs="+", type=Quantization, choices=list(Quantization), default=[Quantization.NONE], help="one after the other"
     )
-    parser.add_argument("--model", help="a source of a model; by default the demo model")
     parser.add_argument("--torch", action="store_true", help="without the C++ kernels")
-    parser.add_argument("--keep", metavar="NAME", help="write benchmarks/results/NAME.json")
-    options = parser.parse_args()
+    options, source = asked(parser)
     where = surroundings()
     print(describe(where))
-    torch.set_num_threads(options.threads)
-    source = options.model or demo_source()
-    if source is None:
-        parser.error("the demo model's package is not installed; name a --model")
-    if Path(source, CARD).is_file():
-        parser.error("--model is prepared already: name its source")
     dtype = DType(options.dtype)
     wide = open_prepared(find_or_prepare(source, dtype=dtype))
     models = [open_prepared(find_or_prepare(source, dtype=dtype, quantization=each)) for each in options.quantization]

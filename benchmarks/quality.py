@@ -19,24 +19,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import exp
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from diptych.benchmarks.bare_engine import asked, empty_caches
 from diptych.benchmarks.record import describe, keep, surroundings
 from diptych.core.layout import DType
-from diptych.core.model import CARD, TOKENIZER
+from diptych.core.model import TOKENIZER
 from diptych.core.quantization import Quantization
 from diptych.core.sampling import SamplingParams
 from diptych.engine import engine as engine_module
 from diptych.engine.batch import Batch, Draw, Row
 from diptych.engine.engine import Engine
-from diptych.engine.location import demo_source
 from diptych.engine.prepared import PreparedModel, find_or_prepare, open_prepared
 from diptych.engine.sampler import sample
-from diptych.kv_transfer.pool import DTYPES
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -96,9 +94,7 @@ class Reader:
 
     def __init__(self, model: PreparedModel, held: DType | None, texts: int, tokens: int) -> None:
         layout = model.card.layout(block_size=BLOCK, kv_tokens=texts * -(-tokens // BLOCK) * BLOCK, kv_dtype=held)
-        shapes = [(blocks, g.kv_heads, 2, BLOCK, g.width) for g, blocks in zip(layout.groups, layout.num_blocks, strict=True)]
-        caches = [[torch.zeros(shape, dtype=DTYPES[g.dtype]) for _ in g.layers] for g, shape in zip(layout.groups, shapes, strict=True)]
-        self._engine = Engine(model, caches, block_size=BLOCK, max_slots=texts)
+        self._engine = Engine(model, empty_caches(layout), block_size=BLOCK, max_slots=texts)
         scattered = [random.Random(0).sample(range(blocks), blocks) for blocks in layout.num_blocks]
         self._tables = [tuple(tuple(each[i::texts]) for each in scattered) for i in range(texts)]
 
@@ -163,20 +159,11 @@ def main() -> None:
         prog="python -m diptych.benchmarks.quality", description="What does a cheaper variant cost in quality?"
     )
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="the first is the measure")
-    parser.add_argument("--model", help="a source of a model; by default the demo model")
     parser.add_argument("--texts", type=int, default=16, help="read side by side")
     parser.add_argument("--scored", type=int, default=128, help="tokens of each that are scored")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--keep", metavar="NAME", help="write benchmarks/results/NAME.json")
-    options = parser.parse_args()
+    options, source = asked(parser)
     where = surroundings()
     print(describe(where))
-    torch.set_num_threads(options.threads)
-    source = options.model or demo_source()
-    if source is None:
-        parser.error("the demo model's package is not installed; name a --model")
-    if Path(source, CARD).is_file():
-        parser.error("--model is prepared already: name its source, of which each variant is prepared")
     models = {name: prepared(name, source) for name in options.variants}
     with torch.inference_mode():
         results = compare(models, options.texts, options.scored)

@@ -1,0 +1,35 @@
+"""What benchmarks of the engine alone have in common: how they ask for a model, and memory for its cache."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+from diptych.core.layout import Layout
+from diptych.core.model import CARD
+from diptych.engine.location import demo_source
+from diptych.kv_transfer.pool import DTYPES
+from torch import Tensor
+
+
+def asked(parser: ArgumentParser) -> tuple[Namespace, str]:
+    """The options, with those that all have, and the source of the model; torch has as many threads as asked for. The process ends where
+    there is no such source."""
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", help="a source of a model; by default the demo model")
+    parser.add_argument("--keep", metavar="NAME", help="write benchmarks/results/NAME.json")
+    options = parser.parse_args()
+    source = options.model or demo_source()
+    if source is None:
+        parser.error("the demo model's package is not installed; name a --model")
+    if Path(source, CARD).is_file():
+        parser.error("--model is prepared already: name its source, of which each variant is prepared")
+    torch.set_num_threads(options.threads)
+    return options, source
+
+
+def empty_caches(layout: Layout) -> list[list[Tensor]]:
+    """As a pool allocates them: of each group, of each layer [blocks, kv_heads, 2, block, width]."""
+    shapes = [(blocks, g.kv_heads, 2, layout.block_size, g.width) for g, blocks in zip(layout.groups, layout.num_blocks, strict=True)]
+    return [[torch.zeros(shape, dtype=DTYPES[g.dtype]) for _ in g.layers] for g, shape in zip(layout.groups, shapes, strict=True)]
