@@ -258,8 +258,8 @@ def down(name: Name = "default", every: Annotated[bool, typer.Option("--all", he
     end(None if every else name)
 
 
-for each in (generate, chat):
-    app.command()(each)
+app.command()(generate)
+app.command()(chat)
 
 
 @app.command()
