@@ -63,6 +63,10 @@ _MEMORY_FRACTION = (
     "fractions have a sum of at most 1 share one; on a CPU of what the host has available beside the weights, by default all ranks "
     "together half."
 )
+_ACCELERATOR = (
+    "Kind of device that its ranks are on, as Ray calls it: H100, L40S (a node's resource `accelerator_type:H100`). For a Ray cluster that "
+    "is joined, with `device` named too. By default any."
+)
 
 
 class WorkerGroup(Section):
@@ -74,6 +78,7 @@ class WorkerGroup(Section):
     stages: tuple[PositiveInt, ...] = Field(
         (), min_length=2, description="How many layers each stage has, in place of pp; by default as even as can be, the first longer."
     )
+    accelerator: str | None = Field(None, min_length=1, description="Kind of device its ranks are on; by default as for the other groups.")
     threads: int | None = Field(None, ge=1, description="CPU threads of each rank; by default as for the other groups.")
     kv_tokens: int | None = Field(None, ge=256, description="Tokens the KV pool of one worker holds; by default as for the other groups.")
     memory_fraction: float | None = Field(None, gt=0, le=1, description="Of its device's memory; by default as for the other groups.")
@@ -94,6 +99,7 @@ class _PhaseSection(Section):
     groups: tuple[WorkerGroup, ...] = Field(
         (), description="In place of workers, tp and pp: groups of workers, each with a parallelism of its own."
     )
+    accelerator: str | None = Field(None, min_length=1, description=_ACCELERATOR)
     threads: int | None = Field(None, ge=1, description=_THREADS)
     kv_tokens: int | None = Field(None, ge=256, description=_KV_TOKENS)
     memory_fraction: float | None = Field(None, gt=0, le=1, description=_MEMORY_FRACTION)
@@ -102,7 +108,7 @@ class _PhaseSection(Section):
     def all_groups(self) -> tuple[WorkerGroup, ...]:
         """The groups, or the one that this section describes by itself; each with what holds for it of the keys that both have."""
         groups = self.groups or (WorkerGroup(workers=self.workers, tp=self.tp, pp=self.pp),)
-        ours = {"kv_tokens": self.kv_tokens, "threads": self.threads, "memory_fraction": self.memory_fraction}
+        ours = {key: getattr(self, key) for key in ("accelerator", "kv_tokens", "threads", "memory_fraction")}
         return tuple(group.model_copy(update={key: getattr(group, key) or value for key, value in ours.items()}) for group in groups)
 
     @property
@@ -301,10 +307,25 @@ def _check_pairs(config: ClusterConfig) -> None:
             field="paired",
         )
 
+    for ours, theirs in zip(*(config.section(phase).all_groups for phase in Phase), strict=True) if config.paired else ():
+        if ours.accelerator != theirs.accelerator:
+            raise ConfigError(
+                f"paired: a pair shares a node, which has devices of one kind; prefill is to be on {ours.accelerator or 'any'} and decode "
+                f"on {theirs.accelerator or 'any'}. Name the same accelerator for both, or leave paired out.",
+                field="paired",
+            )
+
 
 def _check_autoplan(config: ClusterConfig) -> None:
     if config.autoplan.mode == "off":
         return
+    kinds = {group.accelerator for phase in Phase for group in config.section(phase).all_groups}
+    if len(kinds) > 1:
+        named = " and ".join(sorted(kind or "any" for kind in kinds))
+        raise ConfigError(
+            f"autoplan.mode: workers are on {named}, and it knows of one kind of device: plan with `diptych plan`, and set it to off.",
+            field="autoplan.mode",
+        )
     for key in ("profile", "slo"):
         if getattr(config.autoplan, key) is None:
             raise ConfigError(f"autoplan.{key}: it is needed with autoplan.mode {config.autoplan.mode}.", field=f"autoplan.{key}")

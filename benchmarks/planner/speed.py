@@ -30,8 +30,9 @@ from diptych.cluster.planner.extrapolating import extended
 from diptych.cluster.planner.goodput import Bench, Terms
 from diptych.cluster.planner.plan_file import policies_for
 from diptych.cluster.planner.policies import Policies, hardware_of
-from diptych.cluster.planner.search import Outcome, Planner, Space
+from diptych.cluster.planner.search import Outcome, Planner
 from diptych.cluster.planner.shapes import Sample
+from diptych.cluster.planner.site import Kind, Site, Space
 from diptych.cluster.planner.world import World
 from diptych.core.fleet import LocalPrefill, Phase
 
@@ -85,9 +86,10 @@ def pairs_of_66b(load: Load, *, exhaustive: bool = False) -> Outcome:
     profile = extended(profile, [tp for tp in range(1, 9) if profile.model.heads % tp == 0])
     sample = Sample(tuple(limited(load.arrivals(1.0), 2000, None)))
     policies = replace(policies_for(profile, profile.parallelisms[0].tp, sample), local_prefill=LocalPrefill.NEVER)
-    bench = Bench(profile, policies, profile.links["node"], Terms(load.arrivals, SLO_66B))
+    link = profile.links["node"]
+    bench = Bench(Site((Kind(profile, Space(1, 8), link, link),)), policies, Terms(load.arrivals, SLO_66B))
     with processes() as executor:
-        return Planner(bench, Space(1, 8), sample, executor=executor, exhaustive=exhaustive).paired()
+        return Planner(bench, sample, executor=executor, exhaustive=exhaustive).paired()
 
 
 def many(load: Load, requests: int, workers: int = 64, rate: float = 100.0) -> World:

@@ -14,8 +14,11 @@ class Affinity(StrEnum):
     low = "low"
 
 
-ProfileFile = Annotated[
-    Path, typer.Option("--profile", metavar="P.json", help="Times of the model on a device, measured or written by hand.")
+Profiles = Annotated[
+    list[Path],
+    typer.Option(
+        "--profile", metavar="P.json", help="Times of the model on a device, measured or written by hand; one for each kind of device."
+    ),
 ]
 Slo = Annotated[str, typer.Option(metavar="LIMITS", help="Limits to meet jointly, as in ttft=0.2s,tpot=0.1s.")]
 Workload = Annotated[
@@ -31,7 +34,7 @@ Lengths = Annotated[
 
 
 def simulate(
-    profile: ProfileFile,
+    profile: Profiles,
     plan: Annotated[Path, typer.Option(metavar="plan.yaml", help="The cluster: a config file, as `diptych up -f` takes it.")],
     slo: Slo,
     workload: Workload = None,
@@ -56,12 +59,24 @@ def simulate(
 
 
 def plan(
-    profile: ProfileFile,
+    profile: Profiles,
     slo: Slo,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes there are.")] = 1,
-    devices: Annotated[int, typer.Option(min=1, help="Devices of each node.")] = 8,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[,nodes=N][,devices=N][,cost=C]",
+            help="A kind of device that there is, by the name in its profile; without a profile of it its data sheet is taken (A100, H100, "
+            "H200, B200, L40S). May be given several times. Default: those of the profiles.",
+        ),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes there are, of each kind of device that does not name its own.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Devices of each node; likewise.")] = 8,
     affinity: Annotated[
-        Affinity, typer.Option(help="high: nodes have fast links, each phase goes anywhere; low: prefill and decode share each node.")
+        Affinity,
+        typer.Option(
+            help="high: nodes have fast links, each phase goes anywhere, on another kind of device too; low: prefill and decode share each "
+            "node, and so one kind of device.",
+        ),
     ] = Affinity.low,
     workload: Workload = None,
     lengths: Lengths = None,
@@ -83,18 +98,20 @@ def plan(
     ] = False,
     seed: Annotated[int, typer.Option(help="The same seed makes the same load.")] = 0,
 ) -> None:
-    """Choose tp, pp and the number of workers of each phase for the most requests per device within the SLO.
+    """Choose tp, pp, the number of workers and the kind of device of each phase: the most requests per device, or cost, within the SLO.
 
     [bold]diptych plan --profile P.json --lengths pairs.json --slo ttft=0.2s,tpot=0.1s --devices 4 --out plan.yaml[/]
+    [bold]diptych plan --profile H100.json --device H100,devices=8,cost=3.5 --device L40S,nodes=2,devices=8,cost=0.9 --affinity high …[/]
 
     [bold]diptych up -f plan.yaml[/] runs what it writes.
     """
-    from ..planner.search import Space
+    from ..planner.site import Space
+    from .devices import Asked
     from .planning import Planning, load_for
 
     arrivals = load_for(workload, lengths, burstiness, input=input, output=output)
     planning = Planning.begin(
-        profile, slo, arrivals, Space(nodes, devices), target=target, confidence=confidence, most=most, link=link,
-        paired=affinity is Affinity.low, source=model, cost=cost, seed=seed, derive=derive,
+        Asked(tuple(profile), tuple(device or ()), Space(nodes, devices), cost, link, derive), slo, arrivals, target=target,
+        confidence=confidence, most=most, paired=affinity is Affinity.low, source=model, seed=seed,
     )  # fmt: skip
     planning.run(rate, out, plot, exhaustive=exhaustive)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,11 @@ from ..load.traces import read_arrivals
 from ..load.workload import Arrival, limited, read_pairs
 from ..planner.life import Life
 from ..planner.policies import Policies, workers_of
-from ..planner.profile import Link, Profile, read_profile
+from ..planner.profile import Link, Profile
+from ..planner.site import together
 from ..planner.world import World
 from ..supervising.config_file import read_config
+from .devices import link_among, read_profiles, used_by
 
 DRAWN_REQUESTS = 1000
 """How many are simulated of a load without an end."""
@@ -92,17 +94,18 @@ def _text(file: Path) -> str:
 class Simulating:
     """One call of the command."""
 
-    profile: Profile
+    profiles: tuple[Profile, ...]
     config: ClusterConfig
     slo: Slo
     link: Link
 
     @classmethod
-    def begin(cls, profile: Path, plan: Path, slo: str, link: str | None) -> Simulating:
+    def begin(cls, profiles: Sequence[Path], plan: Path, slo: str, link: str | None) -> Simulating:
         """Read all that is named; `ConfigError` for what is wrong, or does not fit together."""
-        known, config = read_profile(profile), read_config(plan, {})
-        check_model(known, config)
-        return cls(known, config, parse_slo(slo), link_of(known, link))
+        known, config = read_profiles(profiles), read_config(plan, {})
+        check_model(known[0], config)
+        used = used_by(config, known)
+        return cls(used, config, parse_slo(slo), link_among(used, link))
 
     def run(self, requests: Requests, out: Path | None) -> World:
         with _requests_file(out) as (file, row), _bar(requests.total) as step:
@@ -111,11 +114,15 @@ class Simulating:
                 row(life, world.meets(life))
                 step()
 
-            hardware = workers_of(self.config, self.profile)
-            world = World(self.profile, hardware, Policies.of(self.config), link=self.link, slo=self.slo, on_end=ended)
+            hardware = workers_of(self.config, self.profiles[0], self.profiles[1:])
+            world = World(together(self.profiles), hardware, Policies.of(self.config), link=self.link, slo=self.slo, on_end=ended)
             with few_collections():
                 world.run(requests.begin())
-            summary = world.as_json() | {"profile": self.profile.source, "estimate": self.profile.estimate, "workload": requests.name}
+            summary = world.as_json() | {
+                "profile": "; ".join(profile.source for profile in self.profiles),
+                "estimate": any(profile.estimate for profile in self.profiles),
+                "workload": requests.name,
+            }
             if file is not None:
                 file.write(f'\n ],\n "summary": {json.dumps(summary, indent=1)}\n}}\n')
         show(summary)
@@ -129,14 +136,6 @@ def check_model(profile: Profile, config: ClusterConfig) -> None:
         raise ConfigError(f"The profile is of {profile.model.name}, and the plan serves {name}.", field="model.name")
     if {"dtype", "quantization"} & config.model.model_fields_set and dtype != profile.model.dtype:
         raise ConfigError(f"The profile is of {profile.model.dtype}, and the plan serves {dtype}.", field="model.dtype")
-
-
-def link_of(profile: Profile, name: str | None) -> Link:
-    if name is None:
-        return next(iter(profile.links.values()))
-    if name not in profile.links:
-        raise ConfigError(f"The profile has no link {name!r}; it has {', '.join(profile.links)}.", field="link")
-    return profile.links[name]
 
 
 def write_text(out: Path, text: str) -> None:

@@ -7,7 +7,7 @@ what it says. A process of its own, because a driver whose Ray dies is ended by 
 working directory as an import path: this one runs in the scratch directory.
 
     in   {"do": "start", "id": 3, "name": …, "argv": […], "log": …, "rank": 0, "leader": 3,
-          "together": [[name, phase, [[threads, memory, gpus], …], stages], …]}
+          "together": [[name, phase, [[threads, memory, gpus, accelerator], …], stages], …]}
          {"do": "terminate" | "kill", "id": 3}
     out  {"event": "ready", "address": …, "note": …}   {"event": "failed", "message": …}   {"event": "waiting", "name": …, "what": …}
          {"event": "placed" | "refused" | "pid" | "line" | "ended", "id": 3, …}

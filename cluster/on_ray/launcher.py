@@ -35,7 +35,12 @@ def ray_environment(environment: Mapping[str, str], *, local: bool) -> dict[str,
 
 def _asked(worker: Launch) -> AskedWorker:
     assert worker.phase is not None
-    return worker.name, worker.phase, tuple((rank.threads, rank.memory, rank.gpus) for rank in worker.ranks), worker.stages
+    return (
+        worker.name,
+        worker.phase,
+        tuple((rank.threads, rank.memory, rank.gpus, rank.accelerator) for rank in worker.ranks),
+        worker.stages,
+    )
 
 
 @dataclass(slots=True)

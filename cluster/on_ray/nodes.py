@@ -18,11 +18,13 @@ ROUTER_ROLE = "diptych-router"
 
 
 class Need(NamedTuple):
-    """What a rank takes of a node: threads, memory in bytes, and GPUs, of which it may want a part."""
+    """What a rank takes of a node: threads, memory in bytes, and GPUs, of which it may want a part. `accelerator`: of which kind the node's
+    devices must be, as Ray calls it; empty: of any."""
 
     threads: int
     memory: int
     gpus: float = 0.0
+    accelerator: str = ""
 
 
 class Asked(NamedTuple):
@@ -31,10 +33,11 @@ class Asked(NamedTuple):
     threads: int | None
     memory: int
     gpus: float = 0.0
+    accelerator: str = ""
 
     def given(self, threads: int) -> Need:
         """`threads`: if it names none."""
-        return Need(self.threads or threads, self.memory, self.gpus)
+        return Need(self.threads or threads, self.memory, self.gpus, self.accelerator)
 
 
 T = TypeVar("T", Asked, Need)
@@ -63,7 +66,8 @@ ROLES = frozenset({ROUTER_ROLE, *map(role, Phase)})
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node as it can be used now. `cpus`, `memory` (bytes), `gpus`: what is free. `ranks`: ours there. `roles`: of `ROLES`, its own."""
+    """A node as it can be used now. `cpus`, `memory` (bytes), `gpus`: what is free. `ranks`: ours there. `roles`: of `ROLES`, its own.
+    `accelerators`: what Ray calls its devices."""
 
     node_id: str
     address: str
@@ -72,9 +76,11 @@ class Node:
     ranks: int = 0
     roles: frozenset[str] = frozenset()
     gpus: float = 0.0
+    accelerators: frozenset[str] = frozenset()
 
     def fits(self, need: Need) -> bool:
-        return self.cpus >= need.threads and self.memory >= need.memory and self.gpus >= need.gpus
+        there = not need.accelerator or need.accelerator in self.accelerators
+        return there and self.cpus >= need.threads and self.memory >= need.memory and self.gpus >= need.gpus
 
     def after(self, need: Need) -> Node:
         """What it is when one more rank has taken this."""
@@ -210,16 +216,27 @@ def no_room(together: Mapping[str, Wanted[Need]], nodes: Sequence[Node]) -> str:
     if roles and not ours:
         return _nobody_for(phases, roles, nodes)
     needs = [need for worker in together.values() for need in worker.ranks]
+    if missing := {need.accelerator for need in needs if need.accelerator} - {name for node in ours for name in node.accelerators}:
+        return _no_such_device(missing, list(together), ours)
     if len(together) > 1:  # one node is to have room for them all
-        (threads, memory, gpus), whom = Need(*map(sum, zip(*needs, strict=True))), f"{' and '.join(together)}, which are a pair"
+        threads, memory, gpus = sum(need.threads for need in needs), sum(need.memory for need in needs), sum(need.gpus for need in needs)
+        whom = f"{' and '.join(together)}, which are a pair"
     else:
-        (threads, memory, gpus), (name,) = max(needs), together
+        (threads, memory, gpus, _), (name,) = max(needs), together
         whom = f"each of the {len(needs)} ranks of {name}" if len(needs) > 1 else name
     cpus = f"{threads} CPU" if threads == 1 else f"{threads} CPUs"
-    free = "; ".join(f"{node.address}: {_amounts(node.cpus, node.memory, node.gpus if gpus else None)}" for node in ours)
-    which = f" with {' and '.join(roles)}" if roles else ""
+    kinds = {need.accelerator for need in needs} - {""}
+    able = [node for node in ours if kinds <= node.accelerators]
+    free = "; ".join(f"{node.address}: {_amounts(node.cpus, node.memory, node.gpus if gpus else None)}" for node in able)
+    which = f" with {' and '.join([*roles, *sorted(kinds)])}" if roles or kinds else ""
     wanted = f"{cpus}, {gpus:g} GPU" if gpus else cpus
     return f"No node of the Ray cluster{which} has {wanted} and {memory / 2**30:.1f} GiB free for {whom} (free are {free or 'none'})."
+
+
+def _no_such_device(missing: set[str], names: Sequence[str], nodes: Sequence[Node]) -> str:
+    there = "; ".join(f"{node.address}: {', '.join(sorted(node.accelerators)) or 'none'}" for node in nodes)
+    kinds, whom = " and ".join(sorted(missing)), " and ".join(names)
+    return f"No node of the Ray cluster has {kinds} (Ray's accelerator_type) for {whom}; there are {there or 'none'}."
 
 
 def _nobody_for(phases: Sequence[Phase], roles: Sequence[str], nodes: Sequence[Node]) -> str:

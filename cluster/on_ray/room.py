@@ -23,8 +23,10 @@ from .nodes import ROLES, Asked, Need, Node, Wanted, equal_part, for_all, free_r
 
 LOOK_AGAIN_S = 10.0
 """How long Ray has to reserve what was seen free; then the next worker gets a turn, and we look again."""
+ACCELERATOR = "accelerator_type:"
+"""How Ray's resource for the kind of a node's devices begins; 1 there is on each of its nodes, however many devices it has."""
 PIN = 0.001
-"""Of the resource `node:<address>` that Ray gives each node, and of a role; 1 there is."""
+"""Of the resource `node:<address>` that Ray gives each node, of a role, and of the kind of its devices; 1 there is."""
 
 _log = logging.getLogger(__name__)
 
@@ -171,7 +173,9 @@ class Room:
                 cpus = min(free[node_id].get("CPU", 0.0), total.get("CPU", 0.0) - sum(seat.threads for seat in ours))
                 roles = ROLES.intersection(total)
                 gpus = min(free[node_id].get("GPU", 0.0), total.get("GPU", 0.0) - sum(seat.gpus for seat in ours))
-                nodes.append(Node(node_id, node["NodeManagerAddress"], cpus, free[node_id].get("memory", 0.0), len(ours), roles, gpus))
+                kinds = frozenset(name.removeprefix(ACCELERATOR) for name in total if name.startswith(ACCELERATOR))
+                address, memory = node["NodeManagerAddress"], free[node_id].get("memory", 0.0)
+                nodes.append(Node(node_id, address, cpus, memory, len(ours), roles, gpus, kinds))
         return nodes
 
     def _ours(self, node_id: str) -> list[Seat]:
@@ -202,7 +206,8 @@ class Room:
 
 def _resources(need: Need) -> dict[str, float]:
     """As Ray names them; it wants no zero."""
-    return {"CPU": need.threads, "memory": need.memory, **({"GPU": need.gpus} if need.gpus else {})}
+    kind = {ACCELERATOR + need.accelerator: PIN} if need.accelerator else {}
+    return {"CPU": need.threads, "memory": need.memory, **({"GPU": need.gpus} if need.gpus else {}), **kind}
 
 
 def _waits(name: str, why: str, wait_s: float) -> bool:

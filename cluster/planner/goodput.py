@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -13,7 +13,7 @@ from ..load.slo import Slo
 from ..load.workload import Arrival
 from .life import Life
 from .policies import Policies
-from .profile import Hardware, Link, Profile
+from .site import Cluster, Site
 from .standing import Standing
 from .world import World
 
@@ -38,12 +38,13 @@ class Terms:
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """Requests per second and device. All plans are tried at the same ones, each `tolerance` above the one before."""
+        """Requests per second and device, or what costs as much as the cheapest. All plans are tried at the same ones, each `tolerance`
+        above the one before."""
         return float((1 + self.tolerance) ** step)
 
-    def below(self, per_device: float) -> int:
+    def below(self, per_unit: float) -> int:
         """The step of the highest of them that is not above this."""
-        return math.floor(math.log(per_device) / math.log(1 + self.tolerance) + 1e-6)
+        return math.floor(math.log(per_unit) / math.log(1 + self.tolerance) + 1e-6)
 
     @property
     def halving(self) -> int:
@@ -59,14 +60,13 @@ class Terms:
 class Bench:
     """Where plans are tried."""
 
-    profile: Profile
+    site: Site
     policies: Policies
-    link: Link
     terms: Terms
 
     def probe(
         self,
-        hardware: Sequence[Hardware],
+        cluster: Cluster,
         rate: float,
         *,
         slo: Slo | None = None,
@@ -85,27 +85,27 @@ class Bench:
             if life.arrival.number >= ahead:
                 standing.add(life.arrival.number - ahead, world.meets(life))
 
-        world = World(self.profile, hardware, self.policies, link=self.link, slo=limits, on_late=known, on_end=known)
+        world = World(cluster.profile, cluster.hardware, self.policies, link=cluster.link, slo=limits, on_late=known, on_end=known)
         world.run(islice(load, ahead + terms.most), lambda: standing.done)
         return standing.probe(rate)
 
     def goodput(
         self,
-        hardware: Sequence[Hardware],
-        devices: int,
+        cluster: Cluster,
+        units: float,
         bound: float,
         *,
         least: int | None = None,
         slo: Slo | None = None,
         arrivals: Arrivals | None = None,
     ) -> Served:
-        """The highest of the rates (`Terms.rate`) of so many devices that is served, none above `bound`. `least`: a step that others reach;
-        if this does not, it does not matter what it reaches."""
+        """The highest of the rates (`Terms.rate`) of so many devices that is served, none above `bound`. `units`: devices, each counted by
+        its cost. `least`: a step that others reach; if this does not, it does not matter what it reaches."""
         terms = self.terms
-        served = Served(terms, devices, terms.below(bound / devices), least)
+        served = Served(terms, units, terms.below(bound / units), least)
         step: int | None = served.top - terms.halving if least is None else least
         while step is not None:
-            served.probes[step] = self.probe(hardware, terms.rate(step) * devices, slo=slo, arrivals=arrivals)
+            served.probes[step] = self.probe(cluster, terms.rate(step) * units, slo=slo, arrivals=arrivals)
             step = served.following()
         return served
 
@@ -116,7 +116,7 @@ class Served:
     or missed counts for all that is below or above it, so no rate is tried twice."""
 
     terms: Terms
-    devices: int
+    units: float
     top: int
     least: int | None
     probes: dict[int, Probe] = field(default_factory=dict)
@@ -136,7 +136,7 @@ class Served:
         stride, missed = 1 << (len(self.probes) - 1), self.missed
         if (good := self.step) is None:
             lower = missed - 4 * stride
-            return lower if self.least is None and self.terms.rate(lower) * self.devices >= FLOOR else None
+            return lower if self.least is None and self.terms.rate(lower) * self.units >= FLOOR else None
         if missed - good <= 1:
             return None
         middle = (good + missed) // 2

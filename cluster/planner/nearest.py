@@ -34,8 +34,8 @@ def nearest(bench: Bench, plans: Sequence[Plan], sample: Sample) -> Nearest | No
 
     def alone(plan: Plan) -> tuple[float, float]:
         return (
-            idle_seconds(bench.profile, Phase.PREFILL, plan.prefill, sample, target),
-            idle_seconds(bench.profile, Phase.DECODE, plan.decode, sample, target),
+            idle_seconds(bench.site.profile(plan.prefill), Phase.PREFILL, plan.prefill, sample, target),
+            idle_seconds(bench.site.profile(plan.decode), Phase.DECODE, plan.decode, sample, target),
         )
 
     def factor(plan: Plan) -> float:
@@ -44,14 +44,14 @@ def nearest(bench: Bench, plans: Sequence[Plan], sample: Sample) -> Nearest | No
 
     if not plans:
         return None
-    plan = min(plans, key=lambda plan: (factor(plan), plan.devices))
+    plan = min(plans, key=lambda plan: (factor(plan), bench.site.units(plan)))
     ttft, tpot = alone(plan)
     binding = tuple(name for name, least, limit in (("TTFT", ttft, slo.ttft), ("TPOT", tpot, slo.tpot)) if least > limit)
     for step in range(MOST):
         grown = GROWTH**step
         limits = Slo(_limit(slo.ttft, ttft, grown, binding, "TTFT"), _limit(slo.tpot, tpot, grown, binding, "TPOT"))
         tried = replace(bench, terms=replace(bench.terms, slo=limits))
-        if bench.terms.met(tried.probe(plan.hardware(bench.profile), FLOOR)):
+        if bench.terms.met(tried.probe(bench.site.cluster(plan), FLOOR)):
             return Nearest(binding or ("TTFT", "TPOT"), limits, plan)
     return None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .policies import Policies
 from .profile import Profile
 from .shapes import Plan, Sample
+from .site import Site
 
 CONSTANT_SHARE = 0.1
 """A prefill step is long enough when what it costs however little it computes is this share of it: the paper's L_m."""
@@ -24,17 +26,32 @@ def policies_for(profile: Profile, tp: int, sample: Sample) -> Policies:
     return Policies(chunk_tokens=chunk, prefill_running=max(32, min(1024, rows)), decode_running=max(32, min(1024, rows)))
 
 
-def config_of(plan: Plan, profile: Profile, policies: Policies, source: str | None) -> dict[str, Any]:
-    """Values of the config file. `source`: of the model; without one it is named only, and `up --model` must say where it is."""
+def policies_for_all(site: Site, sample: Sample) -> Policies:
+    """The same for every kind of device: of each setting the largest that suits one, since a plan may put either phase on any."""
+    each = [policies_for(kind.profile, kind.profile.parallelisms[0].tp, sample) for kind in site.kinds]
+    return replace(
+        each[0],
+        chunk_tokens=max(one.chunk_tokens for one in each),
+        prefill_running=max(one.prefill_running for one in each),
+        decode_running=max(one.decode_running for one in each),
+    )
+
+
+def config_of(plan: Plan, profile: Profile, policies: Policies, source: str | None, decode: Profile | None = None) -> dict[str, Any]:
+    """Values of the config file. `source`: of the model; without one it is named only, and `up --model` must say where it is. `decode`: of
+    the device of the decode workers, if it may be another."""
     model: dict[str, Any] = {"name": profile.model.name, "dtype": profile.model.dtype}
     if source is not None:
         model["source"] = source
-    sides = {}
-    for side, shape, count in (("prefill", plan.prefill, plan.prefills), ("decode", plan.decode, plan.decodes)):
-        sides[side] = {"workers": count, "tp": shape.tp, "pp": shape.pp, "kv_tokens": profile.kv_tokens(shape.tp, shape.pp) // 16 * 16}
+    sides: dict[str, dict[str, Any]] = {}
+    for (phase, shape, count), known in zip(plan.sides, (profile, decode or profile), strict=True):
+        on = {"accelerator": shape.device} if shape.device else {}
+        tokens = known.kv_tokens(shape.tp, shape.pp) // 16 * 16
+        sides[phase.value] = {"workers": count, **on, "tp": shape.tp, "pp": shape.pp, "kv_tokens": tokens}
     sides["prefill"]["chunk_tokens"] = policies.chunk_tokens
     sides["decode"] |= {"chunk_tokens": policies.decode_chunk_tokens, "max_running": policies.decode_running}
     limits = {} if policies.most_running is None else {"limits": {"running": policies.most_running}}
     router = {"local_prefill": str(policies.local_prefill), **limits}
     paired = {"paired": True} if policies.paired else {}
-    return {**paired, "model": model, **sides, "router": router, "ray": {"placement": "pack"}}
+    device = {"device": "cpu" if profile.on_cpu else "cuda"} if plan.prefill.device else {}
+    return {**device, **paired, "model": model, **sides, "router": router, "ray": {"placement": "pack"}}

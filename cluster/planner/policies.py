@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -51,18 +51,38 @@ class Policies:
         )
 
 
-def workers_of(config: ClusterConfig, profile: Profile) -> list[Hardware]:
-    """Every worker of a plan. `ConfigError` names the key of one that the profile does not know, or has no memory for."""
+def workers_of(config: ClusterConfig, profile: Profile, others: Sequence[Profile] = ()) -> list[Hardware]:
+    """Every worker of a plan. `others`: of further kinds of device, if there are any. `ConfigError` names the key of one that the profile
+    does not know, or has no memory for."""
     found = []
-    shares = _shares(config, profile)
+    shares = repeat(None) if others else _shares(config, profile)
     for phase in Phase:
         section = config.section(phase)
         for number, group in enumerate(section.all_groups):
             pp = len(group.stages) or group.pp
             key = f"{phase.value}.groups.{number}" if section.groups else phase.value
+            known = on_device(group.accelerator, (profile, *others), key)
             for _ in range(group.workers):
                 ranks = [next(shares) for _ in range(group.tp * pp)]
-                found.append(hardware_of(profile, phase, group.tp, pp, group.kv_tokens, key, ranks[0]))
+                found.append(hardware_of(known, phase, group.tp, pp, group.kv_tokens, key, ranks[0]))
+    return found
+
+
+def on_device(accelerator: str | None, profiles: Sequence[Profile], key: str) -> Profile:
+    """The profile of that device; the first where none is named and there is one alone."""
+    there = ", ".join(each.device.name for each in profiles)
+    if accelerator is None and len(profiles) == 1:
+        return profiles[0]
+    if accelerator is None:
+        raise ConfigError(
+            f"{key}.accelerator: the profiles are of {there}; name one, or give a single profile.", field=f"{key}.accelerator"
+        )
+    found = next((each for each in profiles if each.device.name == accelerator), None)
+    if found is None:
+        raise ConfigError(
+            f"{key}.accelerator: there is no profile of {accelerator} (there is one of {there}): give it with --profile.",
+            field=f"{key}.accelerator",
+        )
     return found
 
 

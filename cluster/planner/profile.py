@@ -13,6 +13,8 @@ from ...core.errors import ConfigError
 from ...core.fleet import Phase
 from .latency import StepTimes
 
+CPU = "cpu"
+"""What `diptych profile` calls a host without GPUs."""
 SHARE_OF_MEMORY = 0.9
 """Of a device's memory, for weights and KV, where a profile does not say how many tokens fit."""
 
@@ -117,6 +119,11 @@ class Profile(_Part):
     overheads: Overheads = Overheads()
     cores: Cores | None = None
     basis: dict[str, Basis] = {}
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it is of a host's cores, and not of a GPU."""
+        return self.cores is not None or self.device.name == CPU
 
     def parallelism(self, tp: int) -> Parallelism | None:
         """What is known of workers of `tp` shards."""

@@ -20,35 +20,17 @@ from typing import ParamSpec, TypeVar
 from ...core.fleet import Phase
 from ..load.slo import Slo
 from .goodput import Bench
-from .profile import Profile
 from .shapes import Loss, Lost, Plan, Sample, Shape, idle_seconds, lacking, most_answers, most_prompts
 from .trying import Scored, Trier
 
 CONTENDERS = 3
-"""Shapes of each phase that are tried together, where phases are searched apart."""
+"""Shapes of each phase on each kind of device that are tried together, where phases are searched apart."""
 AT_ONCE = 2
 """Plans that are tried at once, if there are cores for them: each knows what came of those before it, but for the last one, and with more
 at once more would be searched to their end. It is a constant so that the same is simulated, and found, on every machine."""
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True)
-class Space:
-    """The devices there are."""
-
-    nodes: int
-    per_node: int
-
-    @property
-    def devices(self) -> int:
-        return self.nodes * self.per_node
-
-    def shapes(self, profile: Profile, most: int) -> list[Shape]:
-        """Of at most `most` devices, the shards of a stage on one node."""
-        tps = [tp for tp in range(1, min(self.per_node, most) + 1) if profile.model.heads % tp == 0]
-        return [Shape(tp, pp) for tp in tps for pp in range(1, min(profile.model.layers, most // tp) + 1)]
 
 
 @dataclass(slots=True)
@@ -71,8 +53,8 @@ class Outcome:
             self.lost.append(found)
 
     def sort(self) -> Outcome:
-        """By rate for its cost; the smallest first of those that serve equally much."""
-        self.scored.sort(key=lambda each: (-round(each.per_cost, 9), each.plan.devices))
+        """By rate for its cost; the cheapest first of those that serve equally much for it."""
+        self.scored.sort(key=lambda each: (-round(each.per_cost, 9), round(each.cost_per_hour, 9)))
         return self
 
     def front(self) -> list[Scored]:
@@ -93,21 +75,20 @@ class Planner:
     def __init__(
         self,
         bench: Bench,
-        space: Space,
         sample: Sample,
         *,
         executor: Executor | None = None,
         exhaustive: bool = False,
         shown: Shown = lambda what: None,
     ) -> None:
-        self._bench, self._space, self._sample, self._executor = bench, space, sample, executor
-        self._profile, self._slo, self._target = bench.profile, bench.terms.slo, bench.terms.target
+        self._bench, self._site, self._sample, self._executor = bench, bench.site, sample, executor
+        self._slo, self._target = bench.terms.slo, bench.terms.target
         self._trier, self._exhaustive, self._shown = Trier(bench), exhaustive, shown
 
     def paired(self, rate: float | None = None) -> Outcome:
         """Algorithm 2. With a target `rate` each pair is taken as often as that needs."""
         outcome = Outcome()
-        allowed = self._allowed(self._space.devices, outcome)
+        allowed = self._allowed(outcome)
         pairs = list(self._pairs(allowed))
         outcome.considered = len(pairs)
         self._try(pairs, outcome)
@@ -116,8 +97,8 @@ class Planner:
     def apart(self, rate: float | None = None) -> Outcome:
         """Algorithm 1. Without a target `rate`: the numbers that balance the phases best on the devices there are."""
         outcome = Outcome()
-        allowed = self._allowed(self._space.devices, outcome)
-        sides = {phase: self._contenders(phase, shapes, outcome) for phase, shapes in allowed.items()}
+        allowed = self._allowed(outcome)
+        sides = {phase: self._of_each_kind(phase, shapes, outcome) for phase, shapes in allowed.items()}
         plans = [
             plan
             for (prefill, prompts), (decode, answers) in product(sides[Phase.PREFILL], sides[Phase.DECODE])
@@ -129,27 +110,31 @@ class Planner:
             return outcome
         return self._meet(plans, rate, outcome)
 
-    def fitting(self) -> list[Plan]:
-        """Pairs that fit, by devices and by memory, and have times, whatever the limits."""
-        memory = {
-            phase: [
-                shape
-                for shape in self._space.shapes(self._profile, self._space.devices - 1)
-                if lacking(self._profile, phase, shape, self._sample, Slo(), self._target) is None
-            ]
-            for phase in Phase
-        }
-        return list(self._pairs(memory))
+    def fitting(self, *, paired: bool) -> list[Plan]:
+        """One worker of each phase that fit, by devices and by memory, and have times, whatever the limits; if `paired`, on one node."""
+        memory = {phase: [shape for shape in self._shapes() if self._lacking(phase, shape, Slo()) is None] for phase in Phase}
+        if paired:
+            return list(self._pairs(memory))
+        apart = (Plan(prefill, decode) for prefill, decode in product(memory[Phase.PREFILL], memory[Phase.DECODE]))
+        return [plan for plan in apart if self._site.fits(plan)]
 
     # -- what there is to try ------------------------------------------------------------------------------------------
 
-    def _allowed(self, most: int, outcome: Outcome) -> dict[Phase, list[Shape]]:
+    def _shapes(self) -> Iterator[Shape]:
+        """Of all that there is, but for a device for the other phase."""
+        kinds = self._site.kinds
+        return (shape for kind in kinds for shape in kind.shapes(kind.space.devices - (len(kinds) == 1)))
+
+    def _lacking(self, phase: Phase, shape: Shape, slo: Slo) -> Lost | None:
+        return lacking(self._site.profile(shape), phase, shape, self._sample, slo, self._target)
+
+    def _allowed(self, outcome: Outcome) -> dict[Phase, list[Shape]]:
         """Shapes of each phase that can serve at all; of the others why not."""
         allowed: dict[Phase, list[Shape]] = {}
         for phase in Phase:
             allowed[phase] = []
-            for shape in self._space.shapes(self._profile, most - 1):
-                lost = lacking(self._profile, phase, shape, self._sample, self._slo, self._target)
+            for shape in self._shapes():
+                lost = self._lacking(phase, shape, self._slo)
                 if lost is None:
                     allowed[phase].append(shape)
                 else:
@@ -157,23 +142,31 @@ class Planner:
         return allowed
 
     def _pairs(self, allowed: dict[Phase, list[Shape]]) -> Iterator[Plan]:
-        """A part of each phase on every node that the pair spans."""
+        """A part of each phase on every node that the pair spans, and so both on one kind of device."""
         for prefill, decode in product(allowed[Phase.PREFILL], allowed[Phase.DECODE]):
+            space = self._site.kind(prefill).space
             spans = [
                 span
-                for span in range(1, self._space.nodes + 1)
+                for span in range(1, space.nodes + 1)
                 if prefill.pp % span == 0 and decode.pp % span == 0
-                and (prefill.devices + decode.devices) // span <= self._space.per_node
+                and (prefill.devices + decode.devices) // span <= space.per_node
             ]  # fmt: skip
-            if spans:
+            if spans and prefill.device == decode.device:
                 yield Plan(prefill, decode)
 
     def _bound(self, plan: Plan) -> float:
         """No rate above this is served for long, and at most 1 / target of it meets the SLO for a while."""
-        policies = self._bench.policies
-        prompts = plan.prefills * most_prompts(self._profile, plan.prefill, self._sample, policies)
-        answers = plan.decodes * most_answers(self._profile, plan.decode, self._sample, self._slo, policies)
-        return min(prompts, answers) / self._target
+        return (
+            min(plan.prefills * self._most(Phase.PREFILL, plan.prefill), plan.decodes * self._most(Phase.DECODE, plan.decode))
+            / self._target
+        )
+
+    def _most(self, phase: Phase, shape: Shape) -> float:
+        """Of one worker."""
+        profile, policies = self._site.profile(shape), self._bench.policies
+        if phase is Phase.PREFILL:
+            return most_prompts(profile, shape, self._sample, policies)
+        return most_answers(profile, shape, self._sample, self._slo, policies)
 
     # -- trying --------------------------------------------------------------------------------------------------------
 
@@ -205,27 +198,31 @@ class Planner:
         outcome.sort()
 
     def _least(self, plan: Plan, outcome: Outcome) -> int | None:
-        """The step that the plan must serve to win over those known: theirs, if it has fewer devices, or one more."""
-        below = self._bench.terms.below
-        return max((below(each.per_device) + (each.plan.devices <= plan.devices) for each in outcome.scored), default=None)
+        """The step that the plan must serve to win over those known: theirs, if it is cheaper, or one more."""
+        below, units = self._bench.terms.below, self._site.units
+        return max((below(each.rate / units(each.plan)) + (units(each.plan) <= units(plan)) for each in outcome.scored), default=None)
 
     def _promise(self, plan: Plan) -> float:
-        """By which plans are ordered: requests per second and device, as far as can be told. The sooner a good plan is found, the more of
-        the others are beaten at once. Of prompts it is the rate at which a wait fits into what the TTFT limit leaves beside a prompt alone:
-        its mean in a queue of equal services, ρ s / 2 (1 - ρ) (Pollaczek and Khinchine), and an exponential tail."""
-        policies, slo = self._bench.policies, self._slo
-        prompts = most_prompts(self._profile, plan.prefill, self._sample, policies)
-        if slo.ttft is not None:
-            left = max(0.0, slo.ttft - idle_seconds(self._profile, Phase.PREFILL, plan.prefill, self._sample, self._target))
+        """By which plans are ordered: requests per second and device (by cost), as far as can be told. The sooner a good plan is found, the
+        more of the others are beaten at once. Of prompts it is the rate at which a wait fits into what the TTFT limit leaves beside a
+        prompt alone: its mean in a queue of equal services, ρ s / 2 (1 - ρ) (Pollaczek and Khinchine), and an exponential tail."""
+        profile, prompts = self._site.profile(plan.prefill), self._most(Phase.PREFILL, plan.prefill)
+        if self._slo.ttft is not None:
+            left = max(0.0, self._slo.ttft - idle_seconds(profile, Phase.PREFILL, plan.prefill, self._sample, self._target))
             waits = 2 * left * prompts / -math.log(1 - self._target)
             prompts *= waits / (1 + waits)
-        answers = most_answers(self._profile, plan.decode, self._sample, slo, policies)
-        return min(plan.prefills * prompts, plan.decodes * answers) / plan.devices
+        answers = self._most(Phase.DECODE, plan.decode)
+        return min(plan.prefills * prompts, plan.decodes * answers) / self._site.units(plan)
+
+    def _of_each_kind(self, phase: Phase, shapes: Sequence[Shape], outcome: Outcome) -> list[tuple[Shape, float]]:
+        """The contenders on each kind of device: there may be too few of the best kind, or both phases be best on it."""
+        by_kind = ([shape for shape in shapes if shape.device == kind.name] for kind in self._site.kinds)
+        return [contender for ours in by_kind for contender in self._contenders(phase, ours, outcome)]
 
     def _contenders(self, phase: Phase, shapes: Sequence[Shape], outcome: Outcome) -> list[tuple[Shape, float]]:
-        """The best shapes of a phase by its rate per device, alone: the other phase takes no time."""
+        """The best shapes of a phase on one kind of device by its rate per device, alone: the other phase takes no time."""
         found: list[tuple[Shape, float]] = []
-        bounds = {shape: self._alone_bound(phase, shape) for shape in shapes}
+        bounds = {shape: self._most(phase, shape) / self._target for shape in shapes}
 
         def start(shape: Shape) -> Future[Lost | float | None]:
             most, worst = bounds[shape] / shape.devices, found[CONTENDERS - 1] if len(found) >= CONTENDERS else None
@@ -246,25 +243,22 @@ class Planner:
             outcome.lost.append(Lost(f"{phase.value} {shape}", Loss.DOMINATED, f"{served / shape.devices:.3g} requests/s per device"))
         return found[:CONTENDERS]
 
-    def _alone_bound(self, phase: Phase, shape: Shape) -> float:
-        policies = self._bench.policies
-        if phase is Phase.PREFILL:
-            return most_prompts(self._profile, shape, self._sample, policies) / self._target
-        return most_answers(self._profile, shape, self._sample, self._slo, policies) / self._target
-
     def _balanced(self, prefill: Shape, prompts: float, decode: Shape, answers: float, rate: float | None) -> Plan | None:
         """So many workers of each that both phases serve `rate`, or as nearly equal rates as the devices allow."""
         if rate is not None:
             return Plan(prefill, decode, max(1, math.ceil(rate / prompts)), max(1, math.ceil(rate / answers)))
-        room = self._space.devices
+        shared = prefill.devices if prefill.device == decode.device else 0
         counts = [
             Plan(prefill, decode, n, m)
-            for n in range(1, room // prefill.devices + 1)
-            for m in range(1, (room - n * prefill.devices) // decode.devices + 1)
+            for n in range(1, self._site.room(prefill) + 1)
+            for m in range(1, self._site.room(decode, n * shared) + 1)
         ]
-        return max(
-            counts, key=lambda plan: (min(plan.prefills * prompts, plan.decodes * answers) / plan.devices, -plan.devices), default=None
-        )
+
+        def worth(plan: Plan) -> tuple[float, float]:
+            units = self._site.units(plan)
+            return min(plan.prefills * prompts, plan.decodes * answers) / units, -units
+
+        return max(counts, key=worth, default=None)
 
     # -- a target rate -------------------------------------------------------------------------------------------------
 
@@ -277,8 +271,7 @@ class Planner:
 
     def _meet(self, plans: Iterable[Plan], rate: float, outcome: Outcome, step: tuple[int, int] | None = None) -> Outcome:
         """Each with as many workers as the rate takes."""
-        devices = self._space.devices
-        for _, (found, tried) in self._in_order(plans, lambda plan: self._start(self._trier.meet, plan, rate, devices, step)):
+        for _, (found, tried) in self._in_order(plans, lambda plan: self._start(self._trier.meet, plan, rate, self._site, step)):
             outcome.simulated += tried
             outcome.note(found)
         return outcome.sort()

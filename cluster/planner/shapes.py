@@ -17,17 +17,18 @@ from .profile import Hardware, Profile
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
-    """How one worker is spread."""
+    """How one worker is spread. `device`: on which kind; empty where there is but one."""
 
     tp: int
     pp: int
+    device: str = ""
 
     @property
     def devices(self) -> int:
         return self.tp * self.pp
 
     def __str__(self) -> str:
-        return f"tp {self.tp} pp {self.pp}"
+        return f"tp {self.tp} pp {self.pp}" + (f" on {self.device}" if self.device else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,15 @@ class Plan:
     def __str__(self) -> str:
         return f"{self.prefills} × prefill ({self.prefill}) + {self.decodes} × decode ({self.decode})"
 
-    def hardware(self, profile: Profile) -> list[Hardware]:
-        """Raises nothing for shapes that `lacking` has let pass."""
-        sides = ((Phase.PREFILL, self.prefill, self.prefills), (Phase.DECODE, self.decode, self.decodes))
-        return [worker for phase, shape, count in sides for worker in [hardware(profile, phase, shape)] * count]
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """Of its prefill and of its decode workers' devices, by name."""
+        return self.prefill.device, self.decode.device
+
+    @property
+    def sides(self) -> tuple[tuple[Phase, Shape, int], ...]:
+        """Its workers: phase, shape and how many."""
+        return (Phase.PREFILL, self.prefill, self.prefills), (Phase.DECODE, self.decode, self.decodes)
 
 
 class Loss(StrEnum):

@@ -24,8 +24,9 @@ LINE_BYTES = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A process to start. `argv` is the whole command; `log` receives its stderr. What it needs of a node of a Ray cluster: that it is for
-    its `phase` (None: no worker's process), `threads` CPUs (None: what there is), `memory` bytes, `gpus`. A worker of many ranks is its
-    leader, rank 0, with the others as `followers`, in `stages` stages; `partner`: the worker with which it is a pair."""
+    its `phase` (None: no worker's process), `threads` CPUs (None: what there is), `memory` bytes, `gpus`, and that its devices are of the
+    kind `accelerator` (empty: any). A worker of many ranks is its leader, rank 0, with the others as `followers`, in `stages` stages;
+    `partner`: the worker with which it is a pair."""
 
     name: str
     argv: tuple[str, ...]
@@ -34,6 +35,7 @@ class Launch:
     threads: int | None = None
     memory: int = 0
     gpus: float = 0.0
+    accelerator: str = ""
     rank: int = 0
     followers: tuple[Launch, ...] = ()
     stages: int = 1

@@ -117,8 +117,9 @@ class RouteSpec(_Spec):
     log_format: LogFormat = Field("pretty", description="Lines for people, or JSON.")
 
 
-AskedWorker = tuple[str, Phase, tuple[tuple[int | None, int, float], ...], int]
-"""A worker's name, its phase, threads (None: what there is), bytes and GPUs of each of its ranks, and how many stages these make."""
+AskedWorker = tuple[str, Phase, tuple[tuple[int | None, int, float, str], ...], int]
+"""A worker's name, its phase, threads (None: what there is), bytes, GPUs and kind of device of each of its ranks, and how many stages these
+make."""
 
 
 class RaySpec(_Spec):

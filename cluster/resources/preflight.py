@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...core.config import ClusterConfig
 from ...core.errors import ConfigError
+from ...core.fleet import Phase
 from ...core.layout import DType
 from ...core.model import ModelCard
 from ...core.quantization import Quantization
@@ -16,6 +17,7 @@ from ...core.transfer import transports_for
 from ...rpc.stranger import answers_strangers
 from ..process.spec import Worker
 from .devices import NO_INT8_ON_GPU
+from .layouts import section_of
 from .memory import available_bytes, kv_bytes, process_bytes
 
 ROUTER_BYTES = 200 << 20
@@ -67,6 +69,26 @@ def check_kv_dtype(config: ClusterConfig, *, on_gpu: bool) -> None:
     """`ConfigError` if GPUs are to hold KV in what their kernels cannot read."""
     if on_gpu and config.model.held_as is DType.INT8:
         raise ConfigError(f"model.kv_dtype: {NO_INT8_ON_GPU}", field="model.kv_dtype")
+
+
+def check_accelerators(config: ClusterConfig) -> None:
+    """`ConfigError` if workers are to be on a kind of device that nobody could choose for them."""
+    for phase in Phase:
+        for number, group in enumerate(config.section(phase).all_groups):
+            if group.accelerator is None:
+                continue
+            key = f"{section_of(config, phase, number)}.accelerator"
+            if not config.ray.joined:
+                raise ConfigError(
+                    f"{key}: there are kinds of device to choose from only on a Ray cluster that is joined. Say which with --address, or "
+                    f"leave {group.accelerator} out, and workers are on what this host has.",
+                    field=key,
+                )
+            if config.device == "auto":
+                raise ConfigError(
+                    f"{key}: on a Ray cluster that is joined device: auto computes on CPUs; with {group.accelerator} say device: cuda.",
+                    field=key,
+                )
 
 
 def check_quantization(quantization: Quantization, *, on_gpu: bool) -> None:

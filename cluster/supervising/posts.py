@@ -154,6 +154,7 @@ def launch_worker(worker: Worker, programs: Programs, logs: Path) -> Launch:
 
 def launch_on_nodes(worker: Worker, config: ClusterConfig, card: ModelCard, source: str, logs: Path) -> Launch:
     """A worker on nodes of a joined Ray cluster, where the model of `source` is prepared if it is not there."""
+    group = config.section(worker.phase).all_groups[worker.group]
     model = ("--source", source, "--dtype", card.dtype, "--quantization", card.quantization, "--fingerprint", card.fingerprint)
     return _as_one(
         Launch(
@@ -162,9 +163,10 @@ def launch_on_nodes(worker: Worker, config: ClusterConfig, card: ModelCard, sour
             log=logs / f"{rank_name(spec)}.log",
             phase=spec.phase,
             rank=spec.rank,
-            threads=config.section(worker.phase).all_groups[worker.group].threads,
+            threads=group.threads,
             memory=kv_bytes(card, spec) + process_bytes(card, spec),
             gpus=gpus_of(spec, len(worker.ranks)),
+            accelerator=group.accelerator or "",
             stages=max(1, len(spec.stages)),
         )
         for spec in worker.ranks

@@ -26,7 +26,7 @@ POLICIES = {
     "cluster.load": "agreement answer arrivals choice dialect fitting goodput lengths mix prompts report slo sse summary traces workload",
     "cluster.spans": "shares taken trace",
     "cluster.planner": "agenda data_sheets decode extrapolating figures goodput lane latency life nearest plan_file policies prefill "
-    "profile search shapes sharing standing trying worker world",
+    "profile search shapes sharing site standing trying worker world",
 }
 MODULES = [f"diptych.{room}.{name}" for room, names in POLICIES.items() for name in names.split()]
 LOOKED_FOR = ["torch", "grpc", "ray", "asyncio", "numpy", "transformers"]

@@ -127,8 +127,11 @@ def test_the_limits_named_as_the_nearest_do_work(files: Path, arguments: tuple[s
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--devices", "1"), "No plan: devices binds, m does not fit twice.* nearest that fits takes 2 of 1 × 2: 1 × prefill"),
-        (("--rate", "60"), "No plan: devices bind, 60 requests/s take more than 2 .* nearest that works takes [4-9]: [2-4] × prefill"),
+        (("--devices", "1"), "No plan: devices binds, m does not fit twice.* nearest that fits takes 2 devices of 1 × 2: 1 × prefill"),
+        (
+            ("--rate", "60"),
+            "No plan: devices bind, 60 requests/s take more than 2 .* nearest that works takes [4-9] devices: [2-4] × prefill",
+        ),
         (("--slo", "ttft=0.2s"), "a plan needs a limit for both"),
     ],
 )
@@ -143,4 +146,6 @@ def test_a_model_too_large_for_the_devices_is_refused_with_the_room_it_takes(fil
     Path("P.json").write_text(large.model_dump_json())
     status, out = diptych("plan", "--profile", "P.json", *WORTH)
     assert status == 1
-    assert re.search("No plan: memory binds, m does not fit twice.* nearest that fits takes 4 of 1 × 4: 1 × prefill .tp 1 pp 2", out), out
+    assert re.search(
+        "No plan: memory binds, m does not fit twice.* nearest that fits takes 4 devices of 1 × 4: 1 × prefill .tp 1 pp 2", out
+    ), out

@@ -17,8 +17,9 @@ from diptych.cluster.planner.goodput import Bench, Terms
 from diptych.cluster.planner.latency import Work, step_seconds
 from diptych.cluster.planner.plan_file import config_of, policies_for
 from diptych.cluster.planner.profile import DeviceShare, Parallelism, Profile
-from diptych.cluster.planner.search import Outcome, Planner, Space
+from diptych.cluster.planner.search import Outcome, Planner
 from diptych.cluster.planner.shapes import Loss, Plan, Sample, Shape, lacking, most_answers, most_prompts
+from diptych.cluster.planner.site import Kind, Site, Space
 from diptych.cluster.planner.trying import Scored
 from diptych.core.config import load_config
 from diptych.core.fleet import LocalPrefill, Phase
@@ -45,9 +46,14 @@ def two_tps() -> Profile:
     return profile(parallelisms=(Parallelism(tp=1, times=TIMES, kv_tokens=kv), Parallelism(tp=2, times=half, kv_tokens=kv)))
 
 
+def site(known: Profile, space: Space) -> Site:
+    link = known.links["node"]
+    return Site((Kind(known, space, link, link),))
+
+
 def planner(known: Profile, space: Space, slo: Slo = SLO, **settings: bool) -> Planner:
     terms = Terms(load, slo, most=120, tolerance=0.3)
-    return Planner(Bench(known, APART, known.links["node"], terms), space, SAMPLE, **settings)
+    return Planner(Bench(site(known, space), APART, terms), SAMPLE, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +88,8 @@ def test_nor_of_the_pairs_of_a_large_model_on_a_node() -> None:
 
     sample = Sample(tuple(islice(long(1.0, 0), 500)))
     policies = replace(policies_for(known, 2, sample), local_prefill=LocalPrefill.NEVER)
-    bench = Bench(known, policies, known.links["node"], Terms(long, Slo(ttft=2.5, tpot=0.15), most=240))
-    pruned, every = (Planner(bench, Space(1, 8), sample, exhaustive=exhaustive).paired() for exhaustive in (False, True))
+    bench = Bench(site(known, Space(1, 8)), policies, Terms(long, Slo(ttft=2.5, tpot=0.15), most=240))
+    pruned, every = (Planner(bench, sample, exhaustive=exhaustive).paired() for exhaustive in (False, True))
     assert every.simulated == every.considered == pruned.considered == 20
     assert pruned.simulated < 10
     assert pruned.best is not None
