@@ -137,17 +137,8 @@ class Layout:
         return RankLayout(rank, replace(self, groups=groups, tp=1, stages=()), first_heads)
 
     def difference(self, other: Layout) -> str | None:
-        """The first difference that is not bridged, as a sentence that names it; None if there is none."""
-        if (difference := self.model_difference(other)) is not None:
-            return difference
-        # A window's first block may begin, where blocks are longer, with positions that the source no longer holds. This prompt does not
-        # need them, but a shorter one that finds the block by its prefix would.
-        if self.block_size != other.block_size and any(group.kind is CacheKind.WINDOW for group in self.groups):
-            return _differs("block_size", self.block_size, other.block_size)
-        return None
-
-    def model_difference(self, other: Layout) -> str | None:
-        """The first difference in what the KV is, however it is held; slices bridge all others."""
+        """The first difference in what the KV is, however it is held, as a sentence that names it; None if there is none. All others are
+        bridged."""
         if self.fingerprint != other.fingerprint:
             what = "weights, settings (rope among them) or dtype are not the same"
             return f"{_differs('fingerprint', self.fingerprint, other.fingerprint)[:-1]}: {what}."

@@ -148,6 +148,12 @@ METRICS: tuple[Metric, ...] = (
         "Offers that a decode worker refused.",
         (*_WORKER, Label("reason", tuple(RefusedReason))),
     ),
+    Metric(
+        "diptych_worker_pool_refusals_total",
+        "counter",
+        "Processes that asked for the memory of a pool and got nothing: another user's, or without what is said on lanes.",
+        _WORKER,
+    ),
 )
 
 

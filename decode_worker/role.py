@@ -189,14 +189,14 @@ class DecodeRole:
     def nearly_done(self, transfer_id: str) -> None:
         self._scheduler.nearly_done(transfer_id, self._clock.now())
 
-    def committed(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None:
+    def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], lacking: tuple[int, ...]) -> None:
         opening = self._scheduler.opening(transfer_id)
         if opening is not None and tuple(token.choice for token in first_tokens) != opening:
             self._fail(transfer_id, TransferFailed(f"The Commit brings {len(first_tokens)} first tokens; choices {opening} each need one."))
         if stamping() and transfer_id in self._attempts:
             stamp(Stage.COMMITTED, transfer_id, self._clock.now())
             self._fresh.add(transfer_id)
-        self._tell(self._scheduler.committed(transfer_id, first_tokens, self._clock.now()))
+        self._tell(self._scheduler.committed(transfer_id, first_tokens, self._clock.now(), lacking))
 
     def transfer_failed(self, transfer_id: str, error: DiptychError) -> None:
         if not self._scheduler.transfer_failed(transfer_id, self._clock.now()):
@@ -234,8 +234,8 @@ class _Events:
     def nearly_done(self, transfer_id: str) -> None:
         self._inbox.put(partial(self._role.nearly_done, transfer_id))
 
-    def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float) -> None:
-        self._inbox.put(partial(self._role.committed, transfer_id, first_tokens))
+    def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float, lacking: tuple[int, ...]) -> None:
+        self._inbox.put(partial(self._role.committed, transfer_id, first_tokens, lacking))
 
     def failed(self, transfer_id: str, error: DiptychError) -> None:
         self._inbox.put(partial(self._role.transfer_failed, transfer_id, error))

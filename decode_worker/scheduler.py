@@ -126,14 +126,14 @@ class DecodeScheduler:
         sequence = self._leases.get(transfer_id)
         return sequence.request.opening if sequence else None
 
-    def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], now: float) -> DecodeOutcome:
-        """The KV is here: decode from the next step. `first_tokens`: one for each choice that is `opening`. The outcome is empty unless
-        they end every choice, or one for a reason that the source does not know. For an attempt cancelled meanwhile the blocks return
-        (no `fenced` follows a commit)."""
+    def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], now: float, lacking: tuple[int, ...] = ()) -> DecodeOutcome:
+        """The KV is here: decode from the next step. `first_tokens`: one for each choice that is `opening`. `lacking`: as
+        `BlockTable.publish`. The outcome is empty unless they end every choice, or one for a reason that the source does not know. For an
+        attempt cancelled meanwhile the blocks return (no `fenced` follows a commit)."""
         if (sequence := self._leases.commit(transfer_id)) is None:
             return DecodeOutcome()
         sequence.decided = sequence.done = sequence.target = len(sequence.tokens)
-        sequence.table.publish(sequence.tokens, sequence.done)
+        sequence.table.publish(sequence.tokens, sequence.done, lacking)
         self._run(sequence)
         said = Said()
         self._part(sequence, first_tokens, said, told=True)

@@ -250,15 +250,17 @@ class BlockTable:
                 self.tables = (*self.tables[:g], (NO_BLOCK,) * first + row[first:], *self.tables[g + 1 :])
         self._refresh()
 
-    def publish(self, token_ids: Sequence[int], computed: int) -> None:
-        """The KV of the first `computed` tokens is stored: enter their whole blocks in the prefix table."""
+    def publish(self, token_ids: Sequence[int], computed: int, lacking: Sequence[int] = ()) -> None:
+        """The KV of the first `computed` tokens is stored: enter their whole blocks in the prefix table. Of the groups in `lacking` the
+        first new block holds rubbish before the window, so it is not entered: a shorter prompt that found it would see that."""
         size, first, whole = self.pool.block_size, self._published, computed // self.pool.block_size
         if whole <= first:
             return
         for index in range(len(self.hashes) - 1, whole):
             self.hashes.append(extend(self.hashes[index], token_ids[index * size : (index + 1) * size]))
-        for part, row in zip(self.pool.parts, self.tables, strict=True):
-            part.publish(row[first:whole], self.hashes[first + 1 : whole + 1])
+        for g, (part, row) in enumerate(zip(self.pool.parts, self.tables, strict=True)):
+            start = max(first, self._passed[g]) + 1 if g in lacking else first
+            part.publish(row[start:whole], self.hashes[start + 1 : whole + 1])
         self._published = whole
 
     def reaches(self, tokens: int) -> bool:

@@ -167,6 +167,7 @@ class TellCommitted:
     first_tokens: tuple[Token, ...]
     kv_bytes: int
     seconds: float
+    lacking: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

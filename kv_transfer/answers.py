@@ -82,5 +82,10 @@ class PairBroken:
     reason: str
 
 
-SourceAnswer = Fenced | Said | Connected | Staged | Sent | PairBroken
+@dataclass(frozen=True, slots=True)
+class TurnedAway:
+    """A process asked for the memory of the rank's pool and got nothing."""
+
+
+SourceAnswer = Fenced | Said | Connected | Staged | Sent | PairBroken | TurnedAway
 DestinationAnswer = Fenced | Attached | NotAttached | Copied | Said | PairBroken

@@ -143,8 +143,8 @@ class Destination:
                 self._events.offered(transfer_id, prompt_tokens)
             case TellNearlyDone(transfer_id):
                 self._events.nearly_done(transfer_id)
-            case TellCommitted(transfer_id, first_tokens, kv_bytes, seconds):
-                self._events.committed(transfer_id, first_tokens, kv_bytes, seconds)
+            case TellCommitted(transfer_id, first_tokens, kv_bytes, seconds, lacking):
+                self._events.committed(transfer_id, first_tokens, kv_bytes, seconds, lacking)
             case TellFailed(transfer_id, error):
                 self._events.failed(transfer_id, error)
             case TellReleased(transfer_id):

@@ -11,8 +11,6 @@ of our own (one-sided) or for what the source is sending (two-sided), which come
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ..core.errors import Cancelled, DiptychError, Internal, InvalidRequest, TransferFailed
 from ..core.layout import Layout
 from ..core.transfer import (
@@ -32,8 +30,6 @@ from ..core.transfer import (
     Rendezvous,
 )
 from .actions import (
-    Attach,
-    Connect,
     DestinationAction,
     Detach,
     Fence,
@@ -114,19 +110,16 @@ class DestinationMachine:
     def attached(self, lane: int, now: float, rank: int = 0) -> list[DestinationAction]:
         """`rank` can copy from the lane's source; when all ranks can, the lane is open."""
         known = self._lanes.get(lane)
-        if known is None or rank not in known.attaching:
-            return []
-        known.attaching.remove(rank)
-        return [] if known.attaching else self._open(known)
+        return known.attached(rank, self._hello) if known is not None else []
 
     def not_attached(self, lane: int, message: str, now: float, rank: int = 0) -> list[DestinationAction]:
         """`rank` cannot reach the source's memory: the next transport is tried, if there is one."""
         known = self._lanes.get(lane)
         if known is None or rank not in known.attaching:
             return []
-        known.attaching.clear()
-        known.choices = known.choices[1:]
-        return self._try(known, message, now)
+        if not known.next_transport():
+            return self._refuse_lane(lane, Refused("", RefusedReason.TRANSPORT, message), now)
+        return known.try_transport(self._hello, message)
 
     def pair_broken(self, lane: int, reason: str, now: float) -> list[DestinationAction]:
         """The source is dead or silent, or there was no way to it: the lane goes with the pair, and the source makes both anew."""
@@ -260,23 +253,7 @@ class DestinationMachine:
         ended = [action for other in others for action in self._hang_up(other, f"{message.worker_id} has opened a new lane.", now)]
         lane.introduced(message, self._layout)
         lane.choices = common_transports(self._hello, message)
-        return [*ended, *self._try(lane, "", now)]
-
-    def _try(self, lane: Lane, instead: str, now: float) -> list[DestinationAction]:
-        """Make the first of the transports that are left work; `instead`: why the one before it does not."""
-        assert lane.hello is not None
-        match lane.choices[:1]:
-            case (transport,) if transport.two_sided:
-                return [*self._open(lane), Connect(lane.number, lane.hello, transport, instead)]
-            case (transport,):
-                return [Attach(lane.number, lane.hello, transport)]
-            case _:
-                return self._refuse_lane(lane.number, Refused("", RefusedReason.TRANSPORT, instead), now)
-
-    def _open(self, lane: Lane) -> list[DestinationAction]:
-        """Answer the source's Hello with the transport chosen."""
-        lane.opened_by = None
-        return [Send(lane.number, replace(self._hello, transports=lane.choices[:1]))]
+        return [*ended, *lane.try_transport(self._hello, "")]
 
     def _refuse_lane(self, lane: int, refused: Refused, now: float) -> list[DestinationAction]:
         return [Send(lane, refused), *self._hang_up(lane, refused.message, now)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from ..core.layout import Layout
 from ..core.transfer import Ack, Grant, Hello, Ready, Transport
-from .actions import Copy, DestinationAction, Receive, Send, TellCommitted, TellNearlyDone, TellOffered
+from .actions import Attach, Connect, Copy, DestinationAction, Receive, Send, TellCommitted, TellNearlyDone, TellOffered
 from .coverage import Span
 from .receipt import Receipt
 from .slices import Route, routes
@@ -52,7 +52,7 @@ class Transfer:
         """What is said when every piece is counted."""
         assert receipt.commit is not None
         kv_bytes, seconds = receipt.kv_bytes, now - receipt.first_piece_at if receipt.first_piece_at is not None else 0.0
-        told = TellCommitted(self.transfer_id, receipt.commit.first_tokens, kv_bytes, seconds)
+        told = TellCommitted(self.transfer_id, receipt.commit.first_tokens, kv_bytes, seconds, receipt.lacking)
         return [told, Send(self.lane, Ack(self.transfer_id, kv_bytes, seconds))]
 
     def check(self, lanes: set[int]) -> None:
@@ -82,6 +82,32 @@ class Lane:
     def introduced(self, hello: Hello, ours: Layout) -> None:
         self.hello, self.routes = hello, routes(hello.layout, ours)
         self.attaching = set(range(ours.ranks))
+
+    def try_transport(self, ours: Hello, instead: str) -> list[DestinationAction]:
+        """Make the first of the transports that are left work, of which there is one; `instead`: why the one before it does not."""
+        assert self.hello is not None
+        transport = self.choices[0]
+        if transport.two_sided:
+            return [*self._open(ours), Connect(self.number, self.hello, transport, instead)]
+        return [Attach(self.number, self.hello, transport)]
+
+    def attached(self, rank: int, ours: Hello) -> list[DestinationAction]:
+        """`rank` can copy from the source; when all can, the source's Hello is answered."""
+        if rank not in self.attaching:
+            return []
+        self.attaching.remove(rank)
+        return [] if self.attaching else self._open(ours)
+
+    def next_transport(self) -> bool:
+        """The one that was tried does not work: whether there is another."""
+        self.attaching.clear()
+        self.choices = self.choices[1:]
+        return bool(self.choices)
+
+    def _open(self, ours: Hello) -> list[DestinationAction]:
+        """Answer with the transport chosen."""
+        self.opened_by = None
+        return [Send(self.number, replace(ours, transports=self.choices[:1]))]
 
     @property
     def two_sided(self) -> bool:

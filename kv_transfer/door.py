@@ -19,6 +19,7 @@ import os
 import secrets
 import socket
 import struct
+from collections.abc import Callable
 from functools import partial
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,8 @@ class Door:
         self._fd, self._nonce = fd, nonce
         self._asked: set[asyncio.Task[None]] = set()
 
-    def answer(self) -> None:
-        """Somebody has connected. Does not block: what is asked of him, and given to him, follows."""
+    def answer(self, refused: Callable[[], None] = lambda: None) -> None:
+        """Somebody has connected. Does not block: what is asked of him, and given to him, follows; or `refused` is called."""
         try:
             connection, _ = self.listener.accept()
         except OSError as error:
@@ -53,8 +54,9 @@ class Door:
         if len(self._asked) >= AT_ONCE:
             log.warning("%d processes ask for the pool at once; one more is hung up on", AT_ONCE)
             connection.close()
+            refused()
             return
-        task = asyncio.get_running_loop().create_task(self._serve(connection), name="hand a pool out")
+        task = asyncio.get_running_loop().create_task(self._serve(connection, refused), name="hand a pool out")
         self._asked.add(task)
         task.add_done_callback(partial(self._served, connection))
 
@@ -64,20 +66,23 @@ class Door:
         for task in self._asked:
             task.cancel()
 
-    async def _serve(self, connection: socket.socket) -> None:
+    async def _serve(self, connection: socket.socket, refused: Callable[[], None]) -> None:
         pid, uid, _ = struct.unpack(CREDENTIALS, connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(CREDENTIALS)))
-        if uid != os.getuid():
-            log.warning(REFUSED, pid, uid, "is another user's")
-            return
+        if (fault := "is another user's" if uid != os.getuid() else await self._asks(connection)) is not None:
+            log.warning(REFUSED, pid, uid, fault)
+            refused()
+
+    async def _asks(self, connection: socket.socket) -> str | None:
+        """Give the file to one who knows; else why not."""
         try:
             async with asyncio.timeout(ANSWER_S):
                 knows = await self._knows(connection)
-            if knows:
-                socket.send_fds(connection, [b"\0"], [self._fd], flags=socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            else:
-                log.warning(REFUSED, pid, uid, "does not know what was said on a lane")
+            if not knows:
+                return "does not know what was said on a lane"
+            socket.send_fds(connection, [b"\0"], [self._fd], flags=socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError as error:  # TimeoutError is one
-            log.warning(REFUSED, pid, uid, f"did not say what was said on a lane ({error or type(error).__name__})")
+            return f"did not say what was said on a lane ({error or type(error).__name__})"
+        return None
 
     async def _knows(self, connection: socket.socket) -> bool:
         challenge = secrets.token_bytes(CHALLENGE_BYTES)

@@ -27,6 +27,10 @@ class SourceEvents(Protocol):
         """Nothing reads the transfer's blocks any more: they may be freed and written."""
         ...
 
+    def turned_away(self) -> None:
+        """Of no transfer: a process asked for the memory of a pool and got nothing."""
+        ...
+
 
 class DestinationEvents(Protocol):
     """For every transfer expected: perhaps `offered`, then perhaps `nearly_done`; then exactly one of `committed` and `failed`;
@@ -40,8 +44,9 @@ class DestinationEvents(Protocol):
         """An offered transfer that waits for its grant will not be waited for long once it has it."""
         ...
 
-    def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float) -> None:
-        """All KV lies in the granted blocks, which belong to the worker from here on."""
+    def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float, lacking: tuple[int, ...]) -> None:
+        """All KV lies in the granted blocks, which belong to the worker from here on. `lacking`: the window groups whose first granted
+        block holds rubbish before the window, where the source's blocks are shorter: nobody may find that block by its prefix."""
         ...
 
     def failed(self, transfer_id: str, error: DiptychError) -> None:

@@ -22,6 +22,13 @@ def refusal(ours: Hello, theirs: Hello) -> Refused | None:
     return None
 
 
+def answer_fault(ours: Hello, theirs: Hello) -> str | None:
+    """What is wrong with a destination's answer to our Hello."""
+    if (refused := refusal(ours, theirs)) is not None:
+        return refused.message
+    return None if len(theirs.transports) == 1 else f"{theirs.worker_id} has chosen no transport."
+
+
 def common_transports(ours: Hello, theirs: Hello) -> tuple[Transport, ...]:
     """Those that both ends may use, in our order."""
     common = (transport for transport in ours.transports if transport in theirs.transports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -64,10 +65,10 @@ class Pool:
         """Set the epoch word of `slot` (`SharedFile.set_word`)."""
         self.memory.shared.set_word(slot, word)
 
-    def hand_out(self) -> None:
-        """Give the shared file to one process that has connected, if it is of the same user and knows what `endpoint` says (`door`). On the
-        asyncio thread; does not block."""
-        self.memory.shared.hand_out()
+    def hand_out(self, refused: Callable[[], None] = lambda: None) -> None:
+        """Give the shared file to one process that has connected, if it is of the same user and knows what `endpoint` says (`door`); else
+        call `refused`. On the asyncio thread; does not block."""
+        self.memory.shared.hand_out(refused)
 
     def stored(self, layer: int) -> None:
         """Said by the engine, on the thread and the stream that it computes with, when it has asked for the stores of `layer`'s KV and

@@ -20,6 +20,8 @@ class Receipt:
         self._routes = routes
         self._blocks = groups
         firsts = first_positions(source, groups, prompt_tokens)
+        self.lacking = tuple(g for g, (grant, first) in enumerate(zip(groups, firsts, strict=True)) if grant.first_position < first)
+        """The groups whose first granted block lacks its beginning, which the source no longer holds."""
         self._covered = tuple(Coverage(route.groups, firsts, prompt_tokens) for route in routes)
         self._copying: dict[int, int] = {}
         """The bytes of each piece under way."""

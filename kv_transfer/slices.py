@@ -43,7 +43,7 @@ def slices(source: Layout, destination: Layout) -> tuple[Slice, ...]:
 
     Takes 50 µs between two ranks, 2 ms between sixteen and sixteen.
     """
-    if (difference := source.model_difference(destination)) is not None:
+    if (difference := source.difference(destination)) is not None:
         raise ValueError(difference)
     sent = [0] * source.ranks
     found: list[Slice] = []

@@ -28,7 +28,7 @@ from .actions import (
     TellReleased,
 )
 from .alarm import Alarm
-from .answers import Connected, Fenced, PairBroken, Said, Sent, SourceAnswer, Staged
+from .answers import Connected, Fenced, PairBroken, Said, Sent, SourceAnswer, Staged, TurnedAway
 from .events import SourceEvents
 from .geometry import SLOTS
 from .lanes import DialLane, Lane
@@ -183,6 +183,8 @@ class Source:
                 self._do(machine.connected(lane, now, route))
             case PairBroken(lane, reason):
                 self._do(machine.pair_broken(lane, reason, now))
+            case TurnedAway():
+                self._events.turned_away()
 
     def _hang_up(self, lane: int, reason: str) -> None:
         log.info("lane %d closed: %s", lane, reason)

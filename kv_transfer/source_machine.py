@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from ..core.errors import Cancelled, DiptychError, Internal, InvalidRequest, TransferFailed
 from ..core.layout import Layout
 from ..core.request import Token
-from ..core.transfer import Ack, Cancel, Grant, Hello, KeepAlive, LaneMessage, NearlyDone, Offer, Refused, Rendezvous
+from ..core.transfer import Ack, Cancel, Grant, Hello, LaneMessage, NearlyDone, Offer, Refused, Rendezvous
 from .actions import (
     Connect,
     Detach,
@@ -35,13 +35,13 @@ from .actions import (
 from .announcing import to_read, to_stage
 from .closed_ids import ClosedIds
 from .coverage import Coverage
-from .faults import grant_fault, refusal
-from .source_state import Lane, State, Transfer, granted_by_lane
+from .faults import answer_fault, grant_fault
+from .keep_alive import GrantsKept
+from .source_state import Lane, State, Transfer
 from .staging import Staging
 
 HANDSHAKE_S = 10.0
 """Longest time from dialling to the peer's Hello. Twice what the destination allows itself, so that its reason arrives."""
-KEEP_ALIVES_PER_LEASE = 3
 
 
 class SourceMachine:
@@ -63,7 +63,7 @@ class SourceMachine:
         self._words = [0] * slots
         self._free_slots = list(range(slots))
         self._dirty: dict[str, None] = {}
-        self._keep_alive_at: float | None = None
+        self._keep_alive = GrantsKept(lease_s)
 
     # -- calls of the worker ------------------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ class SourceMachine:
 
     def next_deadline(self) -> float | None:
         """When `expire` is due; None if nothing waits."""
-        times = [lane.opened_by for lane in self._lanes.values()] + [t.acked_by for t in self._transfers.values()] + [self._keep_alive_at]
+        times = [lane.opened_by for lane in self._lanes.values()] + [t.acked_by for t in self._transfers.values()] + [self._keep_alive.due]
         return min((time for time in times if time is not None), default=None)
 
     def expire(self, now: float) -> list[SourceAction]:
@@ -229,9 +229,7 @@ class SourceMachine:
         for transfer in list(self._transfers.values()):
             if transfer.acked_by is not None and transfer.acked_by <= now:
                 actions += self._unacknowledged(transfer, now)
-        if self._keep_alive_at is not None and self._keep_alive_at <= now:
-            actions += self._keep_alive(now)
-        return actions
+        return [*actions, *self._keep_alive.say(self._transfers, now)]
 
     # -- for tests and reports ----------------------------------------------------------------------------------------
 
@@ -255,7 +253,7 @@ class SourceMachine:
             fencing = transfer.state is State.FENCING
             assert fencing != (transfer.lane in self._lanes and transfer.transfer_id in self._lanes[transfer.lane].transfers)
             transfer.check()
-        assert not granted_by_lane(self._transfers) or self._keep_alive_at is not None, "a grant is kept alive"
+        self._keep_alive.check(self._transfers)
         assert all(self._transfers[transfer_id].state in (State.OFFERED, State.GRANTED) for transfer_id in self._dirty)
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -275,10 +273,8 @@ class SourceMachine:
     def _welcome(self, lane: Lane, message: LaneMessage, now: float) -> list[SourceAction]:
         if not isinstance(message, Hello):
             return self._hang_up(lane.number, f"It said {type(message).__name__} before Hello.", now)
-        if (refused := refusal(self._hello, message)) is not None:
-            return self._hang_up(lane.number, refused.message, now)
-        if len(message.transports) != 1:
-            return self._hang_up(lane.number, f"{message.worker_id} has chosen no transport.", now)
+        if (fault := answer_fault(self._hello, message)) is not None:
+            return self._hang_up(lane.number, fault, now)
         lane.opened(message, self._layout)
         offers = (self._transfers[transfer_id] for transfer_id in self._transfers if transfer_id in lane.transfers)
         actions: list[SourceAction] = [Send(lane.number, message) for offer in offers for message in offer.opening()]
@@ -298,8 +294,7 @@ class SourceMachine:
         if (wrong := grant_fault(grant.groups, transfer.prompt_tokens, lane.layout)) is not None:
             return self._fail(transfer, TransferFailed(f"The destination's Grant is wrong: {wrong}."), now, tell_peer=wrong)
         transfer.granted(grant, lane, self._layout)
-        if self._keep_alive_at is None:
-            self._keep_alive_at = now + self._lease_s / KEEP_ALIVES_PER_LEASE
+        self._keep_alive.begin(now)
         return [TellGranted(transfer.transfer_id), *self._advance(transfer, now)]
 
     def _advance(self, transfer: Transfer, now: float) -> list[SourceAction]:
@@ -357,11 +352,6 @@ class SourceMachine:
         if now - lane.heard_at >= self._lease_s:
             return self._hang_up(lane.number, message, now)
         return self._fail(transfer, TransferFailed(message), now, tell_peer=message)
-
-    def _keep_alive(self, now: float) -> list[SourceAction]:
-        granted = granted_by_lane(self._transfers)
-        self._keep_alive_at = now + self._lease_s / KEEP_ALIVES_PER_LEASE if granted else None
-        return [Send(lane, KeepAlive(ids)) for lane, ids in granted.items()]
 
     def _fence(self, transfer: Transfer, now: float) -> Fence:
         """Terminal: from here on the transfer only waits for its fence. The word is spent, whatever the end was, so that every

@@ -9,7 +9,7 @@ from functools import partial
 from ..core.layout import Layout
 from ..core.transfer import ShmEndpoint
 from .actions import Connect, Detach, Fence, Introduce, Post, Stage
-from .answers import Connected, Fenced, PairBroken, Said, Sent, SourceAnswer, Staged
+from .answers import Connected, Fenced, PairBroken, Said, Sent, SourceAnswer, Staged, TurnedAway
 from .crossing import Crossing
 from .pool import Pool
 from .ranks import SourceOrder
@@ -32,7 +32,7 @@ class SourceRank:
         self._pairs: dict[tuple[int, int], Outgoing] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(pool.listener, pool.hand_out)
+        self._loop.add_reader(pool.listener, pool.hand_out, lambda: answer(TurnedAway()))
 
     @property
     def endpoint(self) -> ShmEndpoint:

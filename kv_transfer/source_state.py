@@ -98,15 +98,6 @@ class Transfer:
         assert bool(self.fencing) == (self.state is State.FENCING), "fencing waits for ranks"
 
 
-def granted_by_lane(transfers: Mapping[str, Transfer]) -> dict[int, tuple[str, ...]]:
-    """The transfers granted and not yet committed."""
-    granted: dict[int, tuple[str, ...]] = {}
-    for transfer in transfers.values():
-        if transfer.state is State.GRANTED:
-            granted[transfer.lane] = (*granted.get(transfer.lane, ()), transfer.transfer_id)
-    return granted
-
-
 @dataclass(slots=True)
 class Lane:
     number: int

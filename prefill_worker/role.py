@@ -203,6 +203,9 @@ class PrefillRole:
         self._drawn.pop(transfer_id, None)
         self._scheduler.release(transfer_id, self._clock.now())
 
+    def turned_away(self) -> None:
+        self._reporter.count("diptych_worker_pool_refusals_total")
+
     # What the worker says of itself.
 
     def report(self) -> WorkerReport:
@@ -235,3 +238,6 @@ class _Events:
 
     def released(self, transfer_id: str) -> None:
         self._inbox.put(partial(self._role.released, transfer_id))
+
+    def turned_away(self) -> None:
+        self._inbox.put(self._role.turned_away)

@@ -60,7 +60,9 @@ class Grants:
         self.destination.grant(transfer_id, (GroupGrant(0, blocks),) * len(self._layout.groups))
 
     def nearly_done(self, transfer_id: str) -> None: ...
-    def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float) -> None: ...
+    def committed(
+        self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float, lacking: tuple[int, ...]
+    ) -> None: ...
     def released(self, transfer_id: str) -> None: ...
 
     def failed(self, transfer_id: str, error: DiptychError) -> None:
@@ -143,6 +145,8 @@ class Here:
 
     def granted(self, transfer_id: str) -> None:
         self.wait("granted", transfer_id).set_result(None)
+
+    def turned_away(self) -> None: ...
 
     def handed_over(self, transfer_id: str, kv_bytes: int, seconds: float, transport: str) -> None:
         self.moved += kv_bytes

@@ -48,7 +48,6 @@ def test_a_window_belongs_to_a_window_group(kind: CacheKind, window: int) -> Non
         ("fingerprint", "xyz"),
         ("groups", (replace(FULL, head_dim=4), WINDOW)),
         ("groups[1].window", (FULL, replace(WINDOW, window=5))),
-        ("block_size", 32),
     ],
 )
 def test_a_difference_that_matters_is_named(name: str, value: object) -> None:
@@ -71,16 +70,11 @@ def test_bfloat16_and_float32_may_exchange() -> None:
     assert other.difference(LAYOUT) is None
 
 
-def test_block_sizes_may_differ_where_there_is_no_window() -> None:
-    full = replace(LAYOUT, groups=(FULL,), num_blocks=(10,))
-    assert full.difference(replace(full, block_size=32)) is None
-
-
-def test_what_resharding_bridges_is_no_difference_of_the_model() -> None:
+def test_what_resharding_bridges_is_no_difference() -> None:
     other = Layout("abc", tuple(replace(group, dtype=DType.FLOAT32) for group in (FULL, WINDOW)), 32, (1, 2), tp=4, stages=(1, 1, 1))
-    assert LAYOUT.model_difference(other) is None
-    assert (LAYOUT.model_difference(replace(other, groups=(FULL,), num_blocks=(1,))) or "").startswith("groups")
-    assert (LAYOUT.model_difference(replace(other, fingerprint="x")) or "").startswith("fingerprint")
+    assert LAYOUT.difference(other) is None
+    assert (LAYOUT.difference(replace(other, groups=(FULL,), num_blocks=(1,))) or "").startswith("groups")
+    assert (LAYOUT.difference(replace(other, fingerprint="x")) or "").startswith("fingerprint")
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,22 @@ def test_the_least_recently_used_is_evicted() -> None:
     pool.check()
 
 
+@pytest.mark.parametrize(("lacking", "found"), [((), 96), ((1,), 0)])
+def test_a_block_that_came_without_its_beginning_is_found_by_nobody(lacking: tuple[int, ...], found: int) -> None:
+    """Granted from the window on, by a source whose blocks are shorter; what follows it is found, once the window has left that block."""
+    pool, ids = pool_of(0, 20), tokens(128)
+    table = pool.open(hashes_of(ids[:96]))
+    assert table.extend(96, 96)
+    table.publish(ids, 96, lacking)
+    assert pool.match(hashes_of(ids), 96) == found
+    assert table.extend(128, 96)
+    table.publish(ids, 128)
+    assert pool.match(hashes_of(ids), 128) == 128
+    table.close()
+    assert pool.match(hashes_of(ids), 96) == found
+    pool.check()
+
+
 def test_a_window_group_needs_only_its_window_for_a_hit() -> None:
     pool = pool_of(0, 20)
     table = compute(pool, tokens(96))

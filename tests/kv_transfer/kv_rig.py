@@ -299,6 +299,7 @@ class PrefillEnd:
         self.diary = Diary()
         self.prompts: dict[str, tuple[int, Tables]] = {}
         self.bytes: dict[str, int] = {}
+        self.turned_away_said = 0
         self._freed = asyncio.Event()
         self.source = Source(
             worker_id,
@@ -316,6 +317,9 @@ class PrefillEnd:
 
     def granted(self, transfer_id: str) -> None:
         self.diary.write("granted", transfer_id)
+
+    def turned_away(self) -> None:
+        self.turned_away_said += 1
 
     def handed_over(self, transfer_id: str, kv_bytes: int, seconds: float, transport: str) -> None:
         assert transport in self.transports
@@ -422,7 +426,7 @@ class DecodeEnd:
     def nearly_done(self, transfer_id: str) -> None:
         self.nearly_done_said.append(transfer_id)
 
-    def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float) -> None:
+    def committed(self, transfer_id: str, first_tokens: tuple[Token, ...], kv_bytes: int, seconds: float, lacking: tuple[int, ...]) -> None:
         assert first_tokens == TOKENS
         tokens, groups = self.granted.pop(transfer_id)
         firsts = first_positions(self.comes_from, groups, tokens)

@@ -539,9 +539,10 @@ class World:
                     assert transfer_id in side.waiting, "only of what is offered and not granted"
                     assert transfer_id not in side.nearly_done, "once"
                     side.nearly_done.add(transfer_id)
-                case TellCommitted(transfer_id, first_tokens, kv_bytes, _):
+                case TellCommitted(transfer_id, first_tokens, kv_bytes, _, lacking):
                     side.told[transfer_id].append("committed")
                     assert first_tokens == FIRST_TOKENS
+                    assert lacking == self._lacking(transfer_id)
                     assert kv_bytes == self._verify(transfer_id)
                     self.committed.append(transfer_id)
                     side.memory.give_back(transfer_id)
@@ -551,6 +552,12 @@ class World:
                 case TellReleased(transfer_id):
                     side.told[transfer_id].append("released")
                     side.memory.give_back(transfer_id)
+
+    def _lacking(self, transfer_id: str) -> tuple[int, ...]:
+        """The groups in whose first granted block a whole block of the source is missing, or what is left of one."""
+        granted, tokens, size = self.destination.granted[transfer_id], self.tokens_of(transfer_id), self.here.block_size
+        needed = [group.first_needed(tokens) // size * size for group in self.here.groups]
+        return tuple(g for g, grant in enumerate(granted) if any(position < needed[g] for position in range(grant.first_position, tokens)))
 
     def _verify(self, transfer_id: str) -> int:
         """Every granted position of every layer holds what the source computed; the bytes of them."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import hmac
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,19 +28,12 @@ from diptych.kv_transfer.transports.rendezvous import ToldStore
 from diptych.kv_transfer.transports.shm import attach
 from diptych.kv_transfer.transports.two_sided import DESTINATION, SOURCE
 from diptych.rpc.lane import dial_lane
-from kv_rig import GLOO, SHM, DecodeEnd, Exchange, PrefillEnd, Way, decode_end, layout_with, left_behind, prefill_end
+from kv_rig import GLOO, LAYOUT, SHM, DecodeEnd, Exchange, PrefillEnd, Way, decode_end, eventually, layout_with, prefill_end
 from torch.distributed import ProcessGroupGloo
 
 NOBODY = 65534
 WAIT_S = 10.0
-
-
-@pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    yield
-    if left_behind():
-        gc.collect()
-    assert left_behind() == []
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 # Shared memory: the socket that hands it out.
@@ -96,6 +89,19 @@ def test_who_was_not_told_gets_no_memory(pool: Pool, caplog: pytest.LogCaptureFi
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == 3
     assert all(f"process {os.getpid()} of user {os.getuid()}" in line and "does not know what was said on a lane" in line for line in told)
+
+
+def test_the_worker_is_told_who_was_turned_away_at_any_rank() -> None:
+    async def run() -> None:
+        async with prefill_end(SHM, None, 5.0, like=replace(LAYOUT, tp=2)) as prefill:
+            for pool in prefill.pools:
+                assert await given(pool, None) == b"\0"
+            assert prefill.turned_away_said == 0
+            for number, pool in enumerate(prefill.pools, 1):
+                assert await given(pool, b"x" * 32) == b""
+                await eventually(lambda number=number: prefill.turned_away_said == number)
+
+    asyncio.run(run())
 
 
 def test_an_answer_that_was_overheard_is_good_once(pool: Pool) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,18 +33,11 @@ from kv_rig import (
     eventually,
     expected_rows,
     layout_with,
-    left_behind,
     rig,
     write,
 )
 
-
-@pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    yield
-    if left_behind():
-        gc.collect()
-    assert left_behind() == []
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 async def hand_over(prefill: PrefillEnd, decode: DecodeEnd, address: str, transfer_id: str, tokens: int, *, at_once: bool = False) -> None:

@@ -17,7 +17,6 @@ from kv_world import GLOO, GROUPS, LAYOUT, World, hello
     ("theirs", "reason", "words"),
     [
         (replace(hello("P", 1), protocol_version=1), RefusedReason.LAYOUT, f"protocol_version differs: {PROTOCOL_VERSION} here, 1 at P"),
-        (hello("P", 1, replace(LAYOUT, block_size=32)), RefusedReason.LAYOUT, "block_size differs"),
         (hello("P", 1, replace(LAYOUT, fingerprint="other")), RefusedReason.LAYOUT, "fingerprint differs"),
         (hello("P", 1, replace(LAYOUT, fingerprint="other")), RefusedReason.LAYOUT, "weights, settings (rope among them) or dtype are not"),
         (
@@ -79,9 +78,8 @@ def test_a_transport_that_the_pools_cannot_use_is_refused_by_name(wanted: Transp
     assert transports_for((wanted,), on_gpu=not on_gpu) == (wanted,)
 
 
-def test_workers_of_different_block_size_may_exchange_what_has_no_window() -> None:
-    full = replace(LAYOUT, groups=GROUPS[:1], num_blocks=(40,))
-    assert refusal(hello("D", 2, full), hello("P", 1, replace(full, block_size=32))) is None
+def test_workers_of_different_block_size_may_exchange() -> None:
+    assert refusal(hello("D", 2), hello("P", 1, replace(LAYOUT, block_size=32))) is None
 
 
 def test_one_pool_of_two_ranks_is_no_shared_memory() -> None:
@@ -97,7 +95,7 @@ def test_workers_of_different_parallelism_may_exchange() -> None:
 
 def test_the_refusal_reaches_every_waiting_offer() -> None:
     world = World()
-    world.source.machine._hello = hello("P", 1, replace(LAYOUT, block_size=32))
+    world.source.machine._hello = hello("P", 1, replace(LAYOUT, fingerprint="other"))
     world.expect("a/5")
     world.offer("a/5", 5)
     world.offer("b/5", 5)

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 from diptych.core.errors import Internal
-from diptych.core.layout import Layout, even_stages
+from diptych.core.layout import even_stages
 from diptych.core.transfer import Epoch, Ready, Refused, Transport
 from diptych.kv_transfer.actions import Copy, HangUp, Send, TellReleased
 from kv_world import GLOO, LAYERS, SHM, SLOTS, World, many
@@ -51,9 +51,7 @@ def test_any_parallelism_to_any(tp: int, pp: int, there_tp: int, there_pp: int) 
 
 @pytest.mark.parametrize("transports", [SHM, GLOO], ids=["shm", "gloo"])
 @pytest.mark.parametrize(("size", "size_there"), [(4, 8), (8, 4), (4, 6), (6, 4), (2, 16)])
-def test_any_block_size_to_any(size: int, size_there: int, transports: tuple[Transport, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machines do, also where a window keeps the handshake from it."""
-    monkeypatch.setattr(Layout, "difference", Layout.model_difference)
+def test_any_block_size_to_any(size: int, size_there: int, transports: tuple[Transport, ...]) -> None:
     world = World(transports, many(2, (2, 3), size), many(1, (1, 4), size_there))
     hand_over(world, "a/23", 1, random.Random(size))
     hand_over(world, "b/3", 0, random.Random(size))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 from collections.abc import Iterator
 
@@ -11,17 +10,14 @@ import pytest
 from diptych.core.errors import TransferFailed
 from diptych.kv_transfer.transports import nccl, wiring
 from fake_nccl import Fabric, FakeNccl
-from kv_rig import FAKE_NCCL, LAYERS, TOKENS, DecodeEnd, PrefillEnd, eventually, left_behind, rig
+from kv_rig import FAKE_NCCL, LAYERS, TOKENS, DecodeEnd, PrefillEnd, eventually, rig
 
 
 @pytest.fixture
-def fabric(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fabric]:
+def fabric(nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fabric]:
     made = Fabric()
     monkeypatch.setattr(wiring, "Nccl", lambda _: FakeNccl(made))
     yield made
-    if left_behind():
-        gc.collect()
-    assert left_behind() == []
     assert made.alive == 0
     assert made.broken_rules == []
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from kv_rig import (
     PrefillEnd,
     Way,
     decode_end,
-    left_behind,
     pool_sockets,
     pool_sockets_of,
     prefill_end,
@@ -36,13 +34,9 @@ pytestmark = pytest.mark.parametrize("way", BETWEEN_PROCESSES)
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def shared_gpu(nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SHARED_GPU.items():
         monkeypatch.setenv(name, value)
-    yield
-    if left_behind():
-        gc.collect()
-    assert left_behind() == []
 
 
 class Peer:

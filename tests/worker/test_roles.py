@@ -257,6 +257,17 @@ def test_a_transfer_that_fails_while_the_prompt_is_computed_ends_it() -> None:
     assert dict(desk.role.report().counters)["diptych_worker_transfers_failed_total"] == 1
 
 
+def test_who_was_turned_away_at_a_pool_is_counted() -> None:
+    desk = prefilling(asked(100))
+    desk.notes.events.turned_away()
+    desk.run_dry()
+    desk.notes.events.failed("a", TransferFailed("the lane broke"))
+    desk.notes.events.released("a")
+    desk.run_dry()
+    desk.clean()
+    assert dict(desk.role.report().counters)["diptych_worker_pool_refusals_total"] == 1
+
+
 def test_a_failed_step_fails_its_prompt_and_not_the_next() -> None:
     desk = prefilling(asked(60))
     desk.role.command(desk.ear, Prefill("b", asked(60, start=40), "d:1"))
@@ -318,7 +329,7 @@ def decoding(**sampling: Any) -> Desk:
 def test_an_attempt_is_expected_granted_and_decoded_after_its_commit() -> None:
     desk = decoding()
     assert not desk.flying
-    desk.notes.events.committed("a", (Token(0, 9),), 4096, 0.1)
+    desk.notes.events.committed("a", (Token(0, 9),), 4096, 0.1, ())
     desk.turn()
     assert len(desk.flying) == 2, "the second step is decided while the first is in flight"
     desk.run_dry()
@@ -330,7 +341,7 @@ def test_an_attempt_is_expected_granted_and_decoded_after_its_commit() -> None:
 def test_a_commit_without_every_first_token_fails_the_attempt_and_gives_the_blocks_back() -> None:
     for firsts in ((), (Token(0, 9, choice=1),), (Token(0, 9), Token(0, 9, choice=1))):
         desk = decoding()
-        desk.notes.events.committed("a", firsts, 4096, 0.1)
+        desk.notes.events.committed("a", firsts, 4096, 0.1, ())
         desk.turn()
         assert isinstance(desk.said[-1], Failed)
         assert isinstance(desk.said[-1].error, TransferFailed)
@@ -357,7 +368,7 @@ def test_what_is_nearly_done_gets_the_blocks_kept_for_growth() -> None:
 def test_a_stop_that_crosses_the_commit_gives_the_blocks_back() -> None:
     desk = decoding()
     desk.role.command(desk.ear, Stop("a"))
-    desk.notes.events.committed("a", (Token(0, 9),), 4096, 0.1)  # the destination was faster than the stop
+    desk.notes.events.committed("a", (Token(0, 9),), 4096, 0.1, ())  # the destination was faster than the stop
     (failed,) = desk.turn()
     assert isinstance(failed.error, Cancelled)
     assert desk.notes.named("cancel") == [["a"]]
@@ -378,7 +389,7 @@ def test_a_stop_before_the_commit_keeps_the_blocks_until_the_fence() -> None:
 
 def test_choices_end_one_by_one_and_the_attempt_behind_the_last() -> None:
     desk = decoding(n=3)
-    desk.notes.events.committed("a", (Token(0, 9), Token(0, EOS, choice=1), Token(0, 9, choice=2)), 4096, 0.1)
+    desk.notes.events.committed("a", (Token(0, 9), Token(0, EOS, choice=1), Token(0, 9, choice=2)), 4096, 0.1, ())
     desk.turn()
     desk.ran()
     desk.role.command(desk.ear, Stop("a", 0))
@@ -394,7 +405,7 @@ def test_choices_end_one_by_one_and_the_attempt_behind_the_last() -> None:
 def test_a_stop_of_the_last_choice_ends_the_attempt() -> None:
     desk = decoding(n=2)
     desk.role.command(desk.ear, Stop("a", 1))
-    desk.notes.events.committed("a", (Token(0, 9), Token(0, 9, choice=1)), 4096, 0.1)
+    desk.notes.events.committed("a", (Token(0, 9), Token(0, 9, choice=1)), 4096, 0.1, ())
     desk.turn()
     desk.role.command(desk.ear, Stop("a", 0))
     assert desk.turn() == [Finished("a")]
@@ -404,7 +415,7 @@ def test_a_stop_of_the_last_choice_ends_the_attempt() -> None:
 
 def test_a_router_that_stops_an_attempt_ends_all_its_choices() -> None:
     desk = decoding(n=4)
-    desk.notes.events.committed("a", tuple(Token(0, 9, choice=choice) for choice in range(4)), 4096, 0.1)
+    desk.notes.events.committed("a", tuple(Token(0, 9, choice=choice) for choice in range(4)), 4096, 0.1, ())
     desk.turn()
     desk.role.drain()
     assert desk.role.report().running == 4
@@ -422,7 +433,7 @@ def test_a_failed_step_fails_the_attempts_whose_blocks_it_should_have_copied() -
     desk.role.command(desk.ear, Decode("a", resumed))
     desk.notes.events.offered("a", 5)
     desk.turn()
-    desk.notes.events.committed("a", (), 4096, 0.1)
+    desk.notes.events.committed("a", (), 4096, 0.1, ())
     desk.ran()
     step = next(decision for decision in desk.flying if decision.forked)
     assert (step.attempts, step.forked) == (("long",), ("a",)), "the long prompt leaves a no room in this step"
@@ -460,7 +471,7 @@ def test_an_offer_of_another_prompt_is_refused_and_fails_the_attempt() -> None:
 
 def test_a_failed_step_fails_every_attempt_in_it() -> None:
     desk = decoding()
-    desk.notes.events.committed("a", (Token(0, 9),), 4096, 0.1)
+    desk.notes.events.committed("a", (Token(0, 9),), 4096, 0.1, ())
     desk.role.command(desk.ear, Decode("b", asked(20, start=50), local_prefill=True))
     desk.turn()
     for decision in list(desk.flying):
