@@ -9,11 +9,13 @@ from enum import StrEnum
 class Doing(StrEnum):
     """What a span is about. A span lies within the one that was begun before it on its thread, if that has not ended."""
 
-    # The engine's thread: either of the first two, then a step, again and again.
+    # The engine's thread: one of the first three, then a step, again and again.
     IDLE = "idle"
     """There is nothing to compute."""
     WAIT = "wait for a decision"
     """There is, and the engine has not yet been told."""
+    UNDER_WAY = "wait for a step under way"
+    """Nor need it be: a GPU, or the other stages of the worker, still compute a step before. Or a thread waits for the output of one."""
     STEP = "step"
     COPY_BLOCKS = "copy forked blocks"
     INPUTS = "inputs"

@@ -2,7 +2,7 @@
 
 Shapes are few (decode_shapes.py). A step's inputs are written in host memory, where those of the step before still are, and go in one copy
 to the place that the captured step reads. Rows that fill the shape compute token 0 at position 0 of a scratch block, which no sequence has,
-and nothing is drawn from them. The shapes share one memory pool: one step is over when the next begins.
+and nothing is drawn from them. The shapes share one memory pool: on the device one step is over when the next begins.
 
 What is captured, and how, is `Capture`'s affair: CUDA graphs on a GPU (cuda_capture.py); `run_again`, which captures nothing, is the same
 code step by step.
@@ -10,8 +10,10 @@ code step by step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from .batch import Row
 from .decode_inputs import DecodeInputs, decodes
 from .decode_shapes import DecodeShape, shape_for
 from .inputs import Inputs
+from .marks import Mark, new_mark
 
 Replay = Callable[[], Tensor]
 """Compute what was captured, over what its memory holds now; the result's own memory is that of every replay."""
@@ -36,9 +39,10 @@ def run_again(run: Callable[[], Tensor]) -> Replay:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """here: the inputs in this host's memory; there: the memory that the step reads."""
+    """here: the inputs in this host's memory, by turns, each with a mark behind its copy: one is filled while the other may still be on its
+    way. there: the memory that the step reads."""
 
-    here: DecodeInputs
+    here: Iterator[tuple[DecodeInputs, Mark]]
     there: Tensor
     replay: Replay
 
@@ -75,11 +79,14 @@ class DecodeGraphs:
         self._fill = Row(slot=0, start=0, token_ids=(0,), tables=tuple((block,) for block in scratch))
         self._steps: dict[DecodeShape, _Captured] = {}
         for shape in shapes:
-            here = DecodeInputs(groups, block_size=block_size, rows=shape.rows, context=shape.context, pinned=device.type == "cuda")
-            here.fill([self._fill] * shape.rows, ())
-            there = torch.empty(here.whole.shape, dtype=torch.int64, device=device).copy_(here.whole)
-            inputs = here.cut(there, shape.rows)
-            self._steps[shape] = _Captured(here, there, capture(lambda inputs=inputs: forward(inputs)))  # type: ignore[misc]
+            both = [
+                DecodeInputs(groups, block_size=block_size, rows=shape.rows, context=shape.context, pinned=device.type == "cuda")
+                for _ in range(2)
+            ]
+            both[0].fill([self._fill] * shape.rows, ())
+            there = torch.empty(both[0].whole.shape, dtype=torch.int64, device=device).copy_(both[0].whole)
+            replay = capture(partial(forward, both[0].cut(there, shape.rows)))
+            self._steps[shape] = _Captured(cycle([(each, new_mark(device)) for each in both]), there, replay)
             captured(len(self._steps))
 
     def step(self, rows: Sequence[Row], last_drawn: Sequence[int]) -> Step | None:
@@ -88,6 +95,9 @@ class DecodeGraphs:
         if shape is None:
             return None
         step = self._steps[shape]
-        step.here.fill((*rows, *[self._fill] * (shape.rows - len(rows))), last_drawn)
-        step.there.copy_(step.here.whole, non_blocking=True)  # the step before, which read it, is over
+        here, sent = next(step.here)
+        sent.synchronize()  # what was in it two steps of this shape ago
+        here.fill((*rows, *[self._fill] * (shape.rows - len(rows))), last_drawn)
+        step.there.copy_(here.whole, non_blocking=True)  # the device makes it behind the step before, which reads it
+        sent.record()
         return Step(step.replay, len(rows))

@@ -1,9 +1,14 @@
-"""The engine: runs one batch after another. It knows no request, only rows, slots and blocks."""
+"""The engine: runs one batch after another. It knows no request, only rows, slots and blocks.
+
+On a GPU nothing of a step waits for it: `launch` asks for all of it, what was drawn goes to the next step there, and comes to this host by
+a copy that is waited for when the step's output is. What the host writes for a step is in memory that nothing earlier still reads.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +20,21 @@ from ..core.spans import span
 from ..kernels.attend_singles import fits
 from ..kernels.block_copy import copy_blocks
 from ..kernels.penalties import Seen
-from .batch import Batch, BlockCopy, Draw, Drawn, Row, StepOutput
+from ..kernels.sent import sent
+from .batch import Batch, BlockCopy, Draw, Row, StepOutput
 from .decode_graphs import Capture, DecodeGraphs, Step
 from .decode_inputs import DecodeInputs, decodes
 from .decode_shapes import DecodeShape
 from .decoder import LoadedDecoder
+from .drawn_there import DrawnThere
 from .foreign import TransformersDecoder
 from .inputs import CPU, Inputs, make_inputs
 from .last_drawn import LastDrawn
+from .marks import arriving
 from .parallel import Parallel
 from .placing import Upload
 from .prepared import PreparedModel
-from .sampler import sample
+from .sampler import Sampled, sample
 from .weights import TORCH_DTYPE
 
 
@@ -62,6 +70,9 @@ class Engine:
         self.hold(caches)
         self._kept: DecodeInputs | None = None
         self.last_drawn = LastDrawn(max_slots)
+        """What this host knows. On a GPU a step reads `_there`, and `_last` has names for what is there."""
+        self._there = None if device.type == "cpu" else DrawnThere(max_slots, device)
+        self._last: Sequence[int] = self.last_drawn.tokens if self._there is None else self._there.names
         self._seen: list[Seen | None] = [None] * max_slots
 
     def hold(self, caches: Sequence[Sequence[Tensor]], stored: Callable[[int], None] | None = None) -> None:
@@ -78,7 +89,7 @@ class Engine:
         device cannot capture a step."""
 
         def forward(inputs: Inputs) -> Tensor:
-            logits = self._decoder.logits(inputs, None)
+            logits = self._decoder.logits(self._filled(inputs), None)
             assert logits is not None, "this rank draws"
             return logits
 
@@ -93,13 +104,19 @@ class Engine:
             captured=captured,
         )
 
-    @torch.inference_mode()
     def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepOutput:
-        """Copy the blocks `batch` names, compute its rows, store their KV, draw what they ask for; returns when all is done.
+        """`launch`, and wait for the output."""
+        return self.launch(batch, on_layer)()
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> Callable[[], StepOutput]:
+        """Copy the blocks `batch` names, compute its rows, store their KV, draw what they ask for. On a CPU all is done when this returns;
+        a GPU has then been asked for it, behind what it was asked for before. What is returned waits for the output: to be called once,
+        on any thread, of one step after another; in a worker of many ranks before the next step.
 
         `on_layer(layer)` is called right after a layer's KV is stored, or on a GPU when that is asked for: whoever reads it has to wait for
         what `stored` noted. A row without token ids reads the token last drawn in
-        its slot, so a batch may be decided before the one before it is done.
+        its slot, so a batch may be decided, and launched, before the one before it is done.
 
         Of a worker of many ranks each runs the same batches, resolved by the leader's `last_drawn`; shard 0 of the last stage draws,
         and every other rank's output is empty. `Unavailable` names the ranks that take no part.
@@ -111,21 +128,29 @@ class Engine:
             with span(Doing.COPY_BLOCKS, batch.step):
                 self._copy(batch.copies)
         with span(Doing.INPUTS, batch.step):
-            step = None if self._graphs is None or on_layer is not None else self._graphs.step(batch.rows, self.last_drawn.tokens)
+            step = None if self._graphs is None or on_layer is not None else self._graphs.step(batch.rows, self._last)
             inputs = self.inputs_of(batch.rows) if step is None else None
         with span(Doing.FORWARD, batch.step):
             logits = self._logits(step, inputs, on_layer)
-        drawing = [row for row in batch.rows if row.draws]
-        drawn: dict[int, tuple[Drawn, ...]] = {}
-        if logits is not None:
-            with span(Doing.SAMPLE, batch.step):
-                seen = [self._seen_before(row) for row in drawing]
-                answers = sample(logits, [row.draws for row in drawing], seen)
-                drawn = {row.slot: each for row, each in zip(drawing, answers, strict=True)}
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # what draws nothing has not yet waited
+        sampled = self._sampled(batch, logits)
+        arrived = arriving(sampled.numbers, batch.step)
         eager = step is None and on_layer is None and device.type == "cuda" and decodes(batch.rows)
-        output = StepOutput(batch.step, tuple(drawn.get(row.slot, ()) for row in batch.rows), eager)
+        return partial(self._output, batch, sampled, arrived, eager)
+
+    def _sampled(self, batch: Batch, logits: Tensor | None) -> Sampled:
+        if logits is None:
+            nothing = torch.empty(0, dtype=torch.int64, device=self._upload.device)
+            return Sampled(nothing, nothing, ())
+        drawing = [row for row in batch.rows if row.draws]
+        with span(Doing.SAMPLE, batch.step):
+            sampled = sample(logits, [row.draws for row in drawing], [self._seen_before(row) for row in drawing])
+            if self._there is not None:
+                self._there.note(drawing, sampled.tokens)
+        return sampled
+
+    def _output(self, batch: Batch, sampled: Sampled, arrived: Callable[[], list[Any]], eager: bool) -> StepOutput:
+        answers = iter(sampled.drawn(arrived()))
+        output = StepOutput(batch.step, tuple([next(answers, ()) if row.draws else () for row in batch.rows]), eager)
         self.last_drawn.note(batch, output)
         return output
 
@@ -135,21 +160,24 @@ class Engine:
         if decodes(rows) and all(fits(self._dtype, group.head_dim, device) for group in self._groups):
             return self._kept_inputs(rows)
         return self._upload.batch(
-            make_inputs(rows, self.last_drawn.tokens, self._groups, block_size=self._block_size, dtype=self._dtype, device=device)
+            make_inputs(rows, self._last, self._groups, block_size=self._block_size, dtype=self._dtype, device=device)
         )
 
     def _kept_inputs(self, rows: Sequence[Row]) -> Inputs:
         kept, context = self._kept, 1 + max([row.start for row in rows])
         if kept is None or kept.context < context:
             kept = self._kept = DecodeInputs(self._groups, block_size=self._block_size, rows=len(self._seen), context=2 * context)
-        kept.fill(rows, self.last_drawn.tokens)
+        kept.fill(rows, self._last)
         return kept.inputs(len(rows))
 
     def _logits(self, step: Step | None, inputs: Inputs | None, on_layer: Callable[[int], None] | None) -> Tensor | None:
         if step is not None:
             return step.logits()
         assert inputs is not None
-        return self._decoder.logits(inputs, on_layer and partial(self._layer_stored, on_layer))
+        return self._decoder.logits(self._filled(inputs), on_layer and partial(self._layer_stored, on_layer))
+
+    def _filled(self, inputs: Inputs) -> Inputs:
+        return inputs if self._there is None else self._there.filled(inputs)
 
     def _layer_stored(self, on_layer: Callable[[int], None], layer: int) -> None:
         with span(Doing.ANNOUNCE):
@@ -161,7 +189,7 @@ class Engine:
         for g, caches in enumerate(self._caches):
             pairs = [(each.source, each.destination) for each in copies if each.group == g]
             if pairs:
-                sources, destinations = torch.tensor(pairs, device=self._upload.device).unbind(1)
+                sources, destinations = sent(torch.tensor(pairs), self._upload.device).unbind(1)
                 for cache in caches:
                     copy_blocks(cache, sources, destinations)
 
@@ -179,7 +207,10 @@ class Engine:
             return None
         seen = self._seen[slot]
         assert seen is not None, "a history comes with the first draw in a slot"
-        seen.add(self.last_drawn.tokens[slot])
+        if self._there is None:
+            seen.add(self.last_drawn.tokens[slot])
+        else:
+            seen.add_there(self._there.of(slot))
         return seen
 
     def warm_up(self, *, tokens: int | None = None, context: int | None = None, rows: int = 1) -> None:

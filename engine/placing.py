@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.errors import ModelError
 from ..kernels.quantized import Weight
 from .inputs import CPU, Inputs
+from .marks import Mark, new_mark
 
 STAGED_BYTES = 32 << 20
 """Of each of two pinned buffers: a PCIe 4 link fills one in 1.3 ms, against some 10 us that a copy costs by itself."""
@@ -28,7 +29,7 @@ class Upload:
         self.device = device
         self._pinned = device.type == "cuda" and torch.cuda.is_available()
         self._staged_bytes = staged_bytes
-        self._buffers: list[tuple[Tensor, Any]] = []
+        self._buffers: list[tuple[Tensor, Mark]] = []
         self._turn = 0
 
     def weight(self, tensor: Tensor) -> Tensor:
@@ -58,23 +59,19 @@ class Upload:
     def _send(self, source: Tensor, target: Tensor) -> None:
         if len(self._buffers) < 2:
             buffer = torch.empty(self._staged_bytes, dtype=torch.uint8, pin_memory=self._pinned)
-            event = torch.cuda.Event() if self._pinned else None  # type: ignore[no-untyped-call]
-            self._buffers.append((buffer, event))
+            self._buffers.append((buffer, new_mark(self.device)))
         buffer, sent = self._buffers[self._turn % len(self._buffers)]
         self._turn += 1
-        if sent is not None:
-            sent.synchronize()  # what was in the buffer before; an event that was never recorded is complete
+        sent.synchronize()  # what was in the buffer before
         staged = buffer[: source.nbytes].view(source.dtype)
         staged.copy_(source)
         target.copy_(staged, non_blocking=True)
-        if sent is not None:
-            sent.record()
+        sent.record()
 
     def release(self) -> None:
         """Give the buffers back: no more weights come."""
         for _, sent in self._buffers:
-            if sent is not None:
-                sent.synchronize()
+            sent.synchronize()
         self._buffers.clear()
 
     def batch(self, inputs: Inputs) -> Inputs:

@@ -1,8 +1,10 @@
-"""From logits to drawn tokens: all draws of a step in one go, each as it asks. The host waits for the logits' device once."""
+"""From logits to drawn tokens: all draws of a step in one go, each as it asks. Nobody waits for the logits' device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +20,28 @@ Wanted = tuple[int, Draw, Seen | None]
 """A draw, of which row of the logits, and what its penalties count, if it has any."""
 
 
-def sample(logits: Tensor, draws: Sequence[Sequence[Draw]], seen: Sequence[Sequence[Seen | None]]) -> list[tuple[Drawn, ...]]:
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Draws, on the logits' device, which need not have made them yet. tokens: int64 [draws], one behind the other. numbers: what this host
+    has to know of them, the tokens alone or fp64 with log-probabilities behind them."""
+
+    tokens: Tensor
+    numbers: Tensor
+    draws: Sequence[Sequence[Draw]]
+
+    def drawn(self, numbers: Sequence[Any]) -> list[tuple[Drawn, ...]]:
+        """Of each row, one for each of its draws. `numbers`: those above, in this host's memory."""
+        listed = [draw_ for each in self.draws for draw_ in each]
+        drawn = iter(_with_log_probabilities(listed, numbers) if len(numbers) > len(listed) else map(Drawn, numbers))
+        return [tuple([next(drawn) for _ in each]) for each in self.draws]
+
+
+def sample(logits: Tensor, draws: Sequence[Sequence[Draw]], seen: Sequence[Sequence[Seen | None]]) -> Sampled:
     """The tokens drawn from each row of logits [rows, vocab] (any dtype; all arithmetic on them is fp32), one for each of `draws[row]`.
     `seen[row][i]`: what the penalties of `draws[row][i]` count, if it has any."""
     wanted = _listed(draws, seen)
-    drawn = iter(_with_log_probabilities(logits, wanted, _tokens(logits, wanted)))
-    return [tuple([next(drawn) for _ in each]) for each in draws]
-
-
-def chosen(logits: Tensor, draws: Sequence[Sequence[Draw]], seen: Sequence[Sequence[Seen | None]]) -> Tensor:
-    """The tokens alone, one behind the other, int64 on the logits' device, which need not have computed them yet."""
-    return _tokens(logits, _listed(draws, seen))
+    tokens = _tokens(logits, wanted)
+    return Sampled(tokens, _told(logits, wanted, tokens), draws)
 
 
 def _listed(draws: Sequence[Sequence[Draw]], seen: Sequence[Sequence[Seen | None]]) -> list[Wanted]:
@@ -100,19 +113,24 @@ def _penalise(changed: Tensor, wanted: Sequence[Wanted]) -> None:
     penalise(changed, [counted for _, _, counted in penalised], rows, sent(torch.tensor(factors, dtype=torch.float32), changed.device))
 
 
-def _with_log_probabilities(logits: Tensor, wanted: Sequence[Wanted], tokens: Tensor) -> list[Drawn]:
-    """What was drawn, in this host's memory, which waits for it once; with log-probabilities of the logits as they were where they are
-    asked for."""
+def _told(logits: Tensor, wanted: Sequence[Wanted], tokens: Tensor) -> Tensor:
+    """The tokens; behind them, where log-probabilities are asked for, those of the logits as they were: of each such draw as many."""
     asked = [place for place, (_, draw_, _) in enumerate(wanted) if draw_.sampling.logprobs is not None]
     if not asked:
-        return [Drawn(token) for token in tokens.tolist()]
-    counts = [wanted[place][1].sampling.logprobs or 0 for place in asked]
+        return tokens
+    most = max([wanted[place][1].sampling.logprobs or 0 for place in asked])
     numbers = sent(torch.tensor([[place, wanted[place][0]] for place in asked]), logits.device)
-    table = log_probabilities(logits, numbers[:, 1].contiguous(), tokens.index_select(0, numbers[:, 0]), most := max(counts))
-    told = torch.cat((tokens.double(), table.flatten())).tolist()
-    drawn = [Drawn(int(token)) for token in told[: len(wanted)]]
-    for number, (place, count) in enumerate(zip(asked, counts, strict=True)):
-        own, total, *rest = told[len(wanted) + number * (2 + 2 * most) :][: 2 + 2 * most]
+    table = log_probabilities(logits, numbers[:, 1].contiguous(), tokens.index_select(0, numbers[:, 0]), most)
+    return torch.cat((tokens.double(), table.flatten()))
+
+
+def _with_log_probabilities(draws: Sequence[Draw], told: Sequence[float]) -> list[Drawn]:
+    """What `_told` says of these draws."""
+    counts = [(place, draw_.sampling.logprobs) for place, draw_ in enumerate(draws) if draw_.sampling.logprobs is not None]
+    most = max([count for _, count in counts])
+    drawn = [Drawn(int(token)) for token in told[: len(draws)]]
+    for number, (place, count) in enumerate(counts):
+        own, total, *rest = told[len(draws) + number * (2 + 2 * most) :][: 2 + 2 * most]
         top = zip(rest[most : most + count], rest[:count], strict=True)
         drawn[place] = Drawn(drawn[place].token_id, own - total, tuple([(int(token), value - total) for token, value in top]))
     return drawn

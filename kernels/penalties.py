@@ -9,19 +9,21 @@ from torch import Tensor
 
 from .sent import sent
 
+CPU = torch.device("cpu")
+
 
 class Seen:
-    """The distinct tokens of a sequence, `tokens` (int64 [n]), and how often its output holds each, `counts` (fp32 [n]).
+    """The tokens of a sequence, `tokens` (int64 [n]), distinct on a CPU, and how often its output holds each, `counts` (fp32 [n]).
 
     Penalties touch these n logits only: a sequence holds far fewer distinct tokens than the vocabulary's 262,144.
     """
 
-    def __init__(self, history: Sequence[int], output: int, device: torch.device | None = None) -> None:
+    def __init__(self, history: Sequence[int], output: int, device: torch.device = CPU) -> None:
         """`history`: prompt and output, of which the last `output` tokens are the output."""
-        self.tokens, places = torch.unique(torch.tensor(history, dtype=torch.int64), return_inverse=True)
-        self.counts = torch.bincount(places[len(history) - output :], minlength=len(self.tokens)).float().to(device)
-        self._places = {token: place for place, token in enumerate(self.tokens.tolist())}
-        self.tokens = self.tokens.to(device)
+        tokens, places = torch.unique(torch.tensor(history, dtype=torch.int64), return_inverse=True)
+        counts = torch.bincount(places[len(history) - output :], minlength=len(tokens)).float()
+        self._places = {token: place for place, token in enumerate(tokens.tolist())}
+        self.tokens, self.counts = sent(tokens, device), sent(counts, device)
 
     def add(self, token: int) -> None:
         """The output holds one more `token`."""
@@ -30,6 +32,13 @@ class Seen:
             self.tokens = torch.cat((self.tokens, self.tokens.new_full((1,), token)))
             self.counts = torch.cat((self.counts, self.counts.new_zeros(1)))
         self.counts[place] += 1.0
+
+    def add_there(self, token: Tensor) -> None:
+        """As `add`, of a token on the device, int64 [1], which the host does not know yet. It becomes one more of `tokens`, also if it is
+        there already: equal ones have equal counts, so that it is the same which of them is written last."""
+        same = self.tokens == token
+        count = (self.counts * same).amax(0, keepdim=True)
+        self.tokens, self.counts = torch.cat((self.tokens, token)), torch.cat((self.counts + same, count + 1.0))
 
 
 def penalise(logits: Tensor, seen: Sequence[Seen], rows: Tensor, factors: Tensor) -> None:

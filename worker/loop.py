@@ -1,7 +1,8 @@
 """The engine loop: one thread that owns a role's scheduler, one thread that runs the engine.
 
 Policy as etcd's raft draws it, *decide, submit, apply*: while the engine computes step k the loop decides step k + 1, so that the
-engine never waits for Python between two steps. Nothing polls: the loop sleeps on its inbox, the engine thread on its queue.
+engine never waits for Python between two steps. Nothing polls: the loop sleeps on its inbox, the engine thread on its queue. On a GPU the
+engine thread only launches a step, and another waits for its output (look_ahead.py).
 
     asyncio ──post──▶ inbox ──▶ loop ──step──▶ engine thread
        ▲                        │ ▲                 │
@@ -39,7 +40,8 @@ BROKEN_AFTER = 3
 
 Inbox = SimpleQueue[Call]
 """Calls to be made on the loop's thread; put into it from any thread, which never blocks."""
-Ran = Callable[[StepOutput], None]
+Ran = Callable[[StepOutput | Exception], None]
+"""Takes what has come of a step: its output, or what it failed by."""
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +53,8 @@ class OnLayer(Protocol):
 
 
 RunStep = Callable[[Batch, OnLayer | None, Ran], None]
-"""Computes a batch; its output is given to the third argument on any thread, now or later, in the order of the steps. Raises if the step
-has failed."""
+"""Computes a batch; what comes of it is given to the third argument on any thread, now or later, in the order of the steps. May raise
+instead, if nothing is still to come of a step before it."""
 
 
 def at_once(run: Callable[[Batch, OnLayer | None], StepOutput]) -> RunStep:
@@ -77,7 +79,8 @@ D = TypeVar("D", bound=HasBatch)
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """When the engine began and ended a step, in seconds of the loop's clock."""
+    """When the engine began and ended a step, in seconds of the loop's clock. One that was launched behind another was begun when it was
+    launched: its device came to it when the other ended."""
 
     began: float
     ended: float
@@ -153,6 +156,8 @@ class EngineLoop(Generic[D]):
         self._inbox, self._depth, self._broken_after, self._lending = inbox, depth, broken_after, lending
         self._steps: SimpleQueue[_Submitted[D] | None] = SimpleQueue()
         self._in_flight = 0
+        self._begun = self._over = 0
+        """Steps that the engine thread has taken up, and those of which all has come."""
         self._resting = True
         """When last looked there was nothing to compute."""
         self._failures = 0
@@ -249,12 +254,13 @@ class EngineLoop(Generic[D]):
 
     def _engine(self) -> None:
         while (step := self._next()) is not None:
-            decision = step.decision
+            decision, ran = step.decision, partial(self._ran, step.decision, self._clock.now())
+            self._begun += 1
             with span(Doing.STEP, decision.batch.step, decision.attempts):
                 try:
-                    self._run_step(decision.batch, step.on_layer, partial(self._ran, decision, self._clock.now()))
+                    self._run_step(decision.batch, step.on_layer, ran)
                 except Exception as error:  # noqa: BLE001 - any defect of the engine must end its attempts, not hang them
-                    self._inbox.put(partial(self._step_failed, decision, error))
+                    ran(error)
 
     def _next(self) -> _Submitted[D] | None:
         if self._lending is not None and self._steps.empty():
@@ -263,12 +269,18 @@ class EngineLoop(Generic[D]):
             step = self._steps.get()
             if step is None or step.after_rest:
                 waiting.rename(Doing.IDLE)
+            elif self._begun > self._over:  # so nobody waited for the decision
+                waiting.rename(Doing.UNDER_WAY)
         if self._lending is not None and step is not None:
             self._lending.busy()
         return step
 
-    def _ran(self, decision: D, began: float, output: StepOutput) -> None:
-        self._inbox.put(partial(self._step_ran, decision, output, StepTimes(began, self._clock.now())))
+    def _ran(self, decision: D, began: float, outcome: StepOutput | Exception) -> None:
+        self._over += 1
+        if isinstance(outcome, Exception):
+            self._inbox.put(partial(self._step_failed, decision, outcome))
+        else:
+            self._inbox.put(partial(self._step_ran, decision, outcome, StepTimes(began, self._clock.now())))
 
     def _step_ran(self, decision: D, output: StepOutput, times: StepTimes) -> None:
         self._in_flight -= 1

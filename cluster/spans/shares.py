@@ -1,7 +1,7 @@
 """Where a step's time goes: the spans of a process added up. Pure.
 
-A worker's step lasts from when its engine began to wait for it (while there was something to compute) until it was done, and its lines add
-up to it: the last is what no span has. A router has no steps; what it does is counted per message of tokens.
+A worker's step lasts from when its engine began to wait for it (while there was something to compute) until it was done, or launched on a
+GPU, and its lines add up to it: the last is what no span has. A router has no steps; what it does is counted per message of tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,19 @@ from ...core.recordings import Doing
 from ..load.summary import Summary, summarise
 from .taken import WAITS, Node, Process, nested
 
-IN_A_STEP = (Doing.WAIT, Doing.COPY_BLOCKS, Doing.TELL_RANKS, Doing.INPUTS, Doing.FORWARD, Doing.ANNOUNCE, Doing.SAMPLE, Doing.COLLECT)
+IN_A_STEP = (
+    Doing.WAIT,
+    Doing.UNDER_WAY,
+    Doing.COPY_BLOCKS,
+    Doing.TELL_RANKS,
+    Doing.INPUTS,
+    Doing.FORWARD,
+    Doing.ANNOUNCE,
+    Doing.SAMPLE,
+    Doing.COLLECT,
+)
+COMPUTING = (Doing.FORWARD, Doing.UNDER_WAY)
+"""The first is on a GPU launching the model, while that computes a step before."""
 REST = "the rest"
 LEAST_OF_A_STEP = 0.005
 """Threads that took less of a core are not shown one by one."""
@@ -40,7 +52,7 @@ class Steps:
 
     @property
     def outside(self) -> float:
-        model = sum(line.each.mean for line in self.lines if line.name == Doing.FORWARD)
+        model = sum(line.each.mean for line in self.lines if line.name in COMPUTING)
         return 1 - model / self.each.mean
 
 
@@ -98,11 +110,11 @@ class _Step:
 
 
 def _steps(nodes: Sequence[Node]) -> Iterable[_Step]:
-    """Of an engine's thread: each step with the wait right before it, if that was one for a decision."""
+    """Of an engine's thread: each step with the wait right before it, if there was something to compute."""
     before: Node | None = None
     for node in nodes:
         if node.span.doing is Doing.STEP:
-            waited = before if before is not None and before.span.doing is Doing.WAIT else None
+            waited = before if before is not None and before.span.doing is not Doing.IDLE else None
             yield _step(node, waited)
         before = node if node.span.doing in WAITS else None
 

@@ -63,4 +63,4 @@ def nested(spans: tuple[Span, ...]) -> dict[int, list[Node]]:
     return outermost
 
 
-WAITS = (Doing.IDLE, Doing.WAIT)
+WAITS = (Doing.IDLE, Doing.WAIT, Doing.UNDER_WAY)
