@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from diptych.benchmarks.record import RESULTS, describe, keep, surroundings
 from diptych.cluster.commands.preparing import prepare_here
-from diptych.cluster.commands.up import Served
+from diptych.cluster.commands.up import Served as Up
 from diptych.cluster.commands.while_up import serve, settings
 from diptych.cluster.load.answer import Answer
 from diptych.cluster.load.choice import Load
@@ -73,6 +75,34 @@ class Figures:
     @classmethod
     def median(cls, runs: Sequence[Figures]) -> Figures:
         return cls(*(statistics.median(getattr(run, name) for run in runs) for name in cls.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that was served. Seconds: `at` when it was to be sent and `sent` when it was, of its load; the others since then."""
+
+    at: float
+    prompt_tokens: int
+    output_tokens: int
+    sent: float
+    ttft: float | None
+    tpot: float | None
+    ended: float
+    failed: bool
+
+    @classmethod
+    def of(cls, answer: Answer) -> Asked:
+        at, failed = answer.arrival, answer.error is not None
+        return cls(at.at, at.prompt_tokens, at.output_tokens, answer.sent, answer.ttft, answer.tpot, answer.ended, failed)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One load of a set-up, each time that it was served; the requests of a run are in the order of their times."""
+
+    setup: str
+    rate: float
+    runs: tuple[tuple[Asked, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +158,19 @@ def capacity(profile: Profile, config: ClusterConfig, load: Load) -> float:
     return (len(half) - 1) / (half[-1] - half[0])
 
 
-def measured(answers: Sequence[Answer], slo: Slo) -> Figures:
-    seconds = max(each.sent + each.ended for each in answers) - min(each.sent for each in answers)
-    return Figures.of(((each.ttft, each.tpot, slo.met(each)) for each in answers), seconds)
+def measured(run: Sequence[Asked], slo: Slo) -> Figures:
+    seconds = max(each.sent + each.ended for each in run) - min(each.sent for each in run)
+    return Figures.of(((each.ttft, each.tpot, not each.failed and slo.within(each.ttft, each.tpot, each.ended)) for each in run), seconds)
 
 
-def compared(setup: str, profile: Profile, options: argparse.Namespace) -> list[Comparison]:
+def values_of(setup: str, options: argparse.Namespace) -> dict[str, Any]:
+    return settings(prefill=1 if setup == "apart" else 0, decode=1, model=options.model, dtype=options.dtype)
+
+
+def served(setup: str, profile: Profile, options: argparse.Namespace) -> list[Served]:
     """All loads of one set-up, each served `--repeats` times by one cluster."""
-    prefill = 1 if setup == "apart" else 0
-    values = settings(prefill=prefill, decode=1, model=options.model, dtype=options.dtype)
-    config, load, slo = load_config(values), load_of(options), parse_slo(options.slo)
-    able = capacity(profile, config, load)
+    values, load = values_of(setup, options), load_of(options)
+    able = capacity(profile, load_config(values), load)
     rates = [share * able for share in options.shares]
     print(f"{setup}: can do {able:.2f} requests/s by the simulation", flush=True)
 
@@ -147,44 +179,56 @@ def compared(setup: str, profile: Profile, options: argparse.Namespace) -> list[
 
     if len(requests(min(rates), 1)) < FEWEST:
         raise SystemExit(f"At {min(rates):.3g} requests/s fewer than {FEWEST} come within {options.seconds:g} s: give more --seconds.")
-    runs: dict[float, list[Figures]] = {rate: [] for rate in rates}
+    runs: dict[float, list[tuple[Asked, ...]]] = {rate: [] for rate in rates}
 
-    async def ask(served: Served) -> None:
-        server = await _server(served, options.seed)
+    async def ask(up: Up) -> None:
+        server = await _server(up, options.seed)
         await _warm(server)
         for repeat in range(options.repeats):
             for number, rate in enumerate(rates):
                 variant = 1 + number + len(rates) * repeat  # other prompts each time: a worker keeps the prefixes of those it has read
                 run = await measure(server, requests(rate, variant), asyncio.Event(), lambda _: None)
-                runs[rate].append(measured(run.answers, slo))
+                runs[rate].append(tuple(map(Asked.of, sorted(run.answers, key=lambda each: each.arrival.at))))
                 print(f"{setup} {rate:.2f}/s: {len(run.answers)} requests, {run.errors} errors", flush=True)
 
     serve(values, ask)
-
-    def predicted(rate: float, number: int, factor: float = 1.0) -> Figures:
-        return Figures.median(
-            [
-                simulated(profile, config, _faster(requests(rate, 1 + number + len(rates) * repeat), factor), slo)
-                for repeat in range(options.repeats)
-            ]
-        )
-
-    return [
-        Comparison(
-            setup, rate, len(requests(rate, 1 + number)), predicted(rate, number), Figures.median(runs[rate]), runs[rate],
-            (predicted(rate, number, 1 - RATE).attainment, predicted(rate, number, 1 + RATE).attainment),
-        )
-        for number, rate in enumerate(rates)
-    ]  # fmt: skip
+    return [Served(setup, rate, tuple(found)) for rate, found in runs.items()]
 
 
-def _faster(arrivals: Iterable[Arrival], factor: float) -> list[Arrival]:
-    return [Arrival(each.number, each.at / factor, each.prompt_tokens, each.output_tokens) for each in arrivals]
+def compared(load: Served, profile: Profile, options: argparse.Namespace) -> Comparison:
+    """The same requests at the same times, simulated."""
+    config, slo = load_config(values_of(load.setup, options)), parse_slo(options.slo)
+
+    def predicted(factor: float = 1.0) -> Figures:
+        return Figures.median([simulated(profile, config, _arrivals(run, factor), slo) for run in load.runs])
+
+    runs = [measured(run, slo) for run in load.runs]
+    around = predicted(1 - RATE).attainment, predicted(1 + RATE).attainment
+    return Comparison(load.setup, load.rate, len(load.runs[0]), predicted(), Figures.median(runs), runs, around)
 
 
-async def _server(served: Served, seed: int) -> Server:
+def _arrivals(run: Sequence[Asked], factor: float) -> list[Arrival]:
+    """As many times as fast."""
+    return [Arrival(number, each.at / factor, each.prompt_tokens, each.output_tokens) for number, each in enumerate(run)]
+
+
+def write_served(file: Path, loads: Sequence[Served]) -> None:
+    rows = [{"setup": load.setup, "rate": load.rate, "runs": [[astuple(each) for each in run] for run in load.runs]} for load in loads]
+    file.write_text(json.dumps({"columns": Asked.__slots__, "loads": rows}) + "\n")
+
+
+def read_served(file: Path) -> list[Served]:
+    """`SystemExit` says what is wrong with the file."""
+    try:
+        rows = json.loads(file.read_text())["loads"]
+        return [Served(row["setup"], row["rate"], tuple(tuple(Asked(*each) for each in run) for run in row["runs"])) for row in rows]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SystemExit(f"--measured {file} is not what --answers writes: {error}.") from None
+
+
+async def _server(up: Up, seed: int) -> Server:
     return await find_server(
-        f"http://{served.http}", model=None, api_key=None, vocabulary=served.card.vocab_size, seed=seed, timeout_s=TIMEOUT_S, as_text=False
+        f"http://{up.http}", model=None, api_key=None, vocabulary=up.card.vocab_size, seed=seed, timeout_s=TIMEOUT_S, as_text=False
     )
 
 
@@ -258,15 +302,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", help="by default the demo model")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="write each request that was served, for --measured")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="compare with these, served before, in place of serving")
     parser.add_argument("--keep", default="ourselves", help="name of the file in benchmarks/results")
     parser.add_argument("--plot", type=Path, default=RESULTS / "ourselves.png")
     options = parser.parse_args()
     where = surroundings()
     print(describe(where))
     profile = read_profile(options.profile) if options.profile else _profiled(options)
-    found = [each for setup in (options.setup,) if setup for each in compared(setup, profile, options)] or [
-        each for setup in ("apart", "colocated") for each in compared(setup, profile, options)
-    ]
+    setups = (options.setup,) if options.setup else ("apart", "colocated")
+    loads = read_served(options.measured) if options.measured else [each for setup in setups for each in served(setup, profile, options)]
+    if options.answers:
+        write_served(options.answers, loads)
+    found = [compared(load, profile, options) for load in loads if load.setup in setups]
     print(f"\nmeasured → simulated, {options.slo}\n{table(found)}\n")
     misses = [miss for each in found for miss in each.misses()]
     print(

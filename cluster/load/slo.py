@@ -20,10 +20,12 @@ class Slo:
     e2e: float | None = None
 
     def met(self, answer: Answer) -> bool:
-        """Whether the request ended well within every limit. One token has no TPOT and exceeds none."""
-        if answer.error is not None:
-            return False
-        pairs = ((self.ttft, answer.ttft), (self.tpot, answer.tpot), (self.e2e, answer.e2e))
+        """Whether the request ended well within every limit."""
+        return answer.error is None and self.within(answer.ttft, answer.tpot, answer.e2e)
+
+    def within(self, ttft: float | None, tpot: float | None, e2e: float | None) -> bool:
+        """Of a request's times. One token has no TPOT and exceeds none."""
+        pairs = ((self.ttft, ttft), (self.tpot, tpot), (self.e2e, e2e))
         return all(limit is None or value is None or value <= limit for limit, value in pairs)
 
     def __str__(self) -> str:

@@ -149,8 +149,7 @@ class World:
         """Whether the request was within all limits; one token has no TPOT and exceeds none."""
         if life.refused is not None or life.last is None:
             return False
-        pairs = ((self._slo.ttft, life.ttft), (self._slo.tpot, life.tpot), (self._slo.e2e, life.last - life.arrival.at))
-        return all(limit is None or value is None or value <= limit for limit, value in pairs)
+        return self._slo.within(life.ttft, life.tpot, life.last - life.arrival.at)
 
     # -- what came of it -----------------------------------------------------------------------------------------------
 

@@ -17,13 +17,12 @@ from ...core.model import Decoder, ModelCard, read_card
 from ...core.transfer import Transport
 from ..planner.fitting import BothPoint, DecodePoint, PrefillPoint, fit_steps
 from ..planner.latency import StepTimes
-from ..planner.policies import Policies
 from ..planner.profile import Basis, Cores, DeviceShare, Link, Model, Overheads, Parallelism, Profile, Residuals
 from ..process.spec import BLOCK_SIZE
 from ..resources.cores import share_cores
 from ..resources.memory import available_bytes
 from .links import TOKENS, link_of, timed_link
-from .reckoning import Seen, beside, request_seconds, with_chunks, with_serving
+from .reckoning import Seen, beside, request_seconds, with_both, with_prompts, with_serving
 from .served import STAGES, watched_clusters
 from .showing import show
 from .steps import CHUNK, CHUNK_START, Step, grid, timed_steps
@@ -131,10 +130,9 @@ def profile_of(
         by_cores = {
             count: with_serving(times, seen.answers_together if count == cores else seen.answers) for count, times in by_cores.items()
         }
-        request = request_seconds(by_cores[cores], seen.prompts)
-        by_cores[cores] = with_chunks(by_cores[cores], request, seen.prompts_together, Policies().decode_chunk_tokens)
-        request = request_seconds(by_cores[cores], seen.prompts)
-        slower = beside(by_cores[shares[0]], by_cores[shares[1]], request, seen)
+        by_cores[cores] = with_both(with_prompts(by_cores[cores], seen.prompts, seen.prompts_together, seen.chunk), seen.both_together)
+        slower = beside(by_cores[shares[0]], by_cores[shares[1]], seen)
+        request = request_seconds((*seen.prompts, *seen.prompts_together))
         overheads = Overheads(request=request, message=message)
         host = Cores(count=cores, prefill_beside=slower[0], decode_beside=slower[1])
     model, own = model_of(card), max(shares)

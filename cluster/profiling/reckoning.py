@@ -11,10 +11,11 @@ from ..planner.latency import StepTimes, Work, step_seconds
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Prompts of so many tokens: the median TTFT, in seconds."""
+    """Prompts of so many tokens, one after another: the median TTFT, and of that what their steps took, in seconds."""
 
     tokens: int
     ttft: float
+    computed: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +32,33 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
+class Read:
+    """A step that reads so many `tokens` of a prompt behind its first `start`, and beside that has so many answers: its mean seconds."""
+
+    tokens: int
+    start: float
+    rows: int
+    context: int
+    seconds: float
+
+    @property
+    def work(self) -> Work:
+        return Work(self.tokens, round(self.tokens * (2 * self.start + self.tokens)), self.rows, self.context)
+
+
+@dataclass(frozen=True, slots=True)
 class Seen:
-    """What the clusters showed: of a prefill and a decode worker each phase alone and beside the other, and of one worker for both."""
+    """What the clusters showed: of a prefill and a decode worker each phase alone and beside the other, and of one worker for both. It
+    reads a prompt in pieces of `chunk` tokens."""
 
     prompts: tuple[Prompt, ...]
     answers: tuple[Answers, ...]
-    prompts_beside: Prompt
+    prompts_beside: Read
     answers_beside: Answers
     prompts_together: tuple[Prompt, ...]
     answers_together: tuple[Answers, ...]
+    both_together: Read
+    chunk: int
 
 
 def with_serving(times: StepTimes, seen: Sequence[Answers]) -> StepTimes:
@@ -55,18 +74,24 @@ def with_serving(times: StepTimes, seen: Sequence[Answers]) -> StepTimes:
     return times.model_copy(update={"step": step, "step_row": row})
 
 
-def request_seconds(times: StepTimes, prompts: Sequence[Prompt]) -> float:
-    """What a request takes that its step does not: the median over the prompts, none below 0. `times`: of the cores they had."""
-    return max(0.0, statistics.median(each.ttft - prompt_seconds(times, each.tokens) for each in prompts))
+def request_seconds(prompts: Sequence[Prompt]) -> float:
+    """What a request takes that its steps do not: the median over the prompts, none below 0."""
+    return max(0.0, statistics.median(each.ttft - each.computed for each in prompts))
 
 
-def with_chunks(times: StepTimes, request_s: float, prompts: Sequence[Prompt], chunk: int) -> StepTimes:
-    """The times with what each step of a prompt takes more, or less, where it is read in chunks of so many tokens: by the mean over the
-    prompts of several. `request_s` was reckoned with `times` from prompts of one step, so one step of each is in it already."""
-    several = [each for each in prompts if each.tokens > chunk]
-    more = [(each.ttft - request_s - prompt_seconds(times, each.tokens, chunk)) / (-(-each.tokens // chunk) - 1) for each in several]
+def with_prompts(times: StepTimes, whole: Sequence[Prompt], chunked: Sequence[Prompt], chunk: int) -> StepTimes:
+    """The times with what each step of a prompt takes more, or less, than alone: `whole` are read in one, `chunked` in steps of so many
+    tokens. Of each prompt as much as its steps have in common; by the mean over all."""
+    more = [each.computed - prompt_seconds(times, each.tokens) for each in whole]
+    more += [(each.computed - prompt_seconds(times, each.tokens, chunk)) / -(-each.tokens // chunk) for each in chunked]
     constant = max(0.0, times.prefill.constant + statistics.fmean(more))
     return times.model_copy(update={"prefill": times.prefill.model_copy(update={"constant": constant})})
+
+
+def with_both(times: StepTimes, seen: Read) -> StepTimes:
+    """The times with what a step takes more that reads a part of a prompt and writes answers."""
+    alone = step_seconds(times.model_copy(update={"both": 0.0}), seen.work)
+    return times.model_copy(update={"both": max(0.0, seen.seconds - alone)})
 
 
 def prompt_seconds(times: StepTimes, tokens: int, chunk: int | None = None) -> float:
@@ -78,10 +103,10 @@ def prompt_seconds(times: StepTimes, tokens: int, chunk: int | None = None) -> f
     )
 
 
-def beside(times_prefill: StepTimes, times_decode: StepTimes, request_s: float, seen: Seen) -> tuple[float, float]:
+def beside(times_prefill: StepTimes, times_decode: StepTimes, seen: Seen) -> tuple[float, float]:
     """How many times as long a step of each phase takes while the other computes, none below 1. `times`: of their own cores."""
     prompt, answers = seen.prompts_beside, seen.answers_beside
     return (
-        max(1.0, (prompt.ttft - request_s) / prompt_seconds(times_prefill, prompt.tokens)),
+        max(1.0, prompt.seconds / step_seconds(times_prefill, prompt.work)),
         max(1.0, answers.gap / step_seconds(times_decode, answers.work)),
     )

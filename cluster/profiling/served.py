@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import DiptychError, Unavailable
+from ...core.fleet import Phase
 from ..commands.up import Served
 from ..commands.while_up import serve, settings
 from ..load.answer import Answer
 from ..load.server import Server, find_server
 from ..load.workload import Arrival
-from .reckoning import Answers, Prompt, Seen
+from ..planner.policies import Policies
+from .reckoning import Answers, Prompt, Read, Seen
+from .recorded import Ran, with_steps
 
 ALONE = (64, 256, 448)
 """Lengths of prompts that are asked one after another."""
@@ -32,6 +35,8 @@ TOKENS = 48
 LENT_AFTER_S = 0.9
 """A decode worker borrows cores when their owner has been idle for a second."""
 BESIDE_ROWS, BESIDE_TOKENS, BESIDE_PROMPT = 6, 128, 256
+READERS = 2
+"""Prompts under way at once beside answers: with one a prefill worker would rest while it comes and goes."""
 TIMEOUT_S = 120.0
 STAGES = (
     "apart: starting",
@@ -41,6 +46,7 @@ STAGES = (
     "together: starting",
     "together: prompts",
     "together: answers",
+    "together: both",
 )
 
 
@@ -80,11 +86,11 @@ def _end_with_parent() -> None:
 
 
 def _watch(tell: Callable[[str], None], model_dir: Path, dtype: str, threads: int | None, repeats: int) -> Seen:
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] = {"chunk": Policies().decode_chunk_tokens}
 
     async def apart(client: _Client) -> None:
         tell("apart: prompts")
-        seen["prompts"] = await client.prompts(repeats)
+        seen["prompts"] = await client.prompts(repeats, Phase.PREFILL)
         tell("apart: answers")
         seen["answers"] = tuple([await client.answers(rows, repeats, LENT_AFTER_S) for rows in ROWS])
         tell("apart: both")
@@ -92,9 +98,11 @@ def _watch(tell: Callable[[str], None], model_dir: Path, dtype: str, threads: in
 
     async def together(client: _Client) -> None:
         tell("together: prompts")
-        seen["prompts_together"] = await client.prompts(repeats)
+        seen["prompts_together"] = await client.prompts(repeats, Phase.DECODE)
         tell("together: answers")
         seen["answers_together"] = tuple([await client.answers(rows, repeats, float("inf")) for rows in ROWS])
+        tell("together: both")
+        seen["both_together"] = await client.both_in_one(repeats, seen["chunk"])
 
     tell("apart: starting")
     _serve(_config(model_dir, dtype, threads, prefill=1), apart)
@@ -113,7 +121,7 @@ def _serve(config: dict[str, Any], ask: Callable[[_Client], Awaitable[None]]) ->
     async def measure(served: Served) -> None:
         url, vocabulary = f"http://{served.http}", served.card.vocab_size
         server = await find_server(url, model=None, api_key=None, vocabulary=vocabulary, seed=0, timeout_s=TIMEOUT_S, as_text=False)
-        await ask(_Client(server))
+        await ask(_Client(server, config["name"]))
 
     serve(config, measure)
 
@@ -121,8 +129,8 @@ def _serve(config: dict[str, Any], ask: Callable[[_Client], Awaitable[None]]) ->
 class _Client:
     """Asks, and times what comes."""
 
-    def __init__(self, server: Server) -> None:
-        self._server, self._asked = server, 0
+    def __init__(self, server: Server, cluster: str) -> None:
+        self._server, self._cluster, self._asked = server, cluster, 0
 
     async def _ask(self, prompt: int, output: int) -> Answer:
         self._asked += 1
@@ -132,13 +140,20 @@ class _Client:
             raise Unavailable(f"A small cluster did not answer: {answer.error}.")
         return answer
 
-    async def prompts(self, repeats: int) -> tuple[Prompt, ...]:
-        """One after another, each with one token for answer."""
+    async def prompts(self, repeats: int, phase: Phase) -> tuple[Prompt, ...]:
+        """One after another, each with one token for answer; read by the worker of that phase."""
         found = []
         for tokens in ALONE:
-            ttfts = [_ttft(await self._ask(tokens, 1)) for _ in range(1 + repeats)]
-            found.append(Prompt(tokens, statistics.median(ttfts[1:])))
+            await self._ask(tokens, 1)
+            answers, steps = await with_steps(self._cluster, self._one_by_one(tokens, repeats))
+            ran = steps[phase.value]
+            each = len(ran) // repeats
+            computed = [sum(step.seconds for step in ran[i * each : (i + 1) * each]) for i in range(repeats)]
+            found.append(Prompt(tokens, statistics.median(map(_ttft, answers)), statistics.median(computed)))
         return tuple(found)
+
+    async def _one_by_one(self, tokens: int, count: int) -> list[Answer]:
+        return [await self._ask(tokens, 1) for _ in range(count)]
 
     async def answers(self, rows: int, repeats: int, at_most_s: float) -> Answers:
         """So many at once, timed from when all have begun until one ends, but no longer than for `at_most_s` after the last prompt."""
@@ -150,20 +165,38 @@ class _Client:
             found.append(_answers(answers, begin, end))
         return _median(found)
 
-    async def both(self, repeats: int) -> tuple[Prompt, Answers]:
-        """Answers, and beside them prompts one after another."""
-        ttfts, found = [], []
+    async def both(self, repeats: int) -> tuple[Read, Answers]:
+        """Answers, and beside them prompts, which another worker reads: of that its steps of one whole prompt."""
+        ran, found = await self._both(repeats, Phase.PREFILL, 1)
+        return Read(BESIDE_PROMPT, 0, 0, 0, statistics.fmean(ran)), found
+
+    async def both_in_one(self, repeats: int, chunk: int) -> Read:
+        """The same of a worker for both: its steps with a chunk of a prompt beside all answers."""
+        ran, found = await self._both(repeats, Phase.DECODE, BESIDE_ROWS + 1)
+        return Read(chunk, (BESIDE_PROMPT - chunk) / 2, found.rows, found.context, statistics.fmean(ran))
+
+    async def _both(self, repeats: int, phase: Phase, attempts: int) -> tuple[list[float], Answers]:
+        """What the steps of so many attempts took while there were prompts and answers, and what the answers did."""
+        ran: list[Ran] = []
+        found = []
         for _ in range(max(1, repeats // 2)):
-            writing = asyncio.gather(*(self._ask(SHORT, BESIDE_TOKENS) for _ in range(BESIDE_ROWS)))
-            prompts = []
-            while not writing.done():
-                prompts.append(await self._ask(BESIDE_PROMPT, 1))
-            begin, end = _all_answer(await writing)
-            found.append(_answers(await writing, begin, end))
-            ttfts += [_ttft(each) for each in prompts if each.sent >= begin and each.sent + each.ended <= end]
-        if not ttfts:
+            answers, steps = await with_steps(self._cluster, self._beside())
+            begin, end = _all_answer(answers)
+            found.append(_answers(answers, begin, end))
+            ran += [step for step in steps[phase.value] if step.attempts == attempts and begin <= step.began and step.ended <= end]
+        if not ran:
             raise Unavailable("No prompt was read while answers were written: they ended too soon.")
-        return Prompt(BESIDE_PROMPT, statistics.median(ttfts)), _median(found)
+        return [step.seconds for step in ran], _median(found)
+
+    async def _beside(self) -> Sequence[Answer]:
+        writing = asyncio.gather(*(self._ask(SHORT, BESIDE_TOKENS) for _ in range(BESIDE_ROWS)))
+
+        async def read() -> None:
+            while not writing.done():
+                await self._ask(BESIDE_PROMPT, 1)
+
+        await asyncio.gather(*(read() for _ in range(READERS)))
+        return await writing
 
 
 def _ttft(answer: Answer) -> float:

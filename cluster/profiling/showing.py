@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from rich.console import Console
 from rich.table import Table
 
 from ..planner.latency import DecodeTimes, StepTimes
-from ..planner.policies import Policies
 from ..planner.profile import Basis, Profile, Residuals
 from .reckoning import Seen, prompt_seconds
 
@@ -37,7 +36,8 @@ def show(made: Profile, fitted: Mapping[int, Fitted], crossings: Mapping[str, Cr
     _show_steps(fitted)
     _show_rest(made, crossings)
     if seen is not None:
-        _out.print(_check(made, seen), markup=False)
+        for line in _checks(made, seen):
+            _out.print(line, markup=False)
     worst = max(found.worst for each in fitted.values() for found in (each.prefill, each.decode))
     if worst > POOR:
         _out.print(
@@ -55,7 +55,6 @@ def _show_steps(fitted: Mapping[int, Fitted]) -> None:
         table.add_row(f"decode, {_cores(cores)}", *_decode(each.times.decode), _fit(each.decode))
         if large is not None:
             table.add_row(f"  from {each.times.large_from} sequences on", *_decode(large), "")
-        table.add_row("  with a prompt's chunk", f"{1e3 * each.times.both:.2f} ms more", "", "", "")
     _out.print(table)
 
 
@@ -68,6 +67,7 @@ def _show_rest(made: Profile, crossings: Mapping[str, Crossing]) -> None:
         table.add_row(what, value, str(basis))
 
     for cores, times in known.by_cores.items():
+        row(f"a step with a prompt's chunk on {_cores(cores)}", f"{1e3 * times.both:.2f} ms more", made.basis["step"])
         added = f"{1e3 * times.step:.2f} ms and {1e3 * times.step_row:.2f} ms for each sequence"
         row(f"serving adds to a step on {_cores(cores)}", added, made.basis["step"])
     row("a prefill step beside decode steps", f"{host.prefill_beside:.2f} times as long", made.basis["cores.prefill_beside"])
@@ -81,14 +81,15 @@ def _show_rest(made: Profile, crossings: Mapping[str, Crossing]) -> None:
     _out.print(table)
 
 
-def _check(made: Profile, seen: Seen) -> str:
-    """Prompts at one worker for both phases: the shortest was not fitted to."""
+def _checks(made: Profile, seen: Seen) -> Iterator[str]:
+    """Prompts alone, by what is simulated and as they were measured."""
     host = made.cores
     assert host is not None, "a host's profile knows its cores"
-    times, chunk = made.parallelisms[0].on_cores(host.count), Policies().decode_chunk_tokens
-    found = [(each, made.overheads.request + prompt_seconds(times, each.tokens, chunk)) for each in seen.prompts_together]
-    said = [f"{each.tokens} tokens {1e3 * reckoned:.0f} ms (measured {1e3 * each.ttft:.0f})" for each, reckoned in found]
-    return f"A check, TTFT of a prompt alone at one worker for both phases: {', '.join(said)}."
+    times = made.parallelisms[0].on_cores(host.count)
+    for what, prompts, chunk in (("apart", seen.prompts, None), ("at one worker for both", seen.prompts_together, seen.chunk)):
+        found = [(each, made.overheads.request + prompt_seconds(times, each.tokens, chunk)) for each in prompts]
+        said = [f"{each.tokens} tokens {1e3 * reckoned:.0f} ms (measured {1e3 * each.ttft:.0f})" for each, reckoned in found]
+        yield f"A check, TTFT of a prompt alone, {what}: {', '.join(said)}."
 
 
 def _table(*columns: str) -> Table:

@@ -11,7 +11,21 @@ from diptych.cluster.cli import app
 from diptych.cluster.planner.latency import step_seconds
 from diptych.cluster.planner.profile import read_profile
 from diptych.cluster.planner.sharing import scaled
-from diptych.cluster.profiling.reckoning import Answers, Prompt, Seen, beside, prompt_seconds, request_seconds, with_chunks, with_serving
+from diptych.cluster.profiling.reckoning import (
+    Answers,
+    Prompt,
+    Read,
+    Seen,
+    beside,
+    prompt_seconds,
+    request_seconds,
+    with_both,
+    with_prompts,
+    with_serving,
+)
+from diptych.cluster.profiling.recorded import Ran, steps_of
+from diptych.cluster.spans.taken import Process
+from diptych.core.recordings import Doing, Recorded, Span
 from typer.testing import CliRunner
 from worlds import TIMES
 
@@ -23,14 +37,22 @@ def answers(rows: int, factor: float = 1.0) -> Answers:
     return Answers(rows, 50 * rows, step_seconds(scaled(SERVED, factor), found.work))
 
 
-def prompts(request: float, factor: float = 1.0) -> tuple[Prompt, ...]:
-    return tuple(Prompt(tokens, request + prompt_seconds(scaled(SERVED, factor), tokens)) for tokens in (64, 256, 448))
+def prompts(chunk: int | None = None) -> tuple[Prompt, ...]:
+    """Of a cluster whose steps have a longer constant than the engine alone."""
+    slower = SERVED.model_copy(update={"prefill": SERVED.prefill.model_copy(update={"constant": 0.014})})
+    computed = ((tokens, prompt_seconds(slower, tokens, chunk)) for tokens in (64, 256, 448))
+    return tuple(Prompt(tokens, 0.007 + seconds, seconds) for tokens, seconds in computed)
+
+
+def read(rows: int, factor: float) -> Read:
+    found = Read(64, 96, rows, 50 * rows, 0.0)
+    return Read(64, 96, rows, 50 * rows, step_seconds(scaled(SERVED, factor), found.work))
 
 
 def test_what_serving_adds_is_found_again() -> None:
     found = with_serving(TIMES, [answers(1), answers(8)])
     assert (found.step, found.step_row) == pytest.approx((0.002, 0.0005))
-    assert request_seconds(SERVED, prompts(0.007)) == pytest.approx(0.007)
+    assert request_seconds((*prompts(), *prompts(64))) == pytest.approx(0.007)
 
 
 def test_nothing_that_serving_adds_is_negative() -> None:
@@ -38,26 +60,41 @@ def test_nothing_that_serving_adds_is_negative() -> None:
     short = [Answers(rows, 50 * rows, 0.9 * step_seconds(TIMES, answers(rows).work)) for rows in (1, 8)]
     found = with_serving(TIMES, short)
     assert (found.step, found.step_row) == (0.0, 0.0)
-    assert request_seconds(TIMES, prompts(-1.0)) == 0.0
+    assert request_seconds([Prompt(64, 0.1, 0.2)]) == 0.0
+    assert with_both(SERVED, read(4, 0.5)).both == 0.0
 
 
-def test_what_each_chunk_of_a_prompt_takes_more_is_found_again() -> None:
-    slower = SERVED.model_copy(update={"prefill": SERVED.prefill.model_copy(update={"constant": 0.014})})
-    chunked = tuple(Prompt(tokens, 0.007 + prompt_seconds(slower, tokens, 64)) for tokens in (64, 256, 448))
-    request = request_seconds(SERVED, tuple(Prompt(tokens, 0.007 + prompt_seconds(slower, tokens)) for tokens in (64, 256, 448)))
-    found = with_chunks(SERVED, request, chunked, 64)
+def test_what_each_step_of_a_prompt_takes_more_is_found_again() -> None:
+    found = with_prompts(SERVED, prompts(), prompts(64), 64)
     assert found.prefill.constant == pytest.approx(0.014)
+    shorter = with_prompts(SERVED, [Prompt(64, 0.0, 0.0)], [], 64)
+    assert shorter.prefill.constant == 0.0
+
+
+def test_what_a_chunk_beside_answers_takes_more_is_found_again() -> None:
+    more = SERVED.model_copy(update={"both": 0.003})
+    seen = read(4, 1.0)
+    assert with_both(more, Read(64, 96, 4, 200, seen.seconds + 0.001)).both == pytest.approx(0.001)
 
 
 def test_how_each_phase_slows_the_other_is_found_again() -> None:
-    seen = Seen((), (), prompts(0.007, 1.4)[1], answers(4, 1.2), (), ())
-    assert beside(SERVED, SERVED, 0.007, seen) == pytest.approx((1.4, 1.2))
-    none = Seen((), (), prompts(0.007, 0.9)[1], answers(4, 0.9), (), ())
-    assert beside(SERVED, SERVED, 0.007, none) == (1.0, 1.0)
+    assert beside(SERVED, SERVED, seen_beside(1.4, 1.2)) == pytest.approx((1.4, 1.2))
+    assert beside(SERVED, SERVED, seen_beside(0.9, 0.9)) == (1.0, 1.0)
+
+
+def seen_beside(prefill: float, decode: float) -> Seen:
+    return Seen((), (), read(0, prefill), answers(4, decode), (), (), read(4, 1.0), 64)
 
 
 def test_a_prompt_in_chunks_takes_a_step_for_each() -> None:
     assert prompt_seconds(TIMES, 100, 64) == pytest.approx(prompt_seconds(TIMES, 64) + 0.01 + 36e-4 + 36 * (128 + 36) * 1e-9)
+
+
+def test_a_step_has_what_its_engine_waited_for_it_unless_it_had_nothing_to_compute() -> None:
+    doings = [(Doing.IDLE, 0, 5), (Doing.STEP, 5, 7), (Doing.WAIT, 7, 8), (Doing.STEP, 8, 11), (Doing.IDLE, 11, 20), (Doing.STEP, 20, 21)]
+    spans = tuple(Span(doing, 1, began * 10**9, ended * 10**9, 0, who=("a", "b")) for doing, began, ended in doings)
+    process = Process("decode-0", "decode", 1, 10**9, 0, Recorded(0, 30, spans, ()))
+    assert steps_of(process) == (Ran(2, 4.0, 6.0), Ran(2, 6.0, 10.0), Ran(2, 19.0, 20.0))
 
 
 def figures(**changes: float) -> Figures:
