@@ -47,7 +47,7 @@ class Parallel:
         self, layout: Layout, rank: int = 0, *, tensor: Any = None, pipeline: Any = None, timeout: timedelta = timedelta()
     ) -> None:
         """`tensor`: the group of the stage's shards; `pipeline`: that of the shard's stages; None where it would be one rank's. `timeout`:
-        for how long the others may keep a call waiting."""
+        for how long the others may keep a call waiting, on a CPU."""
         self.rank, self.tp = rank, layout.tp
         self.stage, self.shard = divmod(rank, layout.tp)
         self.layers = layout.stage(self.stage)
@@ -64,7 +64,7 @@ class Parallel:
         with self._told("add up", self._shards()):
             if part.is_cpu and part.nbytes <= EXCHANGED:
                 return self._exchange(part)
-            self._tensor.allreduce([part]).wait(self._timeout)
+            self._await(self._tensor.allreduce([part]), part)
         return part
 
     def _exchange(self, part: Tensor) -> Tensor:
@@ -84,21 +84,21 @@ class Parallel:
         sent = F.pad(part, (0, max(widths) - part.shape[1])).contiguous()  # a group's parts are of one size
         parts = [torch.empty_like(sent) for _ in widths] if self.shard == 0 else []
         with self._told("gather", self._shards()):
-            self._tensor.gather([parts] if parts else [], [sent], GatherOptions()).wait(self._timeout)
+            self._await(self._tensor.gather([parts] if parts else [], [sent], GatherOptions()), sent)
         return torch.cat([each[:, :width] for each, width in zip(parts, widths, strict=True)], 1) if parts else None
 
     def send(self, x: Tensor) -> None:
         """Send activations to the next stage. Waits only if as many as there are stages have not been taken."""
         with self._told("send", [self.rank + self.tp]):
             if len(self._sent) == self._stages:
-                self._sent.popleft()[0].wait(self._timeout)
+                self._await(*self._sent.popleft())
             self._sent.append((self._pipeline.send([x], self.stage + 1, ACTIVATIONS), x))
 
     def receive(self, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The activations [tokens, hidden] of the stage before."""
         x = torch.empty(tokens, hidden, dtype=dtype, device=device)
         with self._told("receive", [self.rank - self.tp]):
-            self._pipeline.recv([x], self.stage - 1, ACTIVATIONS).wait(self._timeout)
+            self._await(self._pipeline.recv([x], self.stage - 1, ACTIVATIONS), x)
         return x
 
     def close(self) -> None:
@@ -106,6 +106,14 @@ class Parallel:
         gloo's threads would abort it."""
         self._sent.clear()
         self._tensor = self._pipeline = None
+
+    def _await(self, work: Any, tensor: Tensor) -> None:
+        """Until `tensor` is there, or taken. On a GPU the stream waits, and this host goes on: given a time limit torch would keep it until
+        the work is done, twice a layer, and no graph could be captured. A rank that is lost there the worker's channels tell of."""
+        if tensor.is_cpu:
+            work.wait(self._timeout)
+        else:
+            work.wait()
 
     def _shards(self) -> list[int]:
         return [self.stage * self.tp + shard for shard in range(self.tp) if shard != self.shard]
@@ -122,7 +130,7 @@ class Parallel:
 
 def connect(layout: Layout, rank: int, store: Store, make: MakeGroup, *, timeout_s: float) -> Parallel:
     """Rank `rank` of a worker with this layout, connected to the others. All ranks call it with the same store, which only this worker
-    uses; returns when the ranks it talks to have done so. `Unavailable` names the rank that found nobody."""
+    uses; returns when the ranks it talks to have done so (over NCCL: in the first step). `Unavailable` names the rank that found nobody."""
     stage, shard = divmod(rank, layout.tp)
     timeout = timedelta(seconds=timeout_s)
     try:

@@ -97,7 +97,7 @@ def _device(spec: RankSpec) -> torch.device:
 
 
 def _groups(device: torch.device, host: str) -> MakeGroup:
-    return gloo(host) if device.type == "cpu" else nccl(device)
+    return gloo(host) if device.type == "cpu" else nccl
 
 
 def _warm(spec: RankSpec, model: PreparedModel, layout: Layout, parallel: Parallel | None, device: torch.device) -> Engine:

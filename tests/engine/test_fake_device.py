@@ -198,4 +198,4 @@ def test_groups_over_nccl_need_a_torch_that_has_it() -> None:
     if torch.distributed.is_nccl_available():
         pytest.skip("this torch has it; groups over it need a GPU each")
     with pytest.raises(RuntimeError, match="was built without NCCL"):
-        nccl(THERE)(HashStore(), 0, 2, timedelta(seconds=1))
+        nccl(HashStore(), 0, 2, timedelta(seconds=1))

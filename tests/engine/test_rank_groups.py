@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from decoders import GEMMA, card
+from diptych.core.layout import DType
 from diptych.core.proofs import STRANGER
-from diptych.engine.parallel import SECRET, gloo
+from diptych.engine.parallel import EXCHANGED, SECRET, Parallel, gloo
 from torch.distributed import HashStore
 from torch.distributed.distributed_c10d import Store
 
@@ -59,3 +61,32 @@ def test_who_has_not_heard_what_was_said_between_them_is_no_rank(stranger: int) 
     store = HashStore()
     found = made([Overheard(store) if rank == stranger else store for rank in range(2)])
     assert [str(each) for each in found] == [STRANGER] * 2
+
+
+class Noting:
+    """A group, and what it was asked for: `waits` are the time limits."""
+
+    def __init__(self) -> None:
+        self.waits: list[tuple[object, ...]] = []
+
+    def wait(self, *limit: object) -> None:
+        self.waits.append(limit)
+
+    def allreduce(self, *_: object) -> Noting:
+        return self
+
+    gather = send = recv = allreduce
+
+
+@pytest.mark.parametrize(("device", "limit"), [("cpu", (WAIT,)), ("meta", ())])
+def test_only_on_a_cpu_does_the_host_wait_for_other_ranks(device: str, limit: tuple[object, ...]) -> None:
+    """Asked to wait for so long torch's NCCL keeps the host, twice a layer; asked to wait it keeps the stream alone."""
+    layout = card(GEMMA, DType.FLOAT32, 500).layout(block_size=16, kv_tokens=16, tp=2, stages=(1, 1))
+    group = Noting()
+    part = torch.zeros(EXCHANGED, 2, device=device)
+    first, last = (Parallel(layout, rank, tensor=group, pipeline=group, timeout=WAIT) for rank in (0, 2))
+    for _ in range(3):  # two stages: the third waits for the first
+        first.send(first.sum(part))
+    last.receive(1, 2, torch.float32, torch.device(device))
+    last.gather(part, (2, 2))
+    assert group.waits == [limit] * 6
