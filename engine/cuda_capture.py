@@ -17,13 +17,22 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Raises `RuntimeError` if CUDA cannot capture it."""
+        """Raises `RuntimeError` if CUDA cannot capture it, or Triton not compile it for this GPU."""
+        from triton import TritonError  # not where there is no GPU
+
+        try:
+            return self._captured(run)
+        except TritonError as error:  # a tile that a GPU has no room for, for one, which is no `RuntimeError`
+            raise RuntimeError(str(error)) from error
+
+    def _captured(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             run()  # compiles Triton's kernels and has cuBLAS take its workspace: neither can be captured
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # What other threads ask of CUDA meanwhile, those of transports, is none of the capture's business.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             out = run()
 
         def replay() -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -16,6 +18,10 @@ from ...engine.weights import TORCH_DTYPE
 from ...kernels.triton_kernels import attends
 from ..process.child import progress
 from ..process.spec import RankSpec
+
+REHEARSED = 4
+MOST_GRAPH_BYTES = 64 << 20
+"""Of a graph, beside what torch counts. Not measured by us: an allowance, for a GPU on which another process takes memory all the while."""
 
 log = logging.getLogger(__name__)
 
@@ -44,26 +50,39 @@ def hindrance(spec: RankSpec, card: ModelCard, layout: Layout, device: torch.dev
 
 
 def rehearse(engine: Engine, shapes: tuple[DecodeShape, ...], device: torch.device) -> tuple[tuple[DecodeShape, ...], int]:
-    """Capture the largest of `shapes`, before the pool is sized, over the small one. What can be captured, nothing if that failed, which is
-    logged; and the bytes of the GPU it will take that torch does not count. What torch does count it has held once."""
+    """Capture the largest few of `shapes`, before the pool is sized, over the small one. What can be captured, nothing if that failed,
+    which is logged; and the bytes of the GPU it will take that torch does not count. What torch does count it has held once."""
     if not shapes:
         return (), 0
-    before = untold_bytes(device)
-    if not capture(engine, shapes[:1], device):
+    taken = [untold_bytes(device)]
+    if not capture(engine, shapes[:REHEARSED], device, lambda: taken.append(untold_bytes(device))):
         return (), 0
-    return shapes, max(0, untold_bytes(device) - before) * len(shapes)
+    return shapes, _bytes_of_one(taken) * len(shapes)
 
 
-def capture(engine: Engine, shapes: tuple[DecodeShape, ...], device: torch.device) -> bool:
-    """Over the caches that the engine holds. False if there is nothing to capture, or if that failed, which is logged."""
+def capture(engine: Engine, shapes: tuple[DecodeShape, ...], device: torch.device, captured: Callable[[], None] = lambda: None) -> bool:
+    """Over the caches that the engine holds; `captured` is called after each. False if there is nothing to capture, or if that failed,
+    which is logged."""
     if not shapes:
         return False
+
+    def told(count: int) -> None:
+        progress(f"decode steps captured: {count} of {len(shapes)}")
+        captured()
+
     try:
-        engine.capture(shapes, CudaCapture(device), lambda count: progress(f"decode steps captured: {count} of {len(shapes)}"))
+        engine.capture(shapes, CudaCapture(device), told)
     except RuntimeError as error:
         _say_eager(f"capturing failed: {error}")
         return False
     return True
+
+
+def _bytes_of_one(taken: Sequence[int]) -> int:
+    """What a graph takes. `taken`: of the GPU, by anyone, before the first and after each. The first pays for what comes but once (modules,
+    cuBLAS), and whoever shares the GPU may be loading its weights meanwhile: so it is the least that a later one took."""
+    later = [after - before for before, after in pairwise(taken[1:])]
+    return max(0, min([MOST_GRAPH_BYTES, *later]))
 
 
 def _say_eager(why: str) -> None:

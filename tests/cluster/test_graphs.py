@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,19 +72,36 @@ def test_a_capture_that_fails_leaves_a_worker_that_launches_its_kernels(caplog: 
     assert "operation not permitted when stream is capturing" in said
 
 
-def test_graphs_are_budgeted_by_the_first_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, captured = iter([100, 130]), []
+@pytest.mark.parametrize(
+    ("taken", "each"),
+    [
+        ((100, 900, 930, 980, 1010), 30),  # the first pays for what comes but once
+        ((100, 900, 930 + (1 << 30), 980 + (1 << 31), 1010 + (1 << 31)), 30),  # another process takes memory of the GPU
+        ((100, 900, 930, 920, 950), 0),  # or gives some back
+        ((100, 900, 1 << 30, 2 << 30, 3 << 30), graphs.MOST_GRAPH_BYTES),
+    ],
+)
+def test_graphs_are_budgeted_by_what_a_later_one_takes(taken: tuple[int, ...], each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, captured = iter(taken), []
 
     class Engine:
-        def capture(self, shapes: tuple[DecodeShape, ...], *_: object) -> None:
+        def capture(self, shapes: tuple[DecodeShape, ...], _: object, done: Callable[[int], None]) -> None:
             captured.append(shapes)
+            for count in range(len(shapes)):
+                done(1 + count)
 
     monkeypatch.setattr(graphs, "CudaCapture", lambda device: device)
-    monkeypatch.setattr(graphs, "untold_bytes", lambda _: next(taken))
-    shapes = (DecodeShape(8, 64), DecodeShape(4, 64), DecodeShape(2, 64))
-    assert graphs.rehearse(Engine(), shapes, GPU) == (shapes, 90)
-    assert captured == [shapes[:1]]
+    monkeypatch.setattr(graphs, "untold_bytes", lambda _: next(told))
+    shapes = tuple(DecodeShape(rows, 64) for rows in (16, 8, 4, 2, 1))
+    assert graphs.rehearse(Engine(), shapes, GPU) == (shapes, 5 * each)
+    assert captured == [shapes[:4]]
     assert graphs.rehearse(Engine(), (), GPU) == ((), 0)
+
+
+def test_a_single_graph_is_allowed_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "capture", lambda *_: True)
+    monkeypatch.setattr(graphs, "untold_bytes", lambda _: 100)
+    assert graphs.rehearse(None, (DecodeShape(1, 64),), GPU) == ((DecodeShape(1, 64),), graphs.MOST_GRAPH_BYTES)
 
 
 def test_the_longest_sequence_is_without_the_engines_own_block(card: ModelCard) -> None:
