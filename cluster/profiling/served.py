@@ -112,8 +112,10 @@ def _watch(tell: Callable[[str], None], model_dir: Path, dtype: str, threads: in
 
 
 def _config(model_dir: Path, dtype: str, threads: int | None, *, prefill: int) -> dict[str, Any]:
-    each = {} if threads is None else {"threads": threads}
-    config = settings(prefill=prefill, decode=1, model=str(model_dir), dtype=dtype, **dict.fromkeys(("prefill", "decode"), each))
+    config = settings(prefill=prefill, decode=1, model=str(model_dir), dtype=dtype)
+    if threads is not None:
+        for phase in Phase:
+            config[phase.value]["threads"] = threads
     return config | {"name": f"profile-{os.getpid()}", "device": "cpu"}
 
 
