@@ -18,12 +18,13 @@ class Lease:
 
 class Leases:
     """Two bounds. The charges of all attempts fit the pool, so whoever has started gets every block it needs without waiting for
-    another attempt. And KV that one destination has not granted fills at most `ungranted` of the pool: half, that others be served while it
-    waits; all of it where there is no other."""
+    another attempt. And KV that one destination has not granted fills at most half of the pool, that others be served while it waits;
+    all of it as long as no prompt has come for another: one alone may not be kept waiting for nobody."""
 
-    def __init__(self, num_blocks: tuple[int, ...], ungranted: float = 0.5) -> None:
+    def __init__(self, num_blocks: tuple[int, ...]) -> None:
         self._num_blocks = num_blocks
-        self._ungranted_most = tuple(ungranted * count for count in num_blocks)
+        self._first: str | None = None
+        self._several = False
         self._leases: dict[str, Lease] = {}
         self._charged = (0,) * len(num_blocks)
         self._ungranted: dict[str, tuple[int, ...]] = {}
@@ -40,11 +41,16 @@ class Leases:
         """Whether the pool can promise `charge` blocks more."""
         return all(a + b <= limit for a, b, limit in zip(self._charged, charge, self._num_blocks, strict=True))
 
+    def expect(self, destination: str | None) -> None:
+        """A prompt has come for it. From the second destination on there are others to be served."""
+        self._first = self._first or destination
+        self._several |= destination is not None and destination != self._first
+
     def within_share(self, destination: str | None, blocks: tuple[int, ...]) -> bool:
         """Whether `destination` may be sent `blocks` more before it grants. One prompt alone may be larger than the share: it
         could never start otherwise."""
-        waiting = self._ungranted.get(destination) if destination is not None else None
-        return waiting is None or all(a + b <= most for a, b, most in zip(waiting, blocks, self._ungranted_most, strict=True))
+        waiting = self._ungranted.get(destination) if destination is not None and self._several else None
+        return waiting is None or all(2 * (a + b) <= count for a, b, count in zip(waiting, blocks, self._num_blocks, strict=True))
 
     def begin(self, attempt_id: str, lease: Lease) -> None:
         self._leases[attempt_id] = lease

@@ -84,7 +84,7 @@ class PrefillScheduler:
     """First come, first served; at most `chunk_tokens` positions a step over all rows; cached prefixes are skipped.
 
     What cannot start now (memory, or its destination's share) is passed by later prompts a bounded number of times. KV that
-    one destination has not yet granted fills at most `ungranted` of the pool (one prompt alone may be larger).
+    one destination has not yet granted fills at most half of the pool where there are several (one prompt alone may be larger).
     `max_running`: slots of the engine; rows of a batch. `step` counts from 0, as the engine does.
     """
 
@@ -97,7 +97,6 @@ class PrefillScheduler:
         max_running: int,
         max_context: int,
         eos_token_ids: tuple[int, ...],
-        ungranted: float = 0.5,
     ) -> None:
         self._pool = pool
         self._root_hash_of = root_hash_of
@@ -105,7 +104,7 @@ class PrefillScheduler:
         self._max_context = max_context
         self._eos_token_ids = frozenset(eos_token_ids)
         self._slots = Slots(max_running)
-        self._leases = Leases(pool.num_blocks, ungranted)
+        self._leases = Leases(pool.num_blocks)
         self._waiting: dict[str, Prompt] = {}
         self._running: dict[str, Prompt] = {}
         self._leased: dict[str, Prompt] = {}
@@ -126,6 +125,7 @@ class PrefillScheduler:
             raise InvalidRequest("Some choices go on behind tokens of their own: that takes a decode worker.", field="destination")
         if attempt_id in self._waiting or attempt_id in self._running or attempt_id in self._leased:
             raise InvalidRequest(f"Attempt {attempt_id} is under way.", field="attempt_id")
+        self._leases.expect(prefill.destination)
         if len(token_ids) >= self._max_context:
             raise ContextExceeded(
                 f"The prompt has {len(token_ids)} tokens; with one of output the context holds {self._max_context}.", field="prompt"

@@ -25,7 +25,6 @@ PUBLISHED = Policies(
     prefill_running=128,  # context_max_batch_size
     decode_running=1024,  # decoding_max_batch_size
     decode_chunk_tokens=2048,  # what was preempted is computed again at once: DistServe swaps it in at once
-    ungranted=1.0,  # its bridge queue may fill the prefill engine's blocks: there is one decode engine
     ahead=0,  # it makes a batch when its engine is free
     local_prefill=LocalPrefill.NEVER,
     most_running=None,

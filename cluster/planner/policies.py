@@ -17,8 +17,7 @@ from .profile import Hardware, Profile
 class Policies:
     """The settings of the production schedulers and of the router; defaults are the config file's.
 
-    `ungranted`: share of a prefill worker's pool that one destination may leave waiting. `ahead`: steps a worker decides beyond
-    those that run. `most_running`: requests at once, more are refused; None: any number. `paired`: workers of one number are a pair.
+    `ahead`: steps a worker decides beyond those that run. `most_running`: requests at once, more are refused; None: any number. `paired`: workers of one number are a pair.
     """
 
     chunk_tokens: int = 512
@@ -26,7 +25,6 @@ class Policies:
     prefill_running: int = 32
     decode_running: int = 32
     watermark: float = 0.05
-    ungranted: float = 0.5
     ahead: int = 1
     local_prefill: LocalPrefill = LocalPrefill.AUTO
     local_prefill_below: int = 16

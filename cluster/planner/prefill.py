@@ -33,7 +33,6 @@ class PrefillWorker(Worker):
             max_running=policies.prefill_running,
             max_context=scene.model.max_context,
             eos_token_ids=(),
-            ungranted=policies.ungranted,
         )
         self.machine = SourceMachine(self.hello, policies.lease_s, SLOTS)
         self._dial = dial

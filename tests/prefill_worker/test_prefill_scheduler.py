@@ -251,6 +251,12 @@ def test_what_does_not_fit_is_passed_and_does_not_starve() -> None:
     worker.drain()
 
 
+def for_another(worker: Worker) -> None:
+    """Have had a prompt for a destination that no other is for."""
+    worker.add("gone", prompt(10), "another")
+    worker.scheduler.cancel("gone", 0.0)
+
+
 def test_a_destination_that_does_not_grant_fills_half_the_pool_and_blocks_no_other() -> None:
     worker = Worker(max_running=8)
     for i in range(4):
@@ -266,8 +272,19 @@ def test_a_destination_that_does_not_grant_fills_half_the_pool_and_blocks_no_oth
     worker.drain()
 
 
+def test_a_destination_without_another_may_fill_the_pool() -> None:
+    worker = Worker(max_running=8)
+    for i in range(4):
+        worker.add(f"slow{i}", prompt(40, i), "slow")
+    while worker.step():
+        pass
+    assert worker.started == ["slow0", "slow1", "slow2", "slow3"]
+    worker.drain()
+
+
 def test_small_prompts_do_not_starve_a_large_one_to_the_same_destination() -> None:
     worker = Worker(max_running=8)
+    for_another(worker)
     worker.add("first", prompt(20, 1), "d")
     worker.add("large", prompt(90, 2), "d")
     passes = scheduler_module.MAX_PASSES
@@ -287,6 +304,7 @@ def test_small_prompts_do_not_starve_a_large_one_to_the_same_destination() -> No
 
 def test_a_prompt_larger_than_the_share_starts_alone() -> None:
     worker = Worker()
+    for_another(worker)
     worker.add("a", prompt(150), "d")
     worker.add("b", prompt(10, 2), "d")
     while worker.step():
