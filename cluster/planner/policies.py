@@ -17,7 +17,8 @@ from .profile import Hardware, Profile
 class Policies:
     """The settings of the production schedulers and of the router; defaults are the config file's.
 
-    `ahead`: steps a worker decides beyond those that run. `most_running`: requests at once, more are refused; None: any number. `paired`: workers of one number are a pair.
+    `ahead`: steps a worker decides beyond those that run. `most_running`: requests at once, more are refused; None: any number.
+    `paired`: workers of one number are a pair.
     """
 
     chunk_tokens: int = 512
