@@ -28,6 +28,9 @@ from ..resources.devices import VISIBLE
 from ..resources.memory import available_bytes, require_memory
 from .identity import reachable_host, worker_layout
 
+SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
+"""Without it NCCL joins no two ranks that are on one GPU, as those of two workers may be."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m diptych.cluster.programs.rank", description="Run one rank process of a cluster.")
@@ -84,8 +87,10 @@ def _take_device(spec: RankSpec) -> None:
     """See the rank's own GPU and no other, or none, from before torch is loaded."""
     if spec.device == "cpu":
         os.environ[VISIBLE] = ""
-    elif spec.gpu is not None:
+        return
+    if spec.gpu is not None:
         os.environ[VISIBLE] = spec.gpu
+    os.environ.setdefault(SHARED_GPU, "1")
 
 
 def _take_cores(spec: RankSpec) -> None:

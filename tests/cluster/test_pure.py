@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from cluster_harness import write_card
 from diptych.cluster.on_ray.nodes import Asked, Need, Node, Wanted, choose, equal_part, fit, for_phase, free_run, no_room, role_needed
+from diptych.cluster.process.spec import RankSpec
+from diptych.cluster.programs import rank
 from diptych.cluster.programs.on_node import own_cores
 from diptych.cluster.resources.cores import Share, share_cores, shares_for_newcomer
 from diptych.cluster.resources.memory import available_bytes
@@ -20,6 +22,23 @@ from diptych.core.fleet import Phase
 from diptych.core.model import read_card
 from hypothesis import given
 from hypothesis import strategies as st
+
+
+@pytest.mark.parametrize(
+    ("device", "before", "after"),
+    [
+        ("cpu", {}, {"CUDA_VISIBLE_DEVICES": ""}),
+        ("cuda", {}, {"CUDA_VISIBLE_DEVICES": "1", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}),
+        ("cuda", {"NCCL_MULTI_RANK_GPU_ENABLE": "0"}, {"CUDA_VISIBLE_DEVICES": "1", "NCCL_MULTI_RANK_GPU_ENABLE": "0"}),
+    ],
+)
+def test_a_rank_sees_its_gpu_alone_and_may_share_it(
+    device: str, before: dict[str, str], after: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank.os, "environ", before)
+    values = {"worker_id": "d", "phase": Phase.DECODE, "model_dir": "/", "device": device, "gpu": "1" if device == "cuda" else None}
+    rank._take_device(RankSpec.model_validate(values))
+    assert before == after
 
 
 @pytest.mark.parametrize(
