@@ -12,26 +12,17 @@ from typing import Any
 from diptych.benchmarks.record import percentile
 from diptych.cluster.load.workload import Arrival
 from diptych.cluster.planner.life import Life
-from diptych.cluster.planner.policies import Policies, hardware_of
+from diptych.cluster.planner.policies import Policies, workers_of
 from diptych.cluster.planner.profile import Profile, read_profile
 from diptych.cluster.planner.world import World
-from diptych.core.fleet import LocalPrefill, Phase
+from diptych.cluster.supervising.config_file import read_config
+from diptych.core.config import ClusterConfig
 
 HERE = Path(__file__).parent
 SLO = (0.2, 0.1)
 """TTFT and TPOT in seconds."""
-PUBLISHED = Policies(
-    chunk_tokens=8192,  # context_max_tokens_per_batch
-    prefill_running=128,  # context_max_batch_size
-    decode_running=1024,  # decoding_max_batch_size
-    decode_chunk_tokens=2048,  # what was preempted is computed again at once: DistServe swaps it in at once
-    ahead=0,  # it makes a batch when its engine is free
-    local_prefill=LocalPrefill.NEVER,
-    most_running=None,
-    lease_s=1e6,
-    offer_wait_s=1e6,
-)
-"""The flags of the published runs (facts.json, `engine_flags_in_evaluation`), as our schedulers have them."""
+PUBLISHED = HERE / "c21d11.yaml"
+"""A plan with the flags of the published runs (facts.json, `engine_flags_in_evaluation`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +53,14 @@ def profile_of(name: str = "opt-13b-a100") -> Profile:
     return read_profile(HERE / f"{name}.json")
 
 
-def replay(
-    profile: Profile, rows: Sequence[Row], prefill: tuple[int, int] = (2, 1), decode: tuple[int, int] = (1, 1)
-) -> tuple[list[Row], World]:
-    """The same requests at the same times on one prefill and one decode worker of (tp, pp).
+def replay(profile: Profile, rows: Sequence[Row], plan: ClusterConfig) -> tuple[list[Row], World]:
+    """The same requests at the same times on the plan's workers.
 
     One policy of theirs we lack: when memory is short they swap a request out and in, we compute it again, beside the others' steps.
     `Comparison.preemptions` says how often, and so which runs that spoils: in a saturated one each slows everybody by some 0.1 s.
     """
-    hardware = [
-        hardware_of(profile, phase, tp, pp, profile.kv_tokens(tp, pp), phase.value)
-        for phase, (tp, pp) in ((Phase.PREFILL, prefill), (Phase.DECODE, decode))
-    ]
     lives: list[Life] = []
-    world = World(profile, hardware, PUBLISHED, on_end=lives.append)
+    world = World(profile, workers_of(plan, profile), Policies.of(plan), on_end=lives.append)
     world.run(Arrival(number, row.at, row.prompt_tokens, row.output_tokens) for number, row in enumerate(rows))
     world.check()
     found = list(rows)
@@ -132,7 +117,7 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def compare(name: str, profile: Profile, rows: Sequence[Row]) -> Comparison:
-    simulated, world = replay(profile, rows)
+    simulated, world = replay(profile, rows, read_config(PUBLISHED, {}))
     preemptions = world.counters().get("diptych_worker_preemptions_total", 0)
     return Comparison(name, len(rows), figures(rows), figures(simulated), int(preemptions))
 

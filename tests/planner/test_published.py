@@ -1,4 +1,5 @@
-"""Runs that others measured on their hardware, by the tolerance that is promised of all of them (`benchmarks/planner`)."""
+"""Runs that others measured on their hardware, by the tolerance that is promised of all of them, simulated with what a
+plan says and nothing else (`benchmarks/planner`)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from diptych.benchmarks.planner.replay import HERE, compare, profile_of, read_tr
 RUNS = read_traces(HERE / "runs.json")
 
 
-@pytest.mark.parametrize(("name", "saturated"), [("distserve-c21d11-300-3", False), ("distserve-c21d11-300-9", True)])
+@pytest.mark.parametrize(
+    ("name", "saturated"), [("distserve-c21d11-300-3", False), ("distserve-c21d11-300-9", True), ("distserve-c21d11-900-9", True)]
+)
 def test_a_measured_run_is_simulated_within_the_tolerance(name: str, saturated: bool) -> None:
     found = compare(name, profile_of(), RUNS[name])
     assert found.saturated == saturated
