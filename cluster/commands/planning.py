@@ -87,7 +87,8 @@ class Planning:
         text = self._file(outcome.best)
         if out is not None:
             write_text(out, text)
-            _out.print(f"{out}: diptych up -f {out}", markup=False)
+            joined = " --address RAY" if outcome.best.plan.prefill.device else ""
+            _out.print(f"{out}: diptych up -f {out}{joined}", markup=False)
         else:
             _out.print("\n" + text, markup=False)
         if plot is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ PROMPT = "the thin man and the other thing in the inn; then another one, and the
 
 
 @contextmanager
-def ray_of_others(directory: Path, monkeypatch: pytest.MonkeyPatch, *cpus: int, gpus: int = 0, asks: str = "token") -> Iterator[str]:
+def ray_of_others(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, *cpus: int, gpus: int = 0, kinds: Sequence[str] = (), asks: str = "token"
+) -> Iterator[str]:
     """A Ray cluster of nodes with so many CPUs, and GPUs that Ray believes in, at 127.0.0.1, .2 and so on, that somebody else has started;
-    its address. `asks`: for what, as RAY_AUTH_MODE says it."""
+    its address. `kinds`: of device, by node. `asks`: for what, as RAY_AUTH_MODE says it."""
     mark = f"others-{directory.name}"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -49,6 +52,8 @@ def ray_of_others(directory: Path, monkeypatch: pytest.MonkeyPatch, *cpus: int, 
     try:
         for number, count in enumerate(cpus, start=1):
             where = [f"--node-ip-address=127.0.0.{number}", f"--num-cpus={count}", f"--num-gpus={gpus}"]
+            if kinds:
+                where.append(f"--resources={json.dumps({f'accelerator_type:{kinds[number - 1]}': 1})}")
             role = [f"--address=127.0.0.1:{port}"] if number > 1 else head
             whole, environment = [*command, *where, *role], {**os.environ, processes.MARK: mark}
             started = subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=90, check=False)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from diptych.cluster.cli import app
-from diptych.cluster.planner.profile import Parallelism
+from diptych.cluster.commands import planning
+from diptych.cluster.commands.devices import Asked
+from diptych.cluster.planner.profile import DeviceShare, Parallelism
+from diptych.cluster.planner.site import Space
 from diptych.cluster.supervising.config_file import read_config
 from typer.testing import CliRunner
 from worlds import MODEL, TIMES, profile
@@ -149,3 +153,85 @@ def test_a_model_too_large_for_the_devices_is_refused_with_the_room_it_takes(fil
     assert re.search(
         "No plan: memory binds, m does not fit twice.* nearest that fits takes 4 devices of 1 × 4: 1 × prefill .tp 1 pp 2", out
     ), out
+
+
+def on(name: str, prefill: float, decode: float, **changes: object) -> str:
+    """The profile of a device with such seconds of a prompt's token and of a decode step, as a file's text."""
+    times = TIMES.model_copy(
+        update={
+            "prefill": TIMES.prefill.model_copy(update={"token": prefill}),
+            "decode": TIMES.decode.model_copy(update={"constant": decode}),
+        }
+    )
+    values = {"device": DeviceShare(name=name, memory_bytes=10e9), "parallelisms": (Parallelism(tp=1, times=times, kv_tokens={1: 16000}),)}
+    return profile(**(values | changes)).model_dump_json()
+
+
+MIXED = ("plan", "--profile", "A.json", "--profile", "B.json", *WORTH, "--devices", "1", "--affinity", "high")
+
+
+@pytest.fixture
+def kinds(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "processes", nullcontext)  # here: two processes that import all take longer than the search
+    Path("A.json").write_text(on("A", 1e-4, 0.07))
+    Path("B.json").write_text(on("B", 9e-4, 0.02))
+
+
+def test_a_plan_for_two_kinds_of_device_is_written_and_simulated(kinds: None) -> None:
+    status, out = diptych(*MIXED, "--device", "a,cost=3", "--device", "B,cost=2", "--output", "2-4", "--most", "60", "--out", "best.yaml")
+    assert status == 0, out
+    assert re.search(r"best \* +1 × prefill \(tp 1 pp 1 on A\) \+ 1 × decode \(tp 1 pp 1 on B\) +1 × A and 1 × B .* 5 ", out), out
+    assert "per cost of one B" in out
+    assert "best.yaml: diptych up -f best.yaml --address RAY" in out
+    config = read_config(Path("best.yaml"), {})
+    assert (config.prefill.accelerator, config.decode.accelerator, config.device, config.paired) == ("A", "B", "cuda", False)
+    simulate = ("simulate", "--plan", "best.yaml", "--slo", "ttft=0.2s,tpot=0.06s", "--workload", "W.csv")
+    status, out = diptych(*simulate, "--profile", "B.json", "--profile", "A.json", "--json", "OUT")
+    assert status == 0, out
+    assert json.loads(Path("OUT").read_text())["summary"]["times"]["tpot"]["mean"] < 0.03, "decoded on B"
+    status, out = diptych(*simulate, "--profile", "A.json")
+    assert status == 2
+    assert "decode.accelerator: nothing is known of B" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--device", "A", "--device", "H1000"), "--device: nothing is known of H1000.* one of A, B.* some of A100, .*Did you mean H100?"),
+        (("--device", "A", "--device", "A"), "--device: two are of A"),
+        (("--device", "A,node=2"), "--device A,node=2: 'node' is no part of it. Did you mean nodes. It is NAME"),
+        (("--device", "A,nodes=0"), "--device A,nodes=0: nodes is '0'; it is a whole number above 0"),
+        (("--device", "A,cost=x"), "--device A,cost=x: cost is 'x'; it is a number above 0"),
+        (("--device", "A=A.json"), "it begins with the name of a kind of device"),
+        (("--device", "A,cost=2", "--device", "B"), "--device: A has a cost and B has none"),
+        (("--cost", "2"), "--cost is of one kind of device"),
+        (("--profile", "A.json"), "--profile: two are of A"),
+        (("--profile", "C.json"), "all must be of one model.*model.dtype is bfloat16 in that of A, and float16 in that of C"),
+        (("--profile", "cpu.json"), "one of A and cpu is a CPU; KV moves between GPUs, or between CPUs"),
+        (
+            ("--affinity", "low"),
+            "No plan: devices binds, m does not fit twice.* on 1 × A and 1 × B. The nearest that fits takes 2 × A of 1 × 2 A",
+        ),
+        pytest.param(
+            ("--rate", "60"),
+            r"60 requests/s take more than 1 × A and 1 × B .* nearest that works takes [0-9]+ × A and [0-9]+ × B: ",
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)
+def test_what_is_wrong_with_devices_is_refused_by_name(kinds: None, arguments: tuple[str, ...], said: str) -> None:
+    Path("C.json").write_text(on("C", 1e-4, 0.02, model=MODEL.model_copy(update={"dtype": "float16"})))
+    Path("cpu.json").write_text(on("cpu", 1e-4, 0.02))
+    status, out = diptych(*MIXED, *arguments)
+    assert status in (1, 2)
+    assert re.search(said, " ".join(out.split())), out
+
+
+def test_a_device_without_a_profile_is_taken_from_its_data_sheet(kinds: None) -> None:
+    site = Asked((Path("A.json"),), ("l40s,nodes=2,devices=4", "A"), Space(3, 5)).site()
+    assert [(kind.name, kind.space, kind.profile.estimate) for kind in site.kinds] == [
+        ("L40S", Space(2, 4), True),
+        ("A", Space(3, 5), False),
+    ]
+    assert site.kinds[0].profile.model == site.kinds[1].profile.model
+    assert site.kinds[0].away == site.kinds[0].profile.links["network"]

@@ -91,6 +91,7 @@ def test_what_a_device_costs_decides() -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(900)  # one took 80 s beside twenty others on two cores
 @pytest.mark.parametrize("costs", [(1.0, 1.0), (3.0, 1.0), (1.0, 2.5)])
 def test_nor_on_more_devices_whatever_they_cost(costs: tuple[float, float]) -> None:
     there = site(device("a", 1e-4, 0.03, costs[0]), device("b", 3e-4, 0.02, costs[1]), space=Space(1, 3))
