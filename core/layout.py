@@ -175,6 +175,10 @@ class RankLayout:
     def layers(self, group: int) -> tuple[int, ...]:
         return self.layout.groups[group].layers
 
+    def token_bytes(self, layer: int) -> int:
+        """Bytes of one token in a layer that it holds."""
+        return next(group.token_bytes for group in self.layout.groups if layer in group.layers)
+
     def heads(self, group: int) -> range:
         """The model's numbers of the KV heads held."""
         first = self.first_heads[group]

@@ -40,6 +40,9 @@ from .keep_alive import GrantsKept
 from .source_state import Lane, State, Transfer
 from .staging import Staging
 
+WORTH_BYTES = 1 << 20
+"""What is announced is so much, or the end. A message, from the layer that is computed to the copy, costs both ends half a millisecond of
+CPU together, as much as copying 4 MiB does."""
 HANDSHAKE_S = 10.0
 """Longest time from dialling to the peer's Hello. Twice what the destination allows itself, so that its reason arrives."""
 
@@ -62,7 +65,8 @@ class SourceMachine:
         self._lanes_made = 0
         self._words = [0] * slots
         self._free_slots = list(range(slots))
-        self._dirty: dict[str, None] = {}
+        self._dirty: dict[str, int] = {}
+        """Which transfers have something to announce, and the bytes that were computed since they last did."""
         self._keep_alive = GrantsKept(lease_s)
 
     # -- calls of the worker ------------------------------------------------------------------------------------------
@@ -88,7 +92,9 @@ class SourceMachine:
     def computed(
         self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: tuple[tuple[int, ...], ...], rank: int = 0
     ) -> bool:
-        """What `rank` has stored. True if `announce` now has something to say. Raises `Internal` if positions come out of order."""
+        """What `rank` has stored. True if `announce` now has something to say that is worth a message: what is computed and not announced
+        is `WORTH_BYTES`, or the last that the rank computes. The rest is announced with what follows, or by the Commit. Raises `Internal`
+        if positions come out of order."""
         transfer = self._transfers.get(transfer_id)
         if transfer is None or transfer.state is State.FENCING:
             return False
@@ -99,8 +105,9 @@ class SourceMachine:
         nearly_done = stop == transfer.prompt_tokens and not transfer.nearly_done
         transfer.nearly_done |= nearly_done
         if transfer.state is State.GRANTED or (nearly_done and self._lanes[transfer.lane].opened_by is None):
-            self._dirty[transfer_id] = None
-        return bool(self._dirty)
+            self._dirty[transfer_id] = self._dirty.get(transfer_id, 0) + (stop - start) * sum(map(self._ranks[rank].token_bytes, layers))
+        unsaid = self._dirty.get(transfer_id, 0)
+        return nearly_done or unsaid >= WORTH_BYTES or (unsaid > 0 and transfer.computed[rank].complete)
 
     def announce(self, now: float) -> list[SourceAction]:
         """Ready for all that was computed since it was last called; of what has no grant, that it is nearly done."""
