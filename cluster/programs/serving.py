@@ -31,7 +31,8 @@ from ...rpc.lane import dial_lane
 from ...rpc.server import serve as serve_faces
 from ...worker.face import Face
 from ...worker.leader import FollowerRank, Leader
-from ...worker.loop import BROKEN_AFTER, DEPTH, EngineLoop, Inbox, at_once
+from ...worker.look_ahead import LookAhead
+from ...worker.loop import BROKEN_AFTER, DEPTH, EngineLoop, Inbox, RunStep, at_once
 from ...worker.meeting import meet
 from ...worker.outbox import Call, Delivery
 from ...worker.report import Reporter
@@ -78,6 +79,7 @@ class _Worker:
         self._num_blocks = tuple(count - loaded.spare_blocks for count in loaded.layout.num_blocks)
         """Of each group: those that the scheduler may give away."""
         self._leader = leader
+        self._look_ahead = LookAhead(loaded.engine.launch) if leader is None and loaded.pool.device.type == "cuda" else None
         self._clock: Clock = MonotonicClock()
         self._incarnation = new_incarnation()
         self._asyncio = asyncio.get_running_loop()
@@ -91,7 +93,7 @@ class _Worker:
             check=self._check_transfers if spec.check else None,
         )
         self._loop: EngineLoop[Any] = EngineLoop(
-            at_once(loaded.engine.run) if leader is None else leader.steps(loaded.engine),
+            self._run_step(loaded),
             self._role,
             inbox=self._inbox,
             clock=self._clock,
@@ -123,9 +125,17 @@ class _Worker:
         await server.stop(GRACE_S)
         await self._role.transfers.close()
         self._loop.stop()
+        if self._look_ahead is not None:
+            self._look_ahead.close()
         if self._leader is not None:
             self._leader.end()
         self._pool.close()
+
+    def _run_step(self, loaded: Loaded) -> RunStep:
+        """On a GPU the next step is launched while one computes, unless there are other ranks: they are told its tokens with it."""
+        if self._leader is not None:
+            return self._leader.steps(loaded.engine)
+        return at_once(loaded.engine.run) if self._look_ahead is None else self._look_ahead.run
 
     def _check_transfers(self) -> None:
         """On the asyncio thread, while the loop is idle."""

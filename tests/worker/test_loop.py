@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -14,8 +15,11 @@ from diptych.core.clock import MonotonicClock
 from diptych.core.commands import Failed, StepEvents
 from diptych.core.errors import DiptychError, Internal
 from diptych.core.fleet import WorkerReport, WorkerState
+from diptych.core.recordings import Doing
+from diptych.core.spans import Recording
 from diptych.engine.batch import Batch, Drawn, Row, StepOutput
 from diptych.worker import loop
+from diptych.worker.look_ahead import LookAhead
 from diptych.worker.loop import BROKEN_AFTER, EngineLoop, Inbox, Ran, StepTimes, at_once
 from diptych.worker.outbox import Delivery, Outbox
 
@@ -43,6 +47,7 @@ class FakeRole:
     """Wants `wanted` steps; notes what becomes of them."""
 
     wanted: int = 0
+    tells_layers: bool = True
     decided: int = 0
     completed: list[int] = field(default_factory=list)
     abandoned: list[tuple[int, DiptychError]] = field(default_factory=list)
@@ -67,8 +72,8 @@ class FakeRole:
         row = Row(slot=0, start=0, token_ids=(1,), tables=((0,),), draws=())
         return FakeDecision(Batch(self.decided - 1, (row,)))
 
-    def on_layer(self, decision: FakeDecision) -> partial[None]:
-        return partial(self.layers.append)
+    def on_layer(self, decision: FakeDecision) -> partial[None] | None:
+        return partial(self.layers.append) if self.tells_layers else None
 
     def complete(self, decision: FakeDecision, output: StepOutput, times: StepTimes) -> None:
         assert output.step == decision.batch.step
@@ -204,6 +209,116 @@ def test_outputs_may_come_later_and_as_many_steps_are_in_flight_as_asked_for() -
     assert role.done.wait(WAIT_S)
     assert role.completed == [0, 1, 2, 3, 4, 5]
     loop.stop()
+
+
+class Gpu:
+    """An engine that is launched: a step's output is there when a test has said so."""
+
+    def __init__(self) -> None:
+        self.launched: SimpleQueue[int] = SimpleQueue()
+        self.computed: defaultdict[int, threading.Event] = defaultdict(threading.Event)
+        self.unlaunchable: set[int] = set()
+        self.failing: set[int] = set()
+
+    def launch(self, batch: Batch, on_layer) -> Callable[[], StepOutput]:
+        self.launched.put(batch.step)
+        if on_layer is not None:
+            on_layer(batch.step)
+        if batch.step in self.unlaunchable:
+            raise ArithmeticError("no room")
+
+        def output() -> StepOutput:
+            assert self.computed[batch.step].wait(WAIT_S)
+            if batch.step in self.failing:
+                raise ArithmeticError("an illegal address")
+            return StepOutput(batch.step, ((Drawn(7),),))
+
+        return output
+
+    def compute(self, *steps: int) -> None:
+        for step in steps:
+            self.computed[step].set()
+
+
+@dataclass
+class Ahead:
+    role: FakeRole
+    gpu: Gpu
+    inbox: Inbox
+
+    def launched(self) -> int:
+        return self.gpu.launched.get(timeout=WAIT_S)
+
+    def settled(self) -> None:
+        """The loop has made every turn it can."""
+        seen = threading.Event()
+        self.inbox.put(seen.set)
+        assert seen.wait(WAIT_S)
+
+
+@pytest.fixture
+def ahead() -> Iterator[Ahead]:
+    role, gpu, inbox = FakeRole(tells_layers=False), Gpu(), SimpleQueue()
+    look_ahead = LookAhead(gpu.launch)
+    loop: EngineLoop[FakeDecision] = EngineLoop(
+        look_ahead.run, role, inbox=inbox, clock=MonotonicClock(), deliver=lambda _: None, died=lambda _: None
+    )
+    loop.start()
+    yield Ahead(role, gpu, inbox)
+    gpu.compute(*range(100))
+    loop.stop()
+    look_ahead.close()
+
+
+def test_a_step_is_launched_while_the_one_before_it_computes_and_no_more(ahead: Ahead) -> None:
+    ahead.inbox.put(partial(ahead.role.want, 4))
+    assert [ahead.launched(), ahead.launched()] == [0, 1]
+    ahead.settled()
+    assert (ahead.role.completed, ahead.gpu.launched.empty()) == ([], True)
+    ahead.gpu.compute(0)
+    assert ahead.launched() == 2, "while step 1 computes"
+    ahead.gpu.compute(1, 2, 3)
+    assert ahead.role.done.wait(WAIT_S)
+    assert ahead.role.completed == [0, 1, 2, 3]
+
+
+def test_what_a_step_fails_by_is_told_in_its_turn(ahead: Ahead) -> None:
+    """Step 1 cannot be launched, which is known at once; step 3 fails on the device."""
+    ahead.gpu.unlaunchable, ahead.gpu.failing = {1}, {3}
+    ahead.inbox.put(partial(ahead.role.want, 5))
+    assert [ahead.launched(), ahead.launched()] == [0, 1]
+    ahead.settled()
+    assert (ahead.role.completed, ahead.role.abandoned) == ([], [])
+    ahead.gpu.compute(*range(5))
+    assert ahead.role.done.wait(WAIT_S)
+    assert ahead.role.completed == [0, 2, 4]
+    assert [(step, error.message) for step, error in ahead.role.abandoned] == [
+        (1, "The engine failed: ArithmeticError: no room"),
+        (3, "The engine failed: ArithmeticError: an illegal address"),
+    ]
+
+
+def test_a_step_whose_layers_are_told_is_waited_for(ahead: Ahead) -> None:
+    ahead.role.tells_layers = True
+    ahead.inbox.put(partial(ahead.role.want, 2))
+    assert ahead.launched() == 0
+    ahead.settled()
+    assert (ahead.role.decided, ahead.role.layers, ahead.gpu.launched.empty()) == (2, [0], True)
+    ahead.gpu.compute(0)
+    assert ahead.launched() == 1
+    ahead.gpu.compute(1)
+    assert ahead.role.done.wait(WAIT_S)
+
+
+def test_a_decision_that_comes_while_a_step_computes_was_not_waited_for(ahead: Ahead) -> None:
+    recording = Recording(60, 1000)
+    ahead.inbox.put(partial(ahead.role.want, 4))
+    assert [ahead.launched(), ahead.launched()] == [0, 1]
+    for step in (0, 1):
+        ahead.gpu.compute(step)
+        assert ahead.launched() == step + 2
+    waits = [span.doing for span in recording.end().spans if span.doing in (Doing.WAIT, Doing.UNDER_WAY)]
+    assert waits[-2:] == [Doing.UNDER_WAY] * 2
 
 
 def test_one_failed_step_ends_a_process_that_may_have_none() -> None:
