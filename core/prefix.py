@@ -41,3 +41,8 @@ def chain(root: bytes, token_ids: Sequence[int]) -> list[bytes]:
         root = hashlib.sha256(root + packed[start : start + width]).digest()
         hashes.append(root)
     return hashes
+
+
+def chained(root: bytes, token_ids: Sequence[int]) -> list[bytes]:
+    """The root, then `chain`: what a block table begins with."""
+    return [root, *chain(root, token_ids)]

@@ -49,7 +49,7 @@ class Growth:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take its blocks and slot. A token it has in flight still counts; everything else is computed again when memory allows."""
-        self._roster.running.remove(sequence)
+        self._roster.pause(sequence)
         self.vacate(sequence)
         sequence.table = self._pool.open(sequence.table.hashes)
         sequence.decided = sequence.done = 0

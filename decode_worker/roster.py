@@ -8,12 +8,13 @@ from .sequence import Sequence, by_age
 
 
 class Roster:
-    """`running`: oldest first; those started and not running are preempted. `started`: the live choices of each attempt."""
+    """`running`: oldest first; those started and not running are preempted. `started`: the live choices of each attempt. `changes`: counts
+    how often others ran than before."""
 
     def __init__(self) -> None:
         self.running: list[Sequence] = []
         self.started: dict[str, list[Sequence]] = {}
-        self._orders = 0
+        self.changes = self._orders = 0
 
     def run(self, sequence: Sequence) -> bool:
         """It runs from now on. True if it has not started before."""
@@ -21,7 +22,13 @@ class Roster:
         if new:
             self.enter(sequence)
         insort(self.running, sequence, key=by_age)
+        self.changes += 1
         return new
+
+    def pause(self, sequence: Sequence) -> None:
+        """It runs no more for a while."""
+        self.running.remove(sequence)
+        self.changes += 1
 
     def enter(self, sequence: Sequence) -> None:
         """It is the youngest of all, and one of its attempt's choices."""
@@ -32,7 +39,7 @@ class Roster:
     def leave(self, sequence: Sequence) -> bool:
         """It has ended. True if it was its attempt's last."""
         if sequence in self.running:
-            self.running.remove(sequence)
+            self.pause(sequence)
         choices = self.started[sequence.attempt_id]
         choices.remove(sequence)
         if not choices:

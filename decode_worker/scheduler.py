@@ -22,7 +22,6 @@ from dataclasses import replace
 from ..core.commands import ChoiceFinished, Decode, Finished
 from ..core.errors import InvalidRequest
 from ..core.fleet import Measure
-from ..core.prefix import chain
 from ..core.request import FinishReason, Request, Token
 from ..core.transfer import GroupGrant, RefusedReason
 from ..engine.batch import Batch, Draw, Row, StepOutput
@@ -36,7 +35,7 @@ from .decision import Decision, Draft
 from .growth import Growth
 from .roster import Roster
 from .sequence import Sequence, sequence_of
-from .steady import advance_rows, steady_rounds
+from .steady import Steady
 from .totals import Totals
 
 
@@ -57,7 +56,7 @@ class DecodeScheduler:
         self,
         pool: BlockPool,
         *,
-        root_hash_of: Callable[[Request], bytes],
+        hashes_of: Callable[[Request, Seq[int]], list[bytes]],
         chunk_tokens: int,
         max_running: int,
         max_context: int,
@@ -66,7 +65,7 @@ class DecodeScheduler:
         stages: int = 1,
     ) -> None:
         self._pool = pool
-        self._root_hash_of = root_hash_of
+        self._hashes_of = hashes_of
         self._chunk_tokens = chunk_tokens
         self._max_context = max_context
         self._longest = min(max_context, pool.longest(chunk_tokens))
@@ -83,14 +82,15 @@ class DecodeScheduler:
         self._short = False
         self._totals = Totals()
         self._growth = Growth(pool, self._slots, self._roster, self._admission, self._totals)
+        self._steady = Steady(pool, self._roster, self._slots, self._growth)
 
     def expect(self, decode: Decode, now: float) -> None:
         """An attempt: its transfer will be offered, or (`local_prefill`) it is queued at once. Raises `ContextExceeded` if it can
         never fit, `InvalidRequest` if its prompt is empty, it has nothing left to write, or its id is in use."""
-        request, attempt_id = decode.request, decode.attempt_id
+        attempt_id = decode.attempt_id
         if any(attempt_id in ids for ids in (self._expected, self._admission.queue, self._leases, self._roster.started)):
             raise InvalidRequest(f"Attempt {attempt_id} is under way.", field="attempt_id")
-        sequence = sequence_of(decode, self._pool, self._root_hash_of(request), longest=self._longest, eos=self._eos_token_ids)
+        sequence = sequence_of(decode, self._pool, self._hashes_of, longest=self._longest, eos=self._eos_token_ids)
         if decode.local_prefill:
             self._admission.enqueue(sequence)
         else:
@@ -155,12 +155,11 @@ class DecodeScheduler:
     def _branch(self, trunk: Sequence, shared: int, choice: int, tokens: list[int]) -> None:
         """One more choice behind the first `shared` tokens of `trunk`; it waits if they, a seat or a block are not there."""
         table = trunk.table.fork(shared) if trunk.done == shared and self._seats() > 0 else None
-        root = trunk.table.hashes[0]
         sequence = replace(
             trunk,
             choice=choice,
             tokens=tokens,
-            table=table or self._pool.open([root, *chain(root, tokens)]),
+            table=table or self._pool.open(self._hashes_of(trunk.request, tokens)),
             slot=-1,
             preempted=False,
         )
@@ -232,6 +231,7 @@ class DecodeScheduler:
             self._add_row(draft, sequence, may_preempt=False)
         if not draft.chosen:
             return None
+        self._steady.forget()
         self._pool.submitted(self._step)
         batch = Batch(self._step, tuple(row for _, row in draft.chosen), self._pool.issue_copies())
         self._in_flight.append((batch, tuple((sequence, sequence.table) for sequence, _ in draft.chosen)))
@@ -326,7 +326,7 @@ class DecodeScheduler:
         """For how many rounds from now the decision stays the same rows, each one position on, and no choice ends before the last of them,
         if no message comes and no end token is drawn. A round is as many steps, all in flight at once, as it takes until each row was in
         one; with one stage it is a step. 0 with a step in flight, when the next has blocks to copy, or when somebody might start."""
-        return 0 if self._may_change() else steady_rounds(self._pool, self._roster.running, self._slots.available)
+        return 0 if self._may_change() else self._steady.rounds()
 
     def _may_change(self) -> bool:
         """Whether the next step may be another than the one before it, whatever runs."""
@@ -337,18 +337,13 @@ class DecodeScheduler:
         `token_id`. Whether some have all their tokens by that: these end with `retire`, when the last round is over."""
         if not rounds:
             return False
-        running = self._roster.running
-        soonest = min([sequence.limit - len(sequence.tokens) for sequence in running], default=0)
-        if self._may_change() or not 0 < rounds <= soonest:
+        if self._may_change() or not 0 < rounds <= self._steady.left:
             raise ValueError(f"{rounds} rounds; {self.steady()} are steady")
-        for sequence in [sequence for sequence in running if sequence.slot < 0]:
-            self._growth.seat(sequence)
-        rows = len(running)
-        self._step += rounds * -(-rows // -(-rows // self._stages))
-        advance_rows(self._pool, running, rounds, token_id, self._step - 1)
+        self._step += rounds * -(-self.rows // -(-self.rows // self._stages))
+        self._steady.advance(rounds, token_id, self._step - 1)
         self._admission.look(self._seats())
         self._short = False
-        return rounds == soonest
+        return self._steady.left == 0
 
     def retire(self) -> DecodeOutcome:
         """Choices and attempts that end with the rounds that `advance` has made; the tokens of these are not listed."""
@@ -366,7 +361,7 @@ class DecodeScheduler:
     @property
     def context(self) -> int:
         """How many tokens those have together that run: what a step of all of them attends to."""
-        return sum([len(sequence.tokens) for sequence in self._roster.running])
+        return self._steady.context
 
     def load(self, now: float) -> Load:
         """What the worker's report says of this scheduler."""

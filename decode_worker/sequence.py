@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from ..core.commands import Decode
 from ..core.errors import ContextExceeded, InvalidRequest
-from ..core.prefix import chain
 from ..core.request import FinishReason, Request
 from ..engine.block_pool import BlockPool, BlockTable
 
@@ -84,11 +85,13 @@ def by_age(sequence: Sequence) -> int:
     return sequence.order
 
 
-def sequence_of(decode: Decode, pool: BlockPool, root: bytes, *, longest: int, eos: frozenset[int]) -> Sequence:
+def sequence_of(
+    decode: Decode, pool: BlockPool, hashes_of: Callable[[Request, Seq[int]], list[bytes]], *, longest: int, eos: frozenset[int]
+) -> Sequence:
     """What stands for a new attempt. Raises `ContextExceeded` if it can never fit into `longest` tokens, `InvalidRequest` if its prompt
     is empty or it has nothing left to write."""
     request, sampling = decode.request, decode.request.sampling
-    tokens, prompt_tokens = list(request.token_ids), len(request.prompt_ids)
+    token_ids, prompt_tokens = request.token_ids, len(request.prompt_ids)
     if not prompt_tokens:
         raise InvalidRequest("The prompt has no token.", field="prompt")
     if request.left < 1:
@@ -100,10 +103,10 @@ def sequence_of(decode: Decode, pool: BlockPool, root: bytes, *, longest: int, e
         decode.attempt_id,
         request,
         decode.local_prefill,
-        tokens,
+        list(token_ids),
         prompt_tokens,
         limit=min(prompt_tokens + sampling.max_tokens, longest),
         stop_ids=sampling.ends(eos),
-        table=pool.open([root, *chain(root, tokens)]),
+        table=pool.open(hashes_of(request, token_ids)),
         shared=sampling.n > 1,
     )

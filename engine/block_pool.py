@@ -77,6 +77,8 @@ class BlockPool:
         n tokens are cached if every full group has all their blocks and every window group those that a query at
         max(n, `position`) sees: `position` is where computing will go on if KV from n up to there comes from elsewhere.
         """
+        if not self.windows:
+            return self._match_full(hashes, limit)
         best, runs = 0, [0] * len(self.groups)
         for index in range(min(len(hashes) - 1, limit // self.block_size)):
             for g, part in enumerate(self.parts):
@@ -87,6 +89,15 @@ class BlockPool:
             if all(runs[g] >= whole - self.first_block(g, max(whole * self.block_size, position)) for g in range(len(runs))):
                 best = whole
         return best * self.block_size
+
+    def _match_full(self, hashes: Sequence[bytes], limit: int) -> int:
+        """As `match` where no group has a window: up to the first block that some group lacks."""
+        most = min(len(hashes) - 1, limit // self.block_size)
+        for index in range(most):
+            for part in self.parts:
+                if part.find(hashes[index + 1]) is None:
+                    return index * self.block_size
+        return max(0, most) * self.block_size
 
     def cost(self, hashes: Sequence[bytes], cached: int, tokens: int, position: int) -> tuple[int, ...]:
         """Available blocks per group that a new sequence takes: to pin its `cached` tokens and to hold positions up to `tokens`,
@@ -115,10 +126,6 @@ class BlockPool:
         seen = group.window - 1 + chunk  # positions, at any offset within a block
         return min(whole, (seen - 2) // self.block_size + 2)
 
-    def fits(self, tokens: int, chunk: int) -> bool:
-        """Whether a sequence of `tokens`, computed at most `chunk` positions a step, fits the empty pool."""
-        return all(self.most_held(g, tokens, chunk) <= count for g, count in enumerate(self.num_blocks))
-
     def longest(self, chunk: int) -> int:
         """Tokens of the longest sequence that the empty pool holds, computed at most `chunk` positions a step."""
         bounds = (count * self.block_size for count in self.num_blocks)
@@ -130,6 +137,9 @@ class BlockPool:
 
     def scarcest(self) -> tuple[int, int]:
         """`(free, total)` blocks of the group with the smallest free share; cached and fenced blocks are free."""
+        if len(self.parts) == 1:
+            part = self.parts[0]
+            return part.available + part.fenced, part.count
         counts = ((part.available + part.fenced, part.count) for part in self.parts)
         return min(counts, key=lambda count: count[0] / count[1])
 
@@ -219,12 +229,24 @@ class BlockTable:
         """Take those blocks. False, and nothing has changed, if they are not all available."""
         if tokens <= self._capacity:
             return True
+        if not self.pool.windows:
+            return self._extend_full(tokens)
         lacks = self.lacks(tokens, position, full_only=full_only)
         for count, part in zip(lacks, self.pool.parts, strict=True):
             if count > part.available:
                 return False
         self.tables = tuple(self._grown(g, count, position) for g, count in enumerate(lacks))
         self._refresh()
+        return True
+
+    def _extend_full(self, tokens: int) -> bool:
+        """As `extend` where no group has a window: all tables are equally long."""
+        pool, lack = self.pool, self.pool.blocks(tokens) - len(self.tables[0])
+        for part in pool.parts:
+            if lack > part.available:
+                return False
+        self.tables = tuple([row + part.take_several(lack) for row, part in zip(self.tables, pool.parts, strict=True)])
+        self._capacity += lack * pool.block_size
         return True
 
     def _grown(self, g: int, count: int, position: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 
 from .batch import NO_BLOCK
@@ -23,7 +23,11 @@ class GroupBlocks:
         self.count = count
         self.references = [0] * count
         self._free = list(range(count - 1, -1, -1))
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._cached = 0
+        self._unused: deque[int] = deque()
+        """The cached ones, the least recently used first, and among them others: of each block the first `_passed[block]` do not count, as
+        it has been referenced since. An ordered dict says the same in ten times the memory, most of which was not in the CPU's cache."""
+        self._passed: dict[int, int] = {}
         self._fenced: OrderedDict[int, int] = OrderedDict()
         self._hash_of: list[bytes | None] = [None] * count
         self._by_hash: dict[bytes, int] = {}
@@ -37,7 +41,7 @@ class GroupBlocks:
     @property
     def available(self) -> int:
         """Blocks that `take` can give now."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + self._cached
 
     @property
     def fenced(self) -> int:
@@ -50,30 +54,48 @@ class GroupBlocks:
 
     def is_cached(self, block: int) -> bool:
         """Whether referencing `block` would make one block fewer available."""
-        return block in self._cached
+        return self.references[block] == 0 and self._hash_of[block] is not None and block not in self._fenced
 
     def take(self) -> int:
         """A block with one reference and no content: a free one, else the least recently used cached one."""
-        if self._free:
-            block = self._free.pop()
-        else:
-            block, _ = self._cached.popitem(last=False)
-            prefix_hash, self._hash_of[block] = self._hash_of[block], None
-            assert prefix_hash is not None, "a cached block has no hash"
-            del self._by_hash[prefix_hash]
+        block = self._free.pop() if self._free else self._evict(1)[0]
         self.references[block] = 1
         return block
 
+    def _evict(self, count: int) -> list[int]:
+        """The least recently used cached blocks, whose contents are forgotten."""
+        blocks, unused, passed, hash_of, by_hash = [], self._unused, self._passed, self._hash_of, self._by_hash
+        for _ in range(count):
+            block = unused.popleft()
+            while passed and self._pass(block):
+                block = unused.popleft()
+            prefix_hash, hash_of[block] = hash_of[block], None
+            assert prefix_hash is not None, "a cached block has no hash"
+            del by_hash[prefix_hash]
+            blocks.append(block)
+        self._cached -= count
+        return blocks
+
+    def _pass(self, block: int) -> bool:
+        """Whether this, the first in `_unused` of that block, does not count."""
+        left = self._passed.pop(block, 0)
+        if left > 1:
+            self._passed[block] = left - 1
+        return left > 0
+
     def take_several(self, count: int) -> tuple[int, ...]:
         """As `take`, so often."""
-        free = self._free
-        if count == 1 or count > len(free):
-            return tuple(self.take() for _ in range(count))
-        blocks = tuple(free[len(free) - count :][::-1])
-        del free[len(free) - count :]
+        if count == 1:
+            return (self.take(),)
+        free, references = self._free, self.references
+        left = max(0, len(free) - count)
+        blocks = free[left:][::-1]
+        del free[left:]
+        if count > len(blocks):
+            blocks += self._evict(count - len(blocks))
         for block in blocks:
-            self.references[block] = 1
-        return blocks
+            references[block] = 1
+        return tuple(blocks)
 
     def take_copy(self, source: int) -> int:
         """A block with one reference that is to be copied from the referenced block `source`."""
@@ -101,9 +123,11 @@ class GroupBlocks:
 
     def refer(self, block: int) -> None:
         """One more reference to a hashed or referenced block. A fenced one may be read at once: steps in flight only read it too."""
-        if self.references[block] == 0:
-            self._cached.pop(block, None)
-            self._fenced.pop(block, None)
+        if self.references[block] == 0 and self._fenced.pop(block, None) is None:
+            self._cached -= 1
+            self._passed[block] = self._passed.get(block, 0) + 1
+            if len(self._unused) > 2 * self.count:
+                self._unused = deque([each for each in self._unused if not self._pass(each)])
         self.references[block] += 1
 
     def give_back(self, block: int, fence: int | None) -> None:
@@ -124,7 +148,7 @@ class GroupBlocks:
             for block in blocks:
                 self.give_back(block, fence)
             return
-        references, hashed = self.references, self._hash_of
+        references, hashed, before = self.references, self._hash_of, len(self._unused)
         for block in blocks:
             left = references[block] = references[block] - 1
             if left:
@@ -132,7 +156,8 @@ class GroupBlocks:
             if hashed[block] is None:
                 self._free.append(block)
             else:
-                self._cached[block] = None
+                self._unused.append(block)
+        self._cached += len(self._unused) - before
 
     def publish(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:
         """Referenced blocks (or `NO_BLOCK`) now hold the tokens hashed to `hashes`. The first block published for a hash keeps it."""
@@ -155,12 +180,16 @@ class GroupBlocks:
         if self._hash_of[block] is None:
             self._free.append(block)
         else:
-            self._cached[block] = None
+            self._unused.append(block)
+            self._cached += 1
 
     def check(self, held: Counter[int]) -> None:
         """Raise `AssertionError` unless every block is in one state; `held[block]`: how many tables hold it."""
         referenced = {block for block, count in enumerate(self.references) if count}
-        states = (self._free, self._cached, self._fenced, referenced)
+        cached = Counter(self._unused) - Counter(self._passed)
+        assert set(cached.values()) <= {1}, "a block is cached twice"
+        assert len(cached) == self._cached, "cached blocks are miscounted"
+        states = (self._free, cached, self._fenced, referenced)
         assert sum(len(state) for state in states) == self.count, "a block is lost or in two states"
         assert set().union(*states) == set(range(self.count)), "a block is lost"
         assert {block: self.references[block] for block in referenced} == held + Counter(self._copies.values()), (
@@ -170,6 +199,6 @@ class GroupBlocks:
         assert all(self.references[block] == 1 and block not in hashed for block in self._copies), "a block to be copied to is used"
         assert {h: b for b, h in hashed.items()} == self._by_hash, "hash table and block hashes differ"
         assert not any(block in hashed for block in self._free), "a free block is hashed"
-        assert all(block in hashed for block in self._cached), "a cached block has no hash"
+        assert all(block in hashed for block in cached), "a cached block has no hash"
         fences = list(self._fenced.values())
         assert fences == sorted(fences), "fences out of order"

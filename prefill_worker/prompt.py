@@ -11,13 +11,16 @@ from ..engine.block_pool import BlockTable
 @dataclass(slots=True, eq=False)
 class Prompt:
     """`decided`: positions computed once the steps in flight complete; `done`: positions computed. `cached`: of them, found in the
-    prefix cache. `slot`: -1 before it starts and after its last chunk. `passes`: how many later prompts have started before it."""
+    prefix cache. `slot`: -1 before it starts and after its last chunk. `passes`: how many later prompts have started before it.
+    `blocks`, `charge`: of its lease."""
 
     attempt_id: str
     request: Request
     destination: str | None
     token_ids: tuple[int, ...]
     table: BlockTable
+    blocks: tuple[int, ...]
+    charge: tuple[int, ...]
     arrived: float
     started: float = 0.0
     decided: int = 0

@@ -11,15 +11,15 @@ held until `release`, which the loop calls when the source says that the transfe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from operator import le
 
 from ..core.commands import Finished, FirstTokens, Prefill
 from ..core.errors import ContextExceeded, InvalidRequest
 from ..core.fleet import Measure
 from ..core.layout import CacheKind
-from ..core.prefix import chain
 from ..core.request import FinishReason, Request, Token
 from ..engine.batch import Batch, Draw, Drawn, Row, StepOutput
 from ..engine.block_pool import BlockPool
@@ -85,21 +85,22 @@ class PrefillScheduler:
 
     What cannot start now (memory, or its destination's share) is passed by later prompts a bounded number of times. KV that
     one destination has not yet granted fills at most half of the pool where there are several (one prompt alone may be larger).
-    `max_running`: slots of the engine; rows of a batch. `step` counts from 0, as the engine does.
+    `max_running`: slots of the engine; rows of a batch. `step` counts from 0, as the engine does. `hashes_of`: a request's root and the
+    hashes of these tokens' whole blocks (`core.prefix.chained`).
     """
 
     def __init__(
         self,
         pool: BlockPool,
         *,
-        root_hash_of: Callable[[Request], bytes],
+        hashes_of: Callable[[Request, Sequence[int]], list[bytes]],
         chunk_tokens: int,
         max_running: int,
         max_context: int,
         eos_token_ids: tuple[int, ...],
     ) -> None:
         self._pool = pool
-        self._root_hash_of = root_hash_of
+        self._hashes_of = hashes_of
         self._chunk_tokens = chunk_tokens
         self._max_context = max_context
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -130,11 +131,13 @@ class PrefillScheduler:
             raise ContextExceeded(
                 f"The prompt has {len(token_ids)} tokens; with one of output the context holds {self._max_context}.", field="prompt"
             )
-        if not self._pool.fits(len(token_ids), self._chunk_tokens):
+        pool = self._pool
+        blocks = tuple([pool.most_held(g, len(token_ids), self._chunk_tokens) for g in range(len(pool.groups))])
+        if not all(map(le, blocks, pool.num_blocks)):
             raise ContextExceeded(f"The prompt has {len(token_ids)} tokens, more than this prefill worker's pool holds.", field="prompt")
-        root = self._root_hash_of(request)
-        table = self._pool.open([root, *chain(root, token_ids)])
-        self._waiting[attempt_id] = Prompt(attempt_id, request, prefill.destination, token_ids, table, now)
+        charge = tuple([0 if group.kind is CacheKind.FULL else held for group, held in zip(pool.groups, blocks, strict=True)])
+        table = pool.open(self._hashes_of(request, token_ids))
+        self._waiting[attempt_id] = Prompt(attempt_id, request, prefill.destination, token_ids, table, blocks, charge, now)
 
     def granted(self, attempt_id: str) -> None:
         """The destination has granted: the attempt no longer counts against its share. Unknown ids are ignored."""
@@ -224,20 +227,20 @@ class PrefillScheduler:
     def _obstacle(self, prompt: Prompt, budget: int) -> Obstacle | None:
         if not self._slots.available or budget < min(self._pool.block_size, prompt.tokens):
             return Obstacle.STEP
-        if not self._leases.within_share(prompt.destination, self._blocks(prompt)):
+        if not self._leases.within_share(prompt.destination, prompt.blocks):
             return Obstacle.SHARE
-        if not self._leases.fits(self._charge(prompt)):
+        if not self._leases.fits(prompt.charge):
             return Obstacle.MEMORY
         pool, hashes = self._pool, prompt.table.hashes
         cached = pool.match(hashes, prompt.tokens - 1)
         stop = chunk_stop(cached, prompt.tokens, budget, pool.block_size)
         if stop == cached:
             return Obstacle.STEP
-        whole, first = pool.cost(hashes, cached, prompt.tokens, cached), pool.cost(hashes, cached, stop, cached)
-        costs = (whole[g] if group.kind is CacheKind.FULL else first[g] for g, group in enumerate(pool.groups))
-        if any(cost > available for cost, available in zip(costs, pool.available(), strict=True)):
-            return Obstacle.MEMORY
-        return None
+        costs = pool.cost(hashes, cached, prompt.tokens, cached)
+        if pool.windows:
+            first = pool.cost(hashes, cached, stop, cached)
+            costs = tuple(costs[g] if group.kind is CacheKind.FULL else first[g] for g, group in enumerate(pool.groups))
+        return None if all(map(le, costs, pool.available())) else Obstacle.MEMORY
 
     def _begin(self, prompt: Prompt, budget: int, now: float) -> Row:
         """Take all blocks of full groups, promise the window groups', and make the first chunk. Follows `_obstacle`."""
@@ -250,18 +253,11 @@ class PrefillScheduler:
         self._cached_tokens += prompt.cached
         prompt.table.adopt(prompt.cached, prompt.cached)
         whole = prompt.table.extend(prompt.tokens, prompt.cached, full_only=True)
-        self._leases.begin(prompt.attempt_id, Lease(self._blocks(prompt), self._charge(prompt), prompt.destination))
+        self._leases.begin(prompt.attempt_id, Lease(prompt.blocks, prompt.charge, prompt.destination))
         row = self._next_row(prompt, budget)
         assert whole, "an obstacle was overlooked"
         assert row is not None, "an obstacle was overlooked"
         return row
-
-    def _blocks(self, prompt: Prompt) -> tuple[int, ...]:
-        return tuple(self._pool.most_held(g, prompt.tokens, self._chunk_tokens) for g in range(len(self._pool.groups)))
-
-    def _charge(self, prompt: Prompt) -> tuple[int, ...]:
-        full = (group.kind is CacheKind.FULL for group in self._pool.groups)
-        return tuple(0 if taken else blocks for taken, blocks in zip(full, self._blocks(prompt), strict=True))
 
     def complete(self, output: StepOutput, now: float) -> PrefillOutcome:
         """The oldest step in flight has completed."""

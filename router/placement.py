@@ -9,9 +9,10 @@ partner is gone or full hands its KV to another decode worker, and its score is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import attrgetter
 
 from ..core.errors import ContextExceeded, Unavailable
 from ..core.fleet import LocalPrefill, Member, Phase, WorkerReport, WorkerState
@@ -49,10 +50,13 @@ class Candidate:
     report: WorkerReport | None
     choices: int = 0
     prompt_tokens: int = 0
+    usable: bool = field(init=False, compare=False)
+    score: float = field(init=False, compare=False)
+    """Of its phase. Reckoned once: who takes many pictures of a large fleet has most candidates from the last one."""
 
-    @property
-    def usable(self) -> bool:
-        return self.report is not None and self.report.state is WorkerState.READY
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "usable", self.report is not None and self.report.state is WorkerState.READY)
+        object.__setattr__(self, "score", (prefill_score if self.member.phase is Phase.PREFILL else decode_score)(self))
 
     def holds_now(self, tokens: int) -> bool:
         """Whether its pool has as much free, by its last report."""
@@ -123,7 +127,7 @@ def place(snapshot: Snapshot, demand: Demand, policy: Policy) -> Placement:
     """
     check_fits(snapshot, demand, policy)
     if demand.output_tokens == 1 and not _wants_local(demand, policy):
-        prefill = _pick(_prefills(snapshot, demand), prefill_score, demand, snapshot.turn)
+        prefill = _pick(_prefills(snapshot, demand), demand, snapshot.turn)
         if prefill:
             return Placement(prefill.member, None)
     decodes = _decodes(snapshot, demand)
@@ -134,7 +138,7 @@ def place(snapshot: Snapshot, demand: Demand, policy: Policy) -> Placement:
         if two:
             return _both(*two, snapshot, demand)
     if policy.local_prefill is not LocalPrefill.NEVER:
-        decode = _pick(decodes, decode_score, demand, snapshot.turn)
+        decode = _pick(decodes, demand, snapshot.turn)
         if decode:
             return Placement(None, decode.member)
     raise Unavailable(_why_nobody(snapshot, policy))
@@ -142,7 +146,7 @@ def place(snapshot: Snapshot, demand: Demand, policy: Policy) -> Placement:
 
 def capacity(snapshot: Snapshot) -> int | None:
     """Tokens of the longest request any decode worker of the fleet can hold; None while the fleet has none."""
-    return max((candidate.member.capacity_tokens for candidate in snapshot.decodes), default=None)
+    return max([candidate.member.capacity_tokens for candidate in snapshot.decodes], default=None)
 
 
 def check_fits(snapshot: Snapshot, demand: Demand, policy: Policy) -> None:
@@ -164,7 +168,7 @@ def check_fits(snapshot: Snapshot, demand: Demand, policy: Policy) -> None:
         )
     if policy.local_prefill is not LocalPrefill.NEVER:
         return
-    prefill_room = max((candidate.member.capacity_tokens for candidate in snapshot.prefills), default=None)
+    prefill_room = max([candidate.member.capacity_tokens for candidate in snapshot.prefills], default=None)
     if prefill_room is not None and demand.context_tokens > prefill_room:
         raise ContextExceeded(
             f"The prompt has {demand.context_tokens} tokens; the largest prefill worker's KV pool holds {prefill_room}.", field="prompt"
@@ -212,6 +216,7 @@ def _decodes(snapshot: Snapshot, demand: Demand) -> list[Candidate]:
     return [c for c in able if c.member.capacity_tokens >= one + more] or able if more else able
 
 
+_own_score = attrgetter("score")
 Two = tuple[Candidate, Candidate]
 """A prefill and a decode worker."""
 
@@ -221,9 +226,9 @@ def _pick_two(decodes: Sequence[Candidate], prefills: Sequence[Candidate], deman
 
     Layouts are compared only as far as that takes: to compare all of 500 with all of 500 took half a second.
     """
-    while (decode := _pick(decodes, decode_score, demand, turn)) is not None:
+    while (decode := _pick(decodes, demand, turn)) is not None:
         able = prefills
-        while (prefill := _pick(able, prefill_score, demand, turn)) is not None:
+        while (prefill := _pick(able, demand, turn)) is not None:
             if _alike(prefill, decode):
                 return prefill, decode
             able = [candidate for candidate in able if candidate is not prefill]
@@ -265,7 +270,7 @@ def _best(pairs: Sequence[Two], turn: int) -> Two | None:
 
 def _score(two: Two) -> float:
     prefill, decode = two
-    return prefill_score(prefill) * decode_score(decode)
+    return prefill.score * decode.score
 
 
 def _alike(prefill: Candidate, decode: Candidate) -> bool:
@@ -292,12 +297,12 @@ def _fresh(candidates: Sequence[Candidate], demand: Demand) -> Sequence[Candidat
     return [c for c in candidates if c.member.worker_id not in demand.avoid] or candidates if demand.avoid else candidates
 
 
-def _pick(candidates: Sequence[Candidate], score: Callable[[Candidate], float], demand: Demand, turn: int) -> Candidate | None:
+def _pick(candidates: Sequence[Candidate], demand: Demand, turn: int) -> Candidate | None:
     fresh = _fresh(candidates, demand)
     if not fresh:
         return None
     start = turn % len(fresh)
-    return max([*fresh[start:], *fresh[:start]], key=score)
+    return max([*fresh[start:], *fresh[:start]], key=_own_score)
 
 
 def _why_nobody(snapshot: Snapshot, policy: Policy) -> str:

@@ -27,7 +27,8 @@ class Agenda:
     def at(self, when: float, call: Callable[..., None], *arguments: Any) -> None:
         """What falls on one moment is done in the order in which it was asked for; what is asked for too late, at once."""
         self._made += 1
-        heapq.heappush(self._entries, (max(on_grid(when), self.now), self._made, call, arguments))
+        when = round(when / GRID) * GRID  # `on_grid`, without the call: it is asked for a dozen times a request
+        heapq.heappush(self._entries, (when if when > self.now else self.now, self._made, call, arguments))
 
     def after(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
         self.at(self.now + seconds, call, *arguments)

@@ -23,9 +23,9 @@ from ...kv_transfer.destination_machine import DestinationMachine
 from .figures import Histogram
 from .lane import Lane
 from .latency import Rounds, Work, step_seconds
-from .life import TOKEN, Life
+from .life import TOKEN, Life, hashes_of
 from .profile import Hardware
-from .worker import SLOTS, Scene, Worker, output_of, root_of, work_of
+from .worker import SLOTS, Scene, Worker, output_of, work_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class DecodeWorker(Worker):
         policies = scene.policies
         self.scheduler = DecodeScheduler(
             self.pool,
-            root_hash_of=root_of,
+            hashes_of=hashes_of,
             chunk_tokens=policies.decode_chunk_tokens,
             max_running=policies.decode_running,
             max_context=scene.model.max_context,

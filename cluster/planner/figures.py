@@ -38,15 +38,23 @@ class Histogram:
 
     def add_rising(self, first: float, more: float, count: int, times: int = 1) -> None:
         """`count` values, each by `more` above the one before, all of them `times`."""
+        if not count:
+            return
         last = first + (count - 1) * more
-        if count > 1 and _bin(first) != _bin(last):
-            self.add_rising(first, more, count // 2, times)
-            self.add_rising(first + count // 2 * more, more, count - count // 2, times)
-        elif count:
-            self.count += count * times
-            self._total += (round(first / GRID) * count + round(more / GRID) * (count * (count - 1) // 2)) * times
-            self.most = max(self.most, last)
-            self._bins[_bin(first)] += count * times
+        self.count += count * times
+        self._total += (round(first / GRID) * count + round(more / GRID) * (count * (count - 1) // 2)) * times
+        self.most = max(self.most, last)
+        bins, low, highest, begin = self._bins, _bin(first), _bin(last), 0
+        while low < highest:
+            end = int((_SMALLEST * math.pow(STEP, low + 1) - first) / more)  # or one beside it: a bin's border has rounding
+            end = min(max(end, begin + 1), count - 1)
+            while _bin(first + (end - 1) * more) > low:
+                end -= 1
+            while (following := _bin(first + end * more)) == low:
+                end += 1
+            bins[low] += (end - begin) * times
+            begin, low = end, following
+        bins[highest] += (count - begin) * times
 
     @property
     def mean(self) -> float:
@@ -83,6 +91,11 @@ class Course:
             self.value = value
 
     def _spread(self, now: float) -> None:
+        index = int(self.since / self.width)
+        if index < len(self.sums) and now <= (index + 1) * self.width and self.since < now:  # so it is nearly always
+            self.sums[index] += self.value * (now - self.since)
+            self.since = now
+            return
         while now >= self.width * LENGTH:
             self.sums = [sum(self.sums[i : i + 2]) for i in range(0, len(self.sums), 2)]
             self.width *= 2
@@ -116,9 +129,9 @@ class WorkerCourse:
     kv: Course = field(default_factory=Course)
 
     def put(self, now: float, waiting: int, running: int, kv: float) -> None:
-        self.waiting.put(now, waiting)
-        self.running.put(now, running)
-        self.kv.put(now, kv)
+        for course, value in ((self.waiting, waiting), (self.running, running), (self.kv, kv)):
+            if value != course.value:
+                course.put(now, value)
 
     def as_json(self, end: float) -> dict[str, object]:
         return {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ...core.prefix import HASH_TOKENS, root_hash
 from ...core.request import Request, Tokens
 from ...core.sampling import SamplingParams
 from ..load.workload import Arrival
@@ -59,3 +62,29 @@ def request_of(arrival: Arrival) -> Request:
 
 _OWN = 1 << 24
 """Ids from here on are one request's; those below are of prefixes."""
+
+
+def hashes_of(request: Request, prompt: Sequence[int]) -> list[bytes]:
+    """What stands for `core.prefix.chained` of a simulated prompt, and is equal where that is: of whole blocks of a prefix its id and
+    their place say what is in them and before them, of others the request's own id does. 13 bytes, of which twice as many are in the CPU's
+    cache, and no hashing, which took a tenth of a simulation."""
+    if request.tenant not in _ROOTS:
+        root = root_hash(fingerprint=MODEL, dtype="", tenant=request.tenant)
+        _ROOTS[request.tenant] = root, len(_ROOTS).to_bytes(3, "little")
+    (root, tenant), own = _ROOTS[request.tenant], prompt[-1]
+    shared, whole = bisect_left(prompt, own) // HASH_TOKENS, len(prompt) // HASH_TOKENS
+    places = _places(whole)
+    first, rest = (tenant + token.to_bytes(6, "little") for token in (prompt[0], own))
+    return [root, *[first + place for place in places[:shared]], *[rest + place for place in places[shared:whole]]]
+
+
+_ROOTS: dict[str, tuple[bytes, bytes]] = {}
+"""A tenant's root, and its number."""
+_PLACES: list[bytes] = []
+
+
+def _places(count: int) -> list[bytes]:
+    """At least so many numbers as bytes, from 0 on."""
+    while len(_PLACES) < count:
+        _PLACES.append(len(_PLACES).to_bytes(4, "little"))
+    return _PLACES

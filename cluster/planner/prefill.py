@@ -14,10 +14,10 @@ from ...kv_transfer.source_machine import SourceMachine
 from ...prefill_worker.scheduler import Decision, PrefillScheduler
 from .lane import Lane
 from .latency import Work, step_seconds
-from .life import Life
+from .life import Life, hashes_of
 from .profile import Hardware
 from .sharing import Paced
-from .worker import SLOTS, Scene, Worker, output_of, root_of, work_of
+from .worker import SLOTS, Scene, Worker, output_of, work_of
 
 
 class PrefillWorker(Worker):
@@ -28,7 +28,7 @@ class PrefillWorker(Worker):
         policies = scene.policies
         self.scheduler = PrefillScheduler(
             self.pool,
-            root_hash_of=root_of,
+            hashes_of=hashes_of,
             chunk_tokens=policies.chunk_tokens,
             max_running=policies.prefill_running,
             max_context=scene.model.max_context,

@@ -7,8 +7,6 @@ from typing import Any, Protocol
 
 from ...core.fleet import Member, WorkerReport, WorkerState
 from ...core.layout import CacheGroup, CacheKind, DType, Layout
-from ...core.prefix import root_hash
-from ...core.request import Request
 from ...core.transfer import Hello, ShmEndpoint, Transport
 from ...engine.batch import Batch, Drawn, StepOutput
 from ...engine.block_pool import BlockPool
@@ -28,7 +26,6 @@ SLOTS = 4096
 TICK_S = 1.0
 """How often leases are looked at while there are any; they last 10 s."""
 _DRAWN = Drawn(TOKEN)
-_ROOTS: dict[str, bytes] = {}
 
 
 class Told(Protocol):
@@ -138,13 +135,6 @@ class Worker:
 
     def do(self, actions: list[Any]) -> None:
         raise NotImplementedError
-
-
-def root_of(request: Request) -> bytes:
-    """The same for all of a tenant."""
-    if request.tenant not in _ROOTS:
-        _ROOTS[request.tenant] = root_hash(fingerprint=MODEL, dtype="", tenant=request.tenant)
-    return _ROOTS[request.tenant]
 
 
 def output_of(batch: Batch) -> StepOutput:

@@ -16,7 +16,7 @@ from ...core.clock import Clock, MonotonicClock
 from ...core.fleet import Phase
 from ...core.layout import Layout
 from ...core.model import ModelCard, read_card
-from ...core.prefix import root_hash
+from ...core.prefix import chained, root_hash
 from ...core.request import Request, new_incarnation
 from ...decode_worker.role import DecodeRole
 from ...decode_worker.scheduler import DecodeScheduler
@@ -213,7 +213,7 @@ class _Worker:
         spec, card = self._spec, self._card
         return {
             "pool": BlockPool(self._num_blocks, self._layout.groups, BLOCK_SIZE),
-            "root_hash_of": partial(_root_hash, self._layout),
+            "hashes_of": partial(_hashes, self._layout),
             "chunk_tokens": spec.chunk_tokens,
             "max_running": spec.max_running,
             "max_context": card.max_context,
@@ -232,9 +232,10 @@ def capacity_tokens(num_blocks: Sequence[int], card: ModelCard) -> int:
     return min(card.max_context, min(num_blocks) * BLOCK_SIZE)
 
 
-def _root_hash(layout: Layout, request: Request) -> bytes:
+def _hashes(layout: Layout, request: Request, token_ids: Sequence[int]) -> list[bytes]:
     kv_dtype = layout.groups[0].dtype
-    return root_hash(fingerprint=layout.fingerprint, dtype=kv_dtype, tenant=request.tenant, adapter=request.adapter)
+    root = root_hash(fingerprint=layout.fingerprint, dtype=kv_dtype, tenant=request.tenant, adapter=request.adapter)
+    return chained(root, token_ids)
 
 
 def _asked_to_end(loop: asyncio.AbstractEventLoop) -> asyncio.Event:

@@ -12,7 +12,7 @@ from diptych.decode_worker.decision import Decision
 from diptych.decode_worker.scheduler import DecodeScheduler
 from diptych.engine.batch import NO_BLOCK, StepOutput
 from diptych.engine.block_pool import BlockPool
-from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, draw, groups, request, root_of
+from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, draw, groups, hashes_of, request
 
 CONTEXT = 160
 
@@ -38,7 +38,7 @@ class Worker:
         self.engine = FakeEngine(self.groups, counts, max_running)
         self.scheduler = DecodeScheduler(
             self.pool,
-            root_hash_of=root_of,
+            hashes_of=hashes_of,
             chunk_tokens=chunk_tokens,
             max_running=max_running,
             max_context=context,

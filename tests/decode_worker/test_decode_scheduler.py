@@ -12,6 +12,7 @@ from diptych.core.errors import ContextExceeded, InvalidRequest
 from diptych.core.request import FinishReason, Request
 from diptych.core.transfer import RefusedReason
 from diptych.decode_worker.admission import MAX_PASSES
+from diptych.decode_worker.steady import Steady
 from diptych.engine.batch import Drawn, StepOutput
 from diptych.engine.block_pool import BlockPool
 from fake_engine import BLOCK, answer, request
@@ -504,13 +505,15 @@ def test_steady_ends_before_memory_does_and_while_others_could_start() -> None:
 
 
 def state(scheduler: object) -> str:
-    """Everything a scheduler holds, object identities aside."""
+    """Everything a scheduler holds, object identities aside, and what it only remembers having seen."""
 
     def plain(value: object) -> object:
         if isinstance(value, dict):
             return [(plain(key), plain(item)) for key, item in value.items()]
         if isinstance(value, list | tuple | deque):
             return [plain(item) for item in value]
+        if isinstance(value, Steady):
+            return None
         if isinstance(value, BlockPool):
             return [plain(vars(part)) for part in value.parts]
         if type(value).__module__.startswith("diptych.") and not callable(value):

@@ -15,7 +15,7 @@ from diptych.decode_worker.scheduler import DecodeScheduler
 from diptych.engine.batch import Batch, StepOutput
 from diptych.engine.block_pool import BlockPool
 from diptych.prefill_worker.scheduler import PrefillScheduler
-from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, groups, request, root_of
+from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, groups, hashes_of, request
 
 CONTEXT = 150
 Tables = tuple[tuple[int, ...], ...]
@@ -48,7 +48,7 @@ class Pair:
         pools = [BlockPool(blocks, self.groups, BLOCK) for _ in range(2)]
         self.pools = pools
         self.engines = [FakeEngine(self.groups, blocks, 4) for _ in range(2)]
-        common = {"root_hash_of": root_of, "chunk_tokens": 32, "max_running": 4, "max_context": CONTEXT, "eos_token_ids": EOS}
+        common = {"hashes_of": hashes_of, "chunk_tokens": 32, "max_running": 4, "max_context": CONTEXT, "eos_token_ids": EOS}
         self.p = PrefillScheduler(pools[0], **common)  # type: ignore[arg-type]
         self.d = DecodeScheduler(pools[1], **common)  # type: ignore[arg-type]
         self.in_flight: tuple[deque[Batch], deque[Batch]] = (deque(), deque())

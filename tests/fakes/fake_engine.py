@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diptych.core.layout import CacheGroup, CacheKind, DType
-from diptych.core.prefix import root_hash
+from diptych.core.prefix import chained, root_hash
 from diptych.core.request import FinishReason, Request, Tokens
 from diptych.core.sampling import SamplingParams
 from diptych.engine.batch import NO_BLOCK, Batch, Drawn, Row, StepOutput
@@ -39,8 +39,8 @@ def request(
     return Request("r", "m", (Tokens(tuple(token_ids)),), params, generated=had, finished=frozenset(finished), tenant=tenant)
 
 
-def root_of(request: Request) -> bytes:
-    return root_hash(fingerprint="fake", dtype="float32", tenant=request.tenant)
+def hashes_of(request: Request, token_ids: Sequence[int]) -> list[bytes]:
+    return chained(root_hash(fingerprint="fake", dtype="float32", tenant=request.tenant), token_ids)
 
 
 def digests(token_ids: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ from diptych.core.request import FinishReason
 from diptych.engine.block_pool import BlockPool
 from diptych.prefill_worker import scheduler as scheduler_module
 from diptych.prefill_worker.scheduler import Decision, PrefillScheduler
-from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, groups, request, root_of
+from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, groups, hashes_of, request
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, consumes, initialize, invariant, rule
@@ -31,7 +31,7 @@ class Worker:
         self.pool = BlockPool(counts, self.groups, BLOCK)
         self.engine = FakeEngine(self.groups, counts, max_running)
         self.scheduler = PrefillScheduler(
-            self.pool, root_hash_of=root_of, chunk_tokens=chunk_tokens, max_running=max_running, max_context=context, eos_token_ids=EOS
+            self.pool, hashes_of=hashes_of, chunk_tokens=chunk_tokens, max_running=max_running, max_context=context, eos_token_ids=EOS
         )
         self.chunk_tokens = chunk_tokens
         self.decided: deque[Decision] = deque()

@@ -40,7 +40,7 @@ from diptych.kv_transfer.actions import (
 from diptych.kv_transfer.destination_machine import DestinationMachine
 from diptych.kv_transfer.source_machine import SourceMachine
 from diptych.prefill_worker.scheduler import PrefillScheduler
-from fake_engine import BLOCK, EOS, FakeEngine, answer, groups, root_of
+from fake_engine import BLOCK, EOS, FakeEngine, answer, groups, hashes_of
 
 CHECK_EVERY = 3
 """Events between two checks of all books."""
@@ -105,7 +105,7 @@ class World:
         self.lives: dict[str, Life] = {}
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._entries = 0
-        scheduling: dict[str, Any] = {"root_hash_of": root_of, "chunk_tokens": chunk_tokens, "max_running": max_running}
+        scheduling: dict[str, Any] = {"hashes_of": hashes_of, "chunk_tokens": chunk_tokens, "max_running": max_running}
         scheduling |= {"max_context": CONTEXT, "eos_token_ids": EOS}
         here = scheduling | {"watermark": watermark, "stages": stages[1]}
         self.decodes = [DecodeWorker(self, i, blocks[1], stages[1], here) for i in range(decodes)]

@@ -11,6 +11,7 @@ from diptych.core.commands import ChoiceFinished, Decode, Failed, Finished, Firs
 from diptych.core.errors import Cancelled, Internal, TransferFailed, Unavailable
 from diptych.core.fleet import WorkerState
 from diptych.core.layout import CacheGroup, CacheKind, DType
+from diptych.core.prefix import chained
 from diptych.core.request import FinishReason, Request, Token, Tokens
 from diptych.core.sampling import SamplingParams
 from diptych.decode_worker.role import DecodeRole
@@ -62,7 +63,7 @@ class Desk:
         self.flying: list[Any] = []
         scheduling: dict[str, Any] = {
             "pool": BlockPool((BLOCKS,), GROUPS, 16),
-            "root_hash_of": lambda request: b"root",
+            "hashes_of": lambda request, token_ids: chained(b"root", token_ids),
             "chunk_tokens": 32,
             "max_running": 4,
             "max_context": 1000,
