@@ -11,15 +11,16 @@ import pytest
 from diptych.core.layout import DType
 
 VOCAB = 512
-CLUSTERS = ("cluster", "e2e")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs beside what, with `-n`: a file stays whole, since its fixtures are servers; so does a room whose every test starts many."""
-    for item in items:
-        room = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(room if room in CLUSTERS else f"{room}/{item.path.name}"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What runs beside what, with `--dist loadgroup`."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from groups import Grouped
+
+    return Grouped(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")
