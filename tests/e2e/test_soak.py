@@ -1,6 +1,6 @@
 """Several workers of each phase at capacity, through the real router: no error, the same answers, nothing that grows, nobody starves.
 
-The gate runs each shape for 45 s, the nightly tests for half an hour. One of these alone (they may run side by
+The gate runs each shape for 30 s, the nightly tests for half an hour. One of these alone (they may run side by
 side):
 
     python -m pytest tests/e2e/test_soak.py -m nightly -k 2P2D
@@ -152,7 +152,7 @@ def _judge(load: Load, reports: dict[str, WorkerReport], holdings: Holdings, sec
 @pytest.mark.parametrize(
     "seconds",
     [
-        pytest.param(45.0, marks=pytest.mark.timeout(240), id="the gate"),
+        pytest.param(30.0, marks=pytest.mark.timeout(240), id="the gate"),
         pytest.param(1800.0, marks=[pytest.mark.nightly, pytest.mark.timeout(2400)], id="half an hour"),
     ],
 )
