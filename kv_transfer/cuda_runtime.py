@@ -23,10 +23,6 @@ def allocate(size: int) -> int:
     return address
 
 
-def free(address: int) -> None:
-    _done(_runtime().cudaFree(address))
-
-
 def handle_of(address: int) -> bytes:
     """Of the allocation that begins at `address`, for `open_handle` in another process of the host."""
     opaque = _done(_runtime().cudaIpcGetMemHandle(address))  # it must live until its bytes are read

@@ -112,7 +112,7 @@ class DestinationRank:
         layout = hello.layout.on(rank).layout
         if transport is Transport.SHM:
             return await shm.attach(hello.worker_id, hello.shm[rank], layout)
-        return await cuda_ipc.attach(hello.worker_id, hello.shm[rank], layout, self._pool.device)
+        return await cuda_ipc.attach(hello.worker_id, hello.shm[rank], layout, self._pool.device, self._silence_s)
 
     def _unmap(self, lane: int) -> None:
         if lane in self._attaching:

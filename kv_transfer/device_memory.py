@@ -4,7 +4,7 @@
     allocation     the layers, at the offsets of `geometry`; what would be nonce and words is not used
 
 The engine says `stored` when it has *asked* the GPU for a layer's stores; the layer's event then stands behind them, and whoever reads the
-layer has its own stream wait for the event. So nobody waits on the host. A later `stored` of a layer moves its event on: a reader may then
+layer has its own stream wait for the event. So no engine waits on the host. A later `stored` of a layer moves its event on: a reader may then
 wait for more than it needs, never for less.
 """
 
@@ -45,11 +45,10 @@ class DeviceMemory:
         self._events[layer].wait(torch.cuda.current_stream(self._device))
 
     def close(self) -> None:
-        with torch.cuda.device(self._device):
-            torch.cuda.synchronize()  # nothing may still read or write there
-            self._events.clear()
-            del self.whole
-            cuda_runtime.free(self._address)
+        """The allocation goes with the process, which ends right after: a peer may still have it mapped, and to free it then is undefined
+        in CUDA. Nor is the GPU waited for: what it waits for itself may be a peer that has died."""
+        self._events.clear()
+        del self.whole
         self.shared.close()
 
 

@@ -1,18 +1,22 @@
 """CUDA IPC between two processes of one host: the destination maps the memory of the source's pool into its own GPU's address space, be it
 on the same GPU or on another that it reaches, and copies from it there.
 
-Nobody waits on the host for the source's stores: each layer has an event, which this process opens too, and the stream that copies waits
-for it before it reads. (A Ready comes after the event was recorded, so what is waited for is that store or a later one.) The epoch words
-are in the shared file, in host memory: the source sets one before it tells its GPU to write over the blocks, and it is looked at here
-when the copy is known to be done.
+Each layer has an event, which this process opens too. (A Ready comes after the event was recorded, so what is waited for is that store or
+a later one.) A stream of its own waits for it, and the copies are asked for when that stream has come through: of a source that was killed
+an event may never come, and what stands behind it nobody can call back. So no copy ever stands there, to be made over blocks that are long
+another's. The epoch words are in the shared file, in host memory: the source sets one before it tells its GPU to write over the blocks, and
+it is looked at here when the copy is known to be done.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from time import monotonic, sleep
 
 import torch
 
+from ...core.errors import TransferFailed
 from ...core.layout import Layout
 from ...core.transfer import ShmEndpoint, Transport
 from .. import cuda_runtime, cuda_streams
@@ -26,29 +30,36 @@ from ..rows import copy_rows, require_fit
 from . import one_sided
 from .one_sided import PeerFile
 
+log = logging.getLogger(__name__)
+
+SILENT = "The source's GPU has not stored what was announced within {:g} s."
+
 
 class DevicePool:
     """`one_sided.PeerPool`. `whole` is all of it, as bytes on our device. `begin` and `close` are called on one thread."""
 
-    def __init__(self, layout: Layout, file: PeerFile, device: torch.device) -> None:
-        """`layout`: the pool's. `device`: ours. Raises `RuntimeError` if memory or events cannot be reached from it."""
+    def __init__(self, layout: Layout, file: PeerFile, device: torch.device, silence_s: float) -> None:
+        """`layout`: the pool's. `device`: ours. `silence_s`: what its source has asked its GPU for comes within so long, or never. Raises
+        `RuntimeError` if memory or events cannot be reached from it."""
         geometry = Geometry(layout)
         layers = [layer for group in layout.groups for layer in group.layers]
         memory, *events = handles(memoryview(file.mapped), len(layers))
         with torch.cuda.device(device):
             self._events = {layer: cuda_streams.open_event(device, event) for layer, event in zip(layers, events, strict=True)}
-            self._stream = cuda_streams.new_stream(device)
+            self._stream, self._waiting = cuda_streams.new_stream(device), cuda_streams.new_stream(device)
             self._address = cuda_runtime.open_handle(memory)
-        self._offsets, self._device = geometry.offsets, device
+        self._offsets, self._device, self._silence_s = geometry.offsets, device, silence_s
+        self._lost = False
+        """An event did not come, and our stream stands before it."""
         self.whole = tensor_at(self._address, geometry.size, device)
         self.file = file
 
     def begin(self, into: Pool, asked: Sequence[tuple[Crossing, Copy]]) -> Callable[[], None]:
-        """Asks the GPU for the copies; what is returned waits for them, with the thread asleep."""
+        """Asks the GPU for the copies, once it has what is copied; what is returned waits for them, with the thread asleep. Raises
+        `TransferFailed` of a source that is silent."""
+        self._await({layer for _, copy in asked for layer in copy.span.layers})
         fits = []
         with torch.cuda.stream(self._stream):
-            for layer in {layer for _, copy in asked for layer in copy.span.layers}:
-                self._events[layer].wait()
             for crossing, copy in asked:
                 found = crossing.between(copy.span, copy.source_blocks, copy.destination_blocks)
                 fits.append(copy_rows(self.whole, self._offsets, into, crossing, copy.span, found))
@@ -62,20 +73,41 @@ class DevicePool:
 
         return wait
 
+    def _await(self, layers: set[int]) -> None:
+        if self._lost:
+            raise TransferFailed(SILENT.format(self._silence_s))
+        with torch.cuda.stream(self._waiting):
+            for layer in layers:
+                self._events[layer].wait()
+            there: Callable[[], bool] = cuda_streams.mark().query
+        deadline = monotonic() + self._silence_s
+        for pause in cuda_streams.pauses():
+            if there():
+                return
+            if monotonic() > deadline:
+                self._lost = True
+                raise TransferFailed(SILENT.format(self._silence_s))
+            sleep(pause)
+
     def close(self) -> None:
         with torch.cuda.device(self._device):
             self._stream.synchronize()
             self._events.clear()
             del self.whole
-            cuda_runtime.close_handle(self._address)
+            if self._lost:  # CUDA waits for all streams before it unmaps
+                log.error("The pool of a source that was silent stays mapped until this process ends.")
+            else:
+                cuda_runtime.close_handle(self._address)
         self.file.close()
 
 
-async def attach(worker_id: str, endpoint: ShmEndpoint, layout: Layout, device: torch.device) -> DevicePool:
-    """Map a pool of `worker_id`, whose own layout is `layout`, for `device`. Raises `TransferFailed` as `one_sided.attach` does, and if
-    CUDA cannot map it."""
+async def attach(worker_id: str, endpoint: ShmEndpoint, layout: Layout, device: torch.device, silence_s: float) -> DevicePool:
+    """Map a pool of `worker_id`, whose own layout is `layout`, for `device`; of its GPU nothing takes longer than `silence_s`. Raises
+    `TransferFailed` as `one_sided.attach` does, and if CUDA cannot map it."""
     size = shared_bytes(sum(len(group.layers) for group in layout.groups))
     try:
-        return await one_sided.attach(Transport.CUDA_IPC, worker_id, endpoint, lambda file: DevicePool(layout, file, device), size)
+        return await one_sided.attach(
+            Transport.CUDA_IPC, worker_id, endpoint, lambda file: DevicePool(layout, file, device, silence_s), size
+        )
     except RuntimeError as error:
         raise one_sided.unreachable(Transport.CUDA_IPC, worker_id, error) from error

@@ -31,6 +31,8 @@ class FakeGpu:
         self._done = 0
         self.allocated: dict[int, Any] = {}
         self.mapped = 0
+        self.hangs = False
+        """What is waited for does not come, as of a process that was killed."""
         self.exported: dict[bytes, Any] = {}
         """What stands behind a handle: an address or an event."""
 
@@ -66,13 +68,14 @@ class FakeGpu:
                 event.behind = self.asked
 
             def wait(event, stream: object = None) -> None:
-                self.run_to(event.behind)
+                if not self.hangs:
+                    self.run_to(event.behind)
 
             def query(event) -> bool:
-                return True
+                return not self.hangs
 
             def synchronize(event) -> None:
-                return None
+                assert not self.hangs, "this does not return"
 
             def ipc_handle(event) -> bytes:
                 return self.export(event)
@@ -151,10 +154,6 @@ class FakeRuntime:
         return (Error.cudaSuccess,)
 
     def cudaDeviceSynchronize(self) -> tuple[Error]:
-        return (Error.cudaSuccess,)
-
-    def cudaFree(self, address: int) -> tuple[Error]:
-        del self._gpu.allocated[address]
         return (Error.cudaSuccess,)
 
     def cudaIpcGetMemHandle(self, address: int) -> tuple[Error, Handle]:

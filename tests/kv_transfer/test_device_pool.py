@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import accumulate, takewhile
 
 import pytest
 import torch
 from diptych.core.errors import ConfigError, TransferFailed
+from diptych.kv_transfer.actions import Copy
+from diptych.kv_transfer.coverage import Span
+from diptych.kv_transfer.crossing import Crossing
+from diptych.kv_transfer.cuda_streams import pauses
 from diptych.kv_transfer.device_memory import DeviceMemory, handles, shared_bytes
 from diptych.kv_transfer.geometry import Geometry
 from diptych.kv_transfer.pool import CPU, Pool
+from diptych.kv_transfer.slices import routes
 from diptych.kv_transfer.transports import cuda_ipc
 from diptych.kv_transfer.transports.cuda_ipc import DevicePool
+from diptych.kv_transfer.transports.one_sided import Copies
 from fake_cuda import FakeGpu
-from kv_rig import LAYERS, LAYOUT, layout_with, left_behind
+from kv_rig import LAYERS, LAYOUT, eventually, layout_with, left_behind
 
 
 @pytest.fixture
@@ -22,7 +30,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     made = FakeGpu()
     made.install(monkeypatch)
     yield made
-    assert not made.allocated
     assert made.mapped == 0
     assert left_behind() == []
 
@@ -36,7 +43,7 @@ async def attached(pool: Pool) -> DevicePool:
     loop = asyncio.get_running_loop()
     loop.add_reader(pool.listener, pool.hand_out)
     try:
-        return await cuda_ipc.attach("P", pool.endpoint, pool.layout, CPU)
+        return await cuda_ipc.attach("P", pool.endpoint, pool.layout, CPU, silence_s=0.05)
     finally:
         loop.remove_reader(pool.listener)
 
@@ -76,7 +83,8 @@ def test_what_is_waited_for_is_the_layers_last_store_and_no_later_one(gpu: FakeG
     pool.await_stored(0)
     assert stores == [0, 1, 2]
     pool.close()
-    assert stores == [0, 1, 2, 3], "what is freed is not written to any more"
+    assert stores == [0, 1, 2], "nobody waits for a GPU that may wait for a peer which has died"
+    assert gpu.allocated, "a peer may still have it mapped"
 
 
 def test_too_large_a_pool_is_refused_at_start(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,3 +103,47 @@ def test_memory_that_cannot_be_mapped_is_said(gpu: FakeGpu, monkeypatch: pytest.
     with pytest.raises(TransferFailed, match=r"P cannot be reached by CUDA IPC from here \(CUDA says cudaErrorInvalid"):
         asyncio.run(attached(pool))
     pool.close()
+
+
+def test_what_a_killed_source_never_stores_holds_nothing_up(gpu: FakeGpu) -> None:
+    """Its pieces fail, the fence behind them is answered, and no copy is left behind that a GPU could make later."""
+    source, into = on_gpu(), on_gpu()
+    for cache in (cache for group in source.caches for cache in group):
+        cache.fill_(1)
+    crossing = Crossing(routes(source.layout, into.layout)[0], source.layout, into.layout)
+    layers = source.layout.groups[0].layers[:1]
+    pieces = [Copy(1, "a", seq, Span(0, layers, seq, seq + 1), (0,), (0,), slot=0, word=7, route=0) for seq in range(2)]
+    told: dict[int, str | None] = {}
+
+    async def run() -> None:
+        peer = await attached(source)
+        fenced = asyncio.Event()
+        copies = Copies(into, lambda _, seq, error: told.setdefault(seq, error), lambda _: fenced.set())
+        source.stored(layers[0])
+        gpu.hangs = True
+        for piece in pieces:
+            copies.copy(peer, crossing, piece)
+        await eventually(lambda: len(told) == 2)
+        copies.fence("a")
+        await asyncio.wait_for(fenced.wait(), 20)
+        gpu.hangs = False
+        copies.copy(peer, crossing, replace(pieces[0], seq=2, transfer_id="b"))
+        await eventually(lambda: len(told) == 3)
+        copies.detach(peer)
+        copies.close()
+
+    asyncio.run(run())
+    assert all(error and "GPU has not stored what was announced within 0.05 s" in error for error in told.values())
+    assert not any(cache.any() for group in into.caches for cache in group)
+    assert gpu.mapped == 1, "CUDA waits for all streams before it unmaps"
+    gpu.mapped = 0
+    source.close()
+    into.close()
+
+
+def test_who_can_only_look_whether_a_gpu_is_done_looks_ever_less_often() -> None:
+    def looks(seconds: float) -> int:
+        return sum(1 for _ in takewhile(lambda waited: waited < seconds, accumulate(pauses())))
+
+    assert looks(50e-6) == 0 < looks(0.5e-3) < 10
+    assert looks(2.0) - looks(1.0) == pytest.approx(1000, abs=1)
