@@ -52,8 +52,10 @@ def simulate(
 
     [bold]diptych simulate --profile P.json --plan plan.yaml --workload W.csv --slo ttft=0.2s,tpot=0.1s --json OUT[/]
     """
+    from .outputs import check_outputs
     from .simulating import Simulating, load_of
 
+    check_outputs({"--json": json}, (*profile, plan, workload, lengths))
     load = load_of(workload, lengths, rate=rate, burstiness=burstiness, requests=requests, seed=seed)
     Simulating.begin(profile, plan, slo, link).run(load, json)
 
@@ -107,8 +109,11 @@ def plan(
     """
     from ..planner.site import Space
     from .devices import Asked
+    from .outputs import check_outputs, check_picture
     from .planning import Planning, load_for
 
+    check_outputs({"--out": out, "--plot": plot}, (*profile, workload, lengths))
+    check_picture("--plot", plot)
     arrivals = load_for(workload, lengths, burstiness, input=input, output=output)
     planning = Planning.begin(
         Asked(tuple(profile), tuple(device or ()), Space(nodes, devices), cost, link, derive), slo, arrivals, target=target,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -29,6 +29,7 @@ from ..planner.site import together
 from ..planner.world import World
 from ..supervising.config_file import read_config
 from .devices import link_among, read_profiles, used_by
+from .requests_file import requests_file
 
 DRAWN_REQUESTS = 1000
 """How many are simulated of a load without an end."""
@@ -108,10 +109,13 @@ class Simulating:
         return cls(used, config, parse_slo(slo), link_among(used, link))
 
     def run(self, requests: Requests, out: Path | None) -> World:
-        with _requests_file(out) as (file, row), _bar(requests.total) as step:
+        refusals: dict[str, tuple[int, str]] = {}
+        with requests_file(out) as file, _bar(requests.total) as step:
 
             def ended(life: Life) -> None:
-                row(life, world.meets(life))
+                file.add(life, world.meets(life))
+                if life.refused is not None:
+                    count_refusal(refusals, life.refused)
                 step()
 
             hardware = workers_of(self.config, self.profiles[0], self.profiles[1:])
@@ -119,12 +123,12 @@ class Simulating:
             with few_collections():
                 world.run(requests.begin())
             summary = world.as_json() | {
+                "refusals": {example: count for count, example in refusals.values()},
                 "profile": "; ".join(profile.source for profile in self.profiles),
                 "estimate": any(profile.estimate for profile in self.profiles),
                 "workload": requests.name,
             }
-            if file is not None:
-                file.write(f'\n ],\n "summary": {json.dumps(summary, indent=1)}\n}}\n')
+            file.end(summary)
         show(summary)
         return world
 
@@ -138,56 +142,19 @@ def check_model(profile: Profile, config: ClusterConfig) -> None:
         raise ConfigError(f"The profile is of {profile.model.dtype}, and the plan serves {dtype}.", field="model.dtype")
 
 
+def count_refusal(refusals: dict[str, tuple[int, str]], why: str) -> None:
+    """Reasons that differ in numbers alone are one: how many there were, and the first."""
+    kind = re.sub(r"\d[\d,.]*", "#", why)
+    count, example = refusals.get(kind, (0, why))
+    refusals[kind] = count + 1, example
+
+
 def write_text(out: Path, text: str) -> None:
     """Write a file; `ConfigError` if it cannot be."""
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error}.", field="out") from None
-
-
-@contextmanager
-def _requests_file(out: Path | None) -> Iterator[tuple[IO[str] | None, Callable[[Life, bool], None]]]:
-    """A JSON object whose `requests` are written one by one as they end, so that none is kept; the caller closes it."""
-    if out is None:
-        yield None, lambda life, met: None
-        return
-    try:
-        file = out.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error}.", field="json") from None
-    with file:
-        file.write('{\n "version": 1,\n "requests": [')
-        first = True
-
-        def row(life: Life, met: bool) -> None:
-            nonlocal first
-            file.write(("\n  " if first else ",\n  ") + json.dumps(row_of(life, met)))
-            first = False
-
-        yield file, row
-
-
-def row_of(life: Life, met: bool) -> dict[str, Any]:
-    """A request as the output file has it: seconds."""
-    arrival = life.arrival
-    return {
-        "number": arrival.number,
-        "arrival_s": round(arrival.at, 6),
-        "prompt_tokens": arrival.prompt_tokens,
-        "output_tokens": arrival.output_tokens,
-        "ttft_s": _rounded(life.ttft),
-        "tpot_s": _rounded(life.tpot),
-        "ended_s": _rounded(life.last),
-        "prefill": life.prefill,
-        "decode": life.decode,
-        "met": met,
-        "refused": life.refused,
-    }
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 6)
 
 
 @contextmanager
@@ -233,6 +200,8 @@ def show(summary: dict[str, Any]) -> None:
     found = summary["attainment"]
     refused = f", {summary['refused']} refused" if summary["refused"] else ""
     _out.print(f"{summary['requests']} requests in {summary['seconds']:.1f} s of simulated time{refused}", markup=False)
+    for why, count in summary["refusals"].items():
+        _out.print(f"  refused, {count} such: {why}", markup=False)
     _out.print(
         f"{found['slo']} met jointly by {found['met']}: {found['share']:.1%}; goodput {summary['goodput']:.3g} requests/s", markup=False
     )

@@ -44,7 +44,10 @@ def test_simulate_writes_every_request_and_the_summary(files: Path) -> None:
     status, out = diptych(*SIMULATE, "--workload", "W.csv", "--json", "OUT")
     assert status == 0, out
     document = json.loads(Path("OUT").read_text())
-    rows = sorted(document["requests"], key=lambda row: row["number"])
+    rows = document["requests"]
+    assert [row["number"] for row in rows] == list(range(60)), "in the order in which they came"
+    ended = [row["ended_s"] for row in rows]
+    assert ended != sorted(ended), "and not in that of their ends"
     assert [row["arrival_s"] for row in rows[:3]] == [0.0, 0.1, 0.2]
     assert all(row["ttft_s"] > 0 and row["tpot_s"] > 0 and row["met"] for row in rows)
     summary = document["summary"]
@@ -78,6 +81,8 @@ def test_simulate_draws_lengths_and_reads_mixes(files: Path) -> None:
         ({}, ("--link", "x"), "The profile has no link 'x'; it has node"),
         ({}, ("--rate", "3"), "W.csv says when its requests come: leave --rate out"),
         ({}, ("--json", "none/OUT"), "none/OUT cannot be written"),
+        ({}, ("--json", "W.csv"), "--json: W.csv is read too and would be overwritten"),
+        ({}, ("--json", "plan.yaml"), "--json: plan.yaml is read too and would be overwritten"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_simulated(
@@ -85,9 +90,20 @@ def test_what_is_wrong_is_said_before_anything_is_simulated(
 ) -> None:
     for name, text in change.items():
         Path(name).write_text(text)
+    before = Path("W.csv").read_bytes()
     status, out = diptych(*SIMULATE, "--workload", "W.csv", *arguments)
     assert status == 2
     assert said in out
+    assert Path("W.csv").read_bytes() == before
+
+
+def test_why_requests_are_refused_is_said_once_for_those_alike(files: Path) -> None:
+    Path("W.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,100,5\n1,2048,5\n2,3000,5\n3,100,5\n")
+    status, out = diptych(*SIMULATE, "--workload", "W.csv", "--json", "OUT")
+    assert status == 0, out
+    refusals = json.loads(Path("OUT").read_text())["summary"]["refusals"]
+    assert list(refusals.values()) == [2]
+    assert f"refused, 2 such: {next(iter(refusals))}" in out
 
 
 WORTH = ("--slo", "ttft=0.2s,tpot=0.06s", "--input", "50-400", "--output", "5-40", "--devices", "2", "--most", "120")
@@ -137,6 +153,10 @@ def test_the_limits_named_as_the_nearest_do_work(files: Path, arguments: tuple[s
             "No plan: devices bind, 60 requests/s take more than 2 .* nearest that works takes [4-9] devices: [2-4] × prefill",
         ),
         (("--slo", "ttft=0.2s"), "a plan needs a limit for both"),
+        (("--out", "none/best.yaml"), "--out: none/best.yaml cannot be written: there is no directory none"),
+        (("--plot", "none/x.png"), "--plot: none/x.png cannot be written: there is no directory none"),
+        (("--plot", "x.gif"), "--plot: x.gif ends with none of .png"),
+        (("--out", "P.json"), "--out: P.json is read too"),
     ],
 )
 def test_no_plan_is_refused_with_what_binds_and_the_nearest_that_works(files: Path, arguments: tuple[str, ...], said: str) -> None:
