@@ -6,8 +6,9 @@ numbers; those of the same code on the CPU are tested elsewhere, those of a GPU 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -31,11 +32,12 @@ from diptych.kernels.block_copy import copy_blocks
 from diptych.kernels.penalties import Seen
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import HashStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 BLOCK, VOCABULARY = 16, 500
 _setup_privateuseone_for_python_backend()
-THERE = torch.device("privateuseone", 0)
+THERE, META = torch.device("privateuseone", 0), torch.device("meta")
 OPT = LLAMA.model_copy(
     update={
         "activation": "relu", "layer_norm": True, "biases": ("qkv", "o", "gate_up", "down"), "learned_positions": 128, "rope_full": None
@@ -137,13 +139,36 @@ def test_so_does_a_step_that_is_captured(decoder: Decoder, monkeypatch: pytest.M
     assert (logits.device, logits.shape) == (THERE, (len(alone), VOCABULARY))
 
 
+class Hurried(TorchDispatchMode):
+    """Refuses what goes to another device while the host waits: on a GPU for all that was asked of it before, a whole forward."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if op is torch.ops.aten.copy_.default:
+            there, moved, hurried = args[0].device, args[1], (*args, named.get("non_blocking", False))[2]
+            assert hurried or there == moved.device, f"{moved.shape} to {there}"
+        if op is torch.ops.aten._to_copy.default:
+            assert named.get("non_blocking") or named.get("device") in (None, args[0].device), f"{args[0].shape} to {named['device']}"
+        return op(*args, **named)
+
+
+@pytest.mark.parametrize(
+    "waits", [lambda host, there: host.to(there), lambda host, there: torch.empty_like(host, device=there).copy_(host)]
+)
+def test_a_copy_that_is_waited_for_would_be_found(waits: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> None:
+    with Hurried(), pytest.raises(AssertionError, match=r"torch.Size\(\[3\]\) to meta"):
+        waits(torch.zeros(3), META)
+
+
 def test_drawing_waits_for_nothing() -> None:
-    """Draws with no number brought to the host in between: a fake has none."""
+    """Draws with no number brought to the host in between: a fake has none. Nor is a copy to the device waited for."""
     history = (1, 2, 2, 3)
     draws = [[Draw(sampling, 2, history=history)] for sampling in DRAWS]
     draws += [[Draw(SamplingParams(temperature=0.5, seed=1, logit_bias=((3, 1.0),)), 2, banned=frozenset({4, 5}))]]
     seen = [[Seen(history, 2) if draw.sampling.penalised else None] for (draw,) in draws]
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    with Hurried():
+        assert Seen(history, 2, META).tokens.device == META
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Hurried():
         for counted in (each for row in seen for each in row if each is not None):
             counted.tokens, counted.counts = torch.empty(3, dtype=torch.int64, device=THERE), torch.empty(3, device=THERE)
         tokens = sample(torch.empty(len(draws), VOCABULARY, dtype=torch.bfloat16, device=THERE), draws, seen).tokens
