@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..kernels.triton_kernels import triton_refusals
+
 
 class CudaCapture:
     """`decode_graphs.Capture` by CUDA graphs, all of which share one memory pool."""
@@ -18,11 +20,9 @@ class CudaCapture:
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Raises `RuntimeError` if CUDA cannot capture it, or Triton not compile it for this GPU."""
-        from triton import TritonError  # not where there is no GPU
-
         try:
             return self._captured(run)
-        except TritonError as error:  # a tile that a GPU has no room for, for one, which is no `RuntimeError`
+        except triton_refusals() as error:
             raise RuntimeError(str(error)) from error
 
     def _captured(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:

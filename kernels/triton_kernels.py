@@ -55,6 +55,16 @@ def triton_kernels() -> TritonKernels | None:
     return TritonKernels(residual_norm, rotary_store, gated, attend_singles, attend_chunks, move_rows, draw)
 
 
+def triton_refusals() -> tuple[type[Exception], ...]:
+    """What Triton says of a kernel that it cannot make for this GPU, as of a tile without room, which is no `RuntimeError`. Nothing where
+    triton is not installed."""
+    try:
+        from triton import TritonError
+    except ImportError:
+        return ()
+    return (TritonError,)
+
+
 def triton_on(device: torch.device) -> TritonKernels | None:
     """The kernels, if `device` is a GPU."""
     return triton_kernels() if device.type == "cuda" or INTERPRETED else None
