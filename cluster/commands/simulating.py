@@ -34,6 +34,7 @@ from .requests_file import requests_file
 DRAWN_REQUESTS = 1000
 """How many are simulated of a load without an end."""
 _out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def load_of(
     if rate is not None:
         raise ConfigError(f"{workload.name} says when its requests come: leave --rate out.", field="rate")
     _check(workload)
-    return Requests(lambda: limited(lines_of(workload), requests, None), requests, workload.name)
+    return Requests(lambda: limited(lines_of(workload, told=False), requests, None), requests, workload.name)
 
 
 def _check(workload: Path) -> None:
@@ -75,13 +76,17 @@ def _check(workload: Path) -> None:
         pass
 
 
-def lines_of(workload: Path) -> Iterator[Arrival]:
-    """The requests of a trace file, as they are read."""
+def lines_of(workload: Path, *, told: bool = True) -> Iterator[Arrival]:
+    """The requests of a trace file, as they are read. `told`: say at its end how many rows were left out because they have no answer."""
+    failed: list[int] = []
     try:
         with workload.open(encoding="utf-8") as file:
-            yield from read_arrivals(file, workload.name)
+            yield from read_arrivals(file, workload.name, failed.append)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{workload} cannot be read: {error}.", field="workload") from None
+    if failed and told:
+        rows = "row has" if len(failed) == 1 else "rows have"
+        _err.print(f"{workload.name}: {len(failed)} {rows} no answer, the first in line {failed[0]}: left out", markup=False)
 
 
 def _text(file: Path) -> str:

@@ -75,7 +75,14 @@ def _requests(stream: Stream, number: int, rate: float, seed: int) -> Iterator[A
 def parse_mix(text: str, name: str) -> Mix:
     """From JSON; `ConfigError` names the key that is wrong."""
     try:
-        mix = Mix.model_validate(json.loads(text))
+        values = json.loads(text)
+        if isinstance(values, list):
+            raise ConfigError(
+                f"{name} is a list, and a mix is an object with `streams`; requests, each with its time, go into a file .csv or .jsonl, "
+                "one a line, and pairs of lengths go to --lengths.",
+                field="workload",
+            )
+        mix = Mix.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}.", field="workload") from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ...core.errors import ConfigError
 from .answer import Answer
 
-_LIMIT = re.compile(r"^(ttft|tpot|e2e)=(\d+(?:\.\d+)?)(ms|s)$")
+_LIMIT = re.compile(r"^(ttft|tpot|e2e)=(\d+(?:\.\d*)?|\.\d+)(ms|s)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,5 +40,9 @@ def parse_slo(text: str) -> Slo:
         match = _LIMIT.match(part.lower())
         if not match or match[1] in limits:
             raise ConfigError(f"--slo {part!r}: give each of ttft, tpot, e2e at most once, as in ttft=1s,tpot=100ms.", field="slo")
+        if match[3] is None:
+            raise ConfigError(f"--slo {part!r} has no unit: {part}s is seconds, {part}ms milliseconds.", field="slo")
         limits[match[1]] = float(match[2]) / (1000 if match[3] == "ms" else 1)
+        if not limits[match[1]]:
+            raise ConfigError(f"--slo {part!r}: no request takes no time; a limit is above 0.", field="slo")
     return Slo(**limits)

@@ -14,7 +14,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -42,9 +42,14 @@ _FORMATS = (
 )
 
 
-def read_arrivals(lines: Iterable[str], name: str) -> Iterator[Arrival]:
+MOST_TOKENS = 10**9
+"""Of a prompt or an answer: more is an error of the file."""
+
+
+def read_arrivals(lines: Iterable[str], name: str, failed: Callable[[int], None] = lambda line: None) -> Iterator[Arrival]:
     """The requests of a file by its lines, as they are read: a trace of any length takes no memory.
 
+    `failed`: told the line of each row without an answer, which BurstGPT has for calls that failed; they are left out.
     `name`: the file's. Raises `ConfigError` with name, line and reason: no rows, no such columns, a time or a length that is none or
     negative, times that run backwards.
     """
@@ -52,6 +57,9 @@ def read_arrivals(lines: Iterable[str], name: str) -> Iterator[Arrival]:
     before = -math.inf
     for line, form, row in _rows(lines, name):
         where = f"{name}, line {line}"
+        if form.shifted and str(row.get(form.output)).strip() == "0":
+            failed(line)
+            continue
         at = _seconds(row.get(form.at), where, form.at)
         if not number and form.shifted:
             first = at
@@ -114,6 +122,8 @@ def _tokens(cell: Any, where: str, column: str, least: int = 1) -> int:
         value = float(cell)
     except (TypeError, ValueError):
         raise _wrong(where, f"{column} is {cell!r}, not a number") from None
+    if value > MOST_TOKENS:
+        raise _wrong(where, f"{column} is {cell}; the most is {MOST_TOKENS:,} tokens")
     if isinstance(cell, bool) or not value.is_integer() or value < least:
         failed = " (a call that failed: leave it out)" if value == 0 else ""
         raise _wrong(where, f"{column} is {cell}; it must be a whole number, at least {least}{failed}")

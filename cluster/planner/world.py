@@ -77,7 +77,7 @@ class World:
 
     def _arrived(self, arrival: Arrival, arrivals: Iterator[Arrival]) -> None:
         self._next(arrivals)
-        life = Life(f"r{arrival.number}", arrival, request_of(arrival))
+        life = Life(f"r{arrival.number}", arrival, request_of(arrival, self._scene.model.max_context))
         if self._policies.most_running is not None and len(self._scene.lives) >= self._policies.most_running:
             self._refuse(life, f"{self._policies.most_running} requests are under way already (router.limits.running)")
             return

@@ -136,6 +136,10 @@ def test_an_slo_is_met_jointly(ttft: float, tpot: float, limit_ttft: float, limi
 
 def test_slos_are_read_and_said() -> None:
     assert parse_slo("ttft=1s, tpot=100ms") == Slo(ttft=1.0, tpot=0.1)
+    assert parse_slo("ttft=.2s") == Slo(ttft=0.2)
+    for part, said in (("ttft=0.2", "'ttft=0.2' has no unit: ttft=0.2s is seconds"), ("tpot=0s", "a limit is above 0")):
+        with pytest.raises(ConfigError, match=said):
+            parse_slo(part)
     assert str(parse_slo("e2e=1.5s,ttft=250ms")) == "ttft=250ms,e2e=1500ms"
     for wrong in ("", "ttft=1", "itl=3ms", "ttft=1s,ttft=2s", "tpot=-1s"):
         with pytest.raises(ConfigError, match="--slo"):

@@ -48,6 +48,9 @@ def test_tenants_and_prefixes_are_read() -> None:
         (HEAD + "0,10,0\n", "W, line 2: output_tokens is 0; .*a call that failed"),
         (HEAD + "0,10,2.5\n", "W, line 2: output_tokens is 2.5"),
         (HEAD + "0,10,x\n", "W, line 2: output_tokens is 'x', not a number"),
+        (HEAD + "0,1e300,2\n", "W, line 2: prompt_tokens is 1e300; the most is 1,000,000,000 tokens"),
+        ('{"arrival_s": 0, "prompt_tokens": 1, "output_tokens": 1e300}\n', "W, line 1: output_tokens is 1e.300; the most is"),
+        ("Timestamp,Request tokens,Response tokens\n5,10,0\n", "W has no requests"),
         (HEAD + "nan,10,2\n", "W, line 2: arrival_s is nan, not a time"),
         (HEAD + "0,10\n", "W, line 2: 2 cells under 3 columns"),
         ("time,prompt,output\n0,1,1\n", "W, line 1: columns are time, prompt, output; there should be arrival_s"),
@@ -58,6 +61,14 @@ def test_tenants_and_prefixes_are_read() -> None:
 def test_what_is_wrong_is_refused_with_line_and_reason(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         rows(text)
+
+
+def test_calls_that_failed_are_left_out_of_what_others_recorded_and_told() -> None:
+    text = "Timestamp,Model,Request tokens,Response tokens\n3,m,0,0\n5,m,10,2\n6,m,7,0\n6.5,m,20,3\n"
+    failed: list[int] = []
+    found = list(read_arrivals(text.splitlines(), "W", failed.append))
+    assert [(a.number, a.at, a.prompt_tokens) for a in found] == [(0, 0.0, 10), (1, 1.5, 20)]
+    assert failed == [2, 4]
 
 
 def test_a_file_is_read_as_far_as_it_is_asked_for() -> None:
@@ -98,6 +109,7 @@ def test_a_mix_has_its_streams_in_their_proportion() -> None:
         (('"tenant": "batch"', '"tennant": "batch"'), "streams.1.tennant"),
         (("[1000, 10]", "[1000, 0]"), "streams.1.pairs"),
         (("]}", ""), "not valid JSON"),
+        ((MIX, "[[0, 10, 2]]"), "mix.json is a list, and a mix is an object with `streams`"),
     ],
 )
 def test_a_wrong_mix_is_refused_by_key(change: tuple[str, str], said: str) -> None:

@@ -97,6 +97,16 @@ def test_what_is_wrong_is_said_before_anything_is_simulated(
     assert Path("W.csv").read_bytes() == before
 
 
+def test_a_prompt_beyond_any_context_takes_no_memory_and_failed_calls_are_told(files: Path) -> None:
+    Path("W.csv").write_text("Timestamp,Request tokens,Response tokens\n3,5,0\n5,900000000,5\n6,100,5\n")
+    status, out = diptych(*SIMULATE, "--workload", "W.csv")
+    assert status == 0, out
+    assert "W.csv: 1 row has no answer, the first in line 2: left out" in out
+    assert out.count("left out") == 1
+    assert "2 requests in" in out
+    assert "refused, 1 such" in out
+
+
 def test_why_requests_are_refused_is_said_once_for_those_alike(files: Path) -> None:
     Path("W.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,100,5\n1,2048,5\n2,3000,5\n3,100,5\n")
     status, out = diptych(*SIMULATE, "--workload", "W.csv", "--json", "OUT")
