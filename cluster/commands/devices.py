@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
@@ -51,8 +51,8 @@ class Asked:
         _refuse_twice([each.name for each in wanted], "--device")
         found = [self._priced(each, profile_for(each.name, known, "--device")) for each in wanted]
         self._check_costs(wanted, found)
-        named = len(wanted) > 1 or bool(self.devices)
-        return Site(tuple(self._kind(each, profile, named) for each, profile in zip(wanted, found, strict=True)))
+        named = len(wanted) > 1
+        return _sharing(Site(tuple(self._kind(each, profile, named) for each, profile in zip(wanted, found, strict=True))))
 
     def _kind(self, each: Named, profile: Profile, named: bool) -> Kind:
         space = Space(self.space.nodes if each.nodes is None else each.nodes, self.space.per_node if each.devices is None else each.devices)
@@ -82,6 +82,16 @@ class Asked:
                 "none of them.",
                 field="device",
             )
+
+
+def _sharing(site: Site) -> Site:
+    """With no more ranks on one host than it has cores for; it is said that these are shared."""
+    if site.host is None:
+        return site
+    (kind,), cores = site.kinds, site.host.count
+    ranks = min(kind.space.per_node, cores)
+    _err.print(f"One host: its workers share its {cores} cores, as `up` shares them out; at most {ranks} of one rank each", markup=False)
+    return Site((replace(kind, space=Space(1, ranks)),))
 
 
 def parse_device(text: str) -> Named:

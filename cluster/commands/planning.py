@@ -78,7 +78,10 @@ class Planning:
                 exhaustive=exhaustive,
                 shown=lambda what: status.update(f"trying {what}"),
             )
-            outcome = planner.paired(rate) if self.paired else planner.apart(rate)
+            if self.site.host is not None:
+                outcome = planner.on_host(rate, paired=self.paired)
+            else:
+                outcome = planner.paired(rate) if self.paired else planner.apart(rate)
         if outcome.best is None:
             self._show_lost(outcome)
             raise DiptychError(self._why_none(planner, outcome, rate))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 from ...core.config import ClusterConfig
@@ -112,6 +112,13 @@ def hardware_of(profile: Profile, phase: Phase, tp: int, pp: int, kv_tokens: int
             f"{key}.kv_tokens: {kv_tokens} tokens of KV do not fit beside the weights on {tp * pp} × {profile.device.name}; {fits}.",
             field=f"{key}.kv_tokens",
         )
-    times = known.times if share is None else known.on_cores(share.threads)
-    own = len(share.cpus) if share is not None and share.cpus is not None and tp * pp == 1 else None
-    return Hardware(phase, tp, pp, times, kv_tokens, own)
+    worker = Hardware(phase, tp, pp, known.times, kv_tokens)
+    return worker if share is None else on_share(worker, profile, share)
+
+
+def on_share(worker: Hardware, profile: Profile, share: Share) -> Hardware:
+    """With the cores that `up` would give each of its ranks."""
+    known = profile.parallelism(worker.tp)
+    assert known is not None, f"no times for tp {worker.tp}"
+    own = len(share.cpus) if share.cpus is not None and worker.tp * worker.pp == 1 else None
+    return replace(worker, times=known.on_cores(share.threads), cores=own)

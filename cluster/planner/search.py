@@ -53,8 +53,8 @@ class Outcome:
             self.lost.append(found)
 
     def sort(self) -> Outcome:
-        """By rate for its cost; the cheapest first of those that serve equally much for it."""
-        self.scored.sort(key=lambda each: (-round(each.per_cost, 9), round(each.cost_per_hour, 9)))
+        """By rate for its cost; the cheapest, and the smallest, first of those that serve equally much for it."""
+        self.scored.sort(key=lambda each: (-round(each.per_cost, 9), round(each.cost_per_hour, 9), each.plan.devices))
         return self
 
     def front(self) -> list[Scored]:
@@ -110,6 +110,23 @@ class Planner:
             return outcome
         return self._meet(plans, rate, outcome)
 
+    def on_host(self, rate: float | None = None, *, paired: bool) -> Outcome:
+        """On one host whose cores all workers share, where what one serves depends on all the others: each number of them is tried as a
+        whole, pairs alone if `paired`. With a target `rate` the fewest that serve it."""
+        outcome = Outcome()
+        numbers = range(1, self._site.kinds[0].space.devices)
+        plans = [
+            plan
+            for prefill, decode in product(*self._allowed(outcome).values())
+            for n, m in product(numbers, numbers)
+            if self._site.fits(plan := Plan(prefill, decode, n, m)) and (n == m or not paired)
+        ]
+        outcome.considered = len(plans)
+        if rate is None:
+            self._try(plans, outcome)
+            return outcome
+        return self._meet(plans[:1], rate, outcome, (1, 1) if paired else None)
+
     def fitting(self, *, paired: bool) -> list[Plan]:
         """One worker of each phase that fit, by devices and by memory, and have times, whatever the limits; if `paired`, on one node."""
         memory = {phase: [shape for shape in self._shapes() if self._lacking(phase, shape, Slo()) is None] for phase in Phase}
@@ -121,8 +138,10 @@ class Planner:
     # -- what there is to try ------------------------------------------------------------------------------------------
 
     def _shapes(self) -> Iterator[Shape]:
-        """Of all that there is, but for a device for the other phase."""
+        """Of all that there is, but for a device for the other phase. Of several ranks none shares cores."""
         kinds = self._site.kinds
+        if self._site.host is not None:
+            return iter((Shape(1, 1, kinds[0].name),))
         return (shape for kind in kinds for shape in kind.shapes(kind.space.devices - (len(kinds) == 1)))
 
     def _lacking(self, phase: Phase, shape: Shape, slo: Slo) -> Lost | None:
@@ -199,8 +218,12 @@ class Planner:
 
     def _least(self, plan: Plan, outcome: Outcome) -> int | None:
         """The step that the plan must serve to win over those known: theirs, if it is cheaper, or one more."""
-        below, units = self._bench.terms.below, self._site.units
-        return max((below(each.rate / units(each.plan)) + (units(each.plan) <= units(plan)) for each in outcome.scored), default=None)
+        below = self._bench.terms.below
+
+        def size(plan: Plan) -> tuple[float, int]:
+            return self._site.units(plan), plan.devices
+
+        return max((below(each.rate / size(each.plan)[0]) + (size(each.plan) <= size(plan)) for each in outcome.scored), default=None)
 
     def _promise(self, plan: Plan) -> float:
         """By which plans are ordered: requests per second and device (by cost), as far as can be told. The sooner a good plan is found, the

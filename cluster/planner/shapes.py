@@ -12,7 +12,7 @@ from ..load.summary import percentile
 from ..load.workload import Arrival
 from .latency import StepTimes, Work, step_seconds
 from .policies import Policies
-from .profile import Hardware, Profile
+from .profile import Hardware, Parallelism, Profile
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -78,13 +78,19 @@ class Lost:
 
 
 def hardware(profile: Profile, phase: Phase, shape: Shape) -> Hardware:
-    return Hardware(phase, shape.tp, shape.pp, _times(profile, shape), profile.kv_tokens(shape.tp, shape.pp))
+    return Hardware(phase, shape.tp, shape.pp, _known(profile, shape).times, profile.kv_tokens(shape.tp, shape.pp))
+
+
+def _known(profile: Profile, shape: Shape) -> Parallelism:
+    known = profile.parallelism(shape.tp)
+    assert known is not None, f"no times for tp {shape.tp}"
+    return known
 
 
 def _times(profile: Profile, shape: Shape) -> StepTimes:
-    known = profile.parallelism(shape.tp)
-    assert known is not None, f"no times for tp {shape.tp}"
-    return known.times
+    """The shortest: on a host whose cores are shared, with all of them."""
+    known = _known(profile, shape)
+    return known.times if profile.cores is None else known.on_cores(profile.cores.count)
 
 
 @dataclass(frozen=True, slots=True)

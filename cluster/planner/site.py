@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .profile import Hardware, Link, Overheads, Profile
+from ..resources.cores import share_cores
+from .policies import on_share
+from .profile import Cores, Hardware, Link, Overheads, Profile
 from .shapes import Plan, Shape, hardware
 
 NETWORK = "network"
@@ -75,9 +77,18 @@ class Site:
         """Of its prefill and of its decode workers."""
         return self.kind(plan.prefill), self.kind(plan.decode)
 
+    @property
+    def host(self) -> Cores | None:
+        """The one host without GPUs that all is on, whose cores workers share."""
+        kind = self.kinds[0]
+        return kind.profile.cores if len(self.kinds) == kind.space.nodes == 1 else None
+
     def cluster(self, plan: Plan) -> Cluster:
         """Raises nothing for shapes that `lacking` has let pass."""
         workers = [worker for phase, shape, count in plan.sides for worker in [hardware(self.profile(shape), phase, shape)] * count]
+        if self.host is not None:
+            shares = share_cores(range(self.host.count), [None for _ in workers])
+            workers = [on_share(worker, self.kinds[0].profile, share) for worker, share in zip(workers, shares, strict=True)]
         prefill, decode = self.of(plan)
         link = prefill.link if prefill is decode else slower(prefill.away, decode.away)
         return Cluster(workers, together([prefill.profile, decode.profile]), link)
@@ -94,7 +105,9 @@ class Site:
         return plan.prefills <= self.room(plan.prefill) and plan.decodes <= self.room(plan.decode, used)
 
     def cost(self, plan: Plan) -> float:
-        """Per hour."""
+        """Per hour; a host is had whole."""
+        if self.host is not None:
+            return self.kinds[0].cost
         return sum(count * shape.devices * self.kind(shape).cost for _, shape, count in plan.sides)
 
     def units(self, plan: Plan) -> float:
@@ -105,6 +118,8 @@ class Site:
     @property
     def unit(self) -> str:
         """What that is, in words."""
+        if self.host is not None:
+            return "host"
         cheapest = min(self.kinds, key=lambda kind: kind.cost)
         alike = all(kind.cost == cheapest.cost for kind in self.kinds)
         return "device" if alike else f"cost of one {cheapest.name}"

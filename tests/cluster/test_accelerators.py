@@ -126,14 +126,14 @@ def test_each_phase_is_served_by_nodes_of_its_kind(
     with ray_of_others(scratch, monkeypatch, 2, 2, kinds=("L40S", "H100")) as address:
         with up(tiny_gemma3_dir, runtime, "-f", str(file), "--address", address) as cluster:
             cluster.expect("Ctrl-C ends it.", 200)
-            assert (host_of(cluster, "decode-0"), host_of(cluster, "prefill-0")) == ("127.0.0.1", "127.0.0.2")
+            assert host_of(cluster, "prefill-0") == "127.0.0.2" != host_of(cluster, "decode-0"), "the one of that kind"
             answered = diptych("generate", "the thin man and the other thing in the inn", "--max-tokens", "8", "--temperature", "0")
             assert answered.returncode == 0, answered.stderr
             assert cluster.end() == 0
         values["prefill"] = {"accelerator": "B200"}
         file.write_text(yaml.safe_dump(values | {"ray": {"wait_s": 1}}))
         with up(tiny_gemma3_dir, runtime, "-f", str(file), "--address", address) as cluster:
-            cluster.expect("has B200 (Ray's accelerator_type) for prefill-0; there are 127.0.0.1: L40S; 127.0.0.2: H100", 100)
+            cluster.expect("has B200 (Ray's accelerator_type) for prefill-0; there are ", 100)
 
 
 def host_of(cluster: Cluster, name: str) -> str:

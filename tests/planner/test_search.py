@@ -16,9 +16,11 @@ from diptych.cluster.load.workload import Arrival, arrivals_of
 from diptych.cluster.planner.goodput import Bench, Terms
 from diptych.cluster.planner.latency import Work, step_seconds
 from diptych.cluster.planner.plan_file import config_of, policies_for
-from diptych.cluster.planner.profile import DeviceShare, Parallelism, Profile
+from diptych.cluster.planner.policies import workers_of
+from diptych.cluster.planner.profile import Cores, DeviceShare, Parallelism, Profile
 from diptych.cluster.planner.search import Outcome, Planner
 from diptych.cluster.planner.shapes import Loss, Plan, Sample, Shape, lacking, most_answers, most_prompts
+from diptych.cluster.planner.sharing import scaled
 from diptych.cluster.planner.site import Kind, Site, Space
 from diptych.cluster.planner.trying import Scored
 from diptych.core.config import load_config
@@ -147,3 +149,41 @@ def test_a_plan_is_a_config_that_up_loads() -> None:
     assert (config.prefill.workers, config.prefill.tp, config.decode.workers, config.decode.pp) == (2, 2, 3, 2)
     assert config.decode.kv_tokens == 32000
     assert config.model.source == "org/model"
+
+
+def on_cores(beside: float) -> Profile:
+    """A host of three cores, all of which compute twice as fast as one."""
+    by_cores = {1: TIMES, 2: TIMES, 3: scaled(TIMES, 0.5)}
+    one = Parallelism(tp=1, times=TIMES, by_cores=by_cores, kv_tokens={1: 16000})
+    return profile(parallelisms=(one,), cores=Cores(count=3, prefill_beside=beside, decode_beside=beside))
+
+
+def test_on_one_host_each_number_of_workers_has_the_cores_that_up_would_give_it() -> None:
+    there = site(on_cores(1.5), Space(1, 3))
+    for plan in (Plan(Shape(1, 1), Shape(1, 1)), Plan(Shape(1, 1), Shape(1, 1), 1, 2)):
+        config = load_config(config_of(plan, on_cores(1.5), APART, None))
+        assert list(there.cluster(plan).hardware) == workers_of(config, on_cores(1.5))
+        assert (there.units(plan), there.unit) == (1.0, "host")
+    assert [each.cores for each in there.cluster(Plan(Shape(1, 1), Shape(1, 1))).hardware] == [2, 1]
+    assert site(on_cores(1.5), Space(2, 3)).host is None, "two hosts share nothing"
+
+
+def test_on_one_host_a_plan_serves_less_where_phases_slow_each_other() -> None:
+    terms = Terms(load, SLO, most=60, tolerance=0.3)
+    free, slowed = (
+        Planner(Bench(site(on_cores(beside), Space(1, 2)), APART, terms), SAMPLE).on_host(paired=True).best for beside in (1, 2)
+    )
+    assert free is not None
+    assert slowed is not None
+    assert free.plan == slowed.plan == Plan(Shape(1, 1), Shape(1, 1))
+    assert slowed.rate < free.rate
+
+
+@pytest.mark.nightly
+def test_on_one_host_what_is_not_simulated_could_not_have_won() -> None:
+    bench = Bench(site(on_cores(1.2), Space(1, 3)), APART, Terms(load, SLO, most=60, tolerance=0.3))
+    pruned, every = (Planner(bench, SAMPLE, exhaustive=exhaustive).on_host(paired=False) for exhaustive in (False, True))
+    assert every.considered == every.simulated == 3
+    assert pruned.best is not None
+    assert every.best is not None
+    assert (pruned.best.plan, pruned.best.rate) == (every.best.plan, every.best.rate)
