@@ -9,12 +9,13 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from cluster_harness import killed_at_once, nothing_left, shared_memory, sockets_below, wait_for
+from cluster_harness import Cluster, killed_at_once, nothing_left, shared_memory, sockets_below, wait_for
 from diptych.cluster.on_ray.launcher import ray_environment
 from diptych.cluster.process import processes
 from diptych.cluster.process.launcher import Launch, PlainLauncher
@@ -69,26 +70,68 @@ def test_a_plain_cluster_from_up_to_down(tiny_gemma3_dir: Path, runtime: Path) -
     assert not list(runtime.glob("diptych/*"))
 
 
-def test_a_stream_goes_on_when_the_only_decode_worker_is_killed(tiny_gemma3_dir: Path, runtime: Path) -> None:
-    body = {"prompt": PROMPT, "max_tokens": 800, "temperature": 0, "ignore_eos": True}
-    with up(tiny_gemma3_dir, runtime, "--no-ray") as cluster:
+@pytest.fixture(scope="module")
+def served(tiny_gemma3_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One for several tests, of which the last ends it: a start takes 10 s of a core."""
+    directory = tmp_path_factory.mktemp("plain")
+    file = directory / "cluster.yaml"
+    file.write_text("log: {level: debug}\nprefill: {threads: 1}\ndecode: {threads: 1}\n")
+    with up(tiny_gemma3_dir, directory / "run", "-f", str(file), "--no-ray") as cluster:
         cluster.expect("Ctrl-C ends it.", UP_S)
-        state = cluster.state()
-        url = f"http://{state['http']}/v1/completions"
-        pids = {process["name"]: process["pid"] for process in state["processes"]}  # type: ignore[attr-defined]
-        streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        with httpx.stream("POST", url, json=streamed, headers={"x-diptych-timing": "1"}, timeout=UP_S) as response:
-            lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
-            events = [next(lines)]
-            processes.kill(pids["decode-0"], str(state["id"]))
-            events += lines
-        assert events.pop() == "[DONE]"
-        *pieces, last = (json.loads(event) for event in events)
-        assert last["timing"]["attempts"] == 2
-        assert "Starting it again" in cluster.output
-        whole = httpx.post(url, json=body, timeout=UP_S).json()
-        assert "".join(piece["choices"][0]["text"] for piece in pieces) == whole["choices"][0]["text"]
-        assert cluster.end(signal.SIGINT) == 0
+        yield cluster
+
+
+@pytest.fixture
+def plain(served: Cluster, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """A plain cluster, which commands ask meanwhile."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(served.runtime))
+    return served
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="both workers are on the one core there is")
+def test_a_prefill_worker_reads_a_prompt_with_the_core_of_an_idle_decode_worker_too(plain: Cluster) -> None:
+    logs = Path(str(plain.state()["logs"]))
+    answer = diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0")
+    assert answer.returncode == 0
+
+    def used() -> list[tuple[int, ...]]:
+        lines = (logs / "prefill-0.log").read_text().splitlines()
+        return [ast.literal_eval(line.partition("computing on ")[2]) for line in lines if "computing on" in line]
+
+    own, both, *_ = used()
+    assert len(own) == 1
+    assert len(both) == 2
+    assert both[0] == own[0], "its own first"
+    wait_for("the core to be given back", lambda: used()[-1] == own)
+
+
+def test_a_stream_goes_on_when_the_only_decode_worker_is_killed(plain: Cluster) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 800, "temperature": 0, "ignore_eos": True}
+    state = plain.state()
+    url = f"http://{state['http']}/v1/completions"
+    pids = {process["name"]: process["pid"] for process in state["processes"]}  # type: ignore[attr-defined]
+    streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", url, json=streamed, headers={"x-diptych-timing": "1"}, timeout=UP_S) as response:
+        lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+        events = [next(lines)]
+        processes.kill(pids["decode-0"], str(state["id"]))
+        events += lines
+    assert events.pop() == "[DONE]"
+    *pieces, last = (json.loads(event) for event in events)
+    assert last["timing"]["attempts"] == 2
+    assert "Starting it again" in plain.output
+    whole = httpx.post(url, json=body, timeout=UP_S).json()
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == whole["choices"][0]["text"]
+
+
+def test_down_cleans_up_after_a_supervisor_and_reaper_that_were_killed(plain: Cluster) -> None:
+    """The last of those that share it."""
+    state = plain.state()
+    killed_at_once(plain, str(state["id"]))
+    cleaned = diptych("down")
+    assert cleaned.returncode == 0
+    assert "had been killed; cleaned up after it" in cleaned.stdout
+    assert nothing_left(state)
 
 
 def test_a_source_is_prepared_by_up_and_chats_with_a_template_of_ones_own(
@@ -174,39 +217,6 @@ def test_a_worker_that_finds_no_node_is_refused_with_what_is_free(
         assert re.search(r"No node of the Ray cluster has 1 CPU and [\d.]+ GiB free for \w+-1 \(free are [\d.]+: 0 CPUs", refused.stderr)
         assert re.search("prefill workers, 1 decode workers|1 prefill workers, 2", diptych("status").stdout)
         assert diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0").returncode == 0
-        assert cluster.end() == 0
-
-
-def test_down_cleans_up_after_a_supervisor_and_reaper_that_were_killed(tiny_gemma3_dir: Path, runtime: Path) -> None:
-    with up(tiny_gemma3_dir, runtime, "--no-ray") as cluster:
-        cluster.expect("Ctrl-C ends it.", UP_S)
-        state = cluster.state()
-        killed_at_once(cluster, str(state["id"]))
-        cleaned = diptych("down")
-        assert cleaned.returncode == 0
-        assert "had been killed; cleaned up after it" in cleaned.stdout
-        assert nothing_left(state)
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="both workers are on the one core there is")
-def test_a_prefill_worker_reads_a_prompt_with_the_core_of_an_idle_decode_worker_too(tiny_gemma3_dir: Path, runtime: Path) -> None:
-    log = runtime.parent / "log.yaml"
-    log.write_text("log: {level: debug}\nprefill: {threads: 1}\ndecode: {threads: 1}\n")
-    with up(tiny_gemma3_dir, runtime, "-f", str(log), "--no-ray") as cluster:
-        cluster.expect("Ctrl-C ends it.", UP_S)
-        logs = Path(str(cluster.state()["logs"]))
-        answer = diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0")
-        assert answer.returncode == 0
-
-        def used() -> list[tuple[int, ...]]:
-            lines = (logs / "prefill-0.log").read_text().splitlines()
-            return [ast.literal_eval(line.partition("computing on ")[2]) for line in lines if "computing on" in line]
-
-        own, both, *_ = used()
-        assert len(own) == 1
-        assert len(both) == 2
-        assert both[0] == own[0], "its own first"
-        wait_for("the core to be given back", lambda: used()[-1] == own)
         assert cluster.end() == 0
 
 

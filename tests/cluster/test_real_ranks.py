@@ -85,21 +85,20 @@ def alone(tiny_gemma3_dir: Path, runtime: Path, file: Path) -> tuple[int, ...]:
 
 
 @pytest.mark.timeout(500)
-def test_ranks_answer_as_one_does_and_a_killed_one_brings_its_worker_back_whole(
-    tiny_gemma3_dir: Path, runtime: Path, file: Path, alone: tuple[int, ...]
-) -> None:
+def test_a_killed_rank_brings_its_worker_back_whole(tiny_gemma3_dir: Path, runtime: Path, file: Path) -> None:
+    """That ranks answer as one does is shown for every parallelism in `tests/e2e/test_parallelism.py`, and here at night, on Ray."""
     before = shared_memory()
     with up(tiny_gemma3_dir, runtime, "-f", str(file), "--no-ray", *SPREAD) as cluster:
         cluster.expect("Ctrl-C ends it.", UP_S)
-        state = cluster.state()
-        assert answer(cluster) == alone
+        state, said = cluster.state(), answer(cluster)
+        assert len(set(said)) > 10, "an answer that could be another"
         assert re.search(r"decode-0 +\d+ +127.0.0.1:\d+ +ready +1×2 ", diptych("status").stdout)
         assert re.search(r"prefill-0.rank1 +\d+\n", diptych("status").stdout)
         killed_and_back(cluster, "decode-0", 1)
         assert "decode-0.rank1 was ended by signal 9" in cluster.output
-        assert answer(cluster) == alone
+        assert answer(cluster) == said
         killed_and_back(cluster, "prefill-0", 0)
-        assert answer(cluster) == alone
+        assert answer(cluster) == said
         assert diptych("down").returncode == 0
         assert cluster.wait() == 0
     assert nothing_left(state)

@@ -102,18 +102,18 @@ def diptych(*arguments: str) -> str:
 async def grow_and_shrink(cluster: Cluster) -> Load:
     async with load(str(cluster.state()["grpc"])) as under:
         assert await under.more(10) == {"prefill-0", "decode-0"}
-        grown = await asyncio.to_thread(diptych, "scale", "--prefill", "3", "--decode", "3")
-        assert grown.count("has joined") == 4
-        assert await under.more(60) == {f"{phase}-{number}" for phase in ("prefill", "decode") for number in range(3)}
-        assert "3 prefill workers, 3 decode workers" in await asyncio.to_thread(diptych, "status")
-        begun = [asyncio.Event() for _ in range(6)]
+        grown = await asyncio.to_thread(diptych, "scale", "--prefill", "2", "--decode", "2")
+        assert grown.count("has joined") == 2
+        assert await under.more(40) == {f"{phase}-{number}" for phase in ("prefill", "decode") for number in range(2)}
+        assert "2 prefill workers, 2 decode workers" in await asyncio.to_thread(diptych, "status")
+        begun = [asyncio.Event() for _ in range(4)]
         answers = [asyncio.create_task(long_answer(under.address, number, event)) for number, event in enumerate(begun)]
         await asyncio.gather(*(event.wait() for event in begun))
         shrunk = await asyncio.to_thread(diptych, "scale", "--prefill", "1", "--decode", "1")
-        assert shrunk.count("has left") == 4
+        assert shrunk.count("has left") == 2
         timings = await asyncio.gather(*answers)
         assert {timing.attempts for timing in timings} == {1}, retries(cluster)
-        assert {timing.decode_worker for timing in timings} & {"decode-1", "decode-2"}  # who left had answers under way
+        assert "decode-1" in {timing.decode_worker for timing in timings}, "who left had answers under way"
         await under.more(AT_ONCE)  # those begun before
         assert await under.more(20) == {"prefill-0", "decode-0"}
     return under

@@ -34,8 +34,6 @@ TABLE = Path(__file__).resolve().parents[2] / "docs" / "security.md"
 CANARY = "canary in the coal mine, of which no log may sing"
 GET = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
 
-pytestmark = pytest.mark.usefixtures("runtime")
-
 
 def table() -> dict[str, str]:
     """Of docs/security.md: a port's name → what a stranger gets."""
@@ -91,6 +89,22 @@ def secured(model: Path, runtime: Path, directory: Path, more: dict[str, Any], *
         assert cluster.end() == 0
 
 
+@pytest.fixture(scope="module")
+def served(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    """One for two tests: a start takes 15 s of a core."""
+    directory = tmp_path_factory.mktemp("secured")
+    more = {"prefill": {"tp": 2, "kv_tokens": 2048}, "decode": {"kv_tokens": 2048}, "transfer": {"transports": ["gloo"]}}
+    with secured(tiny_llama_dir, directory / "run", directory, more, "--no-ray") as found:
+        yield found
+
+
+@pytest.fixture
+def here(served: Secured, monkeypatch: pytest.MonkeyPatch) -> Secured:
+    """A secured cluster, which commands ask meanwhile."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(served.cluster.runtime))
+    return served
+
+
 def owner(here: Secured, port: Port) -> str:
     """The row of the table that a port is in."""
     state = here.state
@@ -103,39 +117,37 @@ def owner(here: Secured, port: Port) -> str:
 
 
 def test_every_port_is_in_the_table_and_strangers_get_what_it_says(
-    tiny_llama_dir: Path, runtime: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    here: Secured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = {"prefill": {"tp": 2, "kv_tokens": 2048}, "decode": {"kv_tokens": 2048}, "transfer": {"transports": ["gloo"]}}
-    with secured(tiny_llama_dir, runtime, tmp_path, more, "--no-ray") as here:
-        key, revoked = here.key("acme", capsys), here.key("acme", capsys)
-        revoke(id_of(revoked), here.keys)
-        asked = diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0", "--stats", "--api-key", key)
-        assert asked.returncode == 0, asked.stderr
-        assert "over gloo" in asked.stderr
-        ports = {port: owner(here, port) for port in listening(here.processes)}
-        assert sorted(set(ports.values())) == ["control", "gloo", "grpc", "http", "worker"], ports
-        assert set(ports.values()) <= table().keys()
-        assert all(port.on_loopback for port in ports)
+    key, revoked = here.key("acme", capsys), here.key("acme", capsys)
+    revoke(id_of(revoked), here.keys)
+    asked = diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0", "--stats", "--api-key", key)
+    assert asked.returncode == 0, asked.stderr
+    assert "over gloo" in asked.stderr
+    ports = {port: owner(here, port) for port in listening(here.processes)}
+    assert sorted(set(ports.values())) == ["control", "gloo", "grpc", "http", "worker"], ports
+    assert set(ports.values()) <= table().keys()
+    assert all(port.on_loopback for port in ports)
 
-        outside: dict[str, TlsFiles | None] = {"nothing": None, **strangers(tmp_path, here.issued)}
-        for port, name in ports.items():
-            address = f"{port.host}:{port.port}"
-            assert answers_plainly(address, GET) == b"" or name == "gloo", name
-            if name in ("control", "worker"):
-                assert answers_plainly(address, HTTP2) == b""
-                assert {fault: gets_in(address, shown) for fault, shown in outside.items()} == dict.fromkeys(outside, False), name
-                assert gets_in(address, here.internal)
-        asyncio.run(faces_ask(here, key, [revoked, "", "wrong"]))
+    outside: dict[str, TlsFiles | None] = {"nothing": None, **strangers(tmp_path, here.issued)}
+    for port, name in ports.items():
+        address = f"{port.host}:{port.port}"
+        assert answers_plainly(address, GET) == b"" or name == "gloo", name
+        if name in ("control", "worker"):
+            assert answers_plainly(address, HTTP2) == b""
+            assert {fault: gets_in(address, shown) for fault, shown in outside.items()} == dict.fromkeys(outside, False), name
+            assert gets_in(address, here.internal)
+    asyncio.run(faces_ask(here, key, [revoked, "", "wrong"]))
 
-        shown = diptych("status")
-        assert "decode workers" in shown.stdout, "over mutual TLS"
-        assert "KV moved: the router tells who has an API key" in shown.stdout
-        assert "over gloo" in diptych("status", "--api-key", key).stdout
-        again = diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0", "--api-key", key)
-        assert again.stdout == asked.stdout, "who knocked at gloo's ports has broken nothing"
-        refused = diptych("generate", PROMPT, "--api-key", revoked)
-        assert refused.returncode == 1
-        assert "API key" in refused.stderr
+    shown = diptych("status")
+    assert "decode workers" in shown.stdout, "over mutual TLS"
+    assert "KV moved: the router tells who has an API key" in shown.stdout
+    assert "over gloo" in diptych("status", "--api-key", key).stdout
+    again = diptych("generate", PROMPT, "--max-tokens", "8", "-t", "0", "--api-key", key)
+    assert again.stdout == asked.stdout, "who knocked at gloo's ports has broken nothing"
+    refused = diptych("generate", PROMPT, "--api-key", revoked)
+    assert refused.returncode == 1
+    assert "API key" in refused.stderr
 
 
 async def faces_ask(here: Secured, key: str, wrong: list[str]) -> None:
@@ -159,22 +171,18 @@ async def faces_ask(here: Secured, key: str, wrong: list[str]) -> None:
                 await g.generate(PROMPT, timeout_s=2)
 
 
-def test_tenants_share_no_blocks_and_everything_can_be_rotated_under_load(
-    tiny_llama_dir: Path, runtime: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    more = {"prefill": {"kv_tokens": 2048}, "decode": {"kv_tokens": 2048}}
-    with secured(tiny_llama_dir, runtime, tmp_path, more, "--no-ray") as here:
-        acme, umbrella = here.key("acme", capsys), here.key("umbrella", capsys)
-        assert asyncio.run(cached(here, [acme, acme, umbrella, here.key("acme", capsys), umbrella])) == [False, True, False, True, True]
-        asyncio.run(rotated(here, acme, capsys))
-        logs = Path(str(here.state["logs"]))
-        told = "".join(path.read_text() for path in logs.iterdir()) + here.cluster.output + json.dumps(here.state)
-        assert told.count("read again") >= 6, "keys and certificates"
-        started = "".join(Path(f"/proc/{pid}/{what}").read_text() for pid in here.processes for what in ("cmdline", "environ"))
-        secrets = [acme.split("-", 2)[2], umbrella.split("-", 2)[2], here.internal.key.read_text().splitlines()[1], CANARY[:20]]
-        for secret in secrets:
-            assert secret not in told
-            assert secret not in started
+def test_tenants_share_no_blocks_and_everything_can_be_rotated_under_load(here: Secured, capsys: pytest.CaptureFixture[str]) -> None:
+    acme, umbrella = here.key("acme", capsys), here.key("umbrella", capsys)
+    assert asyncio.run(cached(here, [acme, acme, umbrella, here.key("acme", capsys), umbrella])) == [False, True, False, True, True]
+    asyncio.run(rotated(here, acme, capsys))
+    logs = Path(str(here.state["logs"]))
+    told = "".join(path.read_text() for path in logs.iterdir()) + here.cluster.output + json.dumps(here.state)
+    assert told.count("read again") >= 6, "keys and certificates"
+    started = "".join(Path(f"/proc/{pid}/{what}").read_text() for pid in here.processes for what in ("cmdline", "environ"))
+    secrets = [acme.split("-", 2)[2], umbrella.split("-", 2)[2], here.internal.key.read_text().splitlines()[1], CANARY[:20]]
+    for secret in secrets:
+        assert secret not in told
+        assert secret not in started
 
 
 async def cached(here: Secured, keys: list[str]) -> list[bool]:
