@@ -56,21 +56,23 @@ class Residuals(_Part):
 
 class Parallelism(_Part):
     """Times of workers with so many shards; `kv_tokens` by number of stages, where it was measured. `error`: of times that were not
-    measured but derived, the share by which they may be off. `by_cores`: of a rank that computes on so many cores of a host."""
+    measured but derived, the share by which they may be off. `by_cores`: of a rank that computes on so many cores of a host;
+    `decode_by_cores`: of a decode worker's, which may read prompts too, if they are others."""
 
     tp: int = Field(ge=1)
     times: StepTimes
     by_cores: dict[int, StepTimes] = {}
+    decode_by_cores: dict[int, StepTimes] = {}
     kv_tokens: dict[int, int] = {}
     prefill_residuals: Residuals | None = None
     decode_residuals: Residuals | None = None
     error: float = Field(0.0, ge=0)
 
-    def on_cores(self, cores: int) -> StepTimes:
-        """Of a rank with so many: those of the most measured that are not more, or of the fewest. `times` where none were."""
-        if not self.by_cores:
-            return self.times
-        return self.by_cores[max((count for count in self.by_cores if count <= cores), default=min(self.by_cores))]
+    def on_cores(self, cores: int, phase: Phase | None = None) -> StepTimes:
+        """Of a rank with so many, of a worker of that phase: those of the most measured that are not more, or of the fewest. `times` where
+        none were."""
+        known = self.decode_by_cores if phase is Phase.DECODE and self.decode_by_cores else self.by_cores
+        return known[max((count for count in known if count <= cores), default=min(known))] if known else self.times
 
 
 class Link(_Part):

@@ -38,7 +38,7 @@ class Host:
             assert known is not None, f"no times for tp {hardware.tp}"
             assert host is not None, "a worker with cores of its own on a host without"
             factor = host.prefill_beside if hardware.phase is Phase.PREFILL else host.decode_beside
-            times = known.on_cores(cores)
+            times = known.on_cores(cores, hardware.phase)
             self._known[key] = scaled(times, factor) if beside else times
         return self._known[key]
 

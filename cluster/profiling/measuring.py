@@ -121,25 +121,26 @@ def profile_of(
     memory_bytes: float,
 ) -> Profile:
     """`shares`: the cores of a prefill and of a decode worker beside each other."""
-    by_cores = {count: each.times for count, each in fitted.items()}
+    reading = writing = {count: each.times for count, each in fitted.items()}
     message = next(iter(crossings.values())).message
     basis = {"prefill": Basis.FITTED, "decode": Basis.FITTED, "links": Basis.FITTED, "overheads.message": Basis.MEASURED}
     overheads, host, served = Overheads(request=REQUEST_S, message=message), Cores(count=cores), Basis.ASSUMED
     if seen is not None:
         served = Basis.MEASURED
-        by_cores = {
-            count: with_serving(times, seen.answers_together if count == cores else seen.answers) for count, times in by_cores.items()
+        reading = reading | {cores: with_prompts(reading[cores], seen.prompts, None)}
+        writing = {
+            count: with_serving(times, seen.answers_together if count == cores else seen.answers) for count, times in writing.items()
         }
-        by_cores[cores] = with_both(with_prompts(by_cores[cores], seen.prompts, seen.prompts_together, seen.chunk), seen.both_together)
-        slower = beside(by_cores[shares[0]], by_cores[shares[1]], seen)
-        request = request_seconds((*seen.prompts, *seen.prompts_together))
-        overheads = Overheads(request=request, message=message)
+        writing[cores] = with_both(with_prompts(writing[cores], seen.prompts_together, seen.chunk), seen.both_together)
+        slower = beside(reading[shares[0]], writing[shares[1]], seen)
+        overheads = Overheads(request=request_seconds((*seen.prompts, *seen.prompts_together)), message=message)
         host = Cores(count=cores, prefill_beside=slower[0], decode_beside=slower[1])
     model, own = model_of(card), max(shares)
     known = Parallelism(
         tp=1,
-        times=by_cores[own],
-        by_cores=by_cores,
+        times=writing[own],
+        by_cores=reading,
+        decode_by_cores=writing,
         kv_tokens={1: max(256, int(memory_bytes * MEMORY_SHARE / model.kv_token_bytes) // BLOCK_SIZE * BLOCK_SIZE)},
         prefill_residuals=fitted[own].prefill,
         decode_residuals=fitted[own].decode,

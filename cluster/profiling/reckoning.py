@@ -20,15 +20,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """So many at once, which attend to `context` tokens together: the mean time between two tokens, in seconds."""
+    """So many at once (on average), which attend to `context` tokens together: the mean time between two tokens, in seconds."""
 
-    rows: int
+    rows: float
     context: int
     gap: float
 
     @property
     def work(self) -> Work:
-        return Work(rows=self.rows, context=self.context)
+        return Work(rows=round(self.rows), context=self.context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the clusters showed: of a prefill and a decode worker each phase alone and beside the other, and of one worker for both. It
+    """What the clusters showed: of a prefill and a decode worker each phase alone and beside the other, and of one worker for both, which
     reads a prompt in pieces of `chunk` tokens."""
 
     prompts: tuple[Prompt, ...]
@@ -79,11 +79,11 @@ def request_seconds(prompts: Sequence[Prompt]) -> float:
     return max(0.0, statistics.median(each.ttft - each.computed for each in prompts))
 
 
-def with_prompts(times: StepTimes, whole: Sequence[Prompt], chunked: Sequence[Prompt], chunk: int) -> StepTimes:
-    """The times with what each step of a prompt takes more, or less, than alone: `whole` are read in one, `chunked` in steps of so many
-    tokens. Of each prompt as much as its steps have in common; by the mean over all."""
-    more = [each.computed - prompt_seconds(times, each.tokens) for each in whole]
-    more += [(each.computed - prompt_seconds(times, each.tokens, chunk)) / -(-each.tokens // chunk) for each in chunked]
+def with_prompts(times: StepTimes, seen: Sequence[Prompt], chunk: int | None) -> StepTimes:
+    """The times with what each step of a prompt takes more, or less, than alone, by the mean over the prompts. `chunk`: tokens of a step;
+    None: a prompt is read in one."""
+    steps = [1 if chunk is None else -(-each.tokens // chunk) for each in seen]
+    more = [(each.computed - prompt_seconds(times, each.tokens, chunk)) / count for each, count in zip(seen, steps, strict=True)]
     constant = max(0.0, times.prefill.constant + statistics.fmean(more))
     return times.model_copy(update={"prefill": times.prefill.model_copy(update={"constant": constant})})
 

@@ -35,6 +35,8 @@ TOKENS = 48
 LENT_AFTER_S = 0.9
 """A decode worker borrows cores when their owner has been idle for a second."""
 BESIDE_ROWS, BESIDE_TOKENS, BESIDE_PROMPT = 6, 128, 256
+HANDED_OVER = 2
+"""Tokens of an answer that is not written where its prompt is read."""
 READERS = 2
 """Prompts under way at once beside answers: with one a prefill worker would rest while it comes and goes."""
 TIMEOUT_S = 120.0
@@ -143,19 +145,20 @@ class _Client:
         return answer
 
     async def prompts(self, repeats: int, phase: Phase) -> tuple[Prompt, ...]:
-        """One after another, each with one token for answer; read by the worker of that phase."""
+        """One after another, read by the worker of that phase; their KV is handed over if there is another."""
         found = []
         for tokens in ALONE:
-            await self._ask(tokens, 1)
+            await self._ask(tokens, HANDED_OVER)
             answers, steps = await with_steps(self._cluster, self._one_by_one(tokens, repeats))
-            ran = steps[phase.value]
-            each = len(ran) // repeats
-            computed = [sum(step.seconds for step in ran[i * each : (i + 1) * each]) for i in range(repeats)]
+            computed = [
+                sum(step.seconds for step in steps[phase.value] if step.began >= answer.sent and step.ended <= answer.sent + _ttft(answer))
+                for answer in answers
+            ]
             found.append(Prompt(tokens, statistics.median(map(_ttft, answers)), statistics.median(computed)))
         return tuple(found)
 
     async def _one_by_one(self, tokens: int, count: int) -> list[Answer]:
-        return [await self._ask(tokens, 1) for _ in range(count)]
+        return [await self._ask(tokens, HANDED_OVER) for _ in range(count)]
 
     async def answers(self, rows: int, repeats: int, at_most_s: float) -> Answers:
         """So many at once, timed from when all have begun until one ends, but no longer than for `at_most_s` after the last prompt."""
@@ -168,37 +171,48 @@ class _Client:
         return _median(found)
 
     async def both(self, repeats: int) -> tuple[Read, Answers]:
-        """Answers, and beside them prompts, which another worker reads: of that its steps of one whole prompt."""
-        ran, found = await self._both(repeats, Phase.PREFILL, 1)
-        return Read(BESIDE_PROMPT, 0, 0, 0, statistics.fmean(ran)), found
+        """Answers, and prompts that another worker reads and hands over: its steps of one whole prompt, and what all answers do."""
+        answers, ran = await self._both(repeats, HANDED_OVER)
+        read = [step.seconds for step in ran[Phase.PREFILL] if step.attempts == 1]
+        rows = statistics.fmean(step.attempts for step in ran[Phase.DECODE])
+        context = answers.context + round((rows - BESIDE_ROWS) * BESIDE_PROMPT)
+        return Read(BESIDE_PROMPT, 0, 0, 0, _mean(read)), Answers(rows, context, _mean([step.seconds for step in ran[Phase.DECODE]]))
 
     async def both_in_one(self, repeats: int, chunk: int) -> Read:
         """The same of a worker for both: its steps with a chunk of a prompt beside all answers."""
-        ran, found = await self._both(repeats, Phase.DECODE, BESIDE_ROWS + 1)
-        return Read(chunk, (BESIDE_PROMPT - chunk) / 2, found.rows, found.context, statistics.fmean(ran))
+        answers, ran = await self._both(repeats, 1)
+        read = [step.seconds for step in ran[Phase.DECODE] if step.attempts == BESIDE_ROWS + 1]
+        return Read(chunk, (BESIDE_PROMPT - chunk) / 2, BESIDE_ROWS, answers.context, _mean(read))
 
-    async def _both(self, repeats: int, phase: Phase, attempts: int) -> tuple[list[float], Answers]:
-        """What the steps of so many attempts took while there were prompts and answers, and what the answers did."""
-        ran: list[Ran] = []
+    async def _both(self, repeats: int, tokens: int) -> tuple[Answers, dict[Phase, list[Ran]]]:
+        """What the answers did, and the steps that ran while there were prompts and answers; prompts are answered with so many tokens."""
+        ran: dict[Phase, list[Ran]] = {phase: [] for phase in Phase}
         found = []
         for _ in range(max(1, repeats // 2)):
-            answers, steps = await with_steps(self._cluster, self._beside())
+            answers, steps = await with_steps(self._cluster, self._beside(tokens))
             begin, end = _all_answer(answers)
             found.append(_answers(answers, begin, end))
-            ran += [step for step in steps[phase.value] if step.attempts == attempts and begin <= step.began and step.ended <= end]
-        if not ran:
-            raise Unavailable("No prompt was read while answers were written: they ended too soon.")
-        return [step.seconds for step in ran], _median(found)
+            for phase in Phase:
+                ran[phase] += [step for step in steps.get(phase.value, ()) if begin <= step.began and step.ended <= end]
+        return _median(found), ran
 
-    async def _beside(self) -> Sequence[Answer]:
+    async def _beside(self, tokens: int) -> Sequence[Answer]:
         writing = asyncio.gather(*(self._ask(SHORT, BESIDE_TOKENS) for _ in range(BESIDE_ROWS)))
 
         async def read() -> None:
             while not writing.done():
-                await self._ask(BESIDE_PROMPT, 1)
+                await self._ask(BESIDE_PROMPT, tokens)
 
         await asyncio.gather(*(read() for _ in range(READERS)))
         return await writing
+
+
+def _mean(seconds: Sequence[float]) -> float:
+    """Without the tenth at either end: something else on the machine may have stood in a step's way. `Unavailable` if there are none."""
+    if not seconds:
+        raise Unavailable("No prompt was read while answers were written: they ended too soon.")
+    ends = len(seconds) // 10
+    return statistics.fmean(sorted(seconds)[ends : len(seconds) - ends])
 
 
 def _ttft(answer: Answer) -> float:

@@ -8,6 +8,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.table import Table
 
+from ...core.fleet import Phase
 from ..planner.latency import DecodeTimes, StepTimes
 from ..planner.profile import Basis, Profile, Residuals
 from .reckoning import Seen, prompt_seconds
@@ -66,7 +67,7 @@ def _show_rest(made: Profile, crossings: Mapping[str, Crossing]) -> None:
     def row(what: str, value: str, basis: Basis | str) -> None:
         table.add_row(what, value, str(basis))
 
-    for cores, times in known.by_cores.items():
+    for cores, times in known.decode_by_cores.items():
         row(f"a step with a prompt's chunk on {_cores(cores)}", f"{1e3 * times.both:.2f} ms more", made.basis["step"])
         added = f"{1e3 * times.step:.2f} ms and {1e3 * times.step_row:.2f} ms for each sequence"
         row(f"serving adds to a step on {_cores(cores)}", added, made.basis["step"])
@@ -85,8 +86,12 @@ def _checks(made: Profile, seen: Seen) -> Iterator[str]:
     """Prompts alone, by what is simulated and as they were measured."""
     host = made.cores
     assert host is not None, "a host's profile knows its cores"
-    times = made.parallelisms[0].on_cores(host.count)
-    for what, prompts, chunk in (("apart", seen.prompts, None), ("at one worker for both", seen.prompts_together, seen.chunk)):
+    both = (
+        ("apart", seen.prompts, Phase.PREFILL, None),
+        ("at one worker for both", seen.prompts_together, Phase.DECODE, seen.chunk),
+    )
+    for what, prompts, phase, chunk in both:
+        times = made.parallelisms[0].on_cores(host.count, phase)
         found = [(each, made.overheads.request + prompt_seconds(times, each.tokens, chunk)) for each in prompts]
         said = [f"{each.tokens} tokens {1e3 * reckoned:.0f} ms (measured {1e3 * each.ttft:.0f})" for each, reckoned in found]
         yield f"A check, TTFT of a prompt alone, {what}: {', '.join(said)}."

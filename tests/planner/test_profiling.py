@@ -64,10 +64,11 @@ def test_nothing_that_serving_adds_is_negative() -> None:
     assert with_both(SERVED, read(4, 0.5)).both == 0.0
 
 
-def test_what_each_step_of_a_prompt_takes_more_is_found_again() -> None:
-    found = with_prompts(SERVED, prompts(), prompts(64), 64)
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_what_each_step_of_a_prompt_takes_more_is_found_again(chunk: int | None) -> None:
+    found = with_prompts(SERVED, prompts(chunk), chunk)
     assert found.prefill.constant == pytest.approx(0.014)
-    shorter = with_prompts(SERVED, [Prompt(64, 0.0, 0.0)], [], 64)
+    shorter = with_prompts(SERVED, [Prompt(64, 0.0, 0.0)], chunk)
     assert shorter.prefill.constant == 0.0
 
 

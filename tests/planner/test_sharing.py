@@ -14,6 +14,7 @@ from diptych.cluster.planner.profile import Cores, Hardware, Link, Overheads, Pa
 from diptych.cluster.planner.sharing import scaled
 from diptych.cluster.planner.world import World
 from diptych.core.config import load_config
+from diptych.core.fleet import Phase
 from diptych.decode_worker.scheduler import DecodeScheduler
 from worlds import APART, TIMES, profile
 
@@ -97,4 +98,6 @@ def test_times_are_those_of_the_most_cores_measured_that_there_are() -> None:
     assert [known.on_cores(count) for count in (1, 2, 3)] == [TIMES, BOTH, BOTH]
     assert Parallelism(tp=1, times=TIMES).on_cores(7) == TIMES
     assert Parallelism(tp=1, times=TIMES, by_cores={4: BOTH}).on_cores(1) == BOTH
+    apart = Parallelism(tp=1, times=TIMES, by_cores={1: TIMES}, decode_by_cores={1: BOTH})
+    assert [apart.on_cores(1, phase) for phase in Phase] == [TIMES, BOTH]
     assert parse_profile(SHARED.model_dump_json(), "p") == SHARED
