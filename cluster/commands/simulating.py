@@ -17,6 +17,7 @@ from rich.table import Table
 from ...core.config import ClusterConfig
 from ...core.errors import ConfigError
 from ...core.quantization import precision
+from ...engine.location import source_name
 from ..load.choice import Load
 from ..load.mix import parse_mix
 from ..load.slo import Slo, parse_slo
@@ -140,11 +141,26 @@ class Simulating:
 
 def check_model(profile: Profile, config: ClusterConfig) -> None:
     """`ConfigError` if the plan serves another model, or another type, than the profile is about."""
-    name, dtype = config.model.name, precision(config.model.dtype, config.model.quantization)
-    if name is not None and name != profile.model.name:
-        raise ConfigError(f"The profile is of {profile.model.name}, and the plan serves {name}.", field="model.name")
-    if {"dtype", "quantization"} & config.model.model_fields_set and dtype != profile.model.dtype:
-        raise ConfigError(f"The profile is of {profile.model.dtype}, and the plan serves {dtype}.", field="model.dtype")
+    known, name, source = profile.model, config.model.name, config.model.source
+    dtype = precision(config.model.dtype, config.model.quantization)
+    if name is not None and name != known.name:
+        raise ConfigError(f"The profile is of {known.name}, and the plan serves {name}.", field="model.name")
+    if name is None and source is not None and not {source, source_name(source)} & {known.name, known.source}:
+        raise ConfigError(
+            f"model.source: the profile is of {known.name}, and the plan serves {source}. If that is the same model say so, with "
+            f"model.name: {known.name}.",
+            field="model.source",
+        )
+    if dtype != known.dtype:
+        said = {"dtype", "quantization"} & config.model.model_fields_set
+        unsaid = "" if said else f", which is what it serves unless model.dtype says {known.stored[0]}"
+        raise ConfigError(f"The profile is of {known.dtype}, and the plan serves {dtype}{unsaid}.", field="model.dtype")
+    if config.model.held_as is not None:
+        raise ConfigError(
+            f"model.kv_dtype: the profile is of KV in {known.stored[0]}, and the plan holds it in {config.model.kv_dtype}, whose memory "
+            "and times are not known.",
+            field="model.kv_dtype",
+        )
 
 
 def count_refusal(refusals: dict[str, tuple[int, str]], why: str) -> None:

@@ -19,7 +19,7 @@ from .agenda import on_grid
 
 
 class _Times(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PrefillTimes(_Times):

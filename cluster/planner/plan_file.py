@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ...core.quantization import Quantization
 from .policies import Policies
 from .profile import Profile
 from .shapes import Plan, Sample
@@ -40,7 +41,10 @@ def policies_for_all(site: Site, sample: Sample) -> Policies:
 def config_of(plan: Plan, profile: Profile, policies: Policies, source: str | None, decode: Profile | None = None) -> dict[str, Any]:
     """Values of the config file. `source`: of the model; without one it is named only, and `up --model` must say where it is. `decode`: of
     the device of the decode workers, if it may be another."""
-    model: dict[str, Any] = {"name": profile.model.name, "dtype": profile.model.dtype}
+    dtype, quantization = profile.model.stored
+    model: dict[str, Any] = {"name": profile.model.name, "dtype": dtype}
+    if quantization is not Quantization.NONE:
+        model["quantization"] = str(quantization)
     if source is not None:
         model["source"] = source
     sides: dict[str, dict[str, Any]] = {}

@@ -104,6 +104,8 @@ def hardware_of(profile: Profile, phase: Phase, tp: int, pp: int, kv_tokens: int
             f"{key}.tp: the profile of {profile.model.name} on {profile.device.name} has no times for tp {tp}; it has tp {tps}.",
             field=f"{key}.tp",
         )
+    if pp > profile.model.layers:
+        raise ConfigError(f"{key}.pp: {pp} stages of the {profile.model.layers} layers of {profile.model.name}.", field=f"{key}.pp")
     most = profile.kv_tokens(tp, pp)
     kv_tokens = most if kv_tokens is None else kv_tokens
     if not 256 <= kv_tokens <= most:

@@ -7,10 +7,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ...core.errors import ConfigError
 from ...core.fleet import Phase
+from ...core.quantization import Quantization, precision
 from .latency import StepTimes
 
 CPU = "cpu"
@@ -19,15 +20,20 @@ SHARE_OF_MEMORY = 0.9
 """Of a device's memory, for weights and KV, where a profile does not say how many tokens fit."""
 
 
+_PRECISIONS = {precision(dtype, each): (dtype, each) for dtype in ("bfloat16", "float16", "float32") for each in Quantization}
+
+
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Model(_Part):
     """`kv_token_bytes`: of one token over all layers; `weight_bytes`: of all weights. `windows`: how many layers attend to so many
-    positions (0: to all); empty if all attend to all."""
+    positions (0: to all); empty if all attend to all. `dtype`: of weights and KV, and with ", int8 weights" (int4) behind it if weights are
+    quantised. `source`: where `diptych up` finds it."""
 
     name: str
+    source: str | None = None
     dtype: str
     layers: int = Field(ge=1)
     heads: int = Field(ge=1)
@@ -36,6 +42,18 @@ class Model(_Part):
     windows: dict[int, int] = {}
     kv_token_bytes: float = Field(gt=0)
     weight_bytes: float = Field(gt=0)
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        if dtype not in _PRECISIONS:
+            raise ValueError(f"{dtype!r} is none of {', '.join(each for each in _PRECISIONS if ',' not in each)}")
+        return dtype
+
+    @property
+    def stored(self) -> tuple[str, Quantization]:
+        """The config's words for `dtype`: what is computed with, and what weights are stored as."""
+        return _PRECISIONS[self.dtype]
 
 
 class DeviceShare(_Part):
@@ -122,6 +140,14 @@ class Profile(_Part):
     cores: Cores | None = None
     basis: dict[str, Basis] = {}
 
+    @field_validator("parallelisms")
+    @classmethod
+    def _once(cls, parallelisms: tuple[Parallelism, ...]) -> tuple[Parallelism, ...]:
+        tps = [each.tp for each in parallelisms]
+        if twice := [tp for tp in tps if tps.count(tp) > 1]:
+            raise ValueError(f"two are of tp {twice[0]}")
+        return parallelisms
+
     @property
     def on_cpu(self) -> bool:
         """Whether it is of a host's cores, and not of a GPU."""
@@ -168,4 +194,12 @@ def parse_profile(text: str, name: str) -> Profile:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ConfigError(f"{name} is no profile: {where}: {first['msg']}.", field="profile") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{name} is no profile: {where}: {message}.{_hint(first['type'])}", field="profile") from None
+
+
+def _hint(wrong: str) -> str:
+    """For what is another kind of file."""
+    if wrong not in ("missing", "extra_forbidden", "json_invalid"):
+        return ""
+    return " `diptych profile` writes one; docs/planner.md says how one is written by hand, as benchmarks/planner/opt-13b-a100.json is."

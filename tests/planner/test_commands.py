@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -67,6 +68,13 @@ def test_simulate_draws_lengths_and_reads_mixes(files: Path) -> None:
     assert "30 requests" in out
 
 
+def wrong(*, parallelisms: int = 1, **changes: dict[str, object]) -> str:
+    """A profile's text with other values in some of its parts."""
+    values = json.loads(profile().model_dump_json())
+    values["parallelisms"] *= parallelisms
+    return json.dumps(values | {part: values[part] | change for part, change in changes.items()})
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "said"),
     [
@@ -75,6 +83,14 @@ def test_simulate_draws_lengths_and_reads_mixes(files: Path) -> None:
         ({"W.csv": "arrival_s,prompt_tokens,output_tokens\n1,5,-5\n"}, (), "W.csv, line 2: output_tokens is -5"),
         ({"plan.yaml": PLAN + "model: {name: other}\n"}, (), "The profile is of m, and the plan serves other"),
         ({"plan.yaml": PLAN + "model: {dtype: float32}\n"}, (), "The profile is of bfloat16, and the plan serves float32"),
+        ({"plan.yaml": PLAN + "model: {source: google/gemma-3-1b}\n"}, (), "the profile is of m, and the plan serves google/gemma-3-1b"),
+        ({"plan.yaml": PLAN + "model: {kv_dtype: int8}\n"}, (), "the profile is of KV in bfloat16, and the plan holds it in int8"),
+        ({"P.json": wrong(model={"dtype": "float16"})}, (), "which is what it serves unless model.dtype says float16"),
+        ({"P.json": wrong(model={"dtype": "fp16"})}, (), "model.dtype: 'fp16' is none of bfloat16, float16, float32"),
+        ({"P.json": wrong(links={"node": {"bytes_per_s": math.inf}})}, (), "links.node.bytes_per_s: Input should be a finite number"),
+        ({"P.json": wrong(parallelisms=2)}, (), "P.json is no profile: parallelisms: two are of tp 1"),
+        ({"P.json": '{"slos": []}'}, (), "docs/planner.md says how one is written by hand"),
+        ({"plan.yaml": "prefill: {pp: 300}\n"}, (), "prefill.pp: 300 stages of the 10 layers of m"),
         ({"plan.yaml": "prefill: {tp: 4}\n"}, (), "prefill.tp: the profile of m on d has no times for tp 4; it has tp 1"),
         ({"plan.yaml": "decode: {kv_tokens: 99999}\n"}, (), "decode.kv_tokens: 99999 tokens of KV do not fit"),
         ({"P.json": "{}"}, (), "P.json is no profile: source"),
