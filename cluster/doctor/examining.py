@@ -104,7 +104,7 @@ def _count(smi: probing.Smi) -> int:
 
 
 def _nccl(facts: HostFacts) -> str | None:
-    return facts.extras.get("nvidia-nccl-cu12")
+    return next((found for name in probing.NCCL if (found := facts.extras.get(name)) is not None), None)
 
 
 def _tried(check: str, attempt: Callable[[], Finding]) -> Finding:

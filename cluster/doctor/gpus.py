@@ -97,8 +97,11 @@ def judge_nccl(found: str | None, *, wanted: bool) -> Iterator[Finding]:
     if not wanted:
         return
     if found is None:
-        yield wrong("NCCL", "It is not installed, and transfer.transports names it.", "pip install nvidia-nccl-cu12", "transfer.transports")
+        remedy = "Install torch's build for CUDA, which brings it."
+        yield wrong("NCCL", "It is not installed, and transfer.transports names it.", remedy, "transfer.transports")
     elif tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < (2, 28):
-        yield wrong("NCCL", f"It is {found}; 2.28 or newer is needed for pairs that come and go.", "pip install -U nvidia-nccl-cu12")
+        yield wrong(
+            "NCCL", f"It is {found}; 2.28 or newer is needed for pairs that come and go.", "Install a newer torch, which brings it."
+        )
     else:
         yield ok("NCCL", found)

@@ -23,6 +23,8 @@ from .host import HostFacts
 SMI_S = 10.0
 ANSWER_S = 5.0
 PACKAGES = ("diptych", "torch", "grpcio", "transformers", "tokenizers")
+NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
+"""Which of them is there follows from the CUDA that torch was built for."""
 STA_UNSYNC = 0x40
 """adjtimex(2): nobody disciplines the clock."""
 _COMPILERS = ("c++", "g++", "clang++")
@@ -46,7 +48,7 @@ def look(*, ray: bool, gpus: int) -> HostFacts:
         clock_synchronised=_synchronised(),
         address=_own_address(),
         gpus=gpus,
-        extras={name: installed(name) for name in ("nccl4py", "nvidia-nccl-cu12")},
+        extras={name: installed(name) for name in ("nccl4py", *NCCL)},
     )
 
 

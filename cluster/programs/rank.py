@@ -29,7 +29,7 @@ from ..resources.memory import available_bytes, require_memory
 from .identity import reachable_host, worker_layout
 
 SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
-"""Without it NCCL joins no two ranks that are on one GPU, as those of two workers may be."""
+"""Without it NCCL joins no two ranks that are on one GPU, as those of two workers may be; before 2.30 it joins none at all."""
 
 
 def main() -> int:

@@ -158,6 +158,14 @@ def test_drivers_and_versions() -> None:
     assert list(gpus.judge_nccl(None, wanted=False)) == []
 
 
+@pytest.mark.parametrize("brought", ["nvidia-nccl-cu12", "nvidia-nccl-cu13"])
+def test_torch_brings_nccl_for_its_cuda(brought: str) -> None:
+    assert (
+        examining._nccl(but(extras={"nccl4py": "0.6", "nvidia-nccl-cu12": None, "nvidia-nccl-cu13": None, brought: "2.29.7"})) == "2.29.7"
+    )
+    assert examining._nccl(but(extras={"nccl4py": "0.6"})) is None
+
+
 def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert probing.ask_smi() == probing.Smi()
