@@ -135,7 +135,11 @@ class Engine:
         sampled = self._sampled(batch, logits)
         arrived = arriving(sampled.numbers, batch.step)
         eager = step is None and on_layer is None and device.type == "cuda" and decodes(batch.rows)
-        return partial(self._output, batch, sampled, arrived, eager)
+        output = partial(self._output, batch, sampled, arrived, eager)
+        if self._there is not None:
+            return output
+        done = output()
+        return lambda: done
 
     def _sampled(self, batch: Batch, logits: Tensor | None) -> Sampled:
         if logits is None:

@@ -34,8 +34,8 @@ class Seen:
         self.counts[place] += 1.0
 
     def add_there(self, token: Tensor) -> None:
-        """As `add`, of a token on the device, int64 [1], which the host does not know yet. It becomes one more of `tokens`, also if it is
-        there already: equal ones have equal counts, so that it is the same which of them is written last."""
+        """As `add`, to a history that is not empty, of a token on the device, int64 [1], which the host does not know yet. It becomes one
+        more of `tokens`, also if it is there already: equal ones have equal counts, so that it is the same which is written last."""
         same = self.tokens == token
         count = (self.counts * same).amax(0, keepdim=True)
         self.tokens, self.counts = torch.cat((self.tokens, token)), torch.cat((self.counts + same, count + 1.0))

@@ -75,6 +75,33 @@ def test_captured_steps_draw_the_same_tokens(request, on_gpu, prompt, model):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_steps_launched_ahead_draw_the_same_tokens(on_gpu, prompt, tiny_llama_dir, captured):
+    """One waits on the GPU while another computes, and the host reads the tokens of the one before."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    answers = []
+    for ahead in (0, 1):
+        made, told, flying = on_gpu(tiny_llama_dir), [], []
+        made.free = [[block for block in free if block != count - 1] for free, count in zip(made.free, made.layout.num_blocks, strict=True)]
+        if captured:
+            made.engine.capture(decode_shapes(8, 128), CudaCapture(CUDA), lambda _: None)
+        tables = [made.table(80) for _ in SAMPLINGS]
+        for slot, sampling in enumerate(SAMPLINGS):
+            ids = prompt(9 + 7 * slot, seed=slot)
+            draw = Draw(sampling, 0, history=tuple(ids) if sampling.penalised else ())
+            made.step(Row(slot, 0, tuple(ids), tables[slot], (draw,)))
+        for index in range(1, 31):
+            rows = [
+                Row(slot, 8 + 7 * slot + index, (), made.passed(tables[slot], 8 + 7 * slot + index), (Draw(sampling, index),))
+                for slot, sampling in enumerate(SAMPLINGS)
+            ]
+            flying.append(made.engine.launch(made.batch(*rows)))
+            if len(flying) > ahead:
+                told.append(flying.pop(0)().drawn)
+        answers.append(told + [output().drawn for output in flying])
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("dtype", [DType.BFLOAT16, DType.FLOAT16])
 def test_half_precision_stays_near_float32(on_gpu, prompt, tiny_llama_source, tmp_path, dtype):
     prepare(str(tiny_llama_source), tmp_path / "narrow", dtype=dtype)
