@@ -190,7 +190,7 @@ def _check_alike(profiles: Sequence[Profile]) -> None:
     """`ConfigError` unless all are of one model, and KV could move between any two of the devices."""
     first, *rest = profiles
     for other in rest:
-        ours, theirs = first.model.model_dump(), other.model.model_dump()
+        ours, theirs = (each.model.model_dump(exclude={"source"}) for each in (first, other))
         if differs := [key for key in ours if ours[key] != theirs[key]]:
             key = differs[0]
             raise ConfigError(

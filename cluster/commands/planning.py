@@ -16,6 +16,7 @@ from rich.table import Table
 from ...core.config import load_config
 from ...core.errors import ConfigError, DiptychError
 from ...core.fleet import LocalPrefill
+from ...engine.location import DEMO_NAME
 from ..load.choice import Load
 from ..load.mix import Mix, parse_mix
 from ..load.slo import parse_slo
@@ -104,7 +105,9 @@ class Planning:
 
     def _file(self, best: Scored) -> str:
         prefill, decode = (kind.profile for kind in self.site.of(best.plan))
-        values = config_of(best.plan, prefill, self.bench.policies, self.source, decode)
+        name, source = prefill.model.name, self.source or prefill.model.source
+        unsaid = source is None and name != DEMO_NAME
+        values = config_of(best.plan, prefill, self.bench.policies, name if unsaid else source, decode)
         load_config(values)
         lines = [f"{best.plan}: {best.rate:.3g} requests/s within {self.bench.terms.slo}, simulated."]
         if self.paired:
@@ -112,6 +115,10 @@ class Planning:
         if best.plan.prefill.device:
             names = " and ".join(dict.fromkeys((best.plan.prefill.device, best.plan.decode.device)))
             lines.append(f"For a Ray cluster with nodes of {names}: diptych up -f FILE --address RAY")
+        if unsaid:
+            lines.append(
+                "The profile does not say where the model is (model.source), so its name is taken; --model says it."
+            )
         lines.append(f"From: {'; '.join(dict.fromkeys((prefill.source, decode.source)))}")
         return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(values, sort_keys=False)
 

@@ -11,6 +11,8 @@ from .profile import Profile
 from .shapes import Plan, Sample
 from .site import Site
 
+MOST_ON_CPU = 32
+"""Sequences at once on a CPU: the largest batch that `diptych profile` times, and the config's default. Memory holds hundreds."""
 CONSTANT_SHARE = 0.1
 """A prefill step is long enough when what it costs however little it computes is this share of it: the paper's L_m."""
 
@@ -23,8 +25,8 @@ def policies_for(profile: Profile, tp: int, sample: Sample) -> Policies:
     saturating = (prefill.constant + known.times.step) / CONSTANT_SHARE / prefill.token if prefill.token else 512
     chunk = max(512, min(8192, int(saturating) // 16 * 16))
     most = max(max(each.kv_tokens.values(), default=profile.kv_tokens(each.tp, 1)) for each in profile.parallelisms)
-    rows = int(1.2 * most / max(1.0, sample.prompt_tokens))
-    return Policies(chunk_tokens=chunk, prefill_running=max(32, min(1024, rows)), decode_running=max(32, min(1024, rows)))
+    rows = max(32, min(MOST_ON_CPU if profile.on_cpu else 1024, int(1.2 * most / max(1.0, sample.prompt_tokens))))
+    return Policies(chunk_tokens=chunk, prefill_running=rows, decode_running=rows)
 
 
 def policies_for_all(site: Site, sample: Sample) -> Policies:
@@ -39,8 +41,8 @@ def policies_for_all(site: Site, sample: Sample) -> Policies:
 
 
 def config_of(plan: Plan, profile: Profile, policies: Policies, source: str | None, decode: Profile | None = None) -> dict[str, Any]:
-    """Values of the config file. `source`: of the model; without one it is named only, and `up --model` must say where it is. `decode`: of
-    the device of the decode workers, if it may be another."""
+    """Values of the config file. `source`: of the model; without one `up` serves the demo model under that name. `decode`: of the device of
+    the decode workers, if it may be another."""
     dtype, quantization = profile.model.stored
     model: dict[str, Any] = {"name": profile.model.name, "dtype": dtype}
     if quantization is not Quantization.NONE:

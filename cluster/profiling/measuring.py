@@ -31,7 +31,8 @@ REQUEST_S = 0.005
 """Of a request outside of steps, where no cluster is to be started."""
 LINK_RUNS = 30
 MEMORY_SHARE = 0.5
-"""Of the memory that is free, for KV: what `up` gives all ranks of a host together."""
+"""Of the memory that is free, for KV: what `up` gives all ranks of a host together. A worker has its part of it, as if there were one
+for each core: a plan has no more of them."""
 Advance = Callable[[str], None]
 
 
@@ -141,7 +142,7 @@ def profile_of(
         times=writing[own],
         by_cores=reading,
         decode_by_cores=writing,
-        kv_tokens={1: max(256, int(memory_bytes * MEMORY_SHARE / model.kv_token_bytes) // BLOCK_SIZE * BLOCK_SIZE)},
+        kv_tokens={1: max(256, int(memory_bytes * MEMORY_SHARE / max(2, cores) / model.kv_token_bytes) // BLOCK_SIZE * BLOCK_SIZE)},
         prefill_residuals=fitted[own].prefill,
         decode_residuals=fitted[own].decode,
     )
@@ -164,8 +165,10 @@ def model_of(card: ModelCard) -> Model:
     decoder = card.decoder
     windows = {window: decoder.windows.count(window) for window in set(decoder.windows)}
     groups = card.cache_groups()
+    here = Path(card.source)
     return Model(
         name=card.name,
+        source=str(here.absolute()) if here.exists() else card.source,
         dtype=card.precision,
         layers=decoder.layers,
         heads=decoder.heads if isinstance(decoder, Decoder) else 1,

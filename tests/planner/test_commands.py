@@ -141,6 +141,8 @@ def test_plan_writes_a_file_that_up_and_simulate_take(files: Path) -> None:
     config = read_config(Path("best.yaml"), {})
     assert (config.prefill.workers, config.decode.workers, config.decode.kv_tokens) == (1, 1, 16000)
     assert config.paired, "low affinity"
+    assert config.model.source == "m", "not the demo model under another's name"
+    assert "The profile does not say where the model is (model.source)" in Path("best.yaml").read_text()
     assert Path("front.png").read_bytes().startswith(b"\x89PNG")
     assert "1 × prefill (tp 1 pp 1) + 1 × decode (tp 1 pp 1)" in out
     status, out = diptych(*SIMULATE[:3], "--plan", "best.yaml", "--slo", "ttft=0.2s,tpot=0.1s", "--workload", "W.csv")
@@ -219,7 +221,7 @@ MIXED = ("plan", "--profile", "A.json", "--profile", "B.json", *WORTH, "--device
 @pytest.fixture
 def kinds(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "processes", nullcontext)  # here: two processes that import all take longer than the search
-    Path("A.json").write_text(on("A", 1e-4, 0.07))
+    Path("A.json").write_text(on("A", 1e-4, 0.07, model=MODEL.model_copy(update={"source": "/m"})))
     Path("B.json").write_text(on("B", 9e-4, 0.02))
 
 
@@ -230,6 +232,7 @@ def test_a_plan_for_two_kinds_of_device_is_written_and_simulated(kinds: None) ->
     assert "per cost of one B" in out
     assert "best.yaml: diptych up -f best.yaml --address RAY" in out
     config = read_config(Path("best.yaml"), {})
+    assert config.model.source == "/m"
     assert (config.prefill.accelerator, config.decode.accelerator, config.device, config.paired) == ("A", "B", "cuda", False)
     simulate = ("simulate", "--plan", "best.yaml", "--slo", "ttft=0.2s,tpot=0.06s", "--workload", "W.csv")
     status, out = diptych(*simulate, "--profile", "B.json", "--profile", "A.json", "--json", "OUT")

@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from decoders import LLAMA, card
 from diptych.benchmarks.ourselves import Comparison, Figures, table
 from diptych.cluster.cli import app
+from diptych.cluster.load.workload import Arrival
 from diptych.cluster.planner.latency import step_seconds
-from diptych.cluster.planner.profile import read_profile
+from diptych.cluster.planner.plan_file import config_of, policies_for
+from diptych.cluster.planner.profile import Link, Residuals, read_profile
+from diptych.cluster.planner.shapes import Plan, Sample, Shape
 from diptych.cluster.planner.sharing import scaled
+from diptych.cluster.profiling.measuring import Crossing, Fitted, profile_of
 from diptych.cluster.profiling.reckoning import (
     Answers,
     Prompt,
@@ -24,7 +29,11 @@ from diptych.cluster.profiling.reckoning import (
     with_serving,
 )
 from diptych.cluster.profiling.recorded import Ran, steps_of
+from diptych.cluster.resources import preflight
 from diptych.cluster.spans.taken import Process
+from diptych.cluster.supervising.posts import workers
+from diptych.core.config import load_config
+from diptych.core.layout import DType
 from diptych.core.recordings import Doing, Recorded, Span
 from typer.testing import CliRunner
 from worlds import TIMES
@@ -96,6 +105,20 @@ def test_a_step_has_what_its_engine_waited_for_it_unless_it_had_nothing_to_compu
     spans = tuple(Span(doing, 1, began * 10**9, ended * 10**9, 0, who=("a", "b")) for doing, began, ended in doings)
     process = Process("decode-0", "decode", 1, 10**9, 0, Recorded(0, 30, spans, ()))
     assert steps_of(process) == (Ran(2, 4.0, 6.0), Ran(2, 6.0, 10.0), Ran(2, 19.0, 20.0))
+
+
+def test_what_is_planned_for_a_measured_host_fits_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, residuals = 16 << 30, Residuals(points=1, mean=0.0, worst=0.0)
+    measured = card(LLAMA, DType.BFLOAT16, 256).model_copy(update={"weights_bytes": 1 << 29, "source": str(tmp_path)})
+    fitted = {cores: Fitted(cores, TIMES, residuals, residuals) for cores in (1, 2)}
+    crossings = {"shm": Crossing(Link(bytes_per_s=1e9), residuals, 0.001)}
+    made = profile_of(measured, 2, (1, 1), fitted, crossings, None, memory)
+    policies = policies_for(made, 1, Sample((Arrival(0, 0.0, 100, 10),)))
+    config = load_config(config_of(Plan(Shape(1, 1), Shape(1, 1)), made, policies, made.model.source))
+    monkeypatch.setattr(preflight, "available_bytes", lambda: memory)
+    preflight.check_memory(config, measured, workers(config, measured, tmp_path, range(2)))
+    assert config.decode.max_running == 32, "more were never timed"
+    assert config.model.source == str(tmp_path)
 
 
 def figures(**changes: float) -> Figures:
