@@ -30,7 +30,7 @@ class RawGpuLink:
         self._wire = NcclWire(rank, Nccl(pool.device))
 
     async def map(self, endpoint: ShmEndpoint) -> None:
-        self._peer = await attach("P", endpoint, self._layout, self._device)
+        self._peer = await attach("P", endpoint, self._layout, self._device, silence_s=10.0)
 
     def copy(self, piece: int) -> float:
         assert self._peer is not None

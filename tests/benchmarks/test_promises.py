@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
 
 import pytest
-from diptych.benchmarks import handover, memory, stall, start
+from diptych.benchmarks import handover, memory, rank_death, stall, start
 from diptych.cluster.commands.while_up import settings
+from diptych.core.layout import DType
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 DEMO = {"model": None, "dtype": "bfloat16"}
@@ -35,3 +40,9 @@ def test_memory_is_bounded() -> None:
 def test_the_start_is_fast() -> None:
     first, handed_over, _ = start.once(Namespace(no_ray=False, **DEMO))
     assert first <= handed_over <= 20
+
+
+def test_a_worker_ends_with_its_ranks(demo_model_dir: Callable[[DType], Path]) -> None:
+    seconds = asyncio.run(rank_death.measure(demo_model_dir(DType.BFLOAT16), 4))
+    assert len(seconds) == 4, "leader and follower, of shards and of stages"
+    assert max(chain.from_iterable(seconds.values())) <= 1
