@@ -30,14 +30,13 @@ from diptych.engine.weights import TORCH_DTYPE, shapes_of
 from diptych.kernels.attend_singles import PagedSingles
 from diptych.kernels.block_copy import copy_blocks
 from diptych.kernels.penalties import Seen
+from lazy_device import THERE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import HashStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 BLOCK, VOCABULARY = 16, 500
-_setup_privateuseone_for_python_backend()
-THERE, META = torch.device("privateuseone", 0), torch.device("meta")
+META = torch.device("meta")
 OPT = LLAMA.model_copy(
     update={
         "activation": "relu", "layer_norm": True, "biases": ("qkv", "o", "gate_up", "down"), "learned_positions": 128, "rope_full": None
