@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from diptych.benchmarks.pictures import PICTURES, draw
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "grpcio", "ray", "diptych")
@@ -57,11 +59,13 @@ def surroundings() -> dict[str, Any]:
 
 
 def keep(name: str, where: dict[str, Any], settings: dict[str, Any], results: dict[str, Any]) -> Path:
-    """Write `benchmarks/results/<name>.json`, over what an earlier run left there."""
+    """Write `benchmarks/results/<name>.json`, over what an earlier run left there, and its picture beside it."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     document = {"benchmark": name, "command": " ".join(sys.orig_argv[1:]), **where, "settings": settings, "results": results}
     path.write_text(json.dumps(_rounded(document), indent=1) + "\n")
+    if name in PICTURES:
+        draw(path.with_suffix(".png"), f"{name}: {describe(where)}", PICTURES[name](results))
     return path
 
 

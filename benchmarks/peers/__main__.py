@@ -23,11 +23,10 @@ from typing import Any
 
 from diptych.benchmarks.peers.bound import bound
 from diptych.benchmarks.peers.loads import Load, loads
-from diptych.benchmarks.peers.picture import draw
 from diptych.benchmarks.peers.servers import NotStarted, Peer, first_token, peers
 from diptych.benchmarks.peers.table import table
 from diptych.benchmarks.peers.weights import hugging_face_directory
-from diptych.benchmarks.record import RESULTS, describe, keep, surroundings
+from diptych.benchmarks.record import describe, keep, surroundings
 
 
 def measure(peer: Peer, model: Path, prompt_tokens: int, chosen: Iterable[Load]) -> dict[str, Any]:
@@ -92,7 +91,6 @@ def main() -> None:
             results[peer.name] = {"skipped": "interrupted"}
             break
     print(f"\n{table(results, most)}")
-    draw(RESULTS / "peers.png", results, describe(where))
     print(f"kept in {keep('peers', where, vars(options), {'bound': most, 'servers': results})}")
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from diptych.benchmarks.peers.goals import GOALS, PEER
 from diptych.benchmarks.peers.loads import ALONE, SEARCH, STEADY
-from diptych.benchmarks.peers.picture import draw
 from diptych.benchmarks.peers.servers import NotStarted, Peer, peers
 from diptych.benchmarks.peers.table import table
 from diptych.benchmarks.peers.transformers_server import Model, make_app
@@ -101,7 +100,7 @@ def measured(ms: float) -> dict[str, Any]:
     return {"start_s": ms, STEADY: report, ALONE: report, SEARCH: {"goodput": {"rate": 150 / ms, "proven": None}}}
 
 
-def test_the_tables_have_what_was_measured_and_a_line_for_the_rest(tmp_path: Path) -> None:
+def test_the_tables_have_what_was_measured_and_a_line_for_the_rest() -> None:
     results = {"ours": measured(50.0), PEER: measured(100.0), "other": {"skipped": "pip install other"}, "last": {"failed": "no"}}
     heading, ours, theirs, empty, *rest = table(results, {"ttft": 0.02, "tpot": 0.01}).splitlines()
     assert ours.split() == ["ours", "50.0", "125.0", "50.0", "125.0", "50.0", "125.0", "2.50", "50.0", "125.0", "80.0", "90%", "3.00", "-"]
@@ -114,8 +113,6 @@ def test_the_tables_have_what_was_measured_and_a_line_for_the_rest(tmp_path: Pat
         "other: skipped: pip install other",
         "last: failed: no",
     ]
-    draw(tmp_path / "picture.png", results, "title")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_goals_are_reached_beside_the_peer_and_say_nothing_of_what_was_not_measured() -> None:
