@@ -147,6 +147,13 @@ class DecodeRole:
             self._waits.began(decision.attempts, self._clock.now())
         return decision
 
+    def join(self, decision: Decision) -> Decision | None:
+        joined = self._scheduler.join(decision)
+        self._grant(self._scheduler.new_grants())
+        if joined is not None:
+            self._waits.began(joined.attempts[len(decision.attempts) :], self._clock.now())
+        return joined
+
     def on_layer(self, decision: Decision) -> OnLayer | None:
         return None
 

@@ -24,19 +24,22 @@ from ..core.errors import InvalidRequest
 from ..core.fleet import Measure
 from ..core.request import FinishReason, Request, Token
 from ..core.transfer import GroupGrant, RefusedReason
-from ..engine.batch import Batch, Draw, Row, StepOutput
+from ..engine.batch import Batch, StepOutput
 from ..engine.block_pool import BlockPool, BlockTable
 from ..engine.slots import Slots
-from ..worker.chunks import chunk_stop
 from ..worker.load import Load, measures
 from .admission import Admission
-from .choices import DecodeOutcome, Said, draws_of, part, tokens_of
+from .choices import DecodeOutcome, Said, part, tokens_of
 from .decision import Decision, Draft
 from .growth import Growth
 from .roster import Roster
+from .rows import Rows
 from .sequence import Sequence, sequence_of
 from .steady import Steady
 from .totals import Totals
+
+Members = tuple[tuple[Sequence, BlockTable], ...]
+"""Those in a step, and their blocks when it was decided."""
 
 
 class DecodeScheduler:
@@ -76,12 +79,13 @@ class DecodeScheduler:
         self._expected: dict[str, Sequence] = {}
         self._roster = Roster()
         self._forked: list[str] = []
-        self._in_flight: deque[tuple[Batch, tuple[tuple[Sequence, BlockTable], ...]]] = deque()
+        self._in_flight: deque[tuple[Batch, Members, Draft]] = deque()
         self._step = 0
         self._stages = stages
         self._short = False
         self._totals = Totals()
         self._growth = Growth(pool, self._slots, self._roster, self._admission, self._totals)
+        self._rows = Rows(self._growth, self._totals, pool.block_size, stages)
         self._steady = Steady(pool, self._roster, self._slots, self._growth)
 
     def expect(self, decode: Decode, now: float) -> None:
@@ -224,45 +228,44 @@ class DecodeScheduler:
         draft = Draft(self._chunk_tokens, share=-(-decoding // self._stages))
         index = 0
         while index < len(self._roster.running):  # a preemption takes the last away
-            self._add_row(draft, self._roster.running[index], may_preempt=True)
+            self._rows.add(draft, self._roster.running[index], may_preempt=True)
             index += 1
         self._short = draft.short
         for sequence in self._admit() if not draft.short else ():
-            self._add_row(draft, sequence, may_preempt=False)
+            self._rows.add(draft, sequence, may_preempt=False)
         if not draft.chosen:
             return None
-        self._steady.forget()
         self._pool.submitted(self._step)
-        batch = Batch(self._step, tuple(row for _, row in draft.chosen), self._pool.issue_copies())
-        self._in_flight.append((batch, tuple((sequence, sequence.table) for sequence, _ in draft.chosen)))
         self._step += 1
-        forked, self._forked = tuple(self._forked), []
-        return Decision(batch, tuple(sequence.attempt_id for sequence, _ in draft.chosen), forked)
+        return self._submitted(Decision(Batch(self._step - 1, ()), ()), (), draft)
 
-    def _add_row(self, draft: Draft, sequence: Sequence, *, may_preempt: bool) -> None:
-        """The sequence's next row, if it has one and there are a slot, budget and blocks for it. One that decodes takes its blocks in order
-        of age too, be this its step or one of the next."""
-        start, length = sequence.decided, sequence.length
-        if length >= sequence.limit or (sequence.pending and (sequence.shared or self._stages > 1)):
-            return
-        chunked = not sequence.decoding
-        stop = chunk_stop(start, length, draft.budget, self._pool.block_size) if chunked else length
-        if stop == start or not self._growth.provide(draft, sequence, stop, may_preempt=may_preempt):
-            return
-        if chunked:
-            draft.budget -= stop - start
-            self._totals.computed(sequence, stop - start)
-        elif draft.share:
-            draft.share -= 1
-        else:
-            return
-        token_ids = () if sequence.pending else tuple(sequence.tokens[start:stop])
-        draws: tuple[Draw, ...] = ()
-        if stop == length:
-            draws = draws_of(sequence)
-            sequence.pending += 1
-        sequence.decided = stop
-        draft.chosen.append((sequence, Row(sequence.slot, start, token_ids, sequence.table.tables, draws)))
+    def join(self, decision: Decision) -> Decision | None:
+        """The step decided last, which has not begun, with rows for what has come since and fits into it; None if there is nothing."""
+        if self._stages > 1:
+            return None
+        _, members, draft = self._in_flight[-1]
+        inside = {sequence for sequence, _ in draft.chosen}
+        draft.share = len(self._roster.running)
+        for sequence in [each for each in self._roster.running if each not in inside]:
+            self._rows.add(draft, sequence, may_preempt=False)
+        for sequence in self._admit() if not draft.short else ():
+            if sequence not in inside:  # else preempted since
+                self._rows.add(draft, sequence, may_preempt=False)
+        self._short |= draft.short
+        if len(draft.chosen) == len(members):
+            return None
+        self._in_flight.pop()
+        return self._submitted(decision, members, draft)
+
+    def _submitted(self, decision: Decision, members: Members, draft: Draft) -> Decision:
+        """The decision, of `members`, with what the draft has more than these."""
+        self._steady.forget()
+        chosen = draft.chosen[len(members) :]
+        rows, copies = tuple(row for _, row in chosen), self._pool.issue_copies()
+        batch = Batch(decision.batch.step, decision.batch.rows + rows, decision.batch.copies + copies)
+        self._in_flight.append((batch, members + tuple((sequence, sequence.table) for sequence, _ in chosen), draft))
+        forked, self._forked = tuple(self._forked), []
+        return Decision(batch, decision.attempts + tuple(sequence.attempt_id for sequence, _ in chosen), decision.forked + forked)
 
     def _admit(self) -> list[Sequence]:
         """Give memory to those next in turn; returns the ones that start to compute here."""
@@ -281,7 +284,7 @@ class DecodeScheduler:
 
     def complete(self, output: StepOutput, now: float) -> DecodeOutcome:
         """The oldest step in flight has completed."""
-        batch, members = self._in_flight.popleft()
+        batch, members, _ = self._in_flight.popleft()
         assert output.step == batch.step, f"step {output.step} completed, {batch.step} was next"
         self._pool.completed(batch.step)
         self._slots.completed(batch.step)
@@ -365,19 +368,7 @@ class DecodeScheduler:
 
     def load(self, now: float) -> Load:
         """What the worker's report says of this scheduler."""
-        free, total = self._pool.scarcest()
-        waiting = [*self._admission.queue.values(), *self._admission.preempted]
-        to_compute = sum(len(s.tokens) for s in waiting if s.local_prefill or s.preempted)
-        to_compute += sum([s.target - s.done for s in self._roster.running if s.target > s.done])
-        return Load(
-            waiting=len(self._expected) + len(self._admission.queue) + self._leases.granted,
-            running=len(self._roster.running) + len(self._admission.preempted),
-            prompt_tokens_waiting=to_compute,
-            blocks_free=free,
-            blocks_total=total,
-            leases=len(self._leases),
-            counters=self._totals.counters(self._step),
-        )
+        return self._totals.load(self._pool, self._admission, self._roster, expected=len(self._expected), steps=self._step)
 
     def measures(self) -> tuple[Measure, ...]:
         """What else the report says."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..engine.block_pool import BlockPool
+from ..worker.load import Load
+from .admission import Admission
+from .roster import Roster
 from .sequence import Sequence
 
 
@@ -32,4 +36,20 @@ class Totals:
             ("diptych_worker_local_prefill_tokens_total", self.local_prefill_tokens),
             ("diptych_worker_recomputed_tokens_total", self.recomputed_tokens),
             ("diptych_worker_preemptions_total", self.preemptions),
+        )
+
+    def load(self, pool: BlockPool, admission: Admission, roster: Roster, *, expected: int, steps: int) -> Load:
+        """What the worker's report says. `expected`: attempts whose transfer is still to be offered."""
+        free, total = pool.scarcest()
+        waiting = [*admission.queue.values(), *admission.preempted]
+        to_compute = sum(len(each.tokens) for each in waiting if each.local_prefill or each.preempted)
+        to_compute += sum([each.target - each.done for each in roster.running if each.target > each.done])
+        return Load(
+            waiting=expected + len(admission.queue) + admission.leases.granted,
+            running=len(roster.running) + len(admission.preempted),
+            prompt_tokens_waiting=to_compute,
+            blocks_free=free,
+            blocks_total=total,
+            leases=len(admission.leases),
+            counters=self.counters(steps),
         )

@@ -132,6 +132,9 @@ class PrefillRole:
                 self.outbox.call(cached)
         return decision
 
+    def join(self, decision: Decision) -> None:
+        """A prompt that comes has its turn behind those that are here."""
+
     def on_layer(self, decision: Decision) -> OnLayer | None:
         rows = zip(decision.attempts, decision.batch.rows, strict=True)
         stretches = tuple(

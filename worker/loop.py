@@ -1,8 +1,9 @@
 """The engine loop: one thread that owns a role's scheduler, one thread that runs the engine.
 
 Policy as etcd's raft draws it, *decide, submit, apply*: while the engine computes step k the loop decides step k + 1, so that the
-engine never waits for Python between two steps. Nothing polls: the loop sleeps on its inbox, the engine thread on its queue. On a GPU the
-engine thread only launches a step, and another waits for its output (look_ahead.py).
+engine never waits for Python between two steps; what comes before the engine has taken it joins it. Nothing polls: the loop sleeps on
+its inbox, the engine thread on its queue. On a GPU the engine thread only launches a step, and another waits for its output
+(look_ahead.py).
 
     asyncio ──post──▶ inbox ──▶ loop ──step──▶ engine thread
        ▲                        │ ▲                 │
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
@@ -106,6 +107,10 @@ class Role(Protocol[D]):
 
     def decide(self) -> D | None:
         """The next step, or None if there is nothing to compute now."""
+        ...
+
+    def join(self, decision: D) -> D | None:
+        """The step decided last, which the engine has not begun, with what has come since; None if that stays as it is."""
         ...
 
     def on_layer(self, decision: D) -> OnLayer | None:
@@ -207,6 +212,8 @@ class EngineLoop(Generic[D]):
             heard = self._hear(first)
             self._role.settle()
         self._tell()
+        if heard > self._ended:
+            self._join()
         while self._running and self._in_flight < self._depth and (decision := self._decide()) is not None:
             # Told before submitted: an attempt is offered before its first layer can be announced.
             self._tell()
@@ -219,6 +226,19 @@ class EngineLoop(Generic[D]):
         else:
             with span(Doing.REPORT):
                 self._flush()
+
+    def _join(self) -> None:
+        """Have what has come go with the step that waits for the engine, if one does: it would have to wait for the one behind it."""
+        if self._steps.qsize() != 1:
+            return
+        try:
+            step = self._steps.get_nowait()
+        except Empty:  # taken meanwhile
+            return
+        with span(Doing.DECIDE):
+            joined = step and self._role.join(step.decision)
+        self._tell()
+        self._steps.put(replace(step, decision=joined) if step and joined else step)
 
     def _hear(self, first: Call) -> int:
         """Make the calls that have come, the first of which is there; how many they were."""

@@ -163,6 +163,21 @@ class Worker:
             self.decided.append(decision)
         return decision
 
+    def join(self) -> bool:
+        """Let what has come since go with the step decided last, if that has not begun; whether anything did."""
+        if len(self.outputs) == len(self.decided):
+            return False
+        before = self.decided[-1]
+        joined = self.scheduler.join(before)
+        if joined is None:
+            return False
+        assert joined.batch.rows[: len(before.batch.rows)] == before.batch.rows, "what was decided stays"
+        assert len(joined.batch.rows) > len(before.batch.rows)
+        assert joined.attempts == (*before.attempts, *joined.attempts[len(before.attempts) :])
+        assert len({row.slot for row in joined.batch.rows}) == len(joined.batch.rows) == len(joined.attempts)
+        self.decided[-1] = joined
+        return True
+
     def _check_stages(self, decision: Decision, decoding: set[int], count: int) -> None:
         """`decoding`: slots of the `count` sequences that decode."""
         assert sum(row.slot in decoding for row in decision.batch.rows) <= -(-count // self.stages), "more than its share"

@@ -88,11 +88,13 @@ class Decodes(StepRules):
         alive = self.worker.decodes.keys() - self.worker.finished.keys()
         self.worker.cancel(data.draw(st.sampled_from(sorted(alive))))
 
-    @rule(count=st.integers(1, 60), data=st.data())
-    def steps(self, count: int, data: st.DataObject) -> None:
+    @rule(count=st.integers(1, 60), joins=st.booleans(), data=st.data())
+    def steps(self, count: int, joins: bool, data: st.DataObject) -> None:
         depth = data.draw(st.integers(1, self.depth))
         for _ in range(count):
             self.worker.grant()
+            if joins:
+                self.worker.join()
             if len(self.worker.decided) < depth:
                 self.worker.decide()
             if len(self.worker.outputs) < len(self.worker.decided):
@@ -100,6 +102,11 @@ class Decodes(StepRules):
             if len(self.worker.outputs) and len(self.worker.decided) >= depth:
                 self.worker.complete()
             self.worker.scheduler.check()
+
+    @precondition(lambda self: len(self.worker.outputs) < len(self.worker.decided))
+    @rule()
+    def join(self) -> None:
+        self.worker.join()
 
     @invariant()
     def sound(self) -> None:

@@ -123,6 +123,37 @@ def test_a_slot_is_not_reused_while_a_step_with_it_is_in_flight() -> None:
     worker.drain()
 
 
+def test_what_comes_before_a_step_begins_goes_with_it() -> None:
+    worker = Worker(chunk_tokens=32)
+    for attempt_id in "ab":
+        worker.expect(attempt_id, prompt(20, ord(attempt_id)), max_tokens=8, ignore_eos=True)
+        worker.offer(attempt_id)
+    worker.grant()
+    worker.commit("a")
+    worker.decide()
+    worker.run()
+    decision = worker.decide()
+    assert decision is not None
+    assert not worker.join(), "nobody has come"
+    worker.commit("b")
+    worker.expect("c", prompt(40, 3), local=True, max_tokens=4)
+    assert worker.join()
+    assert worker.decided[-1].attempts == ("a", "b", "c")
+    assert [row.length for row in worker.decided[-1].batch.rows] == [1, 1, 32], "of a prompt as much as fits"
+    worker.run()
+    assert not worker.join(), "it has begun"
+    worker.drain()
+
+
+def test_where_stages_share_out_those_who_decode_nothing_joins() -> None:
+    worker = Worker(stages=2)
+    worker.expect("a", prompt(20), local=True)
+    worker.decide()
+    worker.expect("b", prompt(20, 2), local=True)
+    assert not worker.join()
+    worker.drain()
+
+
 def test_no_more_are_preempted_than_needed_while_steps_are_in_flight() -> None:
     worker = Worker(windows=(0,), blocks=9, watermark=0.0)
     for attempt_id in "abc":

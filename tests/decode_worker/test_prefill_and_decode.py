@@ -90,7 +90,10 @@ class Pair:
                 transfer.stretches.append((0, started.cached_tokens, started.tables))
 
     def d_decide(self) -> None:
+        if len(self.outputs[1]) < len(self.in_flight[1]) and (joined := self.d.join(self.decided)) is not None:
+            self.decided, self.in_flight[1][-1] = joined, joined.batch
         if len(self.in_flight[1]) < 2 and (decision := self.d.decide(0.0)) is not None:
+            self.decided = decision
             self.in_flight[1].append(decision.batch)
 
     def run(self, side: int) -> None:

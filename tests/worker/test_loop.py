@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
 
@@ -48,6 +48,10 @@ class FakeRole:
 
     wanted: int = 0
     tells_layers: bool = True
+    late: tuple[str, ...] = ()
+    """Who is to join the step that waits."""
+    served: list[tuple[str, ...]] = field(default_factory=list)
+    """Whose each step was."""
     decided: int = 0
     completed: list[int] = field(default_factory=list)
     abandoned: list[tuple[int, DiptychError]] = field(default_factory=list)
@@ -72,6 +76,13 @@ class FakeRole:
         row = Row(slot=0, start=0, token_ids=(1,), tables=((0,),), draws=())
         return FakeDecision(Batch(self.decided - 1, (row,)))
 
+    def join(self, decision: FakeDecision) -> FakeDecision | None:
+        if not self.late:
+            return None
+        joined = replace(decision, attempts=(*decision.attempts, *self.late))
+        self.late = ()
+        return joined
+
     def on_layer(self, decision: FakeDecision) -> partial[None] | None:
         return partial(self.layers.append) if self.tells_layers else None
 
@@ -79,6 +90,7 @@ class FakeRole:
         assert output.step == decision.batch.step
         assert times.began <= times.ended
         self.completed.append(output.step)
+        self.served.append(decision.attempts)
         self._ended()
 
     def abandon(self, decision: FakeDecision, error: DiptychError) -> None:
@@ -152,6 +164,18 @@ def test_the_next_step_is_decided_while_one_is_in_flight_and_no_more(stage: Stag
     assert stage.role.done.wait(WAIT_S)
     assert stage.role.completed == [0, 1, 2, 3, 4]
     assert stage.role.layers == [0, 1, 2, 3, 4]
+
+
+def test_what_comes_while_a_step_waits_goes_with_it(stage: Stage) -> None:
+    stage.inbox.put(partial(stage.role.want, 3))
+    assert stage.engine.started.get(timeout=WAIT_S) == 0
+    seen = threading.Event()
+    stage.inbox.put(partial(setattr, stage.role, "late", ("b",)))
+    stage.inbox.put(seen.set)
+    assert seen.wait(WAIT_S)
+    stage.engine.permits.release(3)
+    assert stage.role.done.wait(WAIT_S)
+    assert stage.role.served == [(), ("b",), ()]
 
 
 def test_a_failed_step_fails_its_attempts_and_the_loop_goes_on(stage: Stage) -> None:
