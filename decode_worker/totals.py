@@ -42,7 +42,7 @@ class Totals:
         """What the worker's report says. `expected`: attempts whose transfer is still to be offered."""
         free, total = pool.scarcest()
         waiting = [*admission.queue.values(), *admission.preempted]
-        to_compute = sum(len(each.tokens) for each in waiting if each.local_prefill or each.preempted)
+        to_compute = sum([len(each.tokens) for each in waiting if each.local_prefill or each.preempted])
         to_compute += sum([each.target - each.done for each in roster.running if each.target > each.done])
         return Load(
             waiting=expected + len(admission.queue) + admission.leases.granted,
