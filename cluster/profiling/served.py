@@ -188,7 +188,7 @@ class _Client:
         """What the answers did, and the steps that ran while there were prompts and answers; prompts are answered with so many tokens."""
         ran: dict[Phase, list[Ran]] = {phase: [] for phase in Phase}
         found = []
-        for _ in range(max(1, repeats // 2)):
+        for _ in range((repeats + 1) // 2):
             answers, steps = await with_steps(self._cluster, self._beside(tokens))
             begin, end = _all_answer(answers)
             found.append(_answers(answers, begin, end))
