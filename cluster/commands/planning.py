@@ -57,6 +57,11 @@ class Planning:
         seed: int,
     ) -> Planning:  # fmt: skip
         site = devices.site()
+        if paired and len(site.kinds) > 1:
+            _err.print(
+                "A pair shares a node, and so one kind of device: plans that mix kinds are only searched with --affinity high.",
+                markup=False,
+            )
         limits = parse_slo(slo)
         if limits.ttft is None or limits.tpot is None:
             raise ConfigError("--slo: a plan needs a limit for both ttft and tpot, as in ttft=0.2s,tpot=0.1s.", field="slo")
@@ -99,8 +104,10 @@ class Planning:
             from .planner_plot import plot_front
 
             plot_front(plot, outcome, f"{self.model} on {self.site.names}: {self.bench.terms.slo}")
-        for source in dict.fromkeys(kind.profile.source for kind in self.site.kinds if kind.profile.estimate):
-            _out.print(f"The times are an estimate ({source}); `diptych profile` measures them.", markup=False)
+        for profile in (kind.profile for kind in self.site.kinds):
+            if profile.estimate:
+                what = f"The times of {profile.device.name} are an estimate ({profile.source}); `diptych profile` measures them."
+                _out.print(what, markup=False)
         return outcome
 
     def _file(self, best: Scored) -> str:
@@ -116,9 +123,7 @@ class Planning:
             names = " and ".join(dict.fromkeys((best.plan.prefill.device, best.plan.decode.device)))
             lines.append(f"For a Ray cluster with nodes of {names}: diptych up -f FILE --address RAY")
         if unsaid:
-            lines.append(
-                "The profile does not say where the model is (model.source), so its name is taken; --model says it."
-            )
+            lines.append("The profile does not say where the model is (model.source), so its name is taken; --model says it.")
         lines.append(f"From: {'; '.join(dict.fromkeys((prefill.source, decode.source)))}")
         return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(values, sort_keys=False)
 

@@ -136,6 +136,11 @@ class Simulating:
             }
             file.end(summary)
         show(summary)
+        for profile in self.profiles:
+            if profile.estimate:
+                _out.print(
+                    f"The times of {profile.device.name} are an estimate ({profile.source}); `diptych profile` measures them.", markup=False
+                )
         return world
 
 
@@ -231,5 +236,3 @@ def show(summary: dict[str, Any]) -> None:
     if summary["across"]:
         left = ", ".join(f"{count} ({why})" for why, count in summary["across"].items())
         _out.print(f"requests whose KV left its pair: {left}", markup=False)
-    if summary["estimate"]:
-        _out.print(f"The times are an estimate ({summary['profile']}); `diptych profile` measures them.", markup=False)

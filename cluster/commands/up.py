@@ -97,8 +97,8 @@ class Up:
         stop, kill = asyncio.Event(), asyncio.Event()
         _on_signals(stop, kill, terminal)
         exposure.check(self.config)
-        self._gpus = () if self.config.ray.joined else chosen(self.config.device, visible_gpus(), torch_cuda())
         preflight.check_accelerators(self.config)
+        self._gpus = () if self.config.ray.joined else chosen(self.config.device, visible_gpus(), torch_cuda())
         preflight.check_ports(self.config)
         preflight.check_ray(self.config)
         on_gpu = bool(self._gpus) or self.config.device == "cuda"
