@@ -7,9 +7,7 @@ that has begun is never changed by what comes while it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from ...core.commands import Decode
@@ -62,9 +60,6 @@ class DecodeWorker(Worker):
         self._round = self._rows = 0
         self._began = 0.0
         self._busy = self._ending = False
-        self._ahead = policies.ahead > 0 and hardware.pp == 1
-        self._late: list[Callable[[], None]] = []
-        """What has come too late for the next round."""
         self._joined: list[Life] = []
         """Those with a first token, whose second the next round writes."""
         self._copying_until = 0.0
@@ -75,19 +70,10 @@ class DecodeWorker(Worker):
     def expect(self, life: Life, *, local: bool) -> None:
         self.opened(1, life.arrival.prompt_tokens if local else 0)
         if local:
-            self._when_decided(self._read, life)
+            self._read(life)
         else:
             self.scheduler.expect(Decode(life.name, life.request), self.now)
             self.do(self.machine.expect(life.name, self.now))
-
-    def _when_decided(self, call: Callable[..., None], *arguments: Any) -> None:
-        """What makes the batch another is for the round behind the next, which is decided already when the one before it begins. Not so
-        where nothing runs, nor with several stages."""
-        if self._busy and self._ahead:
-            self._settle()
-            self._late.append(partial(call, *arguments))
-        else:
-            call(*arguments)
 
     def _read(self, life: Life) -> None:
         """The prompt, here."""
@@ -123,7 +109,7 @@ class DecodeWorker(Worker):
                     self.scheduler.nearly_done(name, self.now)
                     turn = True
                 case TellCommitted(name, first_tokens):
-                    self._when_decided(self._committed, name, first_tokens)
+                    self._committed(name, first_tokens)
                 case Attach(lane):
                     self.do(self.machine.attached(lane, self.now))
                 case Fence() | TellFailed() | TellReleased() | _:
@@ -226,9 +212,6 @@ class DecodeWorker(Worker):
         if (stretch := self._stretch) is not None:
             self._make(stretch, stretch.count)
         self._turn(told=self._complete())
-        late, self._late = self._late, []
-        for call in late:
-            call()
         if self.place is not None and not self._busy:
             self.place.end()
 

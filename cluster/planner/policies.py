@@ -17,8 +17,7 @@ from .profile import Hardware, Profile
 class Policies:
     """The settings of the production schedulers and of the router; defaults are the config file's.
 
-    `ahead`: steps a worker decides beyond those that run. `most_running`: requests at once, more are refused; None: any number.
-    `paired`: workers of one number are a pair.
+    `most_running`: requests at once, more are refused; None: any number. `paired`: workers of one number are a pair.
     """
 
     chunk_tokens: int = 512
@@ -26,7 +25,6 @@ class Policies:
     prefill_running: int = 32
     decode_running: int = 32
     watermark: float = 0.05
-    ahead: int = 1
     local_prefill: LocalPrefill = LocalPrefill.AUTO
     local_prefill_below: int = 16
     lease_s: float = 10.0
@@ -123,4 +121,4 @@ def on_share(worker: Hardware, profile: Profile, share: Share) -> Hardware:
     known = profile.parallelism(worker.tp)
     assert known is not None, f"no times for tp {worker.tp}"
     own = len(share.cpus) if share.cpus is not None and worker.tp * worker.pp == 1 else None
-    return replace(worker, times=known.on_cores(share.threads), cores=own)
+    return replace(worker, times=known.on_cores(share.threads, worker.phase), cores=own)

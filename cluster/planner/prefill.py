@@ -38,7 +38,7 @@ class PrefillWorker(Worker):
         self._dial = dial
         self._lanes: dict[int, Lane] = {}
         self._layers = tuple(range(len(scene.groups)))
-        self._depth = hardware.pp + policies.ahead
+        self._depth = hardware.pp + 1
         self._flying = 0
         self._free_at = self._last_ends = 0.0
         self._paced = None if self.place is None else Paced(self.agenda, self.place)
