@@ -8,12 +8,16 @@ from typing import Annotated, Literal
 import typer
 
 from ...core.errors import ConfigError
+from ...core.quantization import Quantization
 
 
 def profile(
     out: Annotated[Path, typer.Option(metavar="P.json", help="Write the profile there.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="As for `diptych up`. Default: the demo model.")] = None,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Type of weights and KV cache.")] = "bfloat16",
+    quantization: Annotated[
+        Quantization | None, typer.Option(help="As for `diptych up`, for whose cluster the profile then is. Default: none.")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of a worker. Default: those that `diptych up` gives each of two on this host.")
     ] = None,
@@ -34,4 +38,5 @@ def profile(
     from ..commands.preparing import prepare_here
     from .measuring import profile_here
 
-    profile_here(prepare_here(model or "demo", dtype, None, None, None), threads=threads, repeats=repeats, clusters=clusters, out=out)
+    directory = prepare_here(model or "demo", dtype, None, None, None, quantization or Quantization.NONE)
+    profile_here(directory, threads=threads, repeats=repeats, clusters=clusters, out=out)

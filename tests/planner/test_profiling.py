@@ -9,12 +9,14 @@ import pytest
 from decoders import LLAMA, card
 from diptych.benchmarks.ourselves import Comparison, Figures, table
 from diptych.cluster.cli import app
+from diptych.cluster.commands import preparing
 from diptych.cluster.load.workload import Arrival
 from diptych.cluster.planner.latency import step_seconds
 from diptych.cluster.planner.plan_file import config_of, policies_for
 from diptych.cluster.planner.profile import Link, Residuals, read_profile
 from diptych.cluster.planner.shapes import Plan, Sample, Shape
 from diptych.cluster.planner.sharing import scaled
+from diptych.cluster.profiling import measuring
 from diptych.cluster.profiling.measuring import Crossing, Fitted, profile_of
 from diptych.cluster.profiling.reckoning import (
     Answers,
@@ -34,6 +36,7 @@ from diptych.cluster.spans.taken import Process
 from diptych.cluster.supervising.posts import workers
 from diptych.core.config import load_config
 from diptych.core.layout import DType
+from diptych.core.quantization import Quantization
 from diptych.core.recordings import Doing, Recorded, Span
 from typer.testing import CliRunner
 from worlds import TIMES
@@ -151,6 +154,14 @@ def test_a_place_that_is_not_there_is_refused_before_anything_is_measured(tmp_pa
     status, out = diptych("profile", "--out", str(tmp_path / "none" / "P.json"))
     assert status == 2
     assert "cannot be written: there is no directory" in out
+
+
+def test_the_weights_are_those_that_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(preparing, "prepare_here", lambda *values: asked.append(values[-1]) or tmp_path)
+    monkeypatch.setattr(measuring, "profile_here", lambda directory, **options: asked.append(directory))
+    status, out = diptych("profile", "--quantization", "int8", "--out", str(tmp_path / "P.json"))
+    assert (status, asked) == (0, [Quantization.INT8, tmp_path]), out
 
 
 @pytest.mark.nightly
