@@ -87,10 +87,10 @@ def _known(profile: Profile, shape: Shape) -> Parallelism:
     return known
 
 
-def _times(profile: Profile, shape: Shape) -> StepTimes:
+def _times(profile: Profile, phase: Phase, shape: Shape) -> StepTimes:
     """The shortest: on a host whose cores are shared, with all of them."""
     known = _known(profile, shape)
-    return known.times if profile.cores is None else known.on_cores(profile.cores.count)
+    return known.times if profile.cores is None else known.on_cores(profile.cores.count, phase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def lacking(profile: Profile, phase: Phase, shape: Shape, sample: Sample, slo: S
 
 def idle_seconds(profile: Profile, phase: Phase, shape: Shape, sample: Sample, share: float) -> float:
     """TTFT (or TPOT) that `share` of the requests do not exceed when each is alone."""
-    times = _times(profile, shape)
+    times = _times(profile, phase, shape)
     if phase is Phase.PREFILL:
         alone = (Work(tokens=a.prompt_tokens, pairs=a.prompt_tokens**2) for a in sample.arrivals)
         return percentile(sorted(step_seconds(times, work, shape.pp) for work in alone), share) + profile.overheads.request
@@ -146,7 +146,7 @@ def idle_seconds(profile: Profile, phase: Phase, shape: Shape, sample: Sample, s
 
 def most_prompts(profile: Profile, shape: Shape, sample: Sample, policies: Policies) -> float:
     """Requests per second above which a prefill worker's queue grows without end, whatever it batches."""
-    times = _times(profile, shape)
+    times = _times(profile, Phase.PREFILL, shape)
     tokens = sample.prompt_tokens
     pairs = sum(arrival.prompt_tokens**2 for arrival in sample.arrivals) / len(sample.arrivals)
     constant = (times.prefill.constant + times.step) * min(1.0, tokens / policies.chunk_tokens)
@@ -155,7 +155,7 @@ def most_prompts(profile: Profile, shape: Shape, sample: Sample, policies: Polic
 
 def most_answers(profile: Profile, shape: Shape, sample: Sample, slo: Slo, policies: Policies) -> float:
     """Requests per second of a decode worker with the largest batch that its memory and the TPOT limit allow."""
-    times = _times(profile, shape)
+    times = _times(profile, Phase.DECODE, shape)
     output, prompt = sample.output_tokens, sample.prompt_tokens
     context = prompt + output / 2
     most = max(1, min(policies.decode_running, int(profile.kv_tokens(shape.tp, shape.pp) / context)))
