@@ -78,6 +78,8 @@ class Request:
     @property
     def left(self) -> int:
         """The most tokens any live choice may still write."""
+        if not self.generated and not self.finished:
+            return self.sampling.max_tokens
         return max((self.sampling.max_tokens - len(self.generated_by(choice)) for choice in self.live), default=0)
 
 

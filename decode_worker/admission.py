@@ -80,6 +80,8 @@ class Admission:
 
     def new_grants(self) -> list[tuple[str, tuple[GroupGrant, ...]]]:
         """The grants made since the last call."""
+        if not self._untold:
+            return []
         grants = [(attempt_id, self._grant_of(sequence)) for attempt_id, sequence in self._untold.items()]
         self._untold = {}
         return grants

@@ -117,7 +117,7 @@ class DecodeScheduler:
     def grants(self, now: float) -> list[tuple[str, tuple[GroupGrant, ...]]]:
         """Transfers to grant now, with their blocks; call after every message and every completed step. While a running request waits
         for blocks nobody is given any before the next `decide` has looked whether they have come."""
-        if not self._short:
+        if not self._short and self._admission.waiting:
             self._admit()
         return self.new_grants()
 

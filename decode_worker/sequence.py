@@ -96,7 +96,7 @@ def sequence_of(
         raise InvalidRequest("The prompt has no token.", field="prompt")
     if request.left < 1:
         raise InvalidRequest("All of max_tokens is generated already.", field="max_tokens")
-    most = prompt_tokens + max(len(request.generated_by(choice)) for choice in request.live)
+    most = prompt_tokens + (max(len(request.generated_by(choice)) for choice in request.live) if request.generated else 0)
     if most >= longest:
         raise ContextExceeded(f"The prompt has {most} tokens; with one of output this decode worker holds {longest}.", field="prompt")
     return Sequence(

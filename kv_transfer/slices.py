@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ..core.layout import CacheGroup, DType, Layout
 from ..core.transfer import GroupGrant
@@ -65,8 +66,10 @@ class Route:
     first_heads: tuple[int, ...]
 
 
+@lru_cache(maxsize=64)
 def routes(source: Layout, destination: Layout) -> tuple[Route, ...]:
-    """The ways pieces take between two workers, in the same order at both ends, which name them by their numbers. Raises as `slices`."""
+    """The ways pieces take between two workers, in the same order at both ends, which name them by their numbers. Raises as `slices`.
+    Workers of a cluster are mostly alike: a simulation opens a thousand lanes between two layouts."""
     found: dict[tuple[int, int], dict[int, Slice]] = defaultdict(dict)
     for piece in slices(source, destination):
         found[piece.source, piece.destination][piece.group] = piece

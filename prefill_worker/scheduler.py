@@ -200,6 +200,8 @@ class PrefillScheduler:
 
     def _start(self, budget: int, now: float) -> list[tuple[Prompt, Row]]:
         """Start waiting prompts with what is left of the budget, first come, first served among those that fit."""
+        if not self._waiting:
+            return []
         started: list[tuple[Prompt, Row]] = []
         missed: list[Prompt] = []
         over_share: dict[str | None, list[Prompt]] = {}
@@ -316,14 +318,14 @@ class PrefillScheduler:
     def load(self, now: float) -> Load:
         """What the worker's report says of this scheduler."""
         free, total = self._pool.scarcest()
-        to_compute = sum(p.tokens for p in self._waiting.values()) + sum(p.tokens - p.done for p in self._running.values())
+        to_compute = sum([len(p.token_ids) for p in self._waiting.values()]) + sum([p.tokens - p.done for p in self._running.values()])
         return Load(
             waiting=len(self._waiting),
             running=len(self._running),
             prompt_tokens_waiting=to_compute,
             blocks_free=free,
             blocks_total=total,
-            leases=len(self._leased) + sum(prompt.destination is not None for prompt in self._running.values()),
+            leases=len(self._leased) + sum([prompt.destination is not None for prompt in self._running.values()]),
             counters=(
                 ("diptych_worker_steps_total", self._step),
                 ("diptych_worker_computed_tokens_total", self._computed_tokens),

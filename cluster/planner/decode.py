@@ -20,7 +20,7 @@ from ...kv_transfer.actions import Attach, Copy, Fence, Send, TellCommitted, Tel
 from ...kv_transfer.destination_machine import DestinationMachine
 from .figures import Histogram
 from .lane import Lane
-from .latency import Rounds, Work, step_seconds
+from .latency import Pace, Rounds, StepTimes, Work, step_seconds
 from .life import TOKEN, Life, hashes_of
 from .profile import Hardware
 from .worker import SLOTS, Scene, Worker, output_of, work_of
@@ -56,6 +56,8 @@ class DecodeWorker(Worker):
         self.lanes: dict[int, Lane] = {}
         self._itl = itl
         self._stretch: Stretch | None = None
+        self._timed: StepTimes | None = None
+        self._paces: dict[int, Pace] = {}
         self._flying: list[Decision] = []
         self._round = self._rows = 0
         self._began = 0.0
@@ -181,8 +183,7 @@ class DecodeWorker(Worker):
 
     def _begin_stretch(self, count: int) -> None:
         rows = self.scheduler.rows
-        times = Rounds.of(self.times, rows, self.scheduler.context, self.hardware.pp)
-        stretch = self._stretch = Stretch(self.now, count, rows, times)
+        stretch = self._stretch = Stretch(self.now, count, rows, self._pace(rows).rounds(self.scheduler.context))
         for life in self._joined:
             life.second = self.now + stretch.times.first
         self._joined = []
@@ -255,9 +256,17 @@ class DecodeWorker(Worker):
         """Steps follow each other through the stages. Where no prompt is read it is a round as in a stretch."""
         times, stages = self.times, self.hardware.pp
         if not any(work.tokens for work in works):
-            return Rounds.of(times, sum(work.rows for work in works), sum(work.context for work in works), stages).first
+            return self._pace(sum(work.rows for work in works)).rounds(sum(work.context for work in works)).first
         each = [step_seconds(times, work, stages) for work in works]
         return max(*each, sum(each) / stages) if len(each) > 1 else each[0]
+
+    def _pace(self, sequences: int) -> Pace:
+        """Reckoned once as long as the times are the same."""
+        if (times := self.times) is not self._timed:
+            self._timed, self._paces = times, {}
+        if (pace := self._paces.get(sequences)) is None:
+            pace = self._paces[sequences] = Pace.of(times, sequences, self.hardware.pp)
+        return pace
 
     def _work(self, decision: Decision) -> Work:
         """A row computes a part of a prompt if it is long, or stands within one."""

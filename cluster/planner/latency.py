@@ -77,20 +77,32 @@ def step_seconds(times: StepTimes, work: Work, stages: int = 1) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """Of rounds of so many sequences: seconds of one, and what each token attended to adds; both on the agenda's grid."""
+
+    sequences: int
+    seconds: float
+    token: float
+
+    @classmethod
+    def of(cls, times: StepTimes, sequences: int, stages: int = 1) -> Pace:
+        """With several stages as many steps, of equal size, follow each other through them, and the round takes as long as one of them."""
+        rows = -(-sequences // stages)
+        token = on_grid((times.of_rows(rows).context + times.step_context) / stages)
+        return cls(sequences, on_grid(step_seconds(times, Work(rows=rows), stages)), token)
+
+    def rounds(self, context: int) -> Rounds:
+        """That attend to `context` tokens together in the first."""
+        return Rounds(self.seconds + self.token * context, self.token * self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
 class Rounds:
     """Rounds of decode steps, one after the other, in each of which every sequence is in one step and gets one more token: seconds of the
     first, and how much longer each is than the one before. Both are on the agenda's grid, so sums have no rounding."""
 
     first: float
     more: float
-
-    @classmethod
-    def of(cls, times: StepTimes, sequences: int, context: int, stages: int = 1) -> Rounds:
-        """`sequences` that attend to `context` tokens together in the first round. With several stages as many steps, of equal size, follow
-        each other through them, and the round takes as long as one of them."""
-        rows = -(-sequences // stages)
-        token = on_grid((times.of_rows(rows).context + times.step_context) / stages)
-        return cls(on_grid(step_seconds(times, Work(rows=rows), stages)) + token * context, token * sequences)
 
     def seconds(self, rounds: int) -> float:
         """Of so many."""

@@ -10,7 +10,7 @@ from diptych.cluster.planner.agenda import GRID
 from diptych.cluster.planner.data_sheets import DEVICES, device_of, estimate
 from diptych.cluster.planner.extrapolating import extended, law
 from diptych.cluster.planner.fitting import BothPoint, DecodePoint, PrefillPoint, fit, fit_decode, fit_decodes, fit_prefill, fit_steps
-from diptych.cluster.planner.latency import DecodeTimes, Rounds, StepTimes, Work, step_seconds
+from diptych.cluster.planner.latency import DecodeTimes, Pace, StepTimes, Work, step_seconds
 from diptych.cluster.planner.profile import Model, parse_profile
 from diptych.core.errors import ConfigError
 from worlds import TIMES, profile
@@ -18,10 +18,10 @@ from worlds import TIMES, profile
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_many_rounds_take_to_the_last_bit_what_single_ones_do(stages: int) -> None:
-    many = Rounds.of(TIMES, 7, 5000, stages)
+    many = Pace.of(TIMES, 7, stages).rounds(5000)
     ends = [0.0]
     for i in range(40):
-        ends.append(ends[-1] + Rounds.of(TIMES, 7, 5000 + 7 * i, stages).first)
+        ends.append(ends[-1] + Pace.of(TIMES, 7, stages).rounds(5000 + 7 * i).first)
     assert [many.seconds(count) for count in range(41)] == ends
     assert [many.begun(ends[i] - GRID, 40) for i in range(1, 41)] == [*range(1, 41)]
     assert [many.begun(end, 40) for end in ends] == [*range(1, 41), 40], "the next has begun when one ends"
