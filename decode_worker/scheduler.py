@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 
 from ..core.commands import ChoiceFinished, Decode, Finished
 from ..core.errors import InvalidRequest
@@ -29,6 +28,7 @@ from ..engine.block_pool import BlockPool, BlockTable
 from ..engine.slots import Slots
 from ..worker.load import Load, measures
 from .admission import Admission
+from .branches import Branches
 from .choices import DecodeOutcome, Said, part, tokens_of
 from .decision import Decision, Draft
 from .growth import Growth
@@ -78,12 +78,12 @@ class DecodeScheduler:
         self._leases = self._admission.leases
         self._expected: dict[str, Sequence] = {}
         self._roster = Roster()
-        self._forked: list[str] = []
         self._in_flight: deque[tuple[Batch, Members, Draft]] = deque()
         self._step = 0
         self._stages = stages
         self._short = False
         self._totals = Totals()
+        self._branches = Branches(pool, self._roster, self._admission, hashes_of)
         self._growth = Growth(pool, self._slots, self._roster, self._admission, self._totals)
         self._rows = Rows(self._growth, self._totals, pool.block_size, stages)
         self._steady = Steady(pool, self._roster, self._slots, self._growth)
@@ -154,30 +154,7 @@ class DecodeScheduler:
         trunk.choice, trunk.tokens = left[0]
         trunk.resume(shared)
         for choice, tokens in left[1:]:
-            self._branch(trunk, shared, choice, tokens)
-
-    def _branch(self, trunk: Sequence, shared: int, choice: int, tokens: list[int]) -> None:
-        """One more choice behind the first `shared` tokens of `trunk`; it waits if they, a seat or a block are not there."""
-        table = trunk.table.fork(shared) if trunk.done == shared and self._seats() > 0 else None
-        sequence = replace(
-            trunk,
-            choice=choice,
-            tokens=tokens,
-            table=table or self._pool.open(self._hashes_of(trunk.request, tokens)),
-            slot=-1,
-            preempted=False,
-        )
-        self._roster.enter(sequence)
-        if table is None:
-            sequence.decided = sequence.done = 0
-            sequence.preempted = True
-            self._admission.preempt(sequence)
-            return
-        sequence.decided = sequence.done = shared
-        if self._pool.copying:
-            self._forked.append(trunk.attempt_id)
-        sequence.resume(shared)
-        self._roster.run(sequence)
+            self._branches.open(trunk, shared, choice, tokens, seated=self._seats() > 0)
 
     def stop(self, attempt_id: str, choice: int, now: float) -> DecodeOutcome:
         """This choice is over, without an event of its own. The outcome is empty unless it was the last. Unknown ones are ignored."""
@@ -264,7 +241,7 @@ class DecodeScheduler:
         rows, copies = tuple(row for _, row in chosen), self._pool.issue_copies()
         batch = Batch(decision.batch.step, decision.batch.rows + rows, decision.batch.copies + copies)
         self._in_flight.append((batch, members + tuple((sequence, sequence.table) for sequence, _ in chosen), draft))
-        forked, self._forked = tuple(self._forked), []
+        forked = self._branches.forked()
         return Decision(batch, decision.attempts + tuple(sequence.attempt_id for sequence, _ in chosen), decision.forked + forked)
 
     def _admit(self) -> list[Sequence]:

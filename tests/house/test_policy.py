@@ -14,7 +14,7 @@ POLICIES = {
     "engine": "batch block_pool decode_shapes group_blocks last_drawn step_codec",
     "worker": "admit attempts chunks load",
     "prefill_worker": "leases prompt scheduler",
-    "decode_worker": "admission choices decision growth leases roster scheduler sequence steady totals waits",
+    "decode_worker": "admission branches choices decision growth leases roster scheduler sequence steady totals waits",
     "kv_transfer": "actions announcing answers closed_ids coverage crossing destination_machine destination_state faults geometry "
     "order_codec ranks receipt slices source_machine source_state staging",
     "router": "admission budget machine openapi outputs placement times",
