@@ -50,6 +50,7 @@ class Asked:
         wanted = [parse_device(text) for text in self.devices] or [Named(profile.device.name) for profile in known]
         _refuse_twice([each.name for each in wanted], "--device")
         found = [self._priced(each, profile_for(each.name, known, "--device")) for each in wanted]
+        _check_movable(found, "--device" if self.devices else "--profile")
         self._check_costs(wanted, found)
         named = len(wanted) > 1
         return _sharing(Site(tuple(self._kind(each, profile, named) for each, profile in zip(wanted, found, strict=True))))
@@ -141,7 +142,9 @@ def used_by(config: ClusterConfig, known: Sequence[Profile]) -> tuple[Profile, .
         for group in config.section(phase).all_groups
         if group.accelerator
     }
-    return tuple(profile_for(name, known, key) for name, key in names.items()) or tuple(known)
+    found = tuple(profile_for(name, known, key) for name, key in names.items()) or tuple(known)
+    _check_movable(found, "--profile")
+    return found
 
 
 def link_among(profiles: Sequence[Profile], name: str | None) -> Link:
@@ -175,19 +178,13 @@ def profile_for(name: str, known: Sequence[Profile], key: str) -> Profile:
             f"are some of {', '.join(DEVICES)}).{hint} Measure it with `diptych profile`, or write its profile by hand.",
             field=key.removeprefix("--"),
         )
-    if known[0].on_cpu:
-        raise ConfigError(
-            f"{key}: {known[0].device.name} is a CPU and {name} a GPU; KV moves between GPUs, or between CPUs. Give a profile of a "
-            "GPU in its place.",
-            field=key.removeprefix("--"),
-        )
     made = estimate(known[0].model, device_of(name))
     _err.print(f"{made.device.name}: times from its data sheet, ± {made.parallelisms[0].error:.0%}", markup=False)
     return made
 
 
 def _check_alike(profiles: Sequence[Profile]) -> None:
-    """`ConfigError` unless all are of one model, and KV could move between any two of the devices."""
+    """`ConfigError` unless all are of one model."""
     first, *rest = profiles
     for other in rest:
         ours, theirs = (each.model.model_dump(exclude={"source"}) for each in (first, other))
@@ -198,11 +195,16 @@ def _check_alike(profiles: Sequence[Profile]) -> None:
                 f"{first.device.name}, and {theirs[key]} in that of {other.device.name}.",
                 field="profile",
             )
-        if first.on_cpu != other.on_cpu:
-            raise ConfigError(
-                f"--profile: one of {first.device.name} and {other.device.name} is a CPU; KV moves between GPUs, or between CPUs.",
-                field="profile",
-            )
+
+
+def _check_movable(profiles: Sequence[Profile], key: str) -> None:
+    """`ConfigError` unless KV could move between any two of the devices."""
+    first, *rest = profiles
+    if other := next((other for other in rest if other.on_cpu != first.on_cpu), None):
+        raise ConfigError(
+            f"{key}: one of {first.device.name} and {other.device.name} is a CPU; KV moves between GPUs, or between CPUs.",
+            field=key.removeprefix("--"),
+        )
 
 
 def link_of(profile: Profile, name: str | None) -> Link:

@@ -55,6 +55,10 @@ def test_simulate_writes_every_request_and_the_summary(files: Path) -> None:
     assert summary["attainment"] == {"slo": "ttft=200ms,tpot=100ms", "met": 60, "share": 1.0}
     assert set(summary["times"]) == {"ttft", "tpot", "itl", "handover_gap", "e2e"}
     assert set(summary["workers"]) == {"prefill-0", "decode-0"}
+    for course in summary["workers"].values():
+        line = course["utilisation_over_time"]
+        assert 0 < max(line["mean"]) <= 1
+        assert sum(line["mean"]) * line["every_s"] == pytest.approx(course["utilisation"] * summary["seconds"], abs=0.01)
     assert "100.0%" in out
 
 
@@ -284,3 +288,6 @@ def test_a_device_without_a_profile_is_taken_from_its_data_sheet(kinds: None) ->
     ]
     assert site.kinds[0].profile.model == site.kinds[1].profile.model
     assert site.kinds[0].away == site.kinds[0].profile.links["network"]
+    Path("cpu.json").write_text(on("cpu", 1e-4, 0.02))
+    two = Asked((Path("cpu.json"),), ("H100", "L40S"), Space(1, 8)).site()
+    assert [kind.name for kind in two.kinds] == ["H100", "L40S"], "of a profile of another device only the model is taken"
