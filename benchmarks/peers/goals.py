@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import ge, le
 from typing import Any
 
 from diptych.benchmarks.peers.loads import ALONE, LONG, SEARCH, STEADY, TOGETHER
@@ -34,7 +33,8 @@ class Goal:
         found, theirs = self.value(ours), self.value(peer) if self.of_peer else 1.0
         if found is None or theirs is None:
             return None
-        return (ge if self.more else le)(found, self.limit * theirs)
+        wanted = self.limit * theirs
+        return found >= wanted if self.more else found <= wanted
 
     @property
     def wanted(self) -> str:
