@@ -24,7 +24,7 @@ from .errors import ConfigError
 from .layout import Layout
 from .request import Token
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 
 class Transport(StrEnum):
@@ -168,7 +168,7 @@ class Ready:
 
     One-sided: it lies in the source's `blocks`, of which `blocks[0]` holds position `start`. `slot` and `word`: the source's epoch
     word for this transfer, and the value it must still have after the copy for the piece to count. Two-sided: it comes next in the
-    pair's one queue, whatever has become of its transfer, and its bytes have this `checksum`; `blocks` is empty.
+    pair's one queue, whatever becomes of its transfer, with its checksum before it; `blocks` is empty.
     """
 
     transfer_id: str
@@ -181,7 +181,6 @@ class Ready:
     blocks: tuple[int, ...]
     slot: int = 0
     word: int = 0
-    checksum: int = 0
     route: int = 0
 
 

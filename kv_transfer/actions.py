@@ -105,21 +105,16 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Source: put `span`, which lies in `blocks`, into staging slot `slot` of the route's pair; answer with `staged`, in order."""
+    """Source: send piece `seq`, which lies in `blocks`, over the route's pair, in the order asked; answer with `sent`. It must not count
+    unless epoch word `slot` is still `word` when it has been read."""
 
     lane: int
-    slot: int
+    transfer_id: str
+    seq: int
     span: Span
     blocks: tuple[int, ...]
-    route: int
-
-
-@dataclass(frozen=True, slots=True)
-class Post:
-    """Source: send what is staged in `slot`; answer with `sent` when the slot is free again."""
-
-    lane: int
     slot: int
+    word: int
     route: int
 
 
@@ -133,7 +128,6 @@ class Receive:
     seq: int
     span: Span
     blocks: tuple[int, ...] | None
-    checksum: int
     route: int
 
 
@@ -182,7 +176,7 @@ class TellReleased:
 
 
 SourceAction = (
-    Dial | Send | HangUp | Connect | Introduce | Detach | Stage | Post | Fence | TellGranted | TellHandedOver | TellFailed | TellReleased
+    Dial | Send | HangUp | Connect | Introduce | Detach | Stage | Fence | TellGranted | TellHandedOver | TellFailed | TellReleased
 )
 DestinationAction = (
     Send

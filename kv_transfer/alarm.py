@@ -1,4 +1,4 @@
-"""Wakes a shell when its machine's next deadline is due, and never otherwise."""
+"""Wakes a shell when its machine's next deadline is due, or was before it moved, and never otherwise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from ..core.clock import Clock
 
 
 class Alarm:
-    """Calls `ring` on the running loop at the time `next_deadline()` gave when `set` was last called."""
+    """Calls `ring` on the running loop, at the latest when it is the time that `next_deadline()` gave when `set` was last called; and then
+    sets itself. A deadline that moves away, as a lease's does with every piece, costs nothing."""
 
     def __init__(self, clock: Clock, next_deadline: Callable[[], float | None], ring: Callable[[], None]) -> None:
         self._clock = clock
@@ -21,7 +22,7 @@ class Alarm:
 
     def set(self) -> None:
         due = self._next_deadline()
-        if due == self._due:
+        if self._due is not None and due is not None and due >= self._due:
             return
         self.cancel()
         if due is not None:
@@ -37,3 +38,4 @@ class Alarm:
     def _rang(self) -> None:
         self.cancel()
         self._ring()
+        self.set()

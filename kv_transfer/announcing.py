@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..core.layout import Layout
 from .actions import Send, Stage
@@ -24,9 +24,11 @@ def to_read(layout: Layout, lane: Lane, transfer: Transfer, word: int) -> Iterat
             yield transfer, Send(transfer.lane, ready)
 
 
-def to_stage(layout: Layout, lane: Lane, transfers: Mapping[str, Transfer]) -> Iterator[tuple[Transfer, Stage | str]]:
-    """Two-sided: give each route's free staging slots to what is computed, a piece to each transfer in turn. A transfer that lacks a
-    piece must have been failed (and so dropped from the stagings) before the next is asked for."""
+def to_stage(
+    layout: Layout, lane: Lane, transfers: Mapping[str, Transfer], words: Sequence[int]
+) -> Iterator[tuple[Transfer, Send | Stage | str]]:
+    """Two-sided: Ready for what is computed, as far as each route has credits, a piece of each transfer in turn; and have it sent. A
+    transfer that lacks a piece must have been failed (and so dropped from the stagings) before the next is asked for."""
     most = slot_bytes(layout)
     for number, (route, staging) in enumerate(zip(lane.routes, lane.stagings, strict=True)):
         while (transfer_id := staging.next()) is not None:
@@ -39,5 +41,8 @@ def to_stage(layout: Layout, lane: Lane, transfers: Mapping[str, Transfer]) -> I
                 yield transfer, fault
             else:
                 announced.extend(span.layers, span.start, span.stop)
-                blocks = transfer.blocks(span, layout.block_size)
-                yield transfer, Stage(lane.number, staging.take(transfer_id, span), span, blocks, number)
+                staging.take(transfer_id)
+                blocks, word = transfer.blocks(span, layout.block_size), words[transfer.slot]
+                ready = transfer.ready(number, span)
+                yield transfer, Send(lane.number, ready)
+                yield transfer, Stage(lane.number, transfer_id, ready.seq, span, blocks, transfer.slot, word, number)

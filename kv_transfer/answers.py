@@ -58,20 +58,12 @@ class Connected:
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
-    lane: int
-    route: int
-    slot: int
-    checksum: int
-
-
-@dataclass(frozen=True, slots=True)
 class Sent:
-    """The staging slot is free again."""
+    """So many pieces (more) are sent."""
 
     lane: int
     route: int
-    slot: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,5 +79,5 @@ class TurnedAway:
     """A process asked for the memory of the rank's pool and got nothing."""
 
 
-SourceAnswer = Fenced | Said | Connected | Staged | Sent | PairBroken | TurnedAway
+SourceAnswer = Fenced | Said | Connected | Sent | PairBroken | TurnedAway
 DestinationAnswer = Fenced | Attached | NotAttached | Copied | Said | PairBroken

@@ -119,10 +119,10 @@ class Lane:
         span = Span(ready.group, ready.layers, ready.start, ready.stop)
         into = receipt.into(span)
         if self.two_sided:
-            return Receive(self.number, ready.transfer_id, ready.seq, span, into, ready.checksum, ready.route)
+            return Receive(self.number, ready.transfer_id, ready.seq, span, into, ready.route)
         return Copy(self.number, ready.transfer_id, ready.seq, span, ready.blocks, into, ready.slot, ready.word, ready.route)
 
     def passes(self, ready: Ready) -> list[DestinationAction]:
         """What becomes of a piece that nobody wants."""
         span = Span(ready.group, ready.layers, ready.start, ready.stop)
-        return [Receive(self.number, ready.transfer_id, ready.seq, span, None, ready.checksum, ready.route)] if self.two_sided else []
+        return [Receive(self.number, ready.transfer_id, ready.seq, span, None, ready.route)] if self.two_sided else []

@@ -45,6 +45,11 @@ def _layers(pool: Pool, crossing: Crossing, span: Span, slot: Tensor) -> list[tu
     return [(pool.address + pool.geometry.offsets[layer], place) for layer, place in zip(span.layers, places, strict=True)]
 
 
+def name_of(transfer_id: str, seq: int) -> int:
+    """By which a piece differs from one that was in its slot before it: 32 bits, for its seal."""
+    return zlib.crc32(f"{transfer_id} {seq}".encode())
+
+
 def checksum(sums: Tensor) -> int:
     """Of a piece: CRC-32 of its `table_sums`, which must have come to the host. CRC-32 of all its bytes would take ten times as long as
     copying them."""

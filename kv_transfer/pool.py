@@ -65,6 +65,10 @@ class Pool:
         """Set the epoch word of `slot` (`SharedFile.set_word`)."""
         self.memory.shared.set_word(slot, word)
 
+    def word(self, slot: int) -> int:
+        """The epoch word of `slot` (`SharedFile.word`). From any thread."""
+        return self.memory.shared.word(slot)
+
     def hand_out(self, refused: Callable[[], None] = lambda: None) -> None:
         """Give the shared file to one process that has connected, if it is of the same user and knows what `endpoint` says (`door`); else
         call `refused`. On the asyncio thread; does not block."""

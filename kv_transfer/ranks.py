@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from ..core.transfer import ShmEndpoint
-from .actions import Attach, Connect, Copy, Detach, Fence, Introduce, Post, Receive, Stage
+from .actions import Attach, Connect, Copy, Detach, Fence, Introduce, Receive, Stage
 from .answers import DestinationAnswer, SourceAnswer
 
-SourceOrder = Connect | Introduce | Detach | Stage | Post | Fence
+SourceOrder = Connect | Introduce | Detach | Stage | Fence
 DestinationOrder = Attach | Connect | Introduce | Detach | Copy | Receive | Fence
 Order = TypeVar("Order", SourceOrder, DestinationOrder)
 Asked = TypeVar("Asked", SourceOrder, DestinationOrder, contravariant=True)

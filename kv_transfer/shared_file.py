@@ -51,6 +51,10 @@ class SharedFile:
         """
         self._words[slot] = word
 
+    def word(self, slot: int) -> int:
+        """The epoch word of `slot`. Who has read the pool before sees a word that was set before anything he has read was overwritten."""
+        return self._words[slot]
+
     def close(self) -> None:
         """Give it back. Tensors made of `mapped` stay valid: the mapping goes with the last of them."""
         self._door.close()

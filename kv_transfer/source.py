@@ -18,7 +18,6 @@ from .actions import (
     Fence,
     HangUp,
     Introduce,
-    Post,
     Send,
     SourceAction,
     Stage,
@@ -28,7 +27,7 @@ from .actions import (
     TellReleased,
 )
 from .alarm import Alarm
-from .answers import Connected, Fenced, PairBroken, Said, Sent, SourceAnswer, Staged, TurnedAway
+from .answers import Connected, Fenced, PairBroken, Said, Sent, SourceAnswer, TurnedAway
 from .events import SourceEvents
 from .geometry import SLOTS
 from .lanes import DialLane, Lane
@@ -158,7 +157,7 @@ class Source:
                 self._tasks[lane].add_done_callback(lambda _: self._tasks.pop(lane))
             case HangUp(lane, reason):
                 self._hang_up(lane, reason)
-            case Stage() | Post() | Introduce():
+            case Stage() | Introduce():
                 self._ranks.on(action.lane, action.route).carry_out(action)
             case Connect(lane, hello):
                 self._ranks.open(lane, [route.source for route in routes(self._layout, hello.layout)])
@@ -169,10 +168,8 @@ class Source:
     def _answered(self, answer: SourceAnswer) -> None:
         machine, now = self._machine, self._clock.now()
         match answer:
-            case Staged(lane, route, slot, checksum):
-                self._do(machine.staged(lane, slot, checksum, now, route))
-            case Sent(lane, route, slot):
-                self._do(machine.sent(lane, slot, now, route))
+            case Sent(lane, route, count):
+                self._do(machine.sent(lane, count, now, route))
             case Fenced(transfer_id, rank):
                 self._do(machine.fenced(transfer_id, now, rank))
                 self._idle.set()

@@ -5,7 +5,7 @@
                                broken, no Ack for one lease
 
 Who waits here, and until when: a lane being dialled, `HANDSHAKE_S`; an Offer, until Grant, Refused, cancel or the lane's end; a
-Commit, one lease. A granted transfer waits for nobody but, on a two-sided transport, a staging slot: sends free it, or the pair
+Commit, one lease. A granted transfer waits for nobody but, on a two-sided transport, for a credit: sends free it, or the pair
 breaks and its lane with it. It says KeepAlive three times a lease.
 """
 
@@ -24,7 +24,6 @@ from .actions import (
     Fence,
     HangUp,
     Introduce,
-    Post,
     Send,
     SourceAction,
     TellFailed,
@@ -144,24 +143,12 @@ class SourceMachine:
         staging.connected()
         return self._fill(self._lanes[lane], now)
 
-    def staged(self, lane: int, slot: int, checksum: int, now: float, route: int = 0) -> list[SourceAction]:
-        """The piece in `slot` is complete: announce it, then send it. What was fenced meanwhile is neither announced nor sent."""
+    def sent(self, lane: int, count: int, now: float, route: int = 0) -> list[SourceAction]:
+        """So many pieces of the route are sent."""
         staging = self._staging(lane, route)
         if staging is None:
             return []
-        transfer_id, span = staging.filled(slot)
-        transfer = self._on(self._lanes[lane], transfer_id)
-        if transfer is None:
-            staging.empty(slot)
-            return self._fill(self._lanes[lane], now)
-        ready = transfer.ready(route, span, checksum=checksum)
-        return [Send(lane, ready), Post(lane, slot, route), *self._perhaps_commit(transfer, now)]
-
-    def sent(self, lane: int, slot: int, now: float, route: int = 0) -> list[SourceAction]:
-        staging = self._staging(lane, route)
-        if staging is None:
-            return []
-        staging.empty(slot)
+        staging.sent(count)
         return self._fill(self._lanes[lane], now)
 
     def pair_broken(self, lane: int, reason: str, now: float) -> list[SourceAction]:
@@ -316,7 +303,7 @@ class SourceMachine:
         return [Send(transfer.lane, transfer.commit(acked_by=now + self._lease_s))]
 
     def _announce(self, transfer: Transfer, now: float) -> list[SourceAction]:
-        """Of a two-sided transport's pieces only what has a staging slot is announced, once it lies there."""
+        """Of a two-sided transport's pieces only as many as there are credits are announced."""
         lane = self._lanes[transfer.lane]
         if not lane.stagings:
             return self._said(to_read(self._layout, lane, transfer, self._words[transfer.slot]), now)
@@ -325,13 +312,17 @@ class SourceMachine:
         return self._fill(lane, now)
 
     def _fill(self, lane: Lane, now: float) -> list[SourceAction]:
-        return self._said(to_stage(self._layout, lane, self._transfers), now)
+        """Use the credits there are; what is announced whole is committed."""
+        return self._said(to_stage(self._layout, lane, self._transfers, self._words), now)
 
     def _said(self, found: Iterable[tuple[Transfer, SourceAction | str]], now: float) -> list[SourceAction]:
         """The actions found, and the end of those transfers of which something is lacking."""
         actions: list[SourceAction] = []
         for transfer, said in found:
-            actions += self._fail(transfer, TransferFailed(said), now, tell_peer=said) if isinstance(said, str) else [said]
+            if isinstance(said, str):
+                actions += self._fail(transfer, TransferFailed(said), now, tell_peer=said)
+            else:
+                actions += [said, *self._perhaps_commit(transfer, now)]
         return actions
 
     def _on(self, lane: Lane, transfer_id: str) -> Transfer | None:

@@ -8,8 +8,8 @@ from functools import partial
 
 from ..core.layout import Layout
 from ..core.transfer import ShmEndpoint
-from .actions import Connect, Detach, Fence, Introduce, Post, Stage
-from .answers import Connected, Fenced, PairBroken, Said, Sent, SourceAnswer, Staged, TurnedAway
+from .actions import Connect, Detach, Fence, Introduce, Stage
+from .answers import Connected, Fenced, PairBroken, Said, Sent, SourceAnswer, TurnedAway
 from .crossing import Crossing
 from .pool import Pool
 from .ranks import SourceOrder
@@ -51,8 +51,6 @@ class SourceRank:
                 self._answer(Fenced(transfer_id, self._rank))
             case Stage():
                 self._pairs[order.lane, order.route].stage(order)
-            case Post(lane, slot, route):
-                self._pairs[lane, route].post(slot)
             case Connect():
                 self._connect(order)
             case Introduce(lane, route, key, value):
@@ -86,7 +84,6 @@ class SourceRank:
             broken=partial(tell, PairBroken, lane),
             say=partial(tell, Said, lane, route),
             connected=partial(tell, Connected, lane, route),
-            staged=partial(tell, Staged, lane, route),
             sent=partial(tell, Sent, lane, route),
         )
 

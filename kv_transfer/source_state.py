@@ -72,13 +72,13 @@ class Transfer:
             return None
         return f"The Grant asks for positions from {span.start} of cache group {span.group}, which the source does not hold."
 
-    def ready(self, route: int, span: Span, blocks: tuple[int, ...] = (), slot: int = 0, word: int = 0, *, checksum: int = 0) -> Ready:
+    def ready(self, route: int, span: Span, blocks: tuple[int, ...] = (), slot: int = 0, word: int = 0) -> Ready:
         """The announcement of the next piece."""
         assert self.epoch is not None
         seq = self.pieces
         self.pieces += 1
         group, layers, start, stop = span.group, span.layers, span.start, span.stop
-        return Ready(self.transfer_id, self.epoch, seq, group, layers, start, stop, blocks, slot, word, checksum, route)
+        return Ready(self.transfer_id, self.epoch, seq, group, layers, start, stop, blocks, slot, word, route)
 
     def commit(self, acked_by: float) -> Commit:
         assert self.first_tokens is not None
@@ -122,8 +122,7 @@ class Lane:
 
     def announces_all(self, transfer: Transfer) -> bool:
         """Whether every piece of the transfer is announced."""
-        filling = any(staging.filling(transfer.transfer_id) for staging in self.stagings)
-        return all(announced.complete for announced in transfer.announced) and not filling
+        return all(announced.complete for announced in transfer.announced)
 
     def check(self, transfers: Mapping[str, Transfer]) -> None:
         """Raise `AssertionError` if an invariant does not hold."""

@@ -506,7 +506,7 @@ class Refused(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "seq", "group", "layers", "start", "stop", "blocks", "slot", "word", "checksum", "route")
+    __slots__ = ("transfer_id", "epoch", "seq", "group", "layers", "start", "stop", "blocks", "slot", "word", "route")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -517,7 +517,6 @@ class Ready(_message.Message):
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     WORD_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: Epoch
@@ -529,9 +528,8 @@ class Ready(_message.Message):
     blocks: _containers.RepeatedScalarFieldContainer[int]
     slot: int
     word: int
-    checksum: int
     route: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., seq: _Optional[int] = ..., group: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., slot: _Optional[int] = ..., word: _Optional[int] = ..., checksum: _Optional[int] = ..., route: _Optional[int] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., seq: _Optional[int] = ..., group: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., slot: _Optional[int] = ..., word: _Optional[int] = ..., route: _Optional[int] = ...) -> None: ...
 
 class Commit(_message.Message):
     __slots__ = ("transfer_id", "pieces", "first_tokens")

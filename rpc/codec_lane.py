@@ -78,7 +78,6 @@ def _ready(message: Ready) -> pb.Ready:
         blocks=message.blocks,
         slot=message.slot,
         word=message.word,
-        checksum=message.checksum,
         route=message.route,
     )
 
@@ -146,7 +145,6 @@ def _read_ready(wire: pb.Ready) -> Ready:
         blocks=tuple(wire.blocks),
         slot=wire.slot,
         word=wire.word,
-        checksum=wire.checksum,
         route=wire.route,
     )
 

@@ -1,11 +1,11 @@
 """Two-sided transports: the source sends each piece that it has announced, the destination receives it.
 
-    source         fill ─▶ (announced) ─▶ post ─▶ wait            destination         post ─▶ wait, then empty
+    source         fill ─▶ post ─▶ wait            destination         post ─▶ wait, then empty
 
-Every route has a pair of its own: staging slots (the credits, `staging`) and threads at each end. One connects and posts, in the order
-announced; one waits for what was posted, in that order; at the source a third fills slots, since on a GPU that waits for a layer which is
-still being computed, and what lies ready must not. What differs is below: the wire (`Wire`: gloo over TCP, NCCL between GPUs) and where the
-slots are (`slots`). An announced piece is always sent and always received, so nobody aborts a pair but for a peer that is dead or silent.
+Every route has a pair of its own: staging slots and threads at each end. One connects and posts, in the order announced; one waits for what
+was posted, in that order; at the source a third fills slots, beside what is being sent. From the announcement on no other thread is asked.
+What differs is below: the wire (`Wire`: gloo over TCP, NCCL between GPUs) and where the slots are (`slots`). An announced piece is always
+sent and always received, so nobody aborts a pair but for a peer that is dead or silent.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from ...core.recordings import Doing
 from ...core.spans import span
 from ..actions import Receive, Stage
 from ..crossing import Crossing
+from ..packing import name_of
 from ..pool import Pool
 from ..slots import Slots, slots_for
-from ..staging import SLOTS_PER_PAIR
+from ..staging import SENT_TOGETHER, SLOTS_PER_PAIR
 from .rendezvous import ToldStore
 
 log = logging.getLogger(__name__)
 
 SOURCE, DESTINATION = 0, 1
 """Ranks of a pair."""
+SPOILT = 0xFFFFFFFF
+"""In the seal of a piece whose blocks may have been another's before it was read: what has come is then not what was announced."""
 
 
 class Work(Protocol):
@@ -104,8 +107,7 @@ class PairEvents:
     say: Callable[[str, bytes], None]
     """To its other end, which shall be introduced to it."""
     connected: Callable[[], None] = lambda: None
-    staged: Callable[[int, int], None] = lambda slot, checksum: None
-    sent: Callable[[int], None] = lambda slot: None
+    sent: Callable[[int], None] = lambda count: None
     copied: Callable[[str, int, str | None], None] = lambda transfer_id, seq, error: None
     fenced: Callable[[str], None] = lambda transfer_id: None
 
@@ -141,6 +143,10 @@ class Pair:
         self._wire = ground.wires.wire(end)
         self._store = ToldStore(lambda key, value: self._call_soon(events.say, key, value), ground.wires.connect_s)
         self._slots: Slots
+        self._free: SimpleQueue[int | None] = SimpleQueue()
+        """The slots that hold nothing; None when the pair is lost."""
+        for slot in range(SLOTS_PER_PAIR):
+            self._free.put(slot)
         self._lost = False
         self._failed = False
         """On one of its threads, and the loop has not been told yet: what stands behind is not begun."""
@@ -173,6 +179,7 @@ class Pair:
         self._lost = True
         self._store.close()
         self._wire.give_up()
+        self._free.put(None)
 
     def _call_soon(self, call: Callable[..., None], *arguments: object) -> None:
         self._loop.call_soon_threadsafe(call, *arguments)
@@ -224,32 +231,37 @@ class Outgoing(Pair):
 
     def __init__(self, ground: Ground, events: PairEvents) -> None:
         super().__init__(SOURCE, ground, events)
-        self._lengths = [0] * SLOTS_PER_PAIR
         self._filling = Jobs("diptych-pair-fill", self._guarded)
         self._others.append(self._filling)
+        self._asked = self._sent = self._told = 0
         self._begin()
 
     def stage(self, stage: Stage) -> None:
-        """Fill the slot; `staged(slot, checksum)` follows."""
+        """Send the piece behind those asked for before it; `sent(count)` follows."""
+        self._asked += 1
         self._filling.put(partial(self._fill, stage))
 
-    def post(self, slot: int) -> None:
-        """Send what the slot holds; `sent(slot)` follows."""
-        self._queue.put(partial(self._send, slot))
-
     def _fill(self, stage: Stage) -> None:
-        self._lengths[stage.slot] = self._crossing.bytes(stage.span)
-        with span(Doing.PACK):
-            checksum = self._slots.fill(stage.slot, stage.span, stage.blocks)
-        self._tell(self._events.staged, stage.slot, checksum)
+        slot = self._free.get()
+        if slot is None:
+            return
+        with span(Doing.PACK, who=(stage.transfer_id,)):
+            checksum = self._slots.fill(slot, stage.span, stage.blocks)
+        stands = self._ground.pool.word(stage.slot) == stage.word  # looked at when all is read, and set before anything is overwritten
+        self._slots.seal(slot, checksum ^ name_of(stage.transfer_id, stage.seq) ^ (0 if stands else SPOILT))
+        self._queue.put(partial(self._send, slot, self._crossing.bytes(stage.span)))
 
-    def _send(self, slot: int) -> None:
-        work = self._wire.send(self._slots.view(slot, self._lengths[slot]))
+    def _send(self, slot: int, length: int) -> None:
+        work = self._wire.send(self._slots.view(slot, length))
         self._posted.put(partial(self._wait, work, slot))
 
     def _wait(self, work: Work, slot: int) -> None:
         work.wait(self._silence)
-        self._tell(self._events.sent, slot)
+        self._free.put(slot)
+        self._sent += 1
+        if self._sent == self._asked or self._sent - self._told == SENT_TOGETHER:
+            self._tell(self._events.sent, self._sent - self._told)
+            self._told = self._sent
 
 
 class Incoming(Pair):
@@ -257,9 +269,6 @@ class Incoming(Pair):
 
     def __init__(self, ground: Ground, events: PairEvents) -> None:
         super().__init__(DESTINATION, ground, events)
-        self._free: SimpleQueue[int | None] = SimpleQueue()
-        for slot in range(SLOTS_PER_PAIR):
-            self._free.put(slot)
         self._lock = Lock()
         self._given_up: set[str] = set()
         self._emptying: str | None = None
@@ -277,10 +286,6 @@ class Incoming(Pair):
             if self._emptying != transfer_id:
                 self._loop.call_soon(self._events.fenced, transfer_id)
         self._queue.put(lambda: self._posted.put(partial(self._given_up.discard, transfer_id)))
-
-    def _lose(self) -> None:
-        super()._lose()
-        self._free.put(None)
 
     def _post(self, receive: Receive) -> None:
         slot = self._free.get()
@@ -312,7 +317,7 @@ class Incoming(Pair):
     def _emptied(self, receive: Receive, blocks: tuple[int, ...], slot: int) -> str | None:
         """Why the piece does not count, or None if it lies in the pool."""
         try:
-            if self._slots.empty(slot, receive.span, blocks, receive.checksum):
+            if self._slots.empty(slot, receive.span, blocks, name_of(receive.transfer_id, receive.seq)):
                 return None
         except OverflowError as error:
             return f"Piece {receive.seq} could not be copied: {error}."

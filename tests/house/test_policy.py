@@ -16,7 +16,7 @@ POLICIES = {
     "prefill_worker": "leases prompt scheduler",
     "decode_worker": "admission branches choices decision growth leases roster scheduler sequence steady totals waits",
     "kv_transfer": "actions announcing answers closed_ids coverage crossing destination_machine destination_state faults geometry "
-    "order_codec ranks receipt slices source_machine source_state staging",
+    "keep_alive order_codec ranks receipt slices source_machine source_state staging",
     "router": "admission budget machine openapi outputs placement times",
     "cluster.resources": "cores layouts",
     "cluster.supervising": "headcount restarts",

@@ -26,7 +26,6 @@ from diptych.kv_transfer.actions import (
     Dial,
     Fence,
     HangUp,
-    Post,
     Receive,
     Send,
     Stage,
@@ -109,8 +108,8 @@ def block_of(blocks: tuple[int, ...], span: Span, position: int, size: int) -> i
     return blocks[position // size - span.start // size]
 
 
-Parcel = tuple[Span, dict[tuple[int, int, int], Any], int]
-"""A piece in a staging slot: its span, (layer, head, position) → row, its checksum."""
+Parcel = tuple[Span, dict[tuple[int, int, int], Any], bool]
+"""A piece on its way: its span, (layer, head, position) → row, whether its seal is right."""
 
 
 @dataclass
@@ -121,8 +120,8 @@ class Wire:
     destination_lane: int | None = None
     to_source: deque[Any] = field(default_factory=deque)
     to_destination: deque[Any] = field(default_factory=deque)
-    pair: dict[int, deque[tuple[int, Parcel]]] = field(default_factory=lambda: defaultdict(deque))
-    """By route, posted by the source and not received: the staging slot, and what is in it."""
+    pair: dict[int, deque[Parcel]] = field(default_factory=lambda: defaultdict(deque))
+    """By route, posted by the source and not received."""
     source_open: bool = True
     destination_open: bool = True
     broken: bool = False
@@ -152,7 +151,6 @@ class SourceSide:
         self.machine = SourceMachine(hello("P", incarnation, layout, transports), LEASE_S, SLOTS)
         self.connecting: list[tuple[int, int]] = []
         self.staging: dict[int, deque[Stage]] = defaultdict(deque)
-        self.slots: dict[tuple[int, int, int], Parcel] = {}
         self.memory = Memory(layout)
         self.words: Counter[tuple[int, int]] = Counter()
         self.fences: deque[tuple[Fence, int]] = deque()
@@ -390,7 +388,7 @@ class World:
         self.at_source(self.source.machine.connected(lane, self.now, route))
 
     def stage_step(self) -> bool:
-        """A rank of the source fills a staging slot; with rubbish, if the blocks have been taken back."""
+        """A rank of the source fills a staging slot and posts it; with rubbish, if the blocks have been taken back."""
         route = next((route for route in self.in_turn(len(self.routes)) if self.source.staging.get(route)), None)
         if route is None:
             return False
@@ -400,9 +398,9 @@ class World:
             block = block_of(stage.blocks, stage.span, position, self.here.block_size)
             key = self.routes[route].source, layer, head, block, position % self.here.block_size
             rows[layer, head, position] = self.source.memory.rows.get(key)
-        checksum = hash(str(rows)) & 0xFFFF
-        self.source.slots[stage.lane, route, stage.slot] = stage.span, rows, checksum
-        self.at_source(self.source.machine.staged(stage.lane, stage.slot, checksum, self.now, route))
+        stands = self.source.words[self.routes[route].source, stage.slot] == stage.word
+        wire = next(wire for wire in self.wires if wire.source_lane == stage.lane and wire.source_open)
+        wire.pair[route].append((stage.span, rows, stands))
         return True
 
     def receive_step(self, wire: Wire) -> bool:
@@ -413,16 +411,16 @@ class World:
         route = next((route for route in self.in_turn(len(self.routes)) if wire.pair.get(route) and side.receives[lane].get(route)), None)
         if route is None:
             return False
-        slot, (span, rows, checksum) = wire.pair[route].popleft()
+        span, rows, stands = wire.pair[route].popleft()
         receive = side.receives[lane][route].popleft()
-        assert (receive.span, receive.checksum) == (span, checksum), "the two ends are out of step"
+        assert receive.span == span, "the two ends are out of step"
         if wire.source_open:
-            self.at_source(self.source.machine.sent(wire.source_lane, slot, self.now, route))
+            self.at_source(self.source.machine.sent(wire.source_lane, 1, self.now, route))
         if receive.blocks is None or (receive.transfer_id, self.routes[route].destination) in side.given_up:
             return True
         for (layer, head, position), row in rows.items():
             self._take(receive.transfer_id, route, span, receive.blocks, layer, head, position, row)
-        self.at_destination(side.machine.copied(receive.transfer_id, receive.seq, None, self.now))
+        self.at_destination(side.machine.copied(receive.transfer_id, receive.seq, None if stands else "Its seal is wrong.", self.now))
         return True
 
     def break_pair(self, wire: Wire, *, source_first: bool) -> None:
@@ -480,9 +478,6 @@ class World:
                     side.connecting += [(lane, route) for route in range(len(self.routes))]
                 case Stage():
                     side.staging[action.route].append(action)
-                case Post(lane, slot, route):
-                    wire = next(wire for wire in self.wires if wire.source_lane == lane and wire.source_open)
-                    wire.pair[route].append((slot, side.slots.pop((lane, route, slot))))
                 case Detach(lane):
                     side.connecting = [other for other in side.connecting if other[0] != lane]
                     for route, stages in side.staging.items():

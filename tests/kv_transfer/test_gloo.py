@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from diptych.core.transfer import Rendezvous
 from diptych.kv_transfer import packing, slots
 from diptych.kv_transfer.coverage import Span
 from diptych.kv_transfer.crossing import Crossing
+from diptych.kv_transfer.geometry import SLOTS
 from diptych.kv_transfer.pool import Pool
 from diptych.kv_transfer.slices import routes
-from diptych.kv_transfer.staging import SLOTS_PER_PAIR, Staging
+from diptych.kv_transfer.staging import CREDITS, Staging
 from diptych.kv_transfer.transports import gloo
+from diptych.kv_transfer.transports.two_sided import Outgoing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_rig import (
@@ -188,23 +191,61 @@ def test_what_is_packed_is_unpacked(start: int, length: int, group: int, data: s
     destination.close()
 
 
-def test_staging_gives_turns_and_keeps_order() -> None:
+def test_a_piece_whose_blocks_were_taken_back_before_it_was_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source's epoch word changes while it is packed, and nobody says so."""
+    taken_back = False
+
+    def pack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], slot: torch.Tensor) -> int:
+        nonlocal taken_back
+        if not taken_back:
+            taken_back = True
+            for word in range(SLOTS):
+                pool.set_word(word, 77)
+        return packing.pack(pool, crossing, span, blocks, slot)
+
+    monkeypatch.setattr(slots, "pack", pack)
+
+    async def run() -> None:
+        async with rig(GLOO) as (prefill, decode, address, _):
+            await hand_over(prefill, decode, address, "a", 40)
+            assert decode.diary.of("a") == ["offered", "failed", "released"]
+            assert "checksum of piece 0" in decode.diary.errors["a"].message
+
+    asyncio.run(run())
+
+
+def test_what_was_in_a_slot_before_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two equally long pieces the first is sent twice, seal and all."""
+    send = Outgoing._send
+    monkeypatch.setattr(Outgoing, "_send", lambda pair, slot, length: send(pair, 0, length))
+
+    async def run() -> None:
+        full = replace(LAYOUT, groups=LAYOUT.groups[:1], num_blocks=LAYOUT.num_blocks[:1])
+        async with rig(GLOO, here=full, there=full) as (prefill, decode, address, _):
+            await hand_over(prefill, decode, address, "a", 40, at_once=True)
+            assert decode.diary.of("a") == ["offered", "committed"]
+            await hand_over(prefill, decode, address, "b", 40, at_once=True)
+            assert decode.diary.of("b") == ["offered", "failed", "released"]
+
+    asyncio.run(run())
+
+
+def test_staging_gives_turns() -> None:
     staging = Staging()
-    span = Span(0, (0,), 0, 1)
     staging.want("a")
     assert staging.next() is None, "not before the pair stands"
     staging.connected()
     staging.want("b")
-    slots = []
-    for owner in ("a", "b", "a", "b"):
+    for owner in ("a", "b") * (CREDITS // 2):
         assert staging.next() == owner
-        slots.append(staging.take(owner, span))
+        staging.take(owner)
         staging.check()
-    assert len(slots) == SLOTS_PER_PAIR
     assert staging.next() is None, "no credit is left"
-    assert staging.filled(slots[0]) == ("a", span)
-    with pytest.raises(ValueError, match="before slot"):
-        staging.filled(slots[2])
+    staging.sent(1)
+    assert staging.next() == "a"
+    staging.sent(CREDITS)
+    with pytest.raises(AssertionError):
+        staging.check()
 
 
 def test_a_turn_that_is_given_up_is_no_ones() -> None:
@@ -214,7 +255,6 @@ def test_a_turn_that_is_given_up_is_no_ones() -> None:
     staging.want("b")
     staging.drop("a")
     assert staging.next() == "b"
-    slot = staging.take("b", Span(0, LAYERS[:1], 0, 1))
-    staging.filled(slot)
-    staging.empty(slot)
+    staging.drop("b")
+    assert staging.next() is None
     staging.check()

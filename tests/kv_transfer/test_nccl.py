@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from diptych.core.errors import TransferFailed
+from diptych.kv_transfer.slots import SEAL_BYTES
 from diptych.kv_transfer.transports import nccl, wiring
 from fake_nccl import Fabric, FakeNccl
 from kv_rig import FAKE_NCCL, LAYERS, TOKENS, DecodeEnd, PrefillEnd, eventually, rig
@@ -29,12 +30,14 @@ async def hand_over(prefill: PrefillEnd, decode: DecodeEnd, address: str, transf
     await prefill.diary.wait("released", transfer_id)
 
 
-def test_what_crosses_is_what_was_handed_over_and_a_byte_of_each_pair(fabric: Fabric) -> None:
+def test_what_crosses_is_what_was_handed_over_a_seal_of_each_piece_and_a_byte_of_each_pair(fabric: Fabric) -> None:
     async def run() -> None:
         async with rig(FAKE_NCCL) as (prefill, decode, address, _):
             await hand_over(prefill, decode, address, "a")
             await hand_over(prefill, decode, address, "b", 333)
-            assert fabric.bytes_moved == 1 + decode.bytes["a"] + decode.bytes["b"]
+            seals, rest = divmod(fabric.bytes_moved - 1 - decode.bytes["a"] - decode.bytes["b"], SEAL_BYTES)
+            assert rest == 0
+            assert 2 <= seals <= 100
 
     asyncio.run(run())
 

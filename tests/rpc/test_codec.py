@@ -116,7 +116,6 @@ ready = st.builds(
     ids,
     u32,
     u64,
-    u64,
     u32,
 )
 
