@@ -203,7 +203,7 @@ class DecodeWorker(Worker):
         self._stretch = None
         self._ending = self.scheduler.advance(rounds, TOKEN)
         self._itl.add_rising(stretch.times.first, stretch.times.more, rounds, stretch.rows)
-        self.course.busy += stretch.times.seconds(rounds)
+        self.course.computed(stretch.begun, stretch.times.seconds(rounds))
 
     def _over(self, number: int) -> None:
         """The round by that number has ended, if it is still that which runs."""
@@ -224,7 +224,7 @@ class DecodeWorker(Worker):
             self._take(self.scheduler.retire())
         flying, self._flying = self._flying, []
         if flying:
-            self.course.busy += seconds
+            self.course.computed(self._began, seconds)
         for decision in flying:
             outcome = self.scheduler.complete(output_of(decision.batch), self.now)
             for new in outcome.new_tokens:

@@ -90,6 +90,13 @@ class Course:
             self._spread(now)
             self.value = value
 
+    def add(self, begin: float, end: float) -> None:
+        """It is 1 from `begin` to `end`, and was 0 since the last of these."""
+        self.since = max(self.since, begin)
+        self.value = 1.0
+        self._spread(end)
+        self.value = 0.0
+
     def _spread(self, now: float) -> None:
         index = int(self.since / self.width)
         if index < len(self.sums) and now <= (index + 1) * self.width and self.since < now:  # so it is nearly always
@@ -123,10 +130,16 @@ class WorkerCourse:
     """What a worker's time went by with: seconds in steps, requests that wait and that run, and the share of KV in use."""
 
     busy: float = 0.0
+    use: Course = field(default_factory=Course)
     queued: Histogram = field(default_factory=Histogram)
     waiting: Course = field(default_factory=Course)
     running: Course = field(default_factory=Course)
     kv: Course = field(default_factory=Course)
+
+    def computed(self, begin: float, seconds: float) -> None:
+        """A step, or several, one after the other; none begins before the last has ended."""
+        self.busy += seconds
+        self.use.add(begin, begin + seconds)
 
     def put(self, now: float, waiting: int, running: int, kv: float) -> None:
         for course, value in ((self.waiting, waiting), (self.running, running), (self.kv, kv)):
@@ -137,6 +150,7 @@ class WorkerCourse:
         return {
             "utilisation": min(1.0, self.busy / end) if end else 0.0,
             "queue_time": self.queued.as_json(),
+            "utilisation_over_time": self.use.as_json(end),
             "waiting": self.waiting.as_json(end),
             "running": self.running.as_json(end),
             "kv_in_use": self.kv.as_json(end),

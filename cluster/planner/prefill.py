@@ -74,7 +74,7 @@ class PrefillWorker(Worker):
         begins = max(self.now, self._free_at)
         self._free_at = begins + seconds / stages
         self._last_ends = max(begins + seconds, self._last_ends + seconds / stages)
-        self.course.busy += seconds / stages
+        self.course.computed(begins, seconds / stages)
         return self._last_ends
 
     def repaced(self) -> None:
@@ -83,7 +83,7 @@ class PrefillWorker(Worker):
             self._paced.changed()
 
     def _ran_paced(self, decision: Decision, seconds: float) -> None:
-        self.course.busy += seconds
+        self.course.computed(self.now - seconds, seconds)
         self._ran(decision)
 
     def _ran(self, decision: Decision) -> None:

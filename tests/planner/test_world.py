@@ -121,3 +121,14 @@ def test_a_cached_prefix_is_not_computed_again() -> None:
     world, lives = run(iter(load), workers(1, 1))
     assert world.counters()["diptych_worker_cached_tokens_total"] >= 2 * 480
     assert lives[1].ttft < 0.6 * lives[0].ttft
+
+
+@pytest.mark.nightly  # 4 s of CPU
+def test_a_thousand_workers_are_simulated() -> None:
+    world, lives = run(evenly(2000, 0.002), workers(400, 600))
+    assert len(lives) == 2000
+    assert all(life.refused is None for life in lives)
+    used = {phase: {getattr(life, phase) for life in lives} for phase in ("prefill", "decode")}
+    assert len(used["prefill"]) > 20, "many at once"
+    assert len(used["decode"]) > 20
+    assert len(world.as_json()["workers"]) == 1000
