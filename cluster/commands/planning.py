@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,9 +25,10 @@ from ..load.workload import limited, read_pairs
 from ..planner.goodput import Arrivals, Bench, Terms
 from ..planner.nearest import nearest
 from ..planner.plan_file import config_of, policies_for_all
+from ..planner.profile import SHARE_OF_MEMORY
 from ..planner.search import AT_ONCE, Outcome, Planner
 from ..planner.shapes import Loss, Sample
-from ..planner.site import Site
+from ..planner.site import Kind, Site
 from ..planner.trying import Scored, Trier
 from .devices import Asked
 from .simulating import collect_rarely, write_text
@@ -66,6 +68,7 @@ class Planning:
         if limits.ttft is None or limits.tpot is None:
             raise ConfigError("--slo: a plan needs a limit for both ttft and tpot, as in ttft=0.2s,tpot=0.1s.", field="slo")
         sample = Sample(tuple(limited(arrivals(1.0, seed), SAMPLE, None)))
+        _check_context(site, sample, target)
         policies = replace(policies_for_all(site, sample), local_prefill=LocalPrefill.NEVER, paired=paired)
         terms = Terms(arrivals, limits, target, confidence, most, seed=seed)
         return cls(site, Bench(site, policies, terms), sample, paired, source)
@@ -168,7 +171,28 @@ class Planning:
                     spaces = {name: kind.space for name, kind in zip(least.kinds, site.of(least), strict=True)}
                     of = " and ".join(f"{space.nodes} × {space.per_node}{f' {name}' if name else ''}" for name, space in spaces.items())
                     return f"The nearest that fits takes {site.amount(least)} of {of}: {least}."
-        return ""
+        return " ".join(map(self._lack, self.site.kinds))
+
+    def _lack(self, kind: Kind) -> str:
+        """By weights alone."""
+        device, weights = kind.profile.device, kind.profile.model.weight_bytes
+        least = 2 * math.ceil(weights / device.memory_bytes / SHARE_OF_MEMORY)
+        return (
+            f"Nor does it on {MORE} times as many: its weights are {weights / 1e9:.0f} GB and a {device.name} has "
+            f"{device.memory_bytes / 1e9:.0f}, so it takes {least} for the weights of both phases, at a tp of the profile."
+        )
+
+
+def _check_context(site: Site, sample: Sample, target: float) -> None:
+    """`ConfigError` if more requests are longer than the model's context than may miss: whatever serves refuses them."""
+    model = site.kinds[0].profile.model
+    over = sum(each.prompt_tokens + each.output_tokens > model.max_context for each in sample.arrivals) / len(sample.arrivals)
+    if over > 1 - target:
+        raise ConfigError(
+            f"{over:.0%} of the requests are longer than the context of {model.name}, {model.max_context} tokens (the longest has "
+            f"{sample.longest} of prompt and answer). They would be refused, so no plan serves {target:.0%}.",
+            field="workload",
+        )
 
 
 def processes() -> ProcessPoolExecutor:

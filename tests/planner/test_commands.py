@@ -185,6 +185,7 @@ def test_the_limits_named_as_the_nearest_do_work(files: Path, arguments: tuple[s
             "No plan: devices bind, 60 requests/s take more than 2 .* nearest that works takes [4-9] devices: [2-4] × prefill",
         ),
         (("--slo", "ttft=0.2s"), "a plan needs a limit for both"),
+        (("--input", "2000-2100", "--output", "50"), r"\d+% of the requests are longer than the context of m, 2048 tokens \(the longest"),
         (("--out", "none/best.yaml"), "--out: none/best.yaml cannot be written: there is no directory none"),
         (("--plot", "none/x.png"), "--plot: none/x.png cannot be written: there is no directory none"),
         (("--plot", "x.gif"), "--plot: x.gif ends with none of .png"),
@@ -205,6 +206,14 @@ def test_a_model_too_large_for_the_devices_is_refused_with_the_room_it_takes(fil
     assert re.search(
         "No plan: memory binds, m does not fit twice.* nearest that fits takes 4 devices of 1 × 4: 1 × prefill .tp 1 pp 2", out
     ), out
+
+
+def test_a_model_too_large_for_any_number_of_them_is_refused_with_what_its_weights_take(files: Path) -> None:
+    large = profile(model=MODEL.model_copy(update={"weight_bytes": 3e12}), parallelisms=(Parallelism(tp=1, times=TIMES),))
+    Path("P.json").write_text(large.model_dump_json())
+    status, out = diptych("plan", "--profile", "P.json", *WORTH)
+    assert status == 1
+    assert "its weights are 3000 GB and a d has 10, so it takes 668 for the weights of both phases" in out
 
 
 def on(name: str, prefill: float, decode: float, **changes: object) -> str:
