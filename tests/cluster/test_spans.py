@@ -72,6 +72,19 @@ def test_a_step_is_the_sum_of_its_lines_and_idleness_is_none_of_it() -> None:
     assert (more.thread, more.ran) == ("2 more", pytest.approx(0.0005, rel=1e-3)), "each had less than 0.5 % of a core"
 
 
+def test_a_step_that_is_launched_lasts_as_long_as_one_is_under_way() -> None:
+    """On a GPU: 20 ms from one step to the next, of which for 18 the host has nothing to ask of it."""
+    launched = [span for number in range(3) for span in step(number, 20 * number + 18, wait=0, inputs=0, model=1, sampling=1, rest=0)]
+    spans = [*(Span(Doing.UNDER_WAY, ENGINE, 20 * at * MS, (20 * at + 18) * MS, 0) for at in range(3)), *launched]
+    steps = shares_of(process(spans)).steps
+    assert steps is not None
+    assert steps.each.mean == pytest.approx(0.020)
+    assert {line.name: line.each.mean for line in steps.lines if line.each.mean} == pytest.approx(
+        {Doing.UNDER_WAY: 0.018, Doing.FORWARD: 0.001, Doing.SAMPLE: 0.001}
+    )
+    assert steps.outside == pytest.approx(0.05)
+
+
 def test_any_nesting_adds_up() -> None:
     """Random spans of an engine's thread, with whatever may lie in one another."""
     rng = random.Random(3)
