@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from decoders import LLAMA, card
-from diptych.benchmarks.ourselves import Comparison, Figures, table
+from diptych.benchmarks.ourselves import Asked, Comparison, Figures, Served, measured, read_served, table, write_served
 from diptych.cluster.cli import app
 from diptych.cluster.commands import preparing
+from diptych.cluster.load.slo import parse_slo
 from diptych.cluster.load.workload import Arrival
 from diptych.cluster.planner.latency import step_seconds
 from diptych.cluster.planner.plan_file import config_of, policies_for
@@ -142,6 +143,16 @@ def test_a_figure_beyond_what_is_promised_is_a_miss(changes: dict[str, float], a
     found = Comparison("apart", 1.0, 50, figures(), figures(**changes), [figures(**changes)], around)
     assert [miss.split(": ")[1].split()[0] for miss in found.misses()] == missed
     assert table([found]).count("!") == len(missed)
+
+
+def test_what_was_served_is_compared_again(tmp_path: Path) -> None:
+    loads = [Served("apart", 1.5, ((Asked(0.5, 100, 20, 0.5, 0.2, 0.03, 0.8, False), Asked(1.5, 64, 1, 1.6, None, None, 0.1, True)),))]
+    write_served(tmp_path / "A.json", loads)
+    assert read_served(tmp_path / "A.json") == loads
+    found = measured(loads[0].runs[0], parse_slo("ttft=1s,tpot=50ms"))
+    assert (found.attainment, found.goodput) == pytest.approx((0.5, 1 / 1.2))
+    with pytest.raises(SystemExit, match="is not what --answers writes"):
+        read_served(tmp_path / "none.json")
 
 
 def diptych(*arguments: str) -> tuple[int, str]:
