@@ -251,6 +251,9 @@ class PrefillWorker(Worker):
         self.words = dict.fromkeys(range(SLOTS), 0)
         self.lanes: dict[int, Lane] = {}
         self.waiting_for: dict[str, dict[str, tuple[int, ...]]] = {}
+        self.destinations: set[str] = set()
+        self.alone: set[str] = set()
+        """The prompts started while none had come for a second decode worker."""
         self.queue: list[str] = []
         self.passes: Counter[str] = Counter()
         self._layers = tuple(range(len(world.groups)))
@@ -258,6 +261,8 @@ class PrefillWorker(Worker):
     def add(self, prefill: Prefill) -> None:
         self.scheduler.add(prefill, self.now)
         self.queue.append(prefill.attempt_id)
+        if prefill.destination is not None:
+            self.destinations.add(prefill.destination)
         self.pump()
 
     def stop(self, name: str) -> None:
@@ -272,6 +277,8 @@ class PrefillWorker(Worker):
             self._passed_by(started.attempt_id)
             blocks = tuple(self.pool.most_held(g, started.prompt_tokens, self.chunk_tokens) for g in range(len(self.layout.groups)))
             self.waiting_for.setdefault(started.destination, {})[started.attempt_id] = blocks
+            if len(self.destinations) <= 1:
+                self.alone.add(started.attempt_id)
             self.do(self.machine.offer(started.attempt_id, started.destination, started.prompt_tokens, self.now))
             if started.cached_tokens:
                 self._computed(started.attempt_id, 0, started.cached_tokens, started.tables)
@@ -330,14 +337,14 @@ class PrefillWorker(Worker):
             waiting.pop(name, None)
 
     def check(self) -> None:
-        """KV that one decode worker has not granted fills at most half of the pool, or is one prompt's alone. Nothing waits while nothing
-        is computed and nothing is held."""
+        """KV that one decode worker has not granted fills at most half of the pool, or is one prompt's alone, or began to before a prompt
+        came for another. Nothing waits while nothing is computed and nothing is held."""
         super().check()
         assert self._flying or self.machine.transfers or not self.queue, f"P{self.number} does nothing, and {self.queue} wait"
         for destination, waiting in self.waiting_for.items():
             held = tuple(map(sum, zip(*waiting.values(), strict=True)))
             over = any(2 * blocks > count for blocks, count in zip(held, self.pool.num_blocks, strict=False))
-            assert len(waiting) <= 1 or not over, f"P{self.number}: D{destination} has {held} waiting"
+            assert len(waiting) <= 1 or not over or [*waiting][-1] in self.alone, f"P{self.number}: D{destination} has {held} waiting"
 
 
 @dataclass
