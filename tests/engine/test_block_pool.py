@@ -388,3 +388,15 @@ class Blocks(RuleBasedStateMachine):
 
 TestBlocks = Blocks.TestCase
 TestBlocks.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+
+
+def test_what_is_used_again_and_again_is_not_remembered_each_time() -> None:
+    pool, ids = pool_of(0, 8), tokens(64)
+    for _ in range(100):
+        table = pool.open(hashes_of(ids))
+        table.adopt(pool.match(table.hashes, 64), 0)
+        assert table.extend(64, 0)
+        table.publish(ids, 64)
+        table.close()
+        pool.check()
+    assert len(pool.parts[0]._unused) <= 3 * 8
