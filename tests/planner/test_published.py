@@ -3,11 +3,19 @@ plan says and nothing else (`benchmarks/planner`)."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from diptych.benchmarks.planner.replay import HERE, compare, profile_of, read_traces
+from diptych.benchmarks.planner.replay import HERE, PUBLISHED, compare, profile_of, read_traces
 from diptych.cluster.cli import app
+from diptych.cluster.commands.requests_file import row_of
+from diptych.cluster.load.workload import Arrival
+from diptych.cluster.planner.latency import DecodeTimes, PrefillTimes, StepTimes
+from diptych.cluster.planner.life import Life
+from diptych.cluster.planner.policies import Policies, workers_of
+from diptych.cluster.planner.profile import DeviceShare, Link, Model, Overheads, Parallelism, Profile
+from diptych.cluster.planner.world import World
 from diptych.cluster.supervising.config_file import read_config
 from typer.testing import CliRunner
 
@@ -46,3 +54,18 @@ def test_the_public_case_of_the_released_simulator_has_the_same_plan(tmp_path: P
     assert found == [(1, 2, 1), (1, 1, 1)]
     rate = float(out.read_text().split("): ")[1].split()[0])
     assert 0.8 < rate / 3 / 1.5625 < 1.3, "draws of 300 requests differ by as much"
+
+
+def test_the_page_about_replaying_has_every_key_that_goes_in_and_comes_out() -> None:
+    page = (HERE.parents[1] / "docs" / "replaying.md").read_text()
+    told = set(re.findall(r"[a-z_0-9]+", page))
+    parts = (Profile, Model, DeviceShare, Parallelism, StepTimes, PrefillTimes, DecodeTimes, Link, Overheads)
+    notes = {"prefill_residuals", "decode_residuals"}
+    assert {key for part in parts for key in part.model_fields} - notes <= told
+    lives: list[Life] = []
+    plan, known = read_config(PUBLISHED, {}), profile_of()
+    world = World(known, workers_of(plan, known), Policies.of(plan), on_end=lives.append)
+    world.run([Arrival(0, 0.0, 100, 3)])
+    summary = world.as_json()
+    keys = {*row_of(lives[0], True), *summary, *summary["attainment"], *summary["times"], *summary["times"]["ttft"]}
+    assert keys | {*summary["workers"]["decode-0"]} <= told
