@@ -3,22 +3,22 @@
     python -m diptych.benchmarks.kernels [--dtype bfloat16] [--keep kernels]
 
 Shapes are those of an 8B Llama (32 heads, 8 KV heads, head_dim 128, hidden 4096, MLP 14,336). What is bound by memory is printed as a share
-of the copy's bandwidth, counting what has to be read and written once; prefill attention as a share of torch's fastest fused attention.
-Times are medians (`triton.testing.do_bench`, which empties the second-level cache before each run), each beside its twin in torch.
+of the copy's bandwidth, counting what has to be read and written once; prefill attention as a share of the products' rate, beside torch's
+fastest fused attention. Times are medians (`triton.testing.do_bench`, which empties the second-level cache before each run), each beside
+its twin in torch, and attention beside FlashInfer where that is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diptych.benchmarks.attention_peers import HAS_FLASHINFER, flashinfer_decode, flashinfer_prefill, gathered, timed
+from diptych.benchmarks.gpu import Clock, copy_rate, described, device_clock, matmul_rate, need_gpu
 from diptych.benchmarks.record import describe, keep, surroundings
 from diptych.kernels.attend_chunks import make_paged_chunks
 from diptych.kernels.attend_singles import make_paged_singles
@@ -40,9 +40,6 @@ DRAWN = (1, 16)
 PREFILLS = ((0, 2048), (0, 8192), (6144, 2048))
 FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
-Clock = Callable[[Callable[[], object]], float]
-"""Milliseconds that a call takes."""
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -58,7 +55,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one shape: the bytes that have to move, or the operations that have to be made, and the same by torch."""
+    """One kernel at one shape: the bytes that have to move, or the operations that have to be made, and the same by torch and by
+    FlashInfer."""
 
     kernel: str
     shape: str
@@ -66,19 +64,14 @@ class Case:
     twin: Callable[[], object] | None
     bytes: int = 0
     flops: int = 0
-
-
-def device_clock(run: Callable[[], object]) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(run, quantiles=[0.5]))
+    flashinfer: Callable[[], object] | None = None
 
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     """One after the other, so that what one holds is free before the next."""
     for tokens in sizes.tokens:
         yield from small(tokens, dtype, device)
-    yield moves(sizes.moved, dtype, device)
+    yield from moves(sizes.moved, dtype, device)
     yield from (drawing(rows, sizes.vocabulary, dtype, device) for rows in DRAWN)
     for context in sizes.contexts:
         yield from (decode(batch, context, dtype, device) for batch in sizes.batches)
@@ -105,14 +98,29 @@ def small(tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[Cas
     yield Case("rotary_store", f"{tokens}", run, twin, moved)
 
 
-def moves(size: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Scattered blocks to a staging slot."""
-    block = KV_HEADS * 2 * BLOCK * HEAD_DIM
-    source = torch.randn(size // block // dtype.itemsize, block, dtype=dtype, device=device)
-    order, to = torch.randperm(len(source), device=device), torch.arange(len(source), device=device)
-    slot = torch.empty_like(source)
-    move, twin = (lambda: move_rows(source, slot, order, to)), (lambda: move_rows_torch(source, slot, order, to, False))
-    return Case("move_rows", f"{len(source)} blocks", move, twin, 2 * source.nbytes)
+def moves(size: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Scattered blocks to a staging slot and back; of each block the second half of its heads, as to one of two ranks; and in another
+    dtype, which in float16 is checked."""
+    per_head = 2 * BLOCK * HEAD_DIM
+    blocks = size // (KV_HEADS * per_head * dtype.itemsize)
+    pool, slot = torch.randn(2, blocks, KV_HEADS * per_head, dtype=dtype, device=device)
+    order, rows = torch.randperm(blocks, device=device), torch.arange(blocks, device=device)
+    yield moving(f"{blocks} blocks, gathered", pool, slot, order, rows)
+    yield moving(f"{blocks} blocks, scattered", slot, pool, rows, order)
+    heads = torch.arange(KV_HEADS // 2, KV_HEADS, device=device)
+    there = torch.arange(blocks * len(heads), device=device)
+    yield moving(
+        f"half of {blocks}' heads", pool.view(-1, per_head), slot.view(-1, per_head), (order[:, None] * KV_HEADS + heads).view(-1), there
+    )
+    other = torch.bfloat16 if dtype is torch.float16 else torch.float16
+    yield moving(f"{blocks} blocks, cast", pool, torch.empty_like(slot, dtype=other), order, rows)
+
+
+def moving(shape: str, source: Tensor, destination: Tensor, here: Tensor, there: Tensor) -> Case:
+    checked = destination.dtype is torch.float16 and source.dtype is not torch.float16
+    run = lambda: move_rows(source, destination, here, there)  # noqa: E731
+    twin = lambda: move_rows_torch(source, destination, here, there, checked)  # noqa: E731
+    return Case("move_rows", shape, run, twin, len(here) * source.shape[1] * (source.itemsize + destination.itemsize))
 
 
 def drawing(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -135,7 +143,8 @@ def decode(batch: int, context: int, dtype: torch.dtype, device: torch.device) -
     span = make_paged_singles(range(batch), [context - 1] * batch, tables, Paging(KV_HEADS, BLOCK, 0))
     span = type(span)(*(part.to(device) for part in (span.tokens, span.tables, span.firsts, span.lasts)))
     run = lambda: attend(query, cache, [span], HEAD_DIM**-0.5)  # noqa: E731
-    return Case("attend_singles", f"{batch} x {context}", run, None, cache.nbytes + 2 * query.nbytes)
+    twin, theirs = gathered(query, cache, tables), flashinfer_decode(query, cache, tables)
+    return Case("attend_singles", f"{batch} x {context}", run, twin, cache.nbytes + 2 * query.nbytes, flashinfer=theirs)
 
 
 def prefill(start: int, length: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -151,54 +160,40 @@ def prefill(start: int, length: int, dtype: torch.dtype, device: torch.device) -
     twin = None if start else (lambda: F.scaled_dot_product_attention(queries, keys[0], keys[1], is_causal=True))
     pairs = length * start + length * (length + 1) // 2
     run = lambda: attend(query, cache, [span], HEAD_DIM**-0.5)  # noqa: E731
-    return Case("attend_chunks", f"{length} behind {start}", run, twin, flops=4 * pairs * HEADS * HEAD_DIM)
+    theirs = flashinfer_prefill(query, cache, tables[0])
+    return Case("attend_chunks", f"{length} behind {start}", run, twin, flops=4 * pairs * HEADS * HEAD_DIM, flashinfer=theirs)
 
 
-def fastest(twin: Callable[[], object], clock: Clock) -> float:
+def fastest(twin: Callable[[], object], clock: Clock) -> float | None:
     """Of torch's fused attentions, where they take such a shape at all."""
     found = []
     for backend in FUSED:
         with sdpa_kernel(backend):
-            try:
-                found.append(clock(twin))
-            except RuntimeError as error:
-                print(f"torch's {backend.name} does not take this: {str(error).splitlines()[0]}", file=sys.stderr)
-    return min(found, default=float("nan"))
-
-
-def copy_rate(size: int, device: torch.device, clock: Clock) -> float:
-    """Bytes per second, read and written."""
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2e3 * size / clock(lambda: target.copy_(source))
-
-
-def matmul_rate(size: int, dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
-    """Operations per second of one large product of random numbers."""
-    left, right = torch.randn(2, size, size, dtype=dtype, device=device)
-    return 2e3 * size**3 / clock(lambda: left @ right)
+            found.append(timed(f"torch's {backend.name}", twin, clock))
+    return min([each for each in found if each is not None], default=None)
 
 
 def measure(sizes: Sizes, dtype: torch.dtype, device: torch.device, clock: Clock) -> dict[str, Any]:
     copied, multiplied = copy_rate(sizes.moved * 4, device, clock), matmul_rate(8192 if device.type == "cuda" else 64, dtype, device, clock)
     print(f"copy {copied / 1e9:.0f} GB/s, products {multiplied / 1e12:.1f} TFLOP/s")
+    if not HAS_FLASHINFER:
+        print("FlashInfer is not installed: attention is not compared with it")
     results: dict[str, Any] = {"copy_gb_s": copied / 1e9, "matmul_tflop_s": multiplied / 1e12, "kernels": []}
     for case in cases(sizes, dtype, device):
         took = clock(case.run)
-        twin = None if case.twin is None else fastest(case.twin, clock) if case.flops else clock(case.twin)
         bound = case.bytes / copied * 1e3 if case.bytes else case.flops / multiplied * 1e3
-        beside = "" if twin is None else f", torch {twin:.4f} ms"
-        print(f"{case.kernel:14} {case.shape:>16}: {took:.4f} ms, {bound / took:4.0%} of the bound{beside}")
-        results["kernels"].append({"kernel": case.kernel, "shape": case.shape, "ms": took, "torch_ms": twin, "bound_ms": bound})
+        others = beside(case, clock)
+        said = "".join(f", {name} {ms:.4f} ms" for name, ms in others.items() if ms is not None)
+        print(f"{case.kernel:14} {case.shape:>22}: {took:.4f} ms, {bound / took:4.0%} of the bound{said}")
+        figures = {"kernel": case.kernel, "shape": case.shape, "ms": took, "bound_ms": bound}
+        results["kernels"].append(figures | {f"{name}_ms": ms for name, ms in others.items()})
     return results
 
 
-def gpu(device: torch.device) -> dict[str, Any]:
-    found = torch.cuda.get_device_properties(device)
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=30).stdout.split()[0]
-    memory = round(found.total_memory / 2**30, 1)
-    return {"name": found.name, "memory_gib": memory, "cores": found.multi_processor_count, "driver": driver, "cuda": torch.version.cuda}
+def beside(case: Case, clock: Clock) -> dict[str, float | None]:
+    """What others take for it, None where they do not do it. For attention of prompts torch has three ways, of which the fastest counts."""
+    twin = None if case.twin is None else fastest(case.twin, clock) if case.flops else timed("torch", case.twin, clock)
+    return {"torch": twin, "flashinfer": None if case.flashinfer is None else timed("FlashInfer", case.flashinfer, clock)}
 
 
 def main() -> None:
@@ -208,11 +203,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--keep", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("no GPU: torch finds no CUDA device here, so nothing is measured")
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = need_gpu()
     where = surroundings()
-    where["gpu"] = {**gpu(device), "triton": version("triton")}
+    where["gpu"] = described(device)
     print(f"{where['gpu']['name']}, triton {where['gpu']['triton']}; {describe(where)}")
     with torch.inference_mode():
         results = measure(Sizes(), getattr(torch, options.dtype), device, device_clock)

@@ -110,8 +110,9 @@ def _quality(results: Results) -> list[Panel]:
 def _kernels(results: Results) -> list[Panel]:
     by_kernel: dict[str, dict[str, Mapping[str, float | None]]] = {}
     for each in results["kernels"]:
-        beside = each["bound_ms"] / each["torch_ms"] if each["torch_ms"] else None
-        by_kernel.setdefault(each["kernel"], {})[each["shape"]] = {"ours": each["bound_ms"] / each["ms"], "torch": beside}
+        times = {"ours": each["ms"], "torch": each["torch_ms"], "FlashInfer": each["flashinfer_ms"]}
+        shares = {name: each["bound_ms"] / ms for name, ms in times.items() if ms}
+        by_kernel.setdefault(each["kernel"], {})[each["shape"]] = shares
     return [Panel(f"{name}: share of the bound", bars) for name, bars in by_kernel.items()]
 
 
