@@ -4,8 +4,8 @@
     allocation     the layers, at the offsets of `geometry`; what would be nonce and words is not used
 
 The engine says `stored` when it has *asked* the GPU for a layer's stores; the layer's event then stands behind them, and whoever reads the
-layer has its own stream wait for the event. So no engine waits on the host. A later `stored` of a layer moves its event on: a reader may then
-wait for more than it needs, never for less.
+layer has its own stream wait for the event. So no engine waits on the host. A later `stored` of a layer moves its event on: a reader
+may then wait for more than it needs, never for less.
 """
 
 from __future__ import annotations
