@@ -76,9 +76,9 @@ def parse_mix(text: str, name: str) -> Mix:
     """From JSON; `ConfigError` names the key that is wrong."""
     try:
         values = json.loads(text)
-        if isinstance(values, list):
+        if not isinstance(values, dict):
             raise ConfigError(
-                f"{name} is a list, and a mix is an object with `streams`; requests, each with its time, go into a file .csv or .jsonl, "
+                f"{name} is no object, and a mix is one with `streams`; requests, each with its time, go into a file .csv or .jsonl, "
                 "one a line, and pairs of lengths go to --lengths.",
                 field="workload",
             )

@@ -89,6 +89,8 @@ def _rows(lines: Iterable[str], name: str) -> Iterator[tuple[int, _Format, Mappi
     form = next((form for form in _FORMATS if {form.at, form.prompt, form.output} <= set(columns)), None)
     if form is None:
         raise _wrong(f"{name}, line {head[0]}", f"columns are {', '.join(columns)}; there should be arrival_s,prompt_tokens,output_tokens")
+    if twice := next((column for column in columns if columns.count(column) > 1), None):
+        raise _wrong(f"{name}, line {head[0]}", f"two columns are called {twice}")
     for number, line in numbered:
         cells = next(csv.reader([line]))
         if len(cells) != len(columns):

@@ -202,4 +202,4 @@ def _hint(wrong: str) -> str:
     """For what is another kind of file."""
     if wrong not in ("missing", "extra_forbidden", "json_invalid"):
         return ""
-    return " `diptych profile` writes one; docs/planner.md says how one is written by hand, as benchmarks/planner/opt-13b-a100.json is."
+    return " `diptych profile` writes one; docs/replaying.md says how one is written by hand, as benchmarks/planner/opt-13b-a100.json is."

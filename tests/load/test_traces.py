@@ -54,6 +54,7 @@ def test_tenants_and_prefixes_are_read() -> None:
         (HEAD + "nan,10,2\n", "W, line 2: arrival_s is nan, not a time"),
         (HEAD + "0,10\n", "W, line 2: 2 cells under 3 columns"),
         ("time,prompt,output\n0,1,1\n", "W, line 1: columns are time, prompt, output; there should be arrival_s"),
+        ("arrival_s,prompt_tokens,prompt_tokens,output_tokens\n0,1,2,3\n", "W, line 1: two columns are called prompt_tokens"),
         ('{"arrival_s": 0\n', "W, line 1: not JSON"),
         ('{"arrival_s": 0, "prompt_tokens": 1}\n', "W, line 1: output_tokens is None, not a number"),
     ],
@@ -109,7 +110,7 @@ def test_a_mix_has_its_streams_in_their_proportion() -> None:
         (('"tenant": "batch"', '"tennant": "batch"'), "streams.1.tennant"),
         (("[1000, 10]", "[1000, 0]"), "streams.1.pairs"),
         (("]}", ""), "not valid JSON"),
-        ((MIX, "[[0, 10, 2]]"), "mix.json is a list, and a mix is an object with `streams`"),
+        ((MIX, "[[0, 10, 2]]"), "mix.json is no object, and a mix is one with `streams`"),
     ],
 )
 def test_a_wrong_mix_is_refused_by_key(change: tuple[str, str], said: str) -> None:

@@ -93,7 +93,7 @@ def wrong(*, parallelisms: int = 1, **changes: dict[str, object]) -> str:
         ({"P.json": wrong(model={"dtype": "fp16"})}, (), "model.dtype: 'fp16' is none of bfloat16, float16, float32"),
         ({"P.json": wrong(links={"node": {"bytes_per_s": math.inf}})}, (), "links.node.bytes_per_s: Input should be a finite number"),
         ({"P.json": wrong(parallelisms=2)}, (), "P.json is no profile: parallelisms: two are of tp 1"),
-        ({"P.json": '{"slos": []}'}, (), "docs/planner.md says how one is written by hand"),
+        ({"P.json": '{"slos": []}'}, (), "docs/replaying.md says how one is written by hand"),
         ({"plan.yaml": "prefill: {pp: 300}\n"}, (), "prefill.pp: 300 stages of the 10 layers of m"),
         ({"plan.yaml": "prefill: {tp: 4}\n"}, (), "prefill.tp: the profile of m on d has no times for tp 4; it has tp 1"),
         ({"plan.yaml": "decode: {kv_tokens: 99999}\n"}, (), "decode.kv_tokens: 99999 tokens of KV do not fit"),
