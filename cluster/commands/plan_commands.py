@@ -84,7 +84,7 @@ def plan(
     lengths: Lengths = None,
     input: Annotated[str, typer.Option(metavar="N|A-B", help="Without a file: prompt tokens, a number or a range.")] = "256",
     output: Annotated[str, typer.Option(metavar="N|A-B", help="And output tokens.")] = "64",
-    burstiness: Annotated[float, typer.Option(min=1e-3, help="Shape of gamma arrivals; 1 is Poisson.")] = 1.0,
+    burstiness: Annotated[float, typer.Option(min=1e-3, help="Without a workload: shape of gamma arrivals; 1 is Poisson.")] = 1.0,
     rate: Annotated[float | None, typer.Option(min=1e-3, help="Requests per second to serve. Default: the most per device.")] = None,
     target: Annotated[float, typer.Option(min=0.01, max=0.999, help="The share of requests that must meet the SLO.")] = 0.9,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="How sure each simulated rate must be.")] = 0.95,
@@ -93,8 +93,8 @@ def plan(
     cost: Annotated[float | None, typer.Option(min=1e-6, help="Of a device for an hour. Default: the profile's.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model's source, to be written into the plan.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="plan.yaml", help="Write the plan there; else it is printed.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the Pareto front there.")] = None,
-    exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Simulate also what cannot win.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw cost and rate of what was searched to its end there.")] = None,
+    exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Search also what cannot win, for a fuller Pareto front.")] = False,
     derive: Annotated[
         bool, typer.Option("--derive", help="Consider tp that nobody measured too, its times derived from the others'.")
     ] = False,

@@ -20,6 +20,7 @@ from ...core.fleet import LocalPrefill
 from ...engine.location import DEMO_NAME
 from ..load.choice import Load
 from ..load.mix import Mix, parse_mix
+from ..load.retimed import Retimed
 from ..load.slo import parse_slo
 from ..load.workload import limited, read_pairs
 from ..planner.goodput import Arrivals, Bench, Terms
@@ -201,18 +202,19 @@ def processes() -> ProcessPoolExecutor:
 
 
 def load_for(workload: Path | None, lengths: Path | None, burstiness: float, *, input: str, output: str) -> Arrivals:
-    """The load as a function of rate and seed. A trace has its own rate, so plans take its lengths."""
+    """The load as a function of rate and seed. A trace has its own rate, so its times are scaled to those that are tried."""
     if workload is not None and lengths is not None:
         raise ConfigError("Give --workload or --lengths, not both.", field="workload")
+    if workload is not None and burstiness != 1.0:
+        raise ConfigError(f"{workload.name} says how its requests come: leave --burstiness out.", field="burstiness")
     if workload is not None and workload.suffix == ".json":
         mix: Mix = parse_mix(_text(workload), workload.name)
         return mix.arrivals
     if workload is not None:
         from .simulating import lines_of
 
-        pairs = tuple((arrival.prompt_tokens, arrival.output_tokens) for arrival in lines_of(workload))
-        load = Load(lengths=pairs, burstiness=burstiness)
-    elif lengths is not None:
+        return Retimed.of(tuple(lines_of(workload)), workload.name).arrivals
+    if lengths is not None:
         load = Load(lengths=tuple(read_pairs(_text(lengths), lengths.name)), burstiness=burstiness)
     else:
         load = Load(input=input, output=output, burstiness=burstiness)
@@ -230,12 +232,21 @@ def _text(file: Path) -> str:
 def _table(outcome: Outcome, site: Site) -> Table:
     front, per = {id(each) for each in outcome.front()}, f"per {site.unit}"
     table = Table("", "plan", "devices", "requests/s", per, "cost/h", "attained", box=None, pad_edge=False, header_style="bold")
-    for number, each in enumerate(outcome.scored[: 1 + SHOWN]):
+    for number, each in enumerate(outcome.scored):
+        if number > SHOWN and id(each) not in front:
+            continue
         probe = each.probe
         attained = "" if probe is None else f"{probe.share:.1%} ({probe.low:.1%} to {probe.high:.1%})"
         mark = "best" if number == 0 else ""
         cells: list[Any] = [f"{each.rate:.3g}", f"{each.rate / site.units(each.plan):.3g}", f"{each.cost_per_hour:g}", attained]
         devices = site.amount(each.plan) if each.plan.prefill.device else str(each.plan.devices)
         table.add_row(mark + (" *" if id(each) in front else ""), str(each.plan), devices, *cells)
-    table.caption = f"* on the Pareto front of cost and rate. {outcome.considered} plans considered, {outcome.simulated} simulations."
+    table.caption = f"{_front_said(outcome, site)} {outcome.considered} plans considered, {outcome.simulated} simulations."
     return table
+
+
+def _front_said(outcome: Outcome, site: Site) -> str:
+    """Of which plans it is one: what was given up for what it serves per device may serve more, for more."""
+    cut = sum(each.loss is Loss.DOMINATED for each in outcome.lost)
+    given_up = f"; {cut} that could not win per {site.unit} were not, and may belong on it" if cut else ""
+    return f"* on the Pareto front of cost and rate of the plans that were searched to their end{given_up}."

@@ -25,7 +25,7 @@ def policies_for(profile: Profile, tp: int, sample: Sample) -> Policies:
     saturating = (prefill.constant + known.times.step) / CONSTANT_SHARE / prefill.token if prefill.token else 512
     chunk = max(512, min(8192, int(saturating) // 16 * 16))
     most = max(max(each.kv_tokens.values(), default=profile.kv_tokens(each.tp, 1)) for each in profile.parallelisms)
-    rows = max(32, min(MOST_ON_CPU if profile.on_cpu else 1024, int(1.2 * most / max(1.0, sample.prompt_tokens))))
+    rows = max(32, min(MOST_ON_CPU if profile.on_cpu else 1024, int(1.2 * most / max(1.0, sample.own_tokens))))
     return Policies(chunk_tokens=chunk, prefill_running=rows, decode_running=rows)
 
 

@@ -58,7 +58,8 @@ class Outcome:
         return self
 
     def front(self) -> list[Scored]:
-        """Those that no other serves more than at no more cost, the cheapest first."""
+        """Of those whose rate is known: what none of them serves more than at no more cost, the cheapest first. What `_least` gave up,
+        since it cannot win per cost, may serve more for more."""
         made: list[Scored] = []
         for each in sorted(self.scored, key=lambda each: (each.cost_per_hour, -each.rate)):
             if not made or each.rate > made[-1].rate:

@@ -105,6 +105,11 @@ class Sample:
         return sum(arrival.prompt_tokens for arrival in self.arrivals) / len(self.arrivals)
 
     @property
+    def own_tokens(self) -> float:
+        """Of a prompt what no other begins with, on average: computed, and held, for it alone."""
+        return sum(arrival.prompt_tokens - cached(arrival) for arrival in self.arrivals) / len(self.arrivals)
+
+    @property
     def output_tokens(self) -> float:
         """Of a request, on average."""
         return sum(arrival.output_tokens for arrival in self.arrivals) / len(self.arrivals)
@@ -112,6 +117,18 @@ class Sample:
     @property
     def longest(self) -> int:
         return max(arrival.prompt_tokens + arrival.output_tokens for arrival in self.arrivals)
+
+
+def cached(arrival: Arrival) -> int:
+    """Tokens of the prompt that are cached at best: its prefix, as if nobody were the first to have it, but the last token is always
+    computed. So what is reckoned with it is the least that a request takes, and no plan is lost that would have served."""
+    return min(arrival.prefix_tokens, arrival.prompt_tokens - 1)
+
+
+def _prompt_work(arrival: Arrival) -> Work:
+    """What is computed of it; positions attend to the cached ones too."""
+    start = cached(arrival)
+    return Work(tokens=arrival.prompt_tokens - start, pairs=arrival.prompt_tokens**2 - start**2)
 
 
 def lacking(profile: Profile, phase: Phase, shape: Shape, sample: Sample, slo: Slo, target: float) -> Lost | None:
@@ -128,37 +145,40 @@ def lacking(profile: Profile, phase: Phase, shape: Shape, sample: Sample, slo: S
         return Lost(what, Loss.MEMORY, need)
     limit, name = (slo.ttft, "TTFT") if phase is Phase.PREFILL else (slo.tpot, "TPOT")
     if limit is not None and (idle := idle_seconds(profile, phase, shape, sample, target)) > limit:
+        when = "alone, with their prefixes cached" if phase is Phase.PREFILL and any(map(cached, sample.arrivals)) else "alone"
         return Lost(
-            what, Loss.SLO, f"alone, {target:.0%} of requests have a {name} of up to {1000 * idle:.0f} ms; the limit is {1000 * limit:.0f}"
+            what, Loss.SLO, f"{when}, {target:.0%} of requests have a {name} of up to {1000 * idle:.0f} ms; the limit is {1000 * limit:.0f}"
         )
     return None
 
 
 def idle_seconds(profile: Profile, phase: Phase, shape: Shape, sample: Sample, share: float) -> float:
-    """TTFT (or TPOT) that `share` of the requests do not exceed when each is alone."""
+    """TTFT (or TPOT) that `share` of the requests do not exceed when each is alone and its prefix is cached."""
     times = _times(profile, phase, shape)
     if phase is Phase.PREFILL:
-        alone = (Work(tokens=a.prompt_tokens, pairs=a.prompt_tokens**2) for a in sample.arrivals)
+        alone = map(_prompt_work, sample.arrivals)
         return percentile(sorted(step_seconds(times, work, shape.pp) for work in alone), share) + profile.overheads.request
-    alone = (Work(rows=1, context=a.prompt_tokens + a.output_tokens // 2) for a in sample.arrivals)
-    return percentile(sorted(step_seconds(times, work, shape.pp) for work in alone), share)
+    rounds = (Work(rows=1, context=a.prompt_tokens + a.output_tokens // 2) for a in sample.arrivals)
+    return percentile(sorted(step_seconds(times, work, shape.pp) for work in rounds), share)
 
 
 def most_prompts(profile: Profile, shape: Shape, sample: Sample, policies: Policies) -> float:
     """Requests per second above which a prefill worker's queue grows without end, whatever it batches."""
     times = _times(profile, Phase.PREFILL, shape)
-    tokens = sample.prompt_tokens
-    pairs = sum(arrival.prompt_tokens**2 for arrival in sample.arrivals) / len(sample.arrivals)
+    tokens = sample.own_tokens
+    pairs = sum(_prompt_work(arrival).pairs for arrival in sample.arrivals) / len(sample.arrivals)
     constant = (times.prefill.constant + times.step) * min(1.0, tokens / policies.chunk_tokens)
     return shape.pp / (constant + times.prefill.token * tokens + times.prefill.pair * pairs)
 
 
 def most_answers(profile: Profile, shape: Shape, sample: Sample, slo: Slo, policies: Policies) -> float:
-    """Requests per second of a decode worker with the largest batch that its memory and the TPOT limit allow."""
+    """Requests per second of a decode worker with the largest batch that its memory and the TPOT limit allow; a prefix is held
+    once for all that have it, at best not at all."""
     times = _times(profile, Phase.DECODE, shape)
     output, prompt = sample.output_tokens, sample.prompt_tokens
     context = prompt + output / 2
-    most = max(1, min(policies.decode_running, int(profile.kv_tokens(shape.tp, shape.pp) / context)))
+    held = sample.own_tokens + output / 2
+    most = max(1, min(policies.decode_running, int(profile.kv_tokens(shape.tp, shape.pp) / held)))
 
     def rate(rows: int) -> float:
         seconds = step_seconds(times, Work(rows=-(-rows // shape.pp), context=int(rows * context / shape.pp)), shape.pp)

@@ -23,7 +23,8 @@ POLICIES = {
     "cluster.on_ray": "nodes",
     "cluster.autoplan": "deciding drift figures replan",
     "cluster.doctor": "finding gpus host",
-    "cluster.load": "agreement answer arrivals choice dialect fitting goodput lengths mix prompts report slo sse summary traces workload",
+    "cluster.load": "agreement answer arrivals choice dialect fitting goodput lengths mix prompts report retimed slo sse summary traces "
+    "workload",
     "cluster.spans": "shares taken trace",
     "cluster.planner": "agenda data_sheets decode extrapolating figures goodput lane latency life nearest plan_file policies prefill "
     "profile search shapes sharing site standing trying worker world",
