@@ -1,4 +1,4 @@
-"""What benchmarks of the engine alone have in common: how they ask for a model, and memory for its cache."""
+"""What benchmarks of the engine alone have in common: how they ask for a model, memory for its cache, and what a step has to read of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import torch
 from diptych.core.layout import Layout
 from diptych.core.model import CARD
 from diptych.engine.location import demo_source
+from diptych.engine.prepared import PreparedModel
+from diptych.engine.weights import is_product, product
 from diptych.kv_transfer.pool import DTYPES
 from torch import Tensor
+
+CPU = torch.device("cpu")
 
 
 def asked(parser: ArgumentParser) -> tuple[Namespace, str]:
@@ -29,7 +33,27 @@ def asked(parser: ArgumentParser) -> tuple[Namespace, str]:
     return options, source
 
 
-def empty_caches(layout: Layout) -> list[list[Tensor]]:
+def empty_caches(layout: Layout, device: torch.device = CPU) -> list[list[Tensor]]:
     """As a pool allocates them: of each group, of each layer [blocks, kv_heads, 2, block, width]."""
     shapes = [(blocks, g.kv_heads, 2, layout.block_size, g.width) for g, blocks in zip(layout.groups, layout.num_blocks, strict=True)]
-    return [[torch.zeros(shape, dtype=DTYPES[g.dtype]) for _ in g.layers] for g, shape in zip(layout.groups, shapes, strict=True)]
+    return [
+        [torch.zeros(shape, dtype=DTYPES[g.dtype], device=device) for _ in g.layers] for g, shape in zip(layout.groups, shapes, strict=True)
+    ]
+
+
+def stored(model: PreparedModel) -> tuple[int, int, int, int]:
+    """Of the products of all layers together, and of the head: weights, bytes."""
+    names = [name for name in model.tensors if is_product(name) and name not in ("embed", "head")]
+    head = product(model.tensors, "head" if "head" in model.tensors else "embed")
+    layers = [product(model.tensors, name).shape for name in names]
+    return (
+        sum(outputs * inputs for outputs, inputs in layers),
+        sum(model.card.matrix_bytes(*shape) for shape in layers),
+        head.shape[0] * head.shape[1],
+        model.card.table_bytes(*head.shape),
+    )
+
+
+def kv_bytes(model: PreparedModel, held: int) -> int:
+    """Of so many tokens in all layers, none of which a window has passed."""
+    return held * sum(group.token_bytes * len(group.layers) for group in model.card.cache_groups())

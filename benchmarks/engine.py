@@ -1,9 +1,11 @@
 """Step times of the engine on the demo model, against what the machine could do, and where a decode step's time goes.
 
     python -m diptych.benchmarks.engine [--threads 1] [--dtype bfloat16] [--quantization none int8 int4] [--model SOURCE] [--torch]
+    python -m diptych.benchmarks.engine --device cuda [--dtype bfloat16] [--model SOURCE]
 
 A step is bound by arithmetic or by reading the weights (and the KV) once; both speeds are measured first, with a large matrix product
-and with passes over the weights. Times are the least of several runs, in milliseconds. On a shared machine: `taskset -c 1`.
+and with passes over the weights. Times are the least of several runs, in milliseconds. On a shared machine: `taskset -c 1`. What is measured
+on a GPU is in engine_gpu.py.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from diptych.benchmarks.bare_engine import asked, empty_caches
+from diptych.benchmarks import engine_gpu
+from diptych.benchmarks.bare_engine import asked, empty_caches, kv_bytes, stored
+from diptych.benchmarks.gpu import copy_rate, described, device_clock, matmul_rate, need_gpu
 from diptych.benchmarks.record import describe, keep, surroundings
 from diptych.core.layout import DType
 from diptych.core.quantization import Quantization
@@ -26,9 +30,10 @@ from diptych.core.sampling import SamplingParams
 from diptych.engine import decoder as decoder_module
 from diptych.engine import engine as engine_module
 from diptych.engine.batch import Batch, Draw, Row
+from diptych.engine.cuda_capture import CudaCapture
 from diptych.engine.engine import Engine
 from diptych.engine.prepared import PreparedModel, find_or_prepare, open_prepared
-from diptych.engine.weights import TORCH_DTYPE, is_product, product
+from diptych.engine.weights import TORCH_DTYPE
 
 BLOCK = 16
 SEQUENCE = 512
@@ -150,19 +155,6 @@ def profile(bench: Bench, rows: int, vocab_size: int, times: int = 40) -> dict[s
     return dict(sorted(parts.items(), key=lambda each: -each[1]))
 
 
-def stored(model: PreparedModel) -> tuple[int, int, int, int]:
-    """Of the products of all layers together, and of the head: weights, bytes."""
-    names = [name for name in model.tensors if is_product(name) and name not in ("embed", "head")]
-    head = product(model.tensors, "head" if "head" in model.tensors else "embed")
-    layers = [product(model.tensors, name).shape for name in names]
-    return (
-        sum(outputs * inputs for outputs, inputs in layers),
-        sum(model.card.matrix_bytes(*shape) for shape in layers),
-        head.shape[0] * head.shape[1],
-        model.card.table_bytes(*head.shape),
-    )
-
-
 def measure(model: PreparedModel, read: float, flops: float) -> dict[str, Any]:
     """Of one model, on a machine that reads and computes as fast as that."""
     card = model.card
@@ -177,8 +169,7 @@ def measure(model: PreparedModel, read: float, flops: float) -> dict[str, Any]:
         results["prefill"].append({"tokens": length, "start": start, "ms": took, "bound_ms": bound})
     for rows in ROWS:
         held = sum(place(slot) + 1 for slot in range(rows))
-        kv = sum(2 * g.kv_heads * g.head_dim * g.dtype.itemsize * len(g.layers) for g in card.cache_groups()) * held
-        reading, computing = (matrices_bytes + head_bytes + kv) / read * 1e3, 2 * (matrices + head) * rows / flops * 1e3
+        reading, computing = (matrices_bytes + head_bytes + kv_bytes(model, held)) / read * 1e3, 2 * (matrices + head) * rows / flops * 1e3
         bound = max(reading, computing)
         parts = profile(bench, rows, card.vocab_size)
         step = sum(parts.values())
@@ -191,6 +182,17 @@ def measure(model: PreparedModel, read: float, flops: float) -> dict[str, Any]:
     return results
 
 
+def on_gpu(options: argparse.Namespace, model: PreparedModel, device: torch.device) -> None:
+    where = surroundings()
+    where["gpu"] = described(device)
+    print(f"{where['gpu']['name']}; {describe(where)}")
+    read = copy_rate(1 << 30, device, device_clock)
+    flops = matmul_rate(8192, TORCH_DTYPE[model.card.dtype], device, device_clock)
+    results = {str(model.card.quantization): engine_gpu.measure(model, read, flops, device, CudaCapture(device))}
+    if options.keep:
+        print(f"kept in {keep(options.keep, where, vars(options), results)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diptych.benchmarks.engine", description="What does a step of the engine take?")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
@@ -198,10 +200,16 @@ def main() -> None:
         "--quantization", nargs="+", type=Quantization, choices=list(Quantization), default=[Quantization.NONE], help="one after the other"
     )
     parser.add_argument("--torch", action="store_true", help="without the C++ kernels")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: captured decode steps, long prompts")
     options, source = asked(parser)
+    dtype = DType(options.dtype)
+    if options.device == "cuda":
+        if options.torch or options.quantization != [Quantization.NONE]:
+            parser.error("--torch and --quantization are of a CPU")
+        device = need_gpu()  # before minutes are spent on preparing
+        return on_gpu(options, open_prepared(find_or_prepare(source, dtype=dtype)), device)
     where = surroundings()
     print(describe(where))
-    dtype = DType(options.dtype)
     wide = open_prepared(find_or_prepare(source, dtype=dtype))
     models = [open_prepared(find_or_prepare(source, dtype=dtype, quantization=each)) for each in options.quantization]
     if options.torch:

@@ -95,7 +95,12 @@ def _engine(results: Results) -> list[Panel]:
     panels = []
     for name, found in results.items():
         decode = {
-            str(each["rows"]): {"step": each["ms"], "bound": max(each["reading_ms"], each["computing_ms"])} for each in found["decode"]
+            str(each["rows"]): {
+                "step": each["ms"],
+                "kernel by kernel": each.get("eager_ms"),
+                "bound": max(each["reading_ms"], each["computing_ms"]),
+            }
+            for each in found["decode"]
         }
         prefill = {f"{each['tokens']} from {each['start']}": {"step": each["ms"], "bound": each["bound_ms"]} for each in found["prefill"]}
         panels += [Panel(f"decode, weights {name}: rows (ms)", decode), Panel(f"prefill, weights {name}: tokens (ms)", prefill)]
@@ -166,6 +171,7 @@ PICTURES: Mapping[str, Callable[[Results], list[Panel]]] = {
     "links": _links,
     "engine": _engine,
     "engine-torch": _engine,
+    "engine-gpu": _engine,
     "quality": _quality,
     "kernels": _kernels,
     "locks": _locks,

@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument("tokens", type=int, help="of a prompt")
     tokens = parser.parse_args().tokens
     import torch
-    from diptych.benchmarks.engine import peak_flops, peak_read, stored
+    from diptych.benchmarks.bare_engine import stored
+    from diptych.benchmarks.engine import peak_flops, peak_read
     from diptych.core.layout import DType
     from diptych.engine.location import demo_source
     from diptych.engine.prepared import find_or_prepare, open_prepared

@@ -170,6 +170,7 @@ def test_staging_is_counted_for_every_pair_that_gloo_may_make(tmp_path: Path) ->
         return {worker.name: kv_bytes(read_card(directory), worker.ranks[0]) for worker in planned(config)}
 
     alone, both = wanted(transports=["shm"]), wanted()
+    pair = 4 * ((16 << 20) + 4096)  # slots, each a page and a piece
     assert {name: both[name] - alone[name] for name in ("prefill-0", "decode-0")} == {
         "prefill-0": 3 * (64 << 20),
         "decode-0": 2 * (64 << 20),
