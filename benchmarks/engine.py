@@ -4,8 +4,8 @@
     python -m diptych.benchmarks.engine --device cuda [--dtype bfloat16] [--model SOURCE]
 
 A step is bound by arithmetic or by reading the weights (and the KV) once; both speeds are measured first, with a large matrix product
-and with passes over the weights. Times are the least of several runs, in milliseconds. On a shared machine: `taskset -c 1`. What is measured
-on a GPU is in engine_gpu.py.
+and with passes over the weights. Times are the least of several runs, in milliseconds. On a shared machine: `taskset -c 1`. What is
+measured on a GPU is in engine_gpu.py.
 """
 
 from __future__ import annotations

@@ -94,17 +94,15 @@ def _links(results: Results) -> list[Panel]:
 def _engine(results: Results) -> list[Panel]:
     panels = []
     for name, found in results.items():
-        decode = {
-            str(each["rows"]): {
-                "step": each["ms"],
-                "kernel by kernel": each.get("eager_ms"),
-                "bound": max(each["reading_ms"], each["computing_ms"]),
-            }
-            for each in found["decode"]
-        }
+        decode = {str(each["rows"]): _step_of(each) for each in found["decode"]}
         prefill = {f"{each['tokens']} from {each['start']}": {"step": each["ms"], "bound": each["bound_ms"]} for each in found["prefill"]}
         panels += [Panel(f"decode, weights {name}: rows (ms)", decode), Panel(f"prefill, weights {name}: tokens (ms)", prefill)]
     return panels
+
+
+def _step_of(figures: Mapping[str, float | None]) -> dict[str, float | None]:
+    eager = {"kernel by kernel": figures["eager_ms"]} if "eager_ms" in figures else {}
+    return {"step": figures["ms"], **eager, "bound": max(figures["reading_ms"] or 0.0, figures["computing_ms"] or 0.0)}
 
 
 def _quality(results: Results) -> list[Panel]:

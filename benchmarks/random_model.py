@@ -95,7 +95,8 @@ def _write_weights(shape: Shape, directory: Path, random: torch.Generator) -> No
     from safetensors.torch import save_file
 
     parts = [*_layers(shape), _outside(shape)]
-    where, total = {}, 0
+    where: dict[str, str] = {}
+    total = 0
     for number, shapes in enumerate(parts, 1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
         tensors = {name: _random(each, random) for name, each in shapes.items()}
