@@ -172,8 +172,8 @@ def test_staging_is_counted_for_every_pair_that_gloo_may_make(tmp_path: Path) ->
     alone, both = wanted(transports=["shm"]), wanted()
     pair = 4 * ((16 << 20) + 4096)  # slots, each a page and a piece
     assert {name: both[name] - alone[name] for name in ("prefill-0", "decode-0")} == {
-        "prefill-0": 3 * (64 << 20),
-        "decode-0": 2 * (64 << 20),
+        "prefill-0": 3 * pair,
+        "decode-0": 2 * pair,
     }
     spec = RankSpec(worker_id="d", phase=Phase.DECODE, model_dir=directory, pairs=3)
     with pytest.raises(ConfigError, match="with staging for its transfers") as caught:
