@@ -8,6 +8,7 @@ from itertools import islice
 
 import pytest
 from diptych.benchmarks.planner.replay import profile_of
+from diptych.cluster.commands.planning import _table
 from diptych.cluster.load import arrivals as times
 from diptych.cluster.load.goodput import Probe, Verdict
 from diptych.cluster.load.lengths import Range, drawn
@@ -19,7 +20,7 @@ from diptych.cluster.planner.plan_file import config_of, policies_for
 from diptych.cluster.planner.policies import workers_of
 from diptych.cluster.planner.profile import Cores, DeviceShare, Parallelism, Profile
 from diptych.cluster.planner.search import Outcome, Planner
-from diptych.cluster.planner.shapes import Loss, Plan, Sample, Shape, lacking, most_answers, most_prompts
+from diptych.cluster.planner.shapes import Loss, Lost, Plan, Sample, Shape, lacking, most_answers, most_prompts
 from diptych.cluster.planner.sharing import scaled
 from diptych.cluster.planner.site import Kind, Site, Space
 from diptych.cluster.planner.trying import Scored
@@ -140,6 +141,16 @@ def test_the_front_has_what_no_other_beats_in_both() -> None:
 
     outcome = Outcome([scored(4, 9), scored(2, 5), scored(3, 4), scored(4, 7), scored(5, 9)])
     assert [(each.cost_per_hour, each.rate) for each in outcome.front()] == [(2, 5), (4, 9)]
+
+
+def test_all_of_the_front_is_shown_and_how_many_may_be_missing_from_it() -> None:
+    one = Plan(Shape(1, 1), Shape(1, 1))
+    probe = Probe(1, 9, 10, 0.8, 1.0, Verdict.OPEN)
+    scored = [Scored(replace(one, prefills=n), 10 + n, None, 1 + n, probe) for n in range(1, 13)]
+    beaten = [Scored(replace(one, decodes=n), 1, None, 1 + n, probe) for n in range(2, 5)]
+    table = _table(Outcome(scored + beaten, [Lost("a", Loss.DOMINATED, ""), Lost("b", Loss.SLO, "")]), site(profile(), Space(1, 99)))
+    assert table.row_count == 12
+    assert "; 1 that could not win per device were not, and may belong on it." in str(table.caption)
 
 
 def test_a_plan_is_a_config_that_up_loads() -> None:
