@@ -162,6 +162,7 @@ def _peers(results: Results) -> list[Panel]:
 
 PICTURES: Mapping[str, Callable[[Results], list[Panel]]] = {
     "stall": _stall,
+    "stall-gpu": _stall,
     "handover": _handover,
     "start": _start,
     "start-no-ray": _start,

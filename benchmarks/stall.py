@@ -1,9 +1,11 @@
 """Do prompts stall answers? One load, twice: prefill and decode apart, and together in one worker (colocated).
 
     python -m diptych.benchmarks.stall [--rate 0.75] [--seconds 120] [--input 256] [--output 64] [--dtype bfloat16] [--model M]
+    python -m diptych.benchmarks.stall --device cuda --model DIR [...]
 
-Apart, the prefill worker has one core and the decode worker another; together, one worker has both. ITL counts from token 2 on;
-the gap between tokens 1 and 2, which holds the hand-over, is reported by itself. Times are the client's.
+Apart, the prefill worker has one core and the decode worker another; together, one worker has both. On a GPU both workers share one, with
+half of its memory each that the one worker has. ITL counts from token 2 on; the gap between tokens 1 and 2, which holds the hand-over, is
+reported by itself. Times are the client's.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from itertools import chain
 from typing import Any
 
 from diptych.benchmarks import open_loop
+from diptych.benchmarks.gpu import described, need_gpu
 from diptych.benchmarks.record import describe, keep, summary, surroundings
 from diptych.cluster.commands.up import Served
 from diptych.cluster.commands.while_up import serve, settings
@@ -20,6 +23,21 @@ from diptych.rpc.inference import InferenceClient
 
 WARM_UP = 3
 """Requests sent one after another before the load, and not counted."""
+GPU_SHARE = 0.45
+"""Of a GPU's memory, for each of two workers; what workers on it have by default is 0.9."""
+
+
+def clusters(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The configs that are compared. On a host with several GPUs all workers are on the first that has room, so on one."""
+    counts = {"apart": (1, 1), "colocated": (0, 1)}
+    found = {}
+    for name, (prefill, decode) in counts.items():
+        sections = {}
+        if options.device == "cuda":
+            sections = {phase: {"memory_fraction": 2 * GPU_SHARE / (prefill + decode)} for phase in ("prefill", "decode")}
+        found[name] = settings(prefill=prefill, decode=decode, model=options.model, dtype=options.dtype, **sections)
+        found[name]["device"] = options.device
+    return found
 
 
 def measure(config: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -80,14 +98,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the arrival times, the same for both")
     parser.add_argument("--model", help="by default the demo model")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: on one GPU, shared")
     options = parser.parse_args()
+    device = need_gpu() if options.device == "cuda" else None
     where = surroundings()
+    if device is not None:
+        where["gpu"] = described(device)
     print(describe(where))
-    model = {"model": options.model, "dtype": options.dtype}
-    apart = measure(settings(prefill=1, decode=1, **model), options)
-    together = measure(settings(prefill=0, decode=1, **model), options)
-    print(table(apart, together))
-    print(f"kept in {keep('stall', where, vars(options), {'apart': apart, 'colocated': together})}")
+    results = {name: measure(config, options) for name, config in clusters(options).items()}
+    print(table(results["apart"], results["colocated"]))
+    print(f"kept in {keep('stall' if device is None else 'stall-gpu', where, vars(options), results)}")
 
 
 if __name__ == "__main__":

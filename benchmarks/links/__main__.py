@@ -95,7 +95,7 @@ async def one_block(transport: Transport, runs: int = 300) -> float:
 def measure(transport: Transport, options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"pieces": asyncio.run(moved(transport, options.passes)), "block_us": asyncio.run(one_block(transport))}
     if options.runs:
-        found["share"] = share_of_requests(transport, prompt=PROMPT, output=options.output, runs=options.runs)
+        found["share"] = share_of_requests(transport, model=options.model, prompt=PROMPT, output=options.output, runs=options.runs)
     return found
 
 
@@ -116,7 +116,8 @@ def main() -> None:
         "--transport", action="append", choices=[each.value for each in Transport], help="by default each that this machine has"
     )
     parser.add_argument("--output", type=int, default=256, help="output tokens of a request")
-    parser.add_argument("--runs", type=int, default=5, help="requests of the demo model; 0: none")
+    parser.add_argument("--runs", type=int, default=5, help="requests of a served model; 0: none")
+    parser.add_argument("--model", help="that is served; by default the demo model")
     options = parser.parse_args()
     torch.set_num_threads(1)
     where = surroundings()

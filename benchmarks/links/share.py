@@ -18,8 +18,8 @@ from diptych.rpc.inference import InferenceClient
 WARM_UP = 2
 
 
-def share_of_requests(transport: Transport, *, prompt: int, output: int, runs: int) -> dict[str, Any]:
-    """One request of the demo model after another, each alone in the cluster. Medians, in seconds.
+def share_of_requests(transport: Transport, *, model: str | None, prompt: int, output: int, runs: int) -> dict[str, Any]:
+    """One request of a model (None: the demo model) after another, each alone in the cluster. Medians, in seconds.
 
     `exposed`: from P's step that gave the first token to D's first step; `until_committed`: the part of it until D has the KV.
     `transfer`: first piece to Commit, at D; `overlapped`: what of that was over when P had the first token.
@@ -35,7 +35,7 @@ def share_of_requests(transport: Transport, *, prompt: int, output: int, runs: i
         sections: dict[str, Any] = {"log": {"level": "debug", "directory": logs}, "transfer": {"transports": [transport.value]}}
         if transport.on_gpu:  # which both workers share
             sections |= {phase: {"memory_fraction": 0.4} for phase in ("prefill", "decode")}
-        config = settings(prefill=1, decode=1, model=None, dtype="bfloat16", **sections)
+        config = settings(prefill=1, decode=1, model=model, dtype="bfloat16", **sections)
         serve(config | {"device": "cuda" if transport.on_gpu else "cpu"}, one_by_one)
         reached = sorted(stages(Path(logs)).values(), key=lambda attempt: attempt[Stage.PREFILL_QUEUED])
     if len(reached) != len(answers):
