@@ -3,6 +3,7 @@ plan says and nothing else (`benchmarks/planner`)."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -41,13 +42,24 @@ def test_a_model_that_is_wrong_by_a_fifth_would_not_pass() -> None:
     assert len(found.misses()) >= 2
 
 
+GIVEN = ("--profile", str(HERE / "opt-13b-a100.json"), "--lengths", str(HERE / "sharegpt_lengths.json"), "--slo", "ttft=0.2s,tpot=0.1s")
+
+
+@pytest.mark.nightly  # 20 s of CPU
+def test_a_planned_rate_is_served_for_longer_than_it_took_to_find(tmp_path: Path) -> None:
+    out, found = tmp_path / "plan.yaml", tmp_path / "OUT"
+    assert CliRunner().invoke(app, ["plan", *GIVEN, "--devices", "4", "--out", str(out)]).exit_code == 0
+    load = ("--plan", str(out), "--rate", out.read_text().split("): ")[1].split()[0], "--requests", "3000", "--json", str(found))
+    assert CliRunner().invoke(app, ["simulate", *GIVEN, *load]).exit_code == 0
+    assert json.loads(found.read_text())["summary"]["attainment"]["share"] > 0.85
+
+
 @pytest.mark.nightly  # 9 s of CPU in three processes
 def test_the_public_case_of_the_released_simulator_has_the_same_plan(tmp_path: Path) -> None:
     """OPT-13B, four GPUs of a node, 300 requests: theirs comes to 1.5625 requests/s per GPU; what ours comes to with more is in
     docs/planner.md."""
-    out, given = tmp_path / "plan.yaml", ("--profile", str(HERE / "opt-13b-a100.json"), "--lengths", str(HERE / "sharegpt_lengths.json"))
-    asked = ("--slo", "ttft=0.2s,tpot=0.1s", "--devices", "4", "--most", "300", "--out", str(out))
-    result = CliRunner().invoke(app, ["plan", *given, *asked])
+    out = tmp_path / "plan.yaml"
+    result = CliRunner().invoke(app, ["plan", *GIVEN, "--devices", "4", "--most", "300", "--out", str(out)])
     assert result.exit_code == 0, result.output
     config = read_config(out, {})
     found = [(section.workers, section.tp, section.pp) for section in (config.prefill, config.decode)]
