@@ -18,14 +18,15 @@ class Load:
 
 
 def loads(options: argparse.Namespace) -> list[Load]:
-    """In the order in which they are put on a server. `options`: of `python -m diptych.benchmarks.peers`."""
+    """In the order in which they are put on a server, with seeds of their own, so that no prompt is found in a cache. `options`: of
+    `python -m diptych.benchmarks.peers`."""
     lengths = ("--input", options.input, "--output", options.output)
     judged = (*lengths, "--slo", options.slo)
     probes = ("--goodput", "--budget", options.budget, "--probe-requests", options.probe_requests, "--warm-up", 2)
     found = [
-        Load(ALONE, (*lengths, "--rate", 0.25, "--constant", "--requests", 12, "--warm-up", 2), patient=False),
-        Load(TOGETHER, (*lengths, "--rate", 1000, "--constant", "--requests", 16, "--warm-up", 0), patient=False),
-        Load(STEADY, (*judged, "--rate", options.rate, "--requests", options.requests, "--warm-up", options.warm_up)),
-        Load(LONG, ("--input", 1024, "--output", 64, "--rate", 0.25, "--requests", 24, "--warm-up", 2)),
+        Load(ALONE, ("--seed", 1, *lengths, "--rate", 0.25, "--constant", "--requests", 12, "--warm-up", 2), patient=False),
+        Load(TOGETHER, ("--seed", 2, *lengths, "--rate", 1000, "--constant", "--requests", 16, "--warm-up", 0), patient=False),
+        Load(STEADY, ("--seed", 3, *judged, "--rate", options.rate, "--requests", options.requests, "--warm-up", options.warm_up)),
+        Load(LONG, ("--seed", 4, "--input", 1024, "--output", 64, "--rate", 0.25, "--requests", 24, "--warm-up", 2)),
     ]
-    return [*found, Load(SEARCH, (*judged, "--rate", options.rate, *probes))] if options.budget else found
+    return [*found, Load(SEARCH, ("--seed", 5, *judged, "--rate", options.rate, *probes))] if options.budget else found
