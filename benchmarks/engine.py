@@ -207,7 +207,10 @@ def main() -> None:
         if options.torch or options.quantization != [Quantization.NONE]:
             parser.error("--torch and --quantization are of a CPU")
         device = need_gpu()  # before minutes are spent on preparing
-        return on_gpu(options, open_prepared(find_or_prepare(source, dtype=dtype)), device)
+        model = open_prepared(find_or_prepare(source, dtype=dtype))
+        if model.card.slow_path:
+            parser.error(f"--model: {model.card.slow_path} Nothing of it is captured")
+        return on_gpu(options, model, device)
     where = surroundings()
     print(describe(where))
     wide = open_prepared(find_or_prepare(source, dtype=dtype))

@@ -123,6 +123,8 @@ def main() -> None:
     where = surroundings()
     print(describe(where))
     able = [each for each in Transport if not each.on_gpu or torch.cuda.is_available()]
+    if lacking := [each.value for each in Transport if each not in able]:
+        print(f"no GPU: {' and '.join(lacking)} not measured")
     chosen = [each for each in able if options.transport is None or each.value in options.transport]
     os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")  # both processes are on one GPU
     layers = CacheGroup(CacheKind.FULL, tuple(range(18)), kv_heads=4, head_dim=64, dtype=DType.BFLOAT16)
