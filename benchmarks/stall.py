@@ -30,13 +30,13 @@ GPU_SHARE = 0.45
 def clusters(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The configs that are compared. On a host with several GPUs all workers are on the first that has room, so on one."""
     counts = {"apart": (1, 1), "colocated": (0, 1)}
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, (prefill, decode) in counts.items():
-        sections = {}
+        config = found[name] = settings(prefill=prefill, decode=decode, model=options.model, dtype=options.dtype)
+        config["device"] = options.device
         if options.device == "cuda":
-            sections = {phase: {"memory_fraction": 2 * GPU_SHARE / (prefill + decode)} for phase in ("prefill", "decode")}
-        found[name] = settings(prefill=prefill, decode=decode, model=options.model, dtype=options.dtype, **sections)
-        found[name]["device"] = options.device
+            for phase in ("prefill", "decode"):
+                config[phase]["memory_fraction"] = 2 * GPU_SHARE / (prefill + decode)
     return found
 
 

@@ -17,9 +17,11 @@ from typing import Any
 from diptych.cluster.programs import rank
 from diptych.core.transfer import Ack, Commit, Ready
 from diptych.decode_worker.role import DecodeRole
+from diptych.kv_transfer import source_machine
 from diptych.kv_transfer.destination_machine import DestinationMachine
 from diptych.kv_transfer.source_machine import SourceMachine
 
+source_machine.WORTH_BYTES = 1  # so that a short prompt of a small model is announced layer by layer
 POINTS: dict[str, tuple[type, str, type | None]] = {
     "offer": (SourceMachine, "offer", None),
     "announce": (SourceMachine, "announce", None),

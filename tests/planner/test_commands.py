@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from diptych.cluster.cli import app
-from diptych.cluster.commands import planning
+from diptych.cluster.commands import planning, simulating
 from diptych.cluster.commands.devices import Asked
 from diptych.cluster.planner.profile import DeviceShare, Parallelism
 from diptych.cluster.planner.site import Space
@@ -23,6 +23,8 @@ PLAN = "prefill: {workers: 1, kv_tokens: 16000}\ndecode: {workers: 1, kv_tokens:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for module in (planning, simulating):
+        monkeypatch.setattr(module._out, "width", 200)  # that of the first test in this process that has set COLUMNS, otherwise
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     Path("P.json").write_text(profile().model_dump_json())
