@@ -60,6 +60,16 @@ def table_of(cores: int) -> Iterator[CoreTable]:
         table.close()
 
 
+def two_beside_one_idle(table: CoreTable, clock: Clock) -> tuple[Rank, Rank]:
+    """Of cores 0 to 2 the first is to be had, and the ranks of the others compute."""
+    idle, first, second = (Rank(table, (core,), clock) for core in range(3))
+    idle.end()
+    clock.now += REST
+    first.begin()
+    second.begin()
+    return first, second
+
+
 def test_the_core_of_an_idle_rank_is_borrowed_after_its_rest_and_given_back_when_it_computes() -> None:
     clock = Clock()
     with table_of(2) as table:
@@ -80,11 +90,7 @@ def test_the_core_of_an_idle_rank_is_borrowed_after_its_rest_and_given_back_when
 def test_who_ends_gives_back_what_it_has_borrowed() -> None:
     clock = Clock()
     with table_of(3) as table:
-        idle, first, second = (Rank(table, (core,), clock) for core in range(3))
-        idle.end()
-        clock.now += REST
-        for rank in (first, second):
-            rank.begin()
+        first, second = two_beside_one_idle(table, clock)
         assert [first.lending.look(), second.lending.look()] == [1, 1]
         assert [first.lending.look(), second.lending.look()] == [2, 1], "it is the first one's"
         first.end()
@@ -95,11 +101,7 @@ def test_who_ends_gives_back_what_it_has_borrowed() -> None:
 def test_what_was_borrowed_by_one_that_was_killed_is_to_be_had_again(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     with table_of(3) as table:
-        idle, first, second = (Rank(table, (core,), clock) for core in range(3))
-        idle.end()
-        clock.now += REST
-        for rank in (first, second):
-            rank.begin()
+        first, second = two_beside_one_idle(table, clock)
         assert [first.lending.look(), second.lending.look(), first.lending.look()] == [1, 1, 2]
         monkeypatch.setattr(Rank, "killed", {first.pid})
         clock.now += GONE_NS
