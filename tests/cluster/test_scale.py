@@ -10,16 +10,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import pytest
 from cluster_harness import Cluster, nothing_left, running
 from diptych.core.errors import DiptychError
 from diptych.core.generate import Generate, Timing
 from diptych.core.sampling import SamplingParams
 from diptych.rpc.inference import InferenceClient
+from prometheus_client.parser import text_string_to_metric_families
 
 UP_S = 90.0
 AT_ONCE = 4
 TOKENS = 24
+BUSY = ("diptych_requests_running", "vllm:num_requests_running", "vllm:num_requests_waiting")
 
 
 @dataclass
@@ -31,10 +34,12 @@ class Load:
     errors: list[str] = field(default_factory=list)
     served: asyncio.Queue[None] = field(default_factory=asyncio.Queue)
     workers: set[str] = field(default_factory=set)
+    asks: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def client(self, number: int) -> None:
         async with InferenceClient(self.address) as client:
             while True:
+                await self.asks.wait()
                 await self._ask(client, number)
 
     async def _ask(self, client: InferenceClient, number: int) -> None:
@@ -65,6 +70,7 @@ class Load:
 @asynccontextmanager
 async def load(address: str) -> AsyncIterator[Load]:
     load = Load(address)
+    load.asks.set()
     clients = [asyncio.create_task(load.client(number)) for number in range(AT_ONCE)]
     try:
         yield load
@@ -84,6 +90,15 @@ async def long_answer(address: str, number: int, begun: asyncio.Event) -> Timing
                 assert chunk.finish.usage.output_tokens == 900
                 return chunk.finish.timing
     raise AssertionError("no end")
+
+
+async def idle(address: str) -> None:
+    """Until the router knows of every worker that it has nothing to do."""
+    async with asyncio.timeout(60), httpx.AsyncClient(base_url=f"http://{address}") as client:
+        while True:
+            families = text_string_to_metric_families((await client.get("/metrics")).text)
+            if not any(sample.value for family in families for sample in family.samples if sample.name in BUSY):
+                return
 
 
 def retries(cluster: Cluster) -> list[str]:
@@ -106,9 +121,12 @@ async def grow_and_shrink(cluster: Cluster) -> Load:
         assert grown.count("has joined") == 2
         assert await under.more(40) == {f"{phase}-{number}" for phase in ("prefill", "decode") for number in range(2)}
         assert "2 prefill workers, 2 decode workers" in await asyncio.to_thread(diptych, "status")
+        under.asks.clear()
+        await idle(str(cluster.state()["http"]))  # or what workers said a moment ago decides who is asked
         begun = [asyncio.Event() for _ in range(4)]
         answers = [asyncio.create_task(long_answer(under.address, number, event)) for number, event in enumerate(begun)]
         await asyncio.gather(*(event.wait() for event in begun))
+        under.asks.set()
         shrunk = await asyncio.to_thread(diptych, "scale", "--prefill", "1", "--decode", "1")
         assert shrunk.count("has left") == 2
         timings = await asyncio.gather(*answers)

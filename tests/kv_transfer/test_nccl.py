@@ -44,13 +44,17 @@ def test_what_crosses_is_what_was_handed_over_a_seal_of_each_piece_and_a_byte_of
 
 def test_a_silent_peer_is_given_up(fabric: Fabric) -> None:
     async def run() -> None:
-        async with rig(FAKE_NCCL, lease_s=0.5) as (prefill, decode, address, exchange):
+        async with rig(FAKE_NCCL, lease_s=2) as (prefill, decode, address, exchange):
             await hand_over(prefill, decode, address, "a")
             fabric.silent = True
-            await hand_over(prefill, decode, address, "b")
+            decode.destination.expect("b")
+            prefill.offer("b", address, 100)
+            await prefill.diary.wait("granted", "b")
+            prefill.compute("b", LAYERS, 0, 100)  # no Commit: its Ack is awaited as long as the pair is
+            await prefill.diary.wait("released", "b")
             await decode.diary.wait("released", "b")
             message = prefill.diary.errors["b"].message
-            assert "The nccl pair of 127.0.0.1 is lost: Timed out: the other end neither gave nor took anything for 0.5 s." in message
+            assert "The nccl pair of 127.0.0.1 is lost: Timed out: the other end neither gave nor took anything for 2 s." in message
             await eventually(lambda: fabric.alive == 0)
             fabric.silent = False
             await hand_over(prefill, decode, address, "c")
