@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RECENT = 64
+"""Of so many last prompts two destinations count. Longer than the queue may be re-ordered (16 passes), so that nobody who waits is forgotten;
+short enough that a destination which has gone, or come back by a new address, costs half of the pool for no longer than that."""
+
 
 @dataclass(slots=True)
 class Lease:
@@ -19,12 +23,13 @@ class Lease:
 class Leases:
     """Two bounds. The charges of all attempts fit the pool, so whoever has started gets every block it needs without waiting for
     another attempt. And KV that one destination has not granted fills at most half of the pool, that others be served while it waits;
-    all of it as long as no prompt has come for another: one alone may not be kept waiting for nobody."""
+    all of it if none of the last `RECENT` prompts was for another: one alone may not be kept waiting for nobody."""
 
     def __init__(self, num_blocks: tuple[int, ...]) -> None:
         self._num_blocks = num_blocks
-        self._first: str | None = None
-        self._several = False
+        self._latest: str | None = None
+        self._alike = RECENT
+        """How many of the last prompts, without one for another between them, were for `_latest`; `RECENT` if it is the first ever."""
         self._leases: dict[str, Lease] = {}
         self._charged = (0,) * len(num_blocks)
         self._ungranted: dict[str, tuple[int, ...]] = {}
@@ -42,14 +47,19 @@ class Leases:
         return all(a + b <= limit for a, b, limit in zip(self._charged, charge, self._num_blocks, strict=True))
 
     def expect(self, destination: str | None) -> None:
-        """A prompt has come for it. From the second destination on there are others to be served."""
-        self._first = self._first or destination
-        self._several |= destination is not None and destination != self._first
+        """A prompt has come for it."""
+        if destination is None:
+            return
+        if destination == self._latest:
+            self._alike += 1
+        elif self._latest is not None:
+            self._alike = 1
+        self._latest = destination
 
     def within_share(self, destination: str | None, blocks: tuple[int, ...]) -> bool:
         """Whether `destination` may be sent `blocks` more before it grants. One prompt alone may be larger than the share: it
         could never start otherwise."""
-        waiting = self._ungranted.get(destination) if destination is not None and self._several else None
+        waiting = self._ungranted.get(destination) if destination is not None and self._alike < RECENT else None
         return waiting is None or all(2 * (a + b) <= count for a, b, count in zip(waiting, blocks, self._num_blocks, strict=True))
 
     def begin(self, attempt_id: str, lease: Lease) -> None:

@@ -10,6 +10,7 @@ from diptych.core.errors import ContextExceeded, InvalidRequest
 from diptych.core.request import FinishReason
 from diptych.engine.block_pool import BlockPool
 from diptych.prefill_worker import scheduler as scheduler_module
+from diptych.prefill_worker.leases import RECENT
 from diptych.prefill_worker.scheduler import Decision, PrefillScheduler
 from fake_engine import BLOCK, EOS, FakeEngine, answer, digests, groups, hashes_of, request
 from hypothesis import settings
@@ -279,6 +280,26 @@ def test_a_destination_without_another_may_fill_the_pool() -> None:
     while worker.step():
         pass
     assert worker.started == ["slow0", "slow1", "slow2", "slow3"]
+    worker.drain()
+
+
+def test_a_destination_that_came_back_by_another_address_is_alone_after_some_prompts() -> None:
+    worker = Worker(max_running=8)
+    for_another(worker)
+    for i in range(RECENT - 1):
+        worker.add(f"before{i}", prompt(10, i))
+        worker.scheduler.cancel(f"before{i}", 0.0)
+    for i in range(4):
+        worker.add(f"slow{i}", prompt(40, i))
+        while worker.step():
+            pass
+    assert worker.started == ["slow0", "slow1", "slow2", "slow3"]
+    worker.release("slow3")
+    worker.add("slow4", prompt(10, 4))
+    worker.add("quick", prompt(10, 9), "quick")
+    while worker.step():
+        pass
+    assert worker.started[4:] == ["quick"], "there are two again"
     worker.drain()
 
 
