@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 RECENT = 64
-"""Of so many last prompts two destinations count. Longer than the queue may be re-ordered (16 passes), so that nobody who waits is forgotten;
-short enough that a destination which has gone, or come back by a new address, costs half of the pool for no longer than that."""
+"""Of so many last prompts two destinations count. More than may pass one that waits (16), so that nobody who waits is forgotten; few
+enough that a destination which has gone, or come back by a new address, costs half of the pool for no longer than that."""
 
 
 @dataclass(slots=True)
