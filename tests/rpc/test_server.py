@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 
 async def soon(awaitable: Any) -> Any:
-    return await asyncio.wait_for(awaitable, 10.0)
+    return await asyncio.wait_for(awaitable, 60.0)
 
 
 def refusal(address: str) -> ConfigError:

@@ -22,7 +22,7 @@ from diptych.rpc.router import RouterClient
 from diptych.rpc.stranger import answers_strangers
 from diptych.rpc.worker import WorkerClient
 
-IN_S = 5.0
+IN_S = 30.0
 
 
 @pytest.fixture

@@ -55,9 +55,10 @@ def test_a_worker_that_changes_often_reports_now_and_then_and_its_last_word() ->
             running += 1
             one.deliver(told(replace(FIRST, running=running), idle=False))
             await asyncio.sleep(0.001)
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(60):
+            while seen[-1] != running:  # noqa: ASYNC110  it watches what has no event
+                await asyncio.sleep(0.001)
         watcher.cancel()
-        assert seen[-1] == running
         assert len(seen) <= 0.4 / 0.05 + 2
 
     asyncio.run(main())
@@ -70,7 +71,7 @@ def test_drain_returns_when_idle_or_with_what_is_left() -> None:
         one.deliver(told(replace(FIRST, running=2, leases=1), idle=False))
         assert await one.drain(0.01) == 2
         assert role.draining
-        waiting = asyncio.create_task(one.drain(10.0))
+        waiting = asyncio.create_task(one.drain(60.0))
         await asyncio.sleep(0)
         one.deliver(told(replace(FIRST, state=WorkerState.DRAINING, running=1), idle=False))
         await asyncio.sleep(0)

@@ -18,7 +18,7 @@ from diptych.kv_transfer.answers import Fenced
 from diptych.worker.follower import Follower
 from diptych.worker.leader import Leader
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 LAYOUT = Layout("model", (CacheGroup(CacheKind.FULL, (0, 1, 2), 1, 8, DType.FLOAT32),), 16, (8,), stages=(1, 1, 1))
 
 

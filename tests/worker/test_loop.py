@@ -23,7 +23,7 @@ from diptych.worker.look_ahead import LookAhead
 from diptych.worker.loop import BROKEN_AFTER, EngineLoop, Inbox, Ran, StepTimes, at_once
 from diptych.worker.outbox import Delivery, Outbox
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from diptych.core.plain_json import to_json
 from diptych.worker.channel import Kind, hear, say
 from diptych.worker.meeting import GREETING, HELLO_BYTES, Hello, address_of, join, listen, meet, refused
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 LAYOUT = Layout("model", (CacheGroup(CacheKind.FULL, (0, 1, 2, 3), 2, 8, DType.FLOAT32),), 16, (8,), tp=2, stages=(2, 2))
 LEADER = Hello(0, "p0", LAYOUT, 8)
 

@@ -20,7 +20,7 @@ from diptych.worker.channel import Channel, Connection, Kind
 from diptych.worker.meeting import Hello, address_of, join, listen, meet
 from diptych.worker.secure import accepted, connected
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 LAYOUT = Layout("model", (CacheGroup(CacheKind.FULL, (0, 1), 2, 8, DType.FLOAT32),), 16, (8,), tp=2)
 LEADER = Hello(0, "p0", LAYOUT, 8)
 RANK = replace(LEADER, rank=1)
