@@ -46,6 +46,9 @@ from fake_cuda import FakeGpu
 from fake_nccl import Fabric, FakeNccl
 
 HOST = "127.0.0.1"
+WAIT_S = 60.0
+LONG_S = 30.0
+"""A lease, or how long an Offer waits, that is not what a test is about: a machine that stands still for seconds changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,7 @@ class Diary:
     def of(self, transfer_id: str) -> list[str]:
         return [what for what, about in self.lines if about == transfer_id]
 
-    async def wait(self, what: str, transfer_id: str, within_s: float = 10.0) -> None:
+    async def wait(self, what: str, transfer_id: str, within_s: float = WAIT_S) -> None:
         async with asyncio.timeout(within_s), self._news:
             await self._news.wait_for(lambda: (what, transfer_id) in self.lines)
 
@@ -389,7 +392,7 @@ class DecodeEnd:
         lease_s: float,
         worker_id: str = "D",
         incarnation: int = 2,
-        offer_wait_s: float = 5.0,
+        offer_wait_s: float = LONG_S,
         transports: tuple[Transport, ...] = (Transport.SHM,),
     ) -> None:
         self.layout, self.pools = layout, pools
@@ -462,7 +465,7 @@ class DecodeEnd:
             self.destination.grant(transfer_id, groups)
 
 
-async def eventually(condition: Callable[[], object], within_s: float = 10.0) -> None:
+async def eventually(condition: Callable[[], object], within_s: float = WAIT_S) -> None:
     """Until `condition` holds, for what nobody tells."""
     for _ in range(int(within_s / 0.002)):
         if condition():
@@ -574,10 +577,10 @@ async def rig(
     way: Way,
     *,
     grpc: bool = False,
-    lease_s: float = 5.0,
+    lease_s: float = LONG_S,
     source_blocks: int = 64,
     destination_blocks: int = 64,
-    offer_wait_s: float = 5.0,
+    offer_wait_s: float = LONG_S,
     here: Layout = LAYOUT,
     there: Layout = LAYOUT,
 ) -> AsyncIterator[tuple[PrefillEnd, DecodeEnd, str, Exchange]]:
@@ -619,7 +622,7 @@ async def decode_end(
     grpc: bool,
     lease_s: float,
     blocks: int = 64,
-    offer_wait_s: float = 5.0,
+    offer_wait_s: float = LONG_S,
     worker_id: str = "D",
     like: Layout = LAYOUT,
     tls: TlsFiles | None = None,

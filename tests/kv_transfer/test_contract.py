@@ -16,6 +16,7 @@ from kv_rig import (
     BLOCK,
     LAYERS,
     LAYOUT,
+    LONG_S,
     TOKENS,
     TRANSPORTS,
     DecodeEnd,
@@ -372,15 +373,25 @@ def test_a_destination_that_is_not_there_and_then_is(way: Way) -> None:
     asyncio.run(run())
 
 
-def test_an_offer_before_its_decode_waits_and_then_is_refused(way: Way) -> None:
+def test_an_offer_before_its_decode_waits(way: Way) -> None:
     async def run() -> None:
-        async with rig(way, offer_wait_s=0.2) as (prefill, decode, address, _):
+        async with rig(way) as (prefill, decode, address, _):
+            decode.destination.expect("behind it")
             prefill.offer("a", address, 20)
-            prefill.offer("b", address, 20)
-            await asyncio.sleep(0.05)
+            prefill.offer("behind it", address, 20)
+            await decode.diary.wait("offered", "behind it")
+            assert decode.diary.of("a") == []
             decode.destination.expect("a")
             await prefill.compute_all("a")
             await prefill.diary.wait("handed over", "a")
+
+    asyncio.run(run())
+
+
+def test_an_offer_whose_decode_does_not_come_is_refused(way: Way) -> None:
+    async def run() -> None:
+        async with rig(way, offer_wait_s=0.2) as (prefill, decode, address, _):
+            prefill.offer("b", address, 20)
             await prefill.diary.wait("released", "b")
             assert "No Decode" in prefill.diary.errors["b"].message
             decode.destination.expect("b")
@@ -417,7 +428,7 @@ def test_back_pressure(way: Way) -> None:
                     await prefill.offer_when_it_fits(name, address, 120)
                     await prefill.compute_all(name, 60)
 
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 await feed()
                 for name in names:
                     await prefill.diary.wait("released", name)
@@ -430,8 +441,8 @@ def test_any_source_to_any_destination(way: Way) -> None:
     async def run() -> None:
         exchange = Exchange()
         async with AsyncExitStack() as stack:
-            decodes = [await stack.enter_async_context(decode_end(way, exchange, True, 5.0, worker_id=f"D{i}")) for i in range(2)]
-            prefills = [await stack.enter_async_context(prefill_end(way, None, 5.0, worker_id=f"P{i}")) for i in range(2)]
+            decodes = [await stack.enter_async_context(decode_end(way, exchange, True, LONG_S, worker_id=f"D{i}")) for i in range(2)]
+            prefills = [await stack.enter_async_context(prefill_end(way, None, LONG_S, worker_id=f"P{i}")) for i in range(2)]
             pairs = [(prefill, decode, address) for prefill in prefills for decode, address in decodes] * 3
             work = (hand_over(*pair, f"t{i}", 30 + 7 * i) for i, pair in enumerate(pairs))
             await asyncio.gather(*work)
@@ -444,9 +455,9 @@ def test_the_same_name_at_the_same_address_after_a_restart(way: Way) -> None:
 
     async def run() -> None:
         exchange = Exchange()
-        async with prefill_end(way, exchange.dial, 5.0) as prefill:
+        async with prefill_end(way, exchange.dial, LONG_S) as prefill:
             for name in ("a", "b"):
-                async with decode_end(way, exchange, False, 5.0) as (decode, address):
+                async with decode_end(way, exchange, False, LONG_S) as (decode, address):
                     await hand_over(prefill, decode, address, name, 50)
             prefill.offer("c", address, 10)
             await prefill.diary.wait("released", "c")

@@ -103,7 +103,6 @@ def test_a_lane_that_breaks_while_it_connects_aborts_at_once(fabric: Fabric) -> 
 
 
 def test_a_destination_that_never_joins(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nccl, "CONNECT_S", 0.3)
     join = FakeNccl.join
 
     def refuse(binding: FakeNccl, unique_id: bytes, end: int) -> object:
@@ -146,7 +145,7 @@ def test_the_fake_can_tell(fabric: Fabric, broken: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(nccl.NcclWire, "send", lambda wire, data: send(wire, data.clone().random_()))
 
     async def run() -> None:
-        async with rig(FAKE_NCCL, lease_s=0.5) as (prefill, decode, address, _):
+        async with rig(FAKE_NCCL) as (prefill, decode, address, _):
             await hand_over(prefill, decode, address, "a", 900)
             assert "checksum of piece 0 is wrong" in decode.diary.errors["a"].message
 
