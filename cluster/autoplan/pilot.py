@@ -73,10 +73,12 @@ class Cluster:
 
 @dataclass(slots=True)
 class Pilot:
-    """`config`: of a cluster that `check` has let pass. `environment`: of the process that simulates."""
+    """`config`: of a cluster that `check` has let pass. `cores`: those of this host that it may use. `environment`: of the process that
+    simulates."""
 
     config: ClusterConfig
     cluster: Cluster
+    cores: int
     environment: Mapping[str, str]
     clock: Clock
 
@@ -111,7 +113,7 @@ class Pilot:
         assert plan.profile is not None
         assert plan.slo is not None
         values = self.config.model_dump(mode="json", exclude_unset=True)
-        return await ask(question_of(look, splits, plan.profile, values, plan.slo), self.environment)
+        return await ask(question_of(look, splits, plan.profile, values, plan.slo, self.cores), self.environment)
 
     def _tell(self, decision: Decision) -> None:
         """All that it was decided by."""

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from ...core.config import load_config
+from ...core.config import ClusterConfig, load_config
 from ...core.errors import DiptychError, Unavailable
 from ...core.fleet import Phase
 from ..load.slo import parse_slo
 from ..load.workload import Arrival
-from ..planner.policies import Policies, hardware_of
-from ..planner.profile import Hardware, read_profile
+from ..planner.policies import Policies, workers_of
+from ..planner.profile import Profile, read_profile
 from ..planner.world import World
 from .deciding import Look
 from .replan import HEADROOM, Score, Split
@@ -35,33 +35,43 @@ NICE = 19
 
 class Question(BaseModel):
     """`splits`: prefill and decode workers; the first is the one there is. `requests`: arrival in seconds, tokens of prompt and answer,
-    and of the prefix that is cached."""
+    and of the prefix that is cached. `cores`: of the host, if all workers are on one."""
 
     model_config = ConfigDict(frozen=True)
     profile: Path
     config: dict[str, object]
     slo: str
     splits: tuple[tuple[int, int], ...]
+    cores: int
     requests: tuple[tuple[float, int, int, int], ...]
 
 
 def scores(question: Question) -> list[Score]:
     """Raises `DiptychError` if profile and config do not fit together."""
-    profile, config, slo = read_profile(question.profile), load_config(question.config), parse_slo(question.slo)
+    profile, config, slo = _on_cores(read_profile(question.profile), question.cores), load_config(question.config), parse_slo(question.slo)
     policies = Policies.of(config)
-
-    def workers(phase: Phase, count: int) -> list[Hardware]:
-        group = config.section(phase).all_groups[0]
-        return [hardware_of(profile, phase, group.tp, len(group.stages) or group.pp, group.kv_tokens, phase.value)] * count
-
     found = []
     for prefills, decodes in question.splits:
         fewer = prefills + decodes < sum(question.splits[0])
-        world = World(profile, workers(Phase.PREFILL, prefills) + workers(Phase.DECODE, decodes), policies, slo=slo)
+        world = World(profile, workers_of(_resized(config, prefills, decodes), profile), policies, slo=slo)
         world.run(_arrivals(question.requests, HEADROOM if fewer else 1.0))
         p90 = (figure.percentile(0.9) if figure.count else None for figure in (world.ttft, world.tpot))
         found.append(Score(world.met, world.requests, *p90))
     return found
+
+
+def _on_cores(profile: Profile, count: int) -> Profile:
+    """Of the host the cluster may use so many cores, which may be fewer than were profiled."""
+    return profile if profile.cores is None else profile.model_copy(update={"cores": profile.cores.model_copy(update={"count": count})})
+
+
+def _resized(config: ClusterConfig, prefills: int, decodes: int) -> ClusterConfig:
+    """With so many workers of the one group of each phase; their cores are dealt out as if it were started so."""
+    sections = {}
+    for phase, workers in ((Phase.PREFILL, prefills), (Phase.DECODE, decodes)):
+        group = config.section(phase).all_groups[0].model_copy(update={"workers": workers})
+        sections[phase.value] = config.section(phase).model_copy(update={"groups": (group,)})
+    return config.model_copy(update=sections)
 
 
 def _arrivals(requests: Iterable[tuple[float, int, int, int]], times: float) -> Iterable[Arrival]:
@@ -90,12 +100,13 @@ async def ask(question: Question, environment: Mapping[str, str]) -> list[Score]
     return [Score(**values) for values in json.loads(answer)]
 
 
-def question_of(look: Look, splits: Iterable[Split], profile: str, config: dict[str, object], slo: str) -> Question:
+def question_of(look: Look, splits: Iterable[Split], profile: str, config: dict[str, object], slo: str, cores: int) -> Question:
     return Question(
         profile=Path(profile),
         config=config,
         slo=slo,
         splits=tuple((split.prefills, split.decodes) for split in splits),
+        cores=cores,
         requests=tuple((each.at, each.prompt_tokens, each.output_tokens, each.prefix_tokens) for each in look.arrivals),
     )
 

@@ -41,13 +41,15 @@ class Scale(Protocol):
 
 async def keep_planned(
     config: ClusterConfig,
+    cores: int,
     supervisor: Supervisor,
     record: Record,
     scale: Scale,
     recorded: Callable[..., Awaitable[Window]],
     stop: asyncio.Event,
 ) -> None:
-    """Until the cluster begins to end (`stop`), if the config asks for it. `recorded`: see `publish.recorded`."""
+    """Until the cluster begins to end (`stop`), if the config asks for it. `cores`: those of this host that it may use. `recorded`: see
+    `publish.recorded`."""
     mode = config.autoplan.mode
     if mode == "off":
         return
@@ -76,7 +78,7 @@ async def keep_planned(
         record.update(autoplan=(*record.state.autoplan, f"({mode}) {now} {said}")[-SHOWN:])
 
     show("looks at the load")
-    pilot = Pilot(config, Cluster(window, split, change, show), child_environment(record.state.id), MonotonicClock())
+    pilot = Pilot(config, Cluster(window, split, change, show), cores, child_environment(record.state.id), MonotonicClock())
     flight = asyncio.create_task(pilot.run())
     try:
         await stop.wait()

@@ -146,7 +146,7 @@ class Up:
             supervisor = Supervisor(posts, connect=partial(self.connect, **shown), drain=partial(self.drain, **shown), observer=observer)
             scale = partial(self._scale, crew, supervisor, launcher, record)
             greeting = asyncio.create_task(self._greet(supervisor, record, card, terminal, stop))
-            planning = asyncio.create_task(keep_planned(self.config, supervisor, record, scale, self.recorded, stop))
+            planning = asyncio.create_task(keep_planned(self.config, len(self.cores), supervisor, record, scale, self.recorded, stop))
             ear = await listen(self.cluster_id, scale)
             try:
                 held = self.config.model.held_as

@@ -117,8 +117,12 @@ def hardware_of(profile: Profile, phase: Phase, tp: int, pp: int, kv_tokens: int
 
 
 def on_share(worker: Hardware, profile: Profile, share: Share) -> Hardware:
-    """With the cores that `up` would give each of its ranks."""
+    """With the cores that `up` would give each of its ranks, or its threads on all of them."""
     known = profile.parallelism(worker.tp)
     assert known is not None, f"no times for tp {worker.tp}"
-    own = len(share.cpus) if share.cpus is not None and worker.tp * worker.pp == 1 else None
-    return replace(worker, times=known.on_cores(share.threads, worker.phase), cores=own)
+    worker = replace(worker, times=known.on_cores(share.threads, worker.phase))
+    if worker.tp * worker.pp > 1 or profile.cores is None:
+        return worker
+    if share.cpus is None:
+        return replace(worker, roaming=min(share.threads, profile.cores.count))
+    return replace(worker, cores=len(share.cpus))

@@ -168,8 +168,8 @@ class Profile(_Part):
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """A worker as the simulation has it: its times, stages and KV pool. `cores`: its own on the profile's host, which it shares with all
-    other such workers; None: it shares nothing."""
+    """A worker as the simulation has it: its times, stages and KV pool. `cores`: its own on the profile's host, which it lends to all
+    other such workers. `roaming`: threads that have any core of that host, where there are too few for all. Neither: it shares nothing."""
 
     phase: Phase
     tp: int
@@ -177,6 +177,12 @@ class Hardware:
     times: StepTimes
     kv_tokens: int
     cores: int | None = None
+    roaming: int = 0
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it shares the cores of the profile's host."""
+        return self.cores is not None or self.roaming > 0
 
 
 def read_profile(path: Path) -> Profile:

@@ -1,7 +1,8 @@
 """Workers on the cores of one host: who computes where at a moment, and how long a step takes for that. Pure.
 
 Each worker has cores of its own, and lends those that it does not use (`worker.lending`): a prefill worker has what has been idle for 2 ms,
-a decode worker what has been idle for a second. While others compute, a step takes as many times as long as the profile says.
+a decode worker what has been idle for a second. While others compute, a step takes as many times as long as the profile says. Workers for
+which there are too few cores roam: those that compute share all cores evenly, each with no more of them than it has threads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Host:
         self.agenda = agenda
         self.places: list[Place] = []
         self._profile = profile
-        self._known: dict[tuple[Phase, int, int, bool], StepTimes] = {}
+        self._known: dict[tuple[Phase, int, int, bool, float], StepTimes] = {}
 
     def place(self, hardware: Hardware, changed: Callable[[], None]) -> Place:
         """For one more worker; `changed` is called when its steps may take longer, or less long, than before."""
@@ -31,25 +32,27 @@ class Host:
         self.places.append(place)
         return place
 
-    def times(self, hardware: Hardware, cores: int, beside: bool) -> StepTimes:
-        key = hardware.phase, hardware.tp, cores, beside
+    def times(self, hardware: Hardware, cores: int, beside: bool, wanted: int = 0) -> StepTimes:
+        """`wanted`: by all who roam; what there is of it is shared."""
+        assert self._profile.cores is not None, "a worker on the cores of a host without"
+        crowd = max(1.0, wanted / self._profile.cores.count)
+        key = hardware.phase, hardware.tp, cores, beside, crowd
         if key not in self._known:
             known, host = self._profile.parallelism(hardware.tp), self._profile.cores
             assert known is not None, f"no times for tp {hardware.tp}"
-            assert host is not None, "a worker with cores of its own on a host without"
             factor = host.prefill_beside if hardware.phase is Phase.PREFILL else host.decode_beside
-            times = known.on_cores(cores, hardware.phase)
-            self._known[key] = scaled(times, factor) if beside else times
+            times, slower = known.on_cores(cores, hardware.phase), crowd * (factor if beside else 1.0)
+            self._known[key] = times if slower == 1.0 else scaled(times, slower)
         return self._known[key]
 
 
 class Place:
-    """One worker's: its cores, and whether it computes."""
+    """One worker's: its cores, or the threads with which it roams, and whether it computes."""
 
     def __init__(self, host: Host, hardware: Hardware, changed: Callable[[], None]) -> None:
-        assert hardware.cores is not None, "a worker without cores of its own has no place"
+        assert hardware.on_host, "a worker that shares no cores has no place"
         self._host, self._hardware, self._changed = host, hardware, changed
-        self._cores, self._rest_s = hardware.cores, REST_NS[hardware.phase] / 1e9
+        self._cores, self._roaming, self._rest_s = hardware.cores or 0, hardware.roaming, REST_NS[hardware.phase] / 1e9
         self._busy = False
         self._since = -max(REST_NS.values()) / 1e9  # idle for as long as anybody waits
 
@@ -57,6 +60,9 @@ class Place:
     def times(self) -> StepTimes:
         """Of its steps as it is now. What is idle for long enough is shared evenly by those who compute."""
         others = [each for each in self._host.places if each is not self]
+        if self._roaming:
+            theirs = sum(each._roaming for each in others if each._busy)
+            return self._host.times(self._hardware, self._roaming, theirs > 0, self._roaming + theirs)
         lent = sum(each._cores for each in others if each._lends(self._rest_s))
         computing = sum(each._busy for each in others)
         return self._host.times(self._hardware, self._cores + lent // (1 + computing), computing > 0)

@@ -70,7 +70,7 @@ class Worker:
         self.course = WorkerCourse()
         self.choices = self.prompt_tokens = 0
         self._ticking = False
-        self.place = None if hardware.cores is None else scene.host.place(hardware, self.repaced)
+        self.place = scene.host.place(hardware, self.repaced) if hardware.on_host else None
 
     @property
     def times(self) -> StepTimes:

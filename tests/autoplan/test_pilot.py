@@ -15,6 +15,7 @@ from diptych.cluster.autoplan.pilot import Cluster, Pilot, check
 from diptych.cluster.autoplan.replan import Split, Terms
 from diptych.cluster.autoplan.scoring import Question, ask, question_of, scores
 from diptych.cluster.load.slo import Slo
+from diptych.cluster.planner.profile import Cores
 from diptych.core.clock import MonotonicClock
 from diptych.core.config import ClusterConfig, load_config
 from diptych.core.errors import ConfigError, Unavailable
@@ -50,7 +51,7 @@ def question(known: Path) -> Question:
     look = Autoplanner(Slo(1.0, 0.06), Terms(), 40, 300).look(0.0, window(60, 1, **LONG_ANSWERS), Split(2, 1))  # type: ignore[arg-type]
     assert look is not None
     values = config(known).model_dump(mode="json", exclude_unset=True)
-    return question_of(look, [Split(2, 1), Split(1, 2)], str(known), values, TEXT)
+    return question_of(look, [Split(2, 1), Split(1, 2)], str(known), values, TEXT, 2)
 
 
 def test_the_process_answers_what_the_simulation_says(known: Path) -> None:
@@ -59,6 +60,14 @@ def test_the_process_answers_what_the_simulation_says(known: Path) -> None:
     assert asyncio.run(ask(asked, {**os.environ, "PYTHONSAFEPATH": "1"})) == found
     assert found[1].share > found[0].share + 0.2
     assert found[0].total == len(asked.requests)
+
+
+def test_workers_share_the_cores_of_their_host(known: Path) -> None:
+    """One decode worker more helps where it has a core of its own, and where it takes others' time it does not."""
+    known.write_text(profile(cores=Cores(count=8)).model_dump_json())
+    found = {cores: scores(question(known).model_copy(update={"cores": cores})) for cores in (1, 3)}
+    assert found[3][1].share > found[3][0].share + 0.2
+    assert found[1][1].share <= found[1][0].share
 
 
 def test_why_it_could_not_be_simulated_is_said(known: Path) -> None:
@@ -96,7 +105,7 @@ def test_it_proposes_with_its_evidence_and_changes_nothing(known: Path, caplog: 
     async def fly() -> Still:
         cluster = Still(window(60, 1, **LONG_ANSWERS), fails=1)  # type: ignore[arg-type]
         seen = Cluster(cluster.window, lambda: Split(2, 1), cluster.change, cluster.show)
-        flight = asyncio.create_task(Pilot(config(known), seen, os.environ, MonotonicClock()).run())
+        flight = asyncio.create_task(Pilot(config(known), seen, 2, os.environ, MonotonicClock()).run())
         async with asyncio.timeout(60):
             await cluster.proposed.wait()
         flight.cancel()

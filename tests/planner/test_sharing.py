@@ -49,8 +49,10 @@ def test_each_worker_has_the_cores_that_up_would_give_it() -> None:
     assert [(each.cores, each.times) for each in shared(APART_HERE)] == [(1, TIMES), (1, TIMES)]
     assert [(each.cores, each.times) for each in shared(TOGETHER_HERE)] == [(2, BOTH)]
     crowded = shared({"prefill": {"workers": 2}, "decode": {"workers": 1}})
-    assert [each.cores for each in crowded] == [None] * 3, "three ranks on two cores roam, and nothing is lent"
-    assert [each.cores for each in shared(APART_HERE, SHARED.model_copy(update={"cores": None}))] == [None, None]
+    assert [(each.cores, each.roaming) for each in crowded] == [(None, 1)] * 3, "three ranks on two cores roam, and nothing is lent"
+    (wide, _) = shared({"prefill": {"workers": 1, "threads": 4}, "decode": {"workers": 1}})
+    assert (wide.cores, wide.roaming) == (None, 2), "more threads than cores compute no faster than there are cores"
+    assert not any(each.on_host for each in shared(APART_HERE, SHARED.model_copy(update={"cores": None})))
     elsewhere = {"ray": {"enabled": True, "address": "auto"}}
     assert [each.cores for each in shared({**APART_HERE, **elsewhere})] == [None, None]
 
@@ -80,6 +82,19 @@ def test_each_phase_slows_the_other_from_when_it_begins() -> None:
     idle_for_2_ms = 0.002 / prompt(1000, TIMES)
     left = 1 - done - idle_for_2_ms
     assert second.first == pytest.approx(now + 0.002 + left * alone, abs=1e-4)
+
+
+def test_those_who_roam_share_the_cores_among_those_that_compute() -> None:
+    """Three prompts at once for three workers on two cores; when the short one is read, there are cores enough for the others."""
+    hardware = shared({"prefill": {"workers": 3}, "decode": {"workers": 1}})
+    known = SHARED.model_copy(update={"cores": Cores(count=2)})
+    lives: list[Life] = []
+    world = World(known, hardware, Policies(chunk_tokens=2048, most_running=None), on_end=lives.append)
+    world.run(Arrival(number, 0.0, length, 1) for number, length in enumerate((200, 800, 800)))
+    world.check()
+    short, *long = sorted(lives, key=lambda life: life.arrival.prompt_tokens)
+    assert short.first == pytest.approx(1.5 * prompt(200, TIMES))
+    assert [life.first for life in long] == pytest.approx([prompt(800, TIMES) + 0.5 * prompt(200, TIMES)] * 2)
 
 
 @pytest.mark.parametrize("seed", range(3))
