@@ -27,6 +27,8 @@ class Script:
     cut_after: int | None = None
     error_after: int | None = None
     status: int = 200
+    first_waits_for: int = 0
+    """The first request is answered when so many have come."""
 
 
 @dataclass
@@ -84,6 +86,9 @@ class ScriptedServer:
 
     async def _stream(self, served: Served, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        if len(self.served) == 1:
+            while len(self.served) < self.script.first_waits_for:  # noqa: ASYNC110  others append to it
+                await asyncio.sleep(0.001)
         written = 0
         for number, (wait, tokens) in enumerate(self.script.events(len(self.served) - 1)):
             if number == self.script.cut_after:

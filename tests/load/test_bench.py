@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,17 @@ def test_times_are_those_at_which_the_server_sent(wires: dict[tuple[int, ...], W
 
 
 def test_the_load_is_open_loop() -> None:
-    """Requests are sent though no earlier one is answered: the last comes before the first token of the first."""
-    done, scripted = run(Script(events=lambda number: [(0.3 if number == 0 else 0.0, 1)] * 2), 10, rate=200.0, output="2")
-    assert len(done.answers) == 10
-    assert scripted.served[-1].accepted < scripted.served[0].sent[0]
+    """Requests are sent though no earlier one is answered: the first is not before the last has come."""
+
+    async def check() -> Run:
+        async with serving(Script(events=lambda number: [(0.0, 1)] * 2)) as scripted:
+            server = await find(scripted.url)
+            scripted.served.clear()
+            scripted.script.first_waits_for = 10
+            return await measure(server, islice(Load(output="2").arrivals(200.0), 10), asyncio.Event(), lambda run: None)
+
+    done = asyncio.run(check())
+    assert [answer.error for answer in done.answers] == [None] * 10
     by_number = sorted(done.answers, key=lambda answer: answer.arrival.number)
     assert all(early.sent <= late.sent for early, late in pairwise(by_number))
 
@@ -113,7 +121,9 @@ def test_the_load_is_open_loop() -> None:
 def test_errors_are_told_apart(change: dict[str, Any], kind: str) -> None:
     async def check() -> None:
         async with serving(Script()) as scripted:
-            server = await find(scripted.url, timeout_s=0.3 if kind == "timeout" else 30.0)
+            server = await find(scripted.url)
+            if kind == "timeout":
+                server = replace(server, timeout_s=0.3)
             for name, value in change.items():
                 setattr(scripted.script, name, value)
             done = await measure(server, islice(Load(output="4").arrivals(100.0), 3), asyncio.Event(), lambda run: None)
@@ -170,7 +180,7 @@ def test_a_load_that_is_stopped_keeps_what_there_is_and_leaves_nothing() -> None
             server, stop = await find(scripted.url), asyncio.Event()
 
             def watch(run: Run) -> None:
-                if run.sent == 6 and len(run.answers) == 2:
+                if run.sent >= 6 and len(run.answers) == 2:
                     stop.set()
 
             done = await measure(server, Load(output="4").arrivals(200.0), stop, watch)

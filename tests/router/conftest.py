@@ -244,7 +244,7 @@ class Site:
         await self.until(lambda: len(self.router.fleet.describe()[1]) == len(self.workers))
         await self.until(lambda: self.router.service.unavailable() is None)
 
-    async def until(self, condition, timeout_s=8.0):
+    async def until(self, condition, timeout_s=60.0):
         async with asyncio.timeout(timeout_s):
             while not condition():  # noqa: ASYNC110  it watches what has no event
                 await asyncio.sleep(0.01)

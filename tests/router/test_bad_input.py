@@ -163,14 +163,14 @@ def test_each_bad_call_over_grpc_too(site):
 
 def test_garbage_on_the_ports(site):
     def throw(port, data):
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(data)
             return connection.recv(200)
 
     def call_grpc(address, data):
         with grpc.insecure_channel(address) as channel:
             with pytest.raises(grpc.RpcError) as refused:
-                channel.unary_stream("/diptych.v1.Inference/Generate")(data, timeout=5).next()
+                channel.unary_stream("/diptych.v1.Inference/Generate")(data, timeout=60).next()
             return refused.value.code()
 
     async def check():
@@ -212,7 +212,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
 @pytest.mark.parametrize("half", [b"", b"POST /v1", HEAD, HEAD + b"content-length: 100\r\n\r\n{"])
 def test_half_a_request_is_cut(site, half):
     def wait_for_cut(port):
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(half)
             try:
                 return connection.recv(100)

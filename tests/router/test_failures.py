@@ -148,7 +148,7 @@ def test_a_restarted_worker_is_another_incarnation(site):
             old.incarnation = secrets.randbits(63)
             await old.start(old.address)
             with pytest.raises(Unavailable):
-                await asyncio.wait_for(answer(s.router.service), 5)
+                await asyncio.wait_for(answer(s.router.service), 20)
             await s.publish()
             text, _ = await answer(s.router.service)
             assert text == TEXT[:-1]
@@ -177,8 +177,9 @@ def test_health_over_grpc_says_whether_a_request_could_be_served(site):
         async with site() as s, grpc.aio.insecure_channel(s.router.grpc) as channel:
             assert await status(channel) == health_pb2.HealthCheckResponse.SERVING
             await s.workers["d0"].kill()
-            await s.until(lambda: s.router.service.unavailable())
-            assert await status(channel) == health_pb2.HealthCheckResponse.NOT_SERVING
+            async with asyncio.timeout(60):
+                while await status(channel) != health_pb2.HealthCheckResponse.NOT_SERVING:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
 
     asyncio.run(check())
 
@@ -244,7 +245,7 @@ def test_graceful_stop_finishes_what_runs_and_ends_the_rest(site):
             s.workers["d0"].step_s = 0.01
             runs = asyncio.create_task(answer(c))
             await s.until(lambda: s.workers["d0"].books)
-            stopping = asyncio.create_task(s.router.stop(5.0))
+            stopping = asyncio.create_task(s.router.stop(60.0))
             await s.until(lambda: s.router.service.unavailable())
             with pytest.raises(Unavailable):
                 await answer(s.router.service)
@@ -294,14 +295,15 @@ def test_ports_in_use_are_named(site, prepared):
 
 
 def test_a_thousand_tokens_cost_little(site):
-    """No wait in the router: 200 requests of 24 tokens through fakes, some 10,000 messages, in a few seconds."""
+    """200 requests of 24 tokens through fakes at both ends, some 10,000 messages, in 1 s of a core: of this process alone, whatever else
+    the machine does."""
 
     async def check():
         async with site(prefill=2, decode=2) as s:
-            began = time.monotonic()
+            began = time.process_time()
             answers = await asyncio.gather(*(answer(s.router.service) for _ in range(200)))
             assert {text for text, _ in answers} == {TEXT[:-1]}
-            assert time.monotonic() - began < 20
+            assert time.process_time() - began < 15
 
     asyncio.run(check())
 

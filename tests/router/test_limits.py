@@ -36,7 +36,7 @@ def is_open(connection):
 
 def dribble(port, start):
     """One byte every 50 ms, until the server has enough of it; how many it took."""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(start)
         for count in range(400):
             try:
@@ -59,7 +59,7 @@ def test_a_request_that_dribbles_in_is_cut_however_often_it_says_a_byte(site, st
 def poured(port, start, piece, times):
     """Bytes that the server took of so many pieces, and what it answered."""
     taken = 0
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(start)
         with suppress(BrokenPipeError, ConnectionResetError):  # it has had enough
             for _ in range(times):
