@@ -17,7 +17,8 @@ from .ranks import DestinationOrder
 from .slices import routes
 from .staging import slot_bytes
 from .transports import cuda_ipc, shm
-from .transports.one_sided import Copies, PeerPool
+from .transports.copy_thread import Copies
+from .transports.one_sided import PeerPool
 from .transports.two_sided import Ground, Incoming, PairEvents
 from .transports.wiring import wires_at
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from time import monotonic, sleep
+from functools import partial
+from time import monotonic
 
 import torch
 
@@ -32,11 +33,9 @@ from .one_sided import PeerFile
 
 log = logging.getLogger(__name__)
 
-SILENT = "The source's GPU has not stored what was announced within {:g} s."
-
 
 class DevicePool:
-    """`one_sided.PeerPool`. `whole` is all of it, as bytes on our device. `begin` and `close` are called on one thread."""
+    """`one_sided.PeerPool`. `whole` is all of it, as bytes on our device. All its methods are called on one thread."""
 
     def __init__(self, layout: Layout, file: PeerFile, device: torch.device, silence_s: float) -> None:
         """`layout`: the pool's. `device`: ours. `silence_s`: what its source has asked its GPU for comes within so long, or never. Raises
@@ -49,15 +48,33 @@ class DevicePool:
             self._stream, self._waiting = cuda_streams.new_stream(device), cuda_streams.new_stream(device)
             self._address = cuda_runtime.open_handle(memory)
         self._offsets, self._device, self._silence_s = geometry.offsets, device, silence_s
+        self._there: Callable[[], bool] = lambda: True
+        """Whether our stream, which stands before all events waited for so far, has come through."""
         self._lost = False
-        """An event did not come, and our stream stands before it."""
+        """It has not, within `silence_s`."""
         self.whole = tensor_at(self._address, geometry.size, device)
         self.file = file
 
+    def stored(self, asked: Sequence[Copy]) -> Callable[[], bool]:
+        """A source that was silent is not waited for once more, unless it has spoken since."""
+        if not self._lost or self._there():
+            self._lost = False
+            with torch.cuda.stream(self._waiting):
+                for layer in {layer for copy in asked for layer in copy.span.layers}:
+                    self._events[layer].wait()
+                self._there = cuda_streams.mark().query
+        return partial(self._come, monotonic() + self._silence_s)
+
+    def _come(self, deadline: float) -> bool:
+        if self._there():
+            return True
+        self._lost = self._lost or monotonic() > deadline
+        if self._lost:
+            raise TransferFailed(f"The source's GPU has not stored what was announced within {self._silence_s:g} s.")
+        return False
+
     def begin(self, into: Pool, asked: Sequence[tuple[Crossing, Copy]]) -> Callable[[], None]:
-        """Asks the GPU for the copies, once it has what is copied; what is returned waits for them, with the thread asleep. Raises
-        `TransferFailed` of a source that is silent."""
-        self._await({layer for _, copy in asked for layer in copy.span.layers})
+        """Asks the GPU for the copies; what is returned waits for them, with the thread asleep."""
         fits = []
         with torch.cuda.stream(self._stream):
             for crossing, copy in asked:
@@ -73,31 +90,15 @@ class DevicePool:
 
         return wait
 
-    def _await(self, layers: set[int]) -> None:
-        if self._lost:
-            raise TransferFailed(SILENT.format(self._silence_s))
-        with torch.cuda.stream(self._waiting):
-            for layer in layers:
-                self._events[layer].wait()
-            there: Callable[[], bool] = cuda_streams.mark().query
-        deadline = monotonic() + self._silence_s
-        for pause in cuda_streams.pauses():
-            if there():
-                return
-            if monotonic() > deadline:
-                self._lost = True
-                raise TransferFailed(SILENT.format(self._silence_s))
-            sleep(pause)
-
     def close(self) -> None:
         with torch.cuda.device(self._device):
             self._stream.synchronize()
             self._events.clear()
             del self.whole
-            if self._lost:  # CUDA waits for all streams before it unmaps
-                log.error("The pool of a source that was silent stays mapped until this process ends.")
-            else:
+            if self._there():
                 cuda_runtime.close_handle(self._address)
+            else:  # CUDA waits for all streams before it unmaps
+                log.error("The pool of a source that was silent stays mapped until this process ends.")
         self.file.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ...core.layout import Layout
 from ...core.transfer import ShmEndpoint, Transport
@@ -24,6 +24,10 @@ class ShmPool:
         self.geometry = Geometry(layout)
         self.address = address_of(file.mapped)
         self.file = file
+
+    def stored(self, asked: Sequence[Copy]) -> Callable[[], bool]:
+        """A source in host memory announces what lies there."""
+        return lambda: True
 
     def begin(self, into: Pool, asked: Sequence[tuple[Crossing, Copy]]) -> None:
         plain: list[Piece] = []

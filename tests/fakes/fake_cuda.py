@@ -10,8 +10,8 @@ import ctypes
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from enum import IntEnum
 from typing import Any
 
@@ -31,8 +31,9 @@ class FakeGpu:
         self._done = 0
         self.allocated: dict[int, Any] = {}
         self.mapped = 0
-        self.hangs = False
-        """What is waited for does not come, as of a process that was killed."""
+        self.silence: Silence | None = None
+        """What is recorded now comes when it is over, as of a process that was killed or stopped."""
+        self._streams = threading.local()
         self.exported: dict[bytes, Any] = {}
         """What stands behind a handle: an address or an event."""
 
@@ -60,22 +61,26 @@ class FakeGpu:
         class Event:
             """`torch.cuda.Event`."""
 
-            def __init__(self, **options: bool) -> None:
+            def __init__(event, **options: bool) -> None:
                 assert set(options) <= {"blocking", "interprocess"}
-                self.behind = 0
+                event.behind = 0
+                event.silence: Silence | None = None
 
-            def record(event, stream: object = None) -> None:
+            def record(event, stream: FakeStream | None = None) -> None:
                 event.behind = self.asked
+                event.silence = self.silence or (stream or self.stream()).silence
 
-            def wait(event, stream: object = None) -> None:
-                if not self.hangs:
+            def wait(event, stream: FakeStream | None = None) -> None:
+                if event.query():
                     self.run_to(event.behind)
+                else:
+                    (stream or self.stream()).silence = event.silence
 
             def query(event) -> bool:
-                return not self.hangs
+                return event.silence is None or event.silence.over
 
             def synchronize(event) -> None:
-                assert not self.hangs, "this does not return"
+                assert event.query(), "this does not return"
 
             def ipc_handle(event) -> bytes:
                 return self.export(event)
@@ -87,9 +92,9 @@ class FakeGpu:
         for name, replaced in {
             "Event": Event,
             "Stream": FakeStream,
-            "stream": lambda stream: nullcontext(),
+            "stream": self.using,
             "device": lambda device: nullcontext(),
-            "current_stream": FakeStream,
+            "current_stream": lambda device=None: self.stream(),
             "synchronize": self.finish,
             "mem_get_info": lambda device: (1 << 40, 1 << 40),
         }.items():
@@ -99,20 +104,38 @@ class FakeGpu:
         monkeypatch.setattr(cuda_streams, "to_host", lambda tensor: tensor.clone())
         monkeypatch.setattr(two_sided, "slots_for", DeviceSlots)
 
+    def stream(self) -> FakeStream:
+        """This thread's current one."""
+        found: FakeStream = getattr(self._streams, "current", None) or FakeStream()
+        return found
+
+    @contextmanager
+    def using(self, stream: FakeStream) -> Iterator[None]:
+        self._streams.current = stream
+        try:
+            yield
+        finally:
+            self._streams.current = None
+
     def export(self, thing: object) -> bytes:
         handle = secrets.token_bytes(cuda_runtime.HANDLE_BYTES)
         self.exported[handle] = thing
         return handle
 
 
+class Silence:
+    over = False
+
+
 class FakeStream:
     cuda_stream = 0
 
     def __init__(self, device: object = None) -> None:
-        pass
+        self.silence: Silence | None = None
+        """It stands before it."""
 
     def synchronize(self) -> None:
-        return None
+        assert self.silence is None or self.silence.over, "this does not return"
 
 
 class Error(IntEnum):

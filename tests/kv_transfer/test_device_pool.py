@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import accumulate, takewhile
 
 import pytest
@@ -19,9 +18,9 @@ from diptych.kv_transfer.geometry import Geometry
 from diptych.kv_transfer.pool import CPU, Pool
 from diptych.kv_transfer.slices import routes
 from diptych.kv_transfer.transports import cuda_ipc
+from diptych.kv_transfer.transports.copy_thread import Copies
 from diptych.kv_transfer.transports.cuda_ipc import DevicePool
-from diptych.kv_transfer.transports.one_sided import Copies
-from fake_cuda import FakeGpu
+from fake_cuda import FakeGpu, Silence
 from kv_rig import LAYERS, LAYOUT, eventually, layout_with, left_behind
 
 
@@ -39,11 +38,11 @@ def on_gpu(blocks: int = 8) -> Pool:
     return Pool(layout, DeviceMemory(Geometry(layout).size, LAYERS, CPU))
 
 
-async def attached(pool: Pool) -> DevicePool:
+async def attached(pool: Pool, silence_s: float = 20) -> DevicePool:
     loop = asyncio.get_running_loop()
     loop.add_reader(pool.listener, pool.hand_out)
     try:
-        return await cuda_ipc.attach("P", pool.endpoint, pool.layout, CPU, silence_s=0.05)
+        return await cuda_ipc.attach("P", pool.endpoint, pool.layout, CPU, silence_s)
     finally:
         loop.remove_reader(pool.listener)
 
@@ -105,38 +104,91 @@ def test_memory_that_cannot_be_mapped_is_said(gpu: FakeGpu, monkeypatch: pytest.
     pool.close()
 
 
+class Bench:
+    """A destination's copy thread, and what it told."""
+
+    def __init__(self, into: Pool) -> None:
+        self.into, self.told, self.fenced = into, dict[tuple[str, int], str | None](), list[str]()
+        self.copies = Copies(into, lambda name, seq, error: self.told.setdefault((name, seq), error), self.fenced.append)
+
+    def copy(self, pool: Pool, peer: DevicePool, name: str, seq: int, block: int = 0) -> None:
+        crossing = Crossing(routes(pool.layout, self.into.layout)[0], pool.layout, self.into.layout)
+        span = Span(0, pool.layout.groups[0].layers[:1], 0, 1)
+        self.copies.copy(peer, crossing, Copy(1, name, seq, span, (0,), (block,), slot=0, word=0, route=0))
+
+    async def end(self, *peers: DevicePool) -> None:
+        for peer in peers:
+            self.copies.detach(peer)
+        await asyncio.wait_for(asyncio.to_thread(self.copies.close), 20)
+
+
+def stored(value: int) -> Pool:
+    """A source's; what it said of its first layer is stored when its GPU is not silent."""
+    pool = on_gpu()
+    for cache in (cache for group in pool.caches for cache in group):
+        cache.fill_(value)
+    pool.stored(pool.layout.groups[0].layers[0])
+    return pool
+
+
+def blocks_of(pool: Pool) -> list[float]:
+    """What each block of the first layer begins with."""
+    return [float(block.flatten()[0]) for block in pool.caches[0][0]]
+
+
 def test_what_a_killed_source_never_stores_holds_nothing_up(gpu: FakeGpu) -> None:
-    """Its pieces fail, the fence behind them is answered, and no copy is left behind that a GPU could make later."""
-    source, into = on_gpu(), on_gpu()
-    for cache in (cache for group in source.caches for cache in group):
-        cache.fill_(1)
-    crossing = Crossing(routes(source.layout, into.layout)[0], source.layout, into.layout)
-    layers = source.layout.groups[0].layers[:1]
-    pieces = [Copy(1, "a", seq, Span(0, layers, seq, seq + 1), (0,), (0,), slot=0, word=7, route=0) for seq in range(2)]
-    told: dict[int, str | None] = {}
+    """Its pieces fail, its fence is answered before that, others' pieces go on, and no copy is left that a GPU could make later."""
+    gpu.silence = Silence()
+    killed, into = stored(1), on_gpu()
+    gpu.silence = None
+    lives = stored(2)
 
     async def run() -> None:
-        peer = await attached(source)
-        fenced = asyncio.Event()
-        copies = Copies(into, lambda _, seq, error: told.setdefault(seq, error), lambda _: fenced.set())
-        source.stored(layers[0])
-        gpu.hangs = True
-        for piece in pieces:
-            copies.copy(peer, crossing, piece)
-        await eventually(lambda: len(told) == 2)
-        copies.fence("a")
-        await asyncio.wait_for(fenced.wait(), 20)
-        gpu.hangs = False
-        copies.copy(peer, crossing, replace(pieces[0], seq=2, transfer_id="b"))
-        await eventually(lambda: len(told) == 3)
-        copies.detach(peer)
-        copies.close()
+        silent, speaks = await attached(killed, silence_s=600), await attached(lives)
+        bench = Bench(into)
+        for seq in range(2):
+            bench.copy(killed, silent, "a", seq)
+        bench.copy(lives, speaks, "b", 0, block=1)
+        bench.copy(killed, silent, "c", 0)
+        await eventually(lambda: bench.told == {("b", 0): None})
+        bench.copies.fence("a")
+        await eventually(lambda: bench.fenced == ["a"])
+        bench.copy(lives, speaks, "b", 1, block=2)
+        await eventually(lambda: bench.told == {("b", 0): None, ("b", 1): None})
+        bench.copies.fence("c")
+        await bench.end(silent, speaks)
+        assert set(bench.told) == {("b", 0), ("b", 1)}
 
     asyncio.run(run())
-    assert all(error and "GPU has not stored what was announced within 0.05 s" in error for error in told.values())
-    assert not any(cache.any() for group in into.caches for cache in group)
+    assert blocks_of(into) == [0, 2, 2, 0, 0, 0, 0, 0]
     assert gpu.mapped == 1, "CUDA waits for all streams before it unmaps"
     gpu.mapped = 0
+    for pool in (killed, lives, into):
+        pool.close()
+
+
+def test_a_source_that_is_silent_for_too_long_fails_its_pieces_until_it_speaks(gpu: FakeGpu) -> None:
+    gpu.silence = silence = Silence()
+    source, into = stored(1), on_gpu()
+    gpu.silence = None
+
+    async def run() -> None:
+        peer = await attached(source, silence_s=0.05)
+        bench = Bench(into)
+        for seq in range(2):
+            bench.copy(source, peer, "a", seq)
+        await eventually(lambda: len(bench.told) == 2)
+        assert all(error and "GPU has not stored what was announced within 0.05 s" in error for error in bench.told.values())
+        bench.copies.fence("a")
+        await eventually(lambda: bench.fenced == ["a"])
+        assert blocks_of(into)[0] == 0
+        silence.over = True
+        bench.copy(source, peer, "b", 0)
+        await eventually(lambda: bench.told.get(("b", 0), "") is None)
+        assert blocks_of(into)[0] == 1
+        await bench.end(peer)
+
+    asyncio.run(run())
     source.close()
     into.close()
 
