@@ -76,7 +76,7 @@ def _program(pid: int) -> str:
     return " ".join(Path(word).name for word in words[:2])
 
 
-def gets_in(address: str, shown: TlsFiles | None) -> bool:
+def gets_in(address: str, shown: TlsFiles | None, within_s: float = ANSWERS_S) -> bool:
     """Whether a server under TLS answers who shows this certificate (None: none)."""
     context = ssl.create_default_context()
     context.check_hostname = False
@@ -85,7 +85,7 @@ def gets_in(address: str, shown: TlsFiles | None) -> bool:
     if shown is not None:
         context.load_cert_chain(shown.cert, shown.key)
     try:
-        with connected(address) as plain, context.wrap_socket(plain) as secure:
+        with connected(address, within_s) as plain, context.wrap_socket(plain) as secure:
             secure.sendall(HTTP2)
             return secure.recv(100) != b""
     except OSError:  # ssl.SSLError is one
@@ -127,6 +127,6 @@ def ray_answers(address: str) -> set[str]:
     return found - {"UNIMPLEMENTED"}
 
 
-def connected(address: str) -> socket.socket:
+def connected(address: str, within_s: float = ANSWERS_S) -> socket.socket:
     host, port = address.rsplit(":", 1)
-    return socket.create_connection((host, int(port)), timeout=ANSWERS_S)
+    return socket.create_connection((host, int(port)), timeout=within_s)

@@ -38,11 +38,11 @@ class Seen:
     url: str
 
     def scrape(self) -> Scrape:
-        return parse(httpx.get(f"{self.url}/metrics").text, 0.0)
+        return parse(httpx.get(f"{self.url}/metrics", timeout=UP_S).text, 0.0)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "diptych.cluster.cli", *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=UP_S, check=False)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -70,7 +70,7 @@ def ask(seen: Seen, prompt: str, max_tokens: int = 8, **more: Any) -> httpx.Resp
 
 def test_every_name_of_the_table_is_served_and_no_other(seen: Seen) -> None:
     assert ask(seen, SECRET).status_code == 200
-    families = list(text_string_to_metric_families(httpx.get(f"{seen.url}/metrics").text))
+    families = list(text_string_to_metric_families(httpx.get(f"{seen.url}/metrics", timeout=UP_S).text))
     served = {family.name + ("_total" if family.type == "counter" else ""): family for family in families}
     assert set(served) == set(KNOWN)
     for name, family in served.items():
@@ -92,14 +92,23 @@ def test_the_values_add_up(seen: Seen) -> None:
     answers = [ask(seen, prompt).json() for prompt in prompts]
     answers += [ask(seen, "a b", 5).json(), ask(seen, f"once {SECRET}", 1).json()]
     assert ask(seen, "", 5).status_code == 400
-    assert httpx.post(f"{seen.url}/v1/completions", content=b"x" * (5 << 20)).status_code == 413
+    assert httpx.post(f"{seen.url}/v1/completions", content=b"x" * (5 << 20), timeout=UP_S).status_code == 413
+
+    usage = [answer["usage"] for answer in answers]
+    now = seen.scrape()
 
     def grown(name: str, **where: str) -> float:
         return now.total(name, **where) - before.total(name, **where)
 
-    wait_for("the workers' last reports", lambda: seen.scrape().total("vllm:num_requests_running") == 0)
-    now = seen.scrape()
-    usage = [answer["usage"] for answer in answers]
+    def told() -> bool:
+        """Whether the workers have reported all of it: they do so behind the answers."""
+        nonlocal now
+        now = seen.scrape()
+        computed = grown("diptych_worker_computed_tokens_total") + grown("diptych_worker_local_prefill_tokens_total")
+        cached = grown("diptych_worker_cached_tokens_total", phase="prefill")
+        return computed + cached == sum(each["prompt_tokens"] for each in usage) and now.total("vllm:num_requests_running") == 0
+
+    wait_for("the workers' last reports", told)
     assert grown("vllm:prompt_tokens_total") == sum(each["prompt_tokens"] for each in usage)
     assert grown("vllm:generation_tokens_total") == sum(each["completion_tokens"] for each in usage) == 3 * 8 + 5 + 1
     assert grown("vllm:request_success_total") == grown("diptych_requests_total", outcome="length") == 5
@@ -120,9 +129,6 @@ def test_the_values_add_up(seen: Seen) -> None:
     ):  # fmt: skip
         assert grown(f"vllm:{name}_seconds_count") == count, name
     assert grown("vllm:time_to_first_token_seconds_sum") == pytest.approx(sum(timing["ttft"] for timing in timings), rel=0.01)
-    computed = grown("diptych_worker_computed_tokens_total") + grown("diptych_worker_local_prefill_tokens_total")
-    cached = grown("diptych_worker_cached_tokens_total", phase="prefill")
-    assert computed + cached == grown("vllm:prompt_tokens_total")
     for phase in ("prefill", "decode"):
         states = now.by("diptych_worker_blocks", "state", phase=phase)
         assert states.get("referenced", 0) == states.get("fenced", 0) == 0
@@ -154,8 +160,8 @@ def test_one_requests_id_is_in_every_process_s_log_and_no_prompt_is(seen: Seen) 
 
 def test_every_answer_has_an_id(seen: Seen) -> None:
     for path in ("/health", "/v1/models", "/metrics", "/nothing"):
-        assert re.fullmatch(r"[0-9a-f]{24}", httpx.get(seen.url + path).headers["x-request-id"]), path
-        assert httpx.get(seen.url + path, headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
+        assert re.fullmatch(r"[0-9a-f]{24}", httpx.get(seen.url + path, timeout=UP_S).headers["x-request-id"]), path
+        assert httpx.get(seen.url + path, headers={"x-request-id": "mine"}, timeout=UP_S).headers["x-request-id"] == "mine"
 
 
 def test_grpc_has_it_in_its_metadata(seen: Seen) -> None:

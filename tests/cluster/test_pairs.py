@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_harness import Start, fleets, scaled, write_card
+from cluster_harness import Start, fleets, scaled, wait_for, write_card
 from diptych.cluster.on_ray import room
 from diptych.cluster.on_ray.nodes import Asked, Need, Node, Wanted, equal_part, fit, no_room, seat
 from diptych.cluster.on_ray.room import Room
@@ -277,5 +277,5 @@ def test_pairs_are_published_join_and_leave_together(start: Start, orders: Path)
         scaled(cluster, {Phase.PREFILL: (2,), Phase.DECODE: (2,)})
         assert set(fleets(orders)[-1][1]) == {"prefill-0", "prefill-1", "decode-0", "decode-1"}
         scaled(cluster, {Phase.PREFILL: (1,), Phase.DECODE: (1,)})
-        assert set(fleets(orders)[-1][1]) == {"prefill-0", "decode-0"}
+        wait_for("the fleet", lambda: set(fleets(orders)[-1][1]) == {"prefill-0", "decode-0"})
         assert cluster.end() == 0
