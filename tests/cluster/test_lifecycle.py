@@ -50,7 +50,8 @@ def test_versions_rise_and_a_worker_that_dies_comes_back_as_another_incarnation(
         cluster.expect("Starting it again in 0.1 s")
         wait_for("another incarnation", lambda: fleets(orders)[-1][1].get("decode-0", first) != first)
         assert any("decode-0" not in members for _, members in fleets(orders)[told:])
-        assert [version for version, _ in fleets(orders)] == list(range(1, len(fleets(orders)) + 1))
+        versions = [version for version, _ in fleets(orders)]
+        assert versions == list(range(1, len(versions) + 1))
         assert cluster.end() == 0
 
 
@@ -207,7 +208,7 @@ def test_one_ctrl_c_waits_for_what_is_stubborn_a_second_kills_it(start: Start, o
         cluster.expect("Ctrl-C again to end at once")
         wait_for("prefill-0 to end", lambda: processes.start_ticks(pid_of(orders, "prefill-0")) is None)
         assert processes.start_ticks(pid_of(orders, "decode-0")) is not None
-        assert cluster.end(signal.SIGINT, within_s=5) == 0
+        assert cluster.end(signal.SIGINT, within_s=12) == 0, "what is stubborn alone would take 15 s"
     assert nothing_left(state)
 
 
@@ -216,7 +217,7 @@ def test_ctrl_c_while_it_starts_ends_at_once(start: Start, orders: Path) -> None
     with start() as cluster:
         cluster.expect("decode-0: imports")
         state = cluster.state()
-        assert cluster.end(signal.SIGINT, within_s=5) == 0
+        assert cluster.end(signal.SIGINT) == 0
     assert nothing_left(state)
 
 
@@ -226,7 +227,7 @@ def test_nothing_is_left_of_a_killed_supervisor(start: Start, orders: Path) -> N
         cluster.expect("Ctrl-C ends it.")
         state = cluster.state()
         cluster.process.kill()
-        wait_for("the reaper", lambda: nothing_left(state), 10)
+        wait_for("the reaper", lambda: nothing_left(state))
         assert not (cluster.runtime / "diptych" / "default" / "cluster.json").exists()
 
 
