@@ -118,7 +118,7 @@ def _chunks(rows: Sequence[Row], places: Sequence[int], index: int, group: Cache
     """The rows with several tokens, the first of each at its place, over their tables of group `index`."""
     paging = paging_of(group, kind.block_size)
     long = [(place, row.start, row.length, row.tables[index]) for place, row in zip(places, rows, strict=False) if row.length > 1]
-    if long and attends(kind.dtype, group.head_dim, kind.block_size, kind.device):
+    if long and _paged(group, kind):
         yield make_paged_chunks(long, paging)
     else:
         yield from (make_chunk(*each, paging) for each in long)
@@ -127,11 +127,16 @@ def _chunks(rows: Sequence[Row], places: Sequence[int], index: int, group: Cache
 def _singles(rows: Sequence[Row], places: Sequence[int], index: int, group: CacheGroup, kind: _Kind) -> Iterator[Span]:
     """The rows with one token, each at its place, over their tables of group `index`."""
     paging = paging_of(group, kind.block_size)
-    paged = fits(kind.dtype, group.head_dim, kind.device) or attends(kind.dtype, group.head_dim, kind.block_size, kind.device)
+    paged = _paged(group, kind)
     for members in _together(rows) if paged else _alike(rows, paging.window):
         picked = [rows[row] for row in members]
         tokens, starts, tables = [places[row] for row in members], [row.start for row in picked], [row.tables[index] for row in picked]
         yield make_paged_singles(tokens, starts, tables, paging) if paged else make_singles(tokens, starts, tables, paging, kind.dtype)
+
+
+def _paged(group: CacheGroup, kind: _Kind) -> bool:
+    """Whether there are kernels that read the cache where it lies."""
+    return fits(kind.dtype, group.head_dim, kind.device) or attends(kind.dtype, group.head_dim, kind.block_size, kind.device)
 
 
 def _together(rows: Sequence[Row]) -> list[list[int]]:

@@ -1,6 +1,7 @@
-"""Rows with several new tokens each, attended over the paged cache where it lies, all at once (gpu/attend_chunks.py).
+"""Rows with several new tokens each, attended over the paged cache where it lies, all at once (gpu/attend_chunks.py, attend_chunks.cpp).
 
-The twin is `attend` over a `Chunk` for each (paged_attention.py), which gathers keys and values.
+A row's result does not depend on the others. The twin is `attend` over a `Chunk` for each (paged_attention.py), which gathers keys and
+values.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .native import native
 from .paging import Paging, padded
+from .threads import threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,4 +44,32 @@ def make_paged_chunks(chunks: Sequence[tuple[int, int, int, Sequence[int]]], pag
         tables=torch.from_numpy(padded(runs)),
         tokens=sum(lengths),
         window=paging.window,
+    )
+
+
+def attend_chunks(out: Tensor, query: Tensor, cache: Tensor, span: PagedChunks, scale: float, softcap: float) -> None:
+    """By the C++ kernel, where `attend_singles.fits`: rows of query [tokens, heads, head_dim], bf16, contiguous, to the same rows of
+    `out`, likewise; cache as in `attend`."""
+    kernels = native()
+    assert kernels is not None, "a span that `fits` did not allow"
+    (rows, width), (_, heads, head_dim), (_, kv_heads, _, block_size, _) = span.tables.shape, query.shape, cache.shape
+    kernels.attend_chunks(
+        out.data_ptr(),
+        query.data_ptr(),
+        cache.data_ptr(),
+        span.places.data_ptr(),
+        span.sums.data_ptr(),
+        span.positions.data_ptr(),
+        span.tables.data_ptr(),
+        rows,
+        width,
+        span.window,
+        heads,
+        kv_heads,
+        block_size,
+        head_dim,
+        scale,
+        softcap,
+        cache.dtype is torch.int8,
+        threads(),
     )

@@ -20,14 +20,6 @@ inline f32x16 whole_numbers(i8x16 raw) {
 #endif
 }
 
-inline u16x16 nearest(f32x16 x) {
-#ifdef __AVX512BF16__
-    return (u16x16)_mm512_cvtneps_pbh((__m512)x);  // one instruction for the ten of `narrow`
-#else
-    return narrow(x);
-#endif
-}
-
 // The least bf16 that is not below x, which is positive, infinite or no number.
 inline bf16 rounded_up(float x) {
     std::uint32_t bits;
@@ -65,7 +57,7 @@ inline void decode_row(bf16* out, const char* row, int64_t n) {
         std::memcpy(&scale, row + n + i / SHARING * sizeof scale, sizeof scale);
         const std::int8_t* numbers = (const std::int8_t*)row + i;
         const i8x16 raw = count < LANES ? load_part<i8x16>(numbers, count) : load_as<i8x16>(numbers);
-        const u16x16 made = nearest(whole_numbers(raw) * widen(scale));
+        const u16x16 made = narrow(whole_numbers(raw) * widen(scale));
         if (count < LANES)
             std::memcpy(out + i, &made, count * sizeof(bf16));
         else

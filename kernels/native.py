@@ -28,8 +28,8 @@ from .threads import threads
 log = logging.getLogger(__name__)
 
 SOURCES = (
-    "linear", "quantized", "residual_norm", "rotary_store", "gated", "int8_rows", "attend_singles", "argmax",
-    "copy_runs", "draw", "likeliest", "bind",
+    "linear", "quantized", "residual_norm", "rotary_store", "gated", "int8_rows", "attend_singles", "attend_chunks",
+    "argmax", "copy_runs", "draw", "likeliest", "bind",
 )  # fmt: skip
 HEADERS = ("vectors.h", "products.h", "int8_rows.h")
 COMPILERS = ("c++", "g++", "clang++")
@@ -45,9 +45,9 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 class Native:
     """The loaded kernels; arguments as in the C++ files, tensors as `data_ptr()`.
 
-    Products, `dequantize`, `attend_singles`, `copy_runs` and `copy_summed` let other Python threads run meanwhile. The others take
-    microseconds, less than it takes to get the interpreter back from a thread that has it; so do `copy_few` and `copy_summed_few`, the
-    same for few bytes.
+    Products, `dequantize`, `attend_singles`, `attend_chunks`, `copy_runs` and `copy_summed` let other Python threads run meanwhile. The
+    others take microseconds, less than it takes to get the interpreter back from a thread that has it; so do `copy_few` and
+    `copy_summed_few`, the same for few bytes.
     """
 
     linear: Kernel
@@ -57,6 +57,7 @@ class Native:
     rotary_store: Kernel
     gated: Kernel
     attend_singles: Kernel
+    attend_chunks: Kernel
     read_int8: Kernel
     argmax: Kernel
     copy_runs: Kernel
@@ -164,6 +165,7 @@ def _load(path: Path) -> Native:
         rotary_store=_kernel(alone.diptych_rotary_store, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _I, _I),
         gated=_kernel(alone.diptych_gated, _P, _P, _I, _I, _I, _I),
         attend_singles=_kernel(together.diptych_attend_singles, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, _F, _I, _I),
+        attend_chunks=_kernel(together.diptych_attend_chunks, *[_P] * 7, *[_I] * 7, _F, _F, _I, _I),
         read_int8=_kernel(alone.diptych_read_int8, _P, _P, _P, _I, _I, _I, _I),
         argmax=_kernel(alone.diptych_argmax, _P, _P, _I, _I, _I),
         copy_runs=_kernel(together.diptych_copy_runs, _P, _I, _I),

@@ -2,9 +2,9 @@
 
 Everything that depends on tables and positions is computed once per step and cache group, and shared by the layers of the
 group: which blocks to gather into contiguous keys and values, and who may see what. A row with several new tokens is a `Chunk`
-and computed alone, tile by tile. Rows with one new token are `PagedSingles` where there is a kernel for them, which gathers nothing;
-elsewhere those that have about as much context are computed together as `Singles`, padded to the longest. On a GPU with Triton's kernels
-nothing is gathered: all rows with several new tokens are one `PagedChunks`.
+and computed alone, tile by tile; rows with one new token that have about as much context are computed together as `Singles`, padded to
+the longest. Where there are kernels (C++ in bf16, Triton's on a GPU) nothing is gathered: all rows with several new tokens are one
+`PagedChunks`, all with one are `PagedSingles`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .attend_chunks import PagedChunks
+from .attend_chunks import PagedChunks, attend_chunks
 from .attend_singles import PagedSingles, attend_singles
 from .int8_rows import read_blocks
 from .paging import Paging
@@ -122,8 +122,9 @@ def attend(query: Tensor, cache: Tensor, spans: Sequence[Span], scale: float, so
     for span in spans:
         if isinstance(span, Chunk):
             _attend_chunk(query[span.tokens], cache, span, scale, softcap, out[span.tokens])
+        elif isinstance(span, PagedChunks):
+            attend_chunks(out, query.contiguous(), cache, span, scale, softcap)
         else:
-            assert not isinstance(span, PagedChunks), "only Triton's kernels read these"
             out.index_copy_(0, span.tokens, _attend_rows(query.index_select(0, span.tokens), cache, span, scale, softcap))
     return out.view(len(query), -1)
 

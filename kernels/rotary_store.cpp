@@ -10,6 +10,7 @@ struct Heads {
     float eps;
 };
 
+// `head` has room for 15 more.
 void norm(float* head, const float* weight, int64_t n, float eps) {
     f32x16 squares = {};
     sixteens(n, [&](int64_t i, int64_t count) {
@@ -17,16 +18,16 @@ void norm(float* head, const float* weight, int64_t n, float eps) {
         squares += each * each;
     });
     const float scale = 1.0f / std::sqrt(sum(squares) / n + eps);
-    for (int64_t i = 0; i < n; i++) head[i] = widen(narrow(head[i] * scale * weight[i]));
+    sixteens(n, [&](int64_t i, int64_t count) { store(head + i, rounded(load(head + i, count) * scale * load(weight + i, count))); });
 }
 
 // One head of a query or key, [head_dim]: normed if there is a weight, turned if there are angles.
 void turn(bf16* out, const bf16* in, const float* weight, const float* cos, const float* sin, int64_t n, float eps) {
-    float head[1024];
-    for (int64_t i = 0; i < n; i++) head[i] = widen(in[i]);
+    float head[1024 + LANES];
+    sixteens(n, [&](int64_t i, int64_t count) { store(head + i, load(in + i, count)); });
     if (weight) norm(head, weight, n, eps);
     if (!cos) {
-        for (int64_t i = 0; i < n; i++) out[i] = narrow(head[i]);
+        sixteens(n, [&](int64_t i, int64_t count) { store(out + i, load(head + i, count), count); });
         return;
     }
     const int64_t half = n / 2;
