@@ -35,7 +35,7 @@ from .performing import Performer
 from .pool import Pool
 from .ranks import Ranks, SourceOrder, SourceRanks
 from .slices import routes
-from .source_machine import SourceMachine
+from .source_machine import WORTH_BYTES, SourceMachine
 from .source_rank import SourceRank
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,12 @@ class Source:
             due = self._announced_at + ANNOUNCE_EVERY_S
             soon = due <= self._loop.time()
             self._announcing = self._loop.call_soon(self._announce) if soon else self._loop.call_at(due, self._announce)
+
+    def together(self, positions: int) -> int:
+        """How many layers of so many positions of one prompt are worth a message, roughly: `computed` need not be told of fewer, but for
+        the last ones. From any thread."""
+        layer_bytes = self._layout.on(0).layout.groups[0].token_bytes
+        return -(-WORTH_BYTES // (positions * layer_bytes))
 
     def commit(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None:
         """All positions of all layers were `computed` on every rank (else `Internal`), and these are the first tokens. Unknown (ended)

@@ -27,24 +27,33 @@ class Computed(Protocol):
 
 
 class Announcer:
-    """Tells the source what one rank has stored in one step, layer by layer, waking the asyncio thread once for all layers it has not yet
-    seen.
+    """Tells the source what one rank has stored in one step, so many layers at a time as are worth a message, waking the asyncio thread
+    once for all it has not yet seen. Woken for each layer it took 13 more turns for a prompt of 256 tokens, from the cores that computed
+    it.
 
     One announcer per step: its first call follows what was told the asyncio thread before the step was submitted, the Offer among it.
     And one per rank: of two ranks one may be a step ahead, and what the other stores must be told in the order of its own steps.
     """
 
     def __init__(
-        self, stretches: tuple[Stretch, ...], computed: Computed, call_soon: Callable[[Callable[[], None]], None], rank: int = 0
-    ) -> None:
-        """`call_soon` has a call made on the asyncio thread, in order, from any thread."""
+        self, stretches: tuple[Stretch, ...], computed: Computed, call_soon: Callable[[Callable[[], None]], None], *,
+        layers: int, together: int = 1, rank: int = 0,
+    ) -> None:  # fmt: skip
+        """`call_soon` has a call made on the asyncio thread, in order, from any thread. `layers`: how many the rank
+        stores in a step. `together`: how many are told at a time, but for the last ones."""
         self._stretches, self._computed, self._call_soon, self._rank = stretches, computed, call_soon, rank
+        self._left, self._together = layers, together
+        self._untold = 0
         self._stored: deque[int] = deque()
         self._woken = False
 
     def stored(self, layer: int) -> None:
         """On the rank's one thread, after the layer's KV is stored."""
         self._stored.append(layer)
+        self._untold, self._left = self._untold + 1, self._left - 1
+        if self._untold < self._together and self._left:
+            return
+        self._untold = 0
         if not self._woken:
             self._woken = True
             self._call_soon(self._announce)

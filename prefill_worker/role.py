@@ -32,6 +32,7 @@ class Transfers(Protocol):
     def computed(self, transfer_id: str, layers: tuple[int, ...], start: int, stop: int, tables: Tables, rank: int = 0) -> None: ...
     def commit(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None: ...
     def cancel(self, transfer_id: str, reason: str) -> None: ...
+    def together(self, positions: int) -> int: ...
     def check(self) -> None: ...
     async def close(self) -> None: ...
 
@@ -142,7 +143,11 @@ class PrefillRole:
         )
         if not stretches:
             return None
-        announcers = [Announcer(stretches, self.transfers.computed, self._call_soon, rank) for rank in range(len(self._layers))]
+        together = self.transfers.together(max(stretch.stop - stretch.start for stretch in stretches))
+        announcers = [
+            Announcer(stretches, self.transfers.computed, self._call_soon, layers=len(layers), together=together, rank=rank)
+            for rank, layers in enumerate(self._layers)
+        ]
 
         def stored(layer: int, rank: int = 0) -> None:
             announcers[rank].stored(layer)

@@ -32,8 +32,8 @@ from .outbox import Call, Delivery, Outbox
 DEPTH = 2
 """Steps decided and not yet completed, at an engine of one stage: one runs, one waits behind it."""
 STEADY_REPORT_S = 0.25
-"""While nothing happens but that steps end and begin, a report is made no more often: twenty a second, with the messages that tell them,
-took 1 % of a decode worker's core."""
+"""While steps end and begin a report is made no more often: twenty a second, with the messages that tell them, took 1 % of a decode
+worker's core."""
 CHECK_EVERY_S = 0.1
 """How often the books are checked while there is work, if they are checked at all (tests): at 0.5 ms each, half a percent of the time."""
 BROKEN_AFTER = 3
@@ -172,7 +172,7 @@ class EngineLoop(Generic[D]):
         self._reported: tuple[WorkerReport, bool] | None = None
         self._check_at = 0.0
         self._report_at = 0.0
-        """Not before, while steps end and begin and nothing else happens."""
+        """Not before, while there is a step in flight."""
         self._threads = tuple(
             threading.Thread(target=self._guarded, args=(body,), name=name, daemon=True)
             for name, body in (("engine-loop", self._turns), ("engine", self._engine))
@@ -221,7 +221,8 @@ class EngineLoop(Generic[D]):
             self._steps.put(_Submitted(decision, self._role.on_layer(decision), self._resting))
             self._resting = False
         self._resting = not self._in_flight
-        if self._in_flight and heard == self._ended and self._clock.now() < self._report_at:
+        busy = self._reported is not None and not self._reported[1]
+        if self._in_flight and busy and self._clock.now() < self._report_at:
             self._tell()  # another turn follows when the step under way has ended
         else:
             with span(Doing.REPORT):
