@@ -1,9 +1,9 @@
 """Cores on loan: a rank that has nothing to compute lends its cores to those of its host that have.
 
-A table in shared memory holds two words for each core: since when its owner has been idle (nanoseconds of the monotonic clock, which
-is one for all processes of a host; 0: it is computing, or nobody owns it), and which process has borrowed it. The owner needs nobody's
-leave to compute again: it says so, and whoever has borrowed the core sees that before its next product. So a core has two users for a
-product at most. What a process has borrowed that was killed is to be had again.
+A table in shared memory holds three words for each core: since when its owner has been idle (nanoseconds of the monotonic clock, which is
+one for all processes of a host; 0: it is computing, or nobody owns it), which process has borrowed it, and which one owns it. The owner
+needs nobody's leave to compute again: it says so, and whoever has borrowed the core sees that before its next product. So a core has two
+users for a product at most. What a process has borrowed that was killed is to be had again; so are its own cores, until another owns them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from ..core.fleet import Phase
 
-WORD = 8
+WORD, WORDS = 8, 3
 REST_NS = {Phase.PREFILL: 2_000_000, Phase.DECODE: 1_000_000_000}
 """How long an owner must have been idle before its core is borrowed. A prompt is read faster with any core that is free for a moment. An
 answer's tokens are to come evenly, and where prompts come every second or so a core that is borrowed and taken back makes some of them
@@ -22,7 +22,7 @@ late: with 2 ms here too, at 0.75 prompts a second, ITL p50 was 20 ms in place o
 
 
 GONE_NS = 1_000_000_000
-"""How often it is looked whether the borrower of a core still lives: one that was killed writes nothing more into the table."""
+"""How often it is looked whether owner and borrower of a core still live: one that was killed writes nothing more into the table."""
 
 
 class CoreTable:
@@ -37,22 +37,28 @@ class CoreTable:
     @staticmethod
     def size(cores: int) -> int:
         """In bytes."""
-        return 2 * cores * WORD
+        return WORDS * cores * WORD
 
     def snapshot(self) -> bytes:
         return self._mapped[:]
 
     def idle_since(self, core: int) -> int:
-        return self._words[2 * core]
+        return self._words[WORDS * core]
 
     def set_idle(self, core: int, since: int) -> None:
-        self._words[2 * core] = since
+        self._words[WORDS * core] = since
 
     def borrower(self, core: int) -> int:
-        return self._words[2 * core + 1]
+        return self._words[WORDS * core + 1]
 
     def set_borrower(self, core: int, pid: int) -> None:
-        self._words[2 * core + 1] = pid
+        self._words[WORDS * core + 1] = pid
+
+    def owner(self, core: int) -> int:
+        return self._words[WORDS * core + 2]
+
+    def set_owner(self, core: int, pid: int) -> None:
+        self._words[WORDS * core + 2] = pid
 
     def close(self) -> None:
         self._words.release()
@@ -75,6 +81,8 @@ class Lending:
         self._snapshot = b""
         self._again = 0.0
         """When to look again though nobody has written anything."""
+        for core in self._own:
+            table.set_owner(core, pid)
 
     def busy(self) -> None:
         """There is something to compute: its cores are its own."""
@@ -104,17 +112,21 @@ class Lending:
         had = []
         for core in self._others:
             borrower, since = self._table.borrower(core), self._table.idle_since(core)
-            if not since:
+            if not since and not self._killed(self._table.owner(core)):
                 self._give_back(core)
+                self._again = min(self._again, now + GONE_NS)
             elif borrower == self._me:
                 had.append(core)
-            elif borrower and self._lives(borrower):
+            elif borrower and not self._killed(borrower):
                 self._again = min(self._again, now + GONE_NS)
             elif now - since >= self._rest_ns:
                 self._table.set_borrower(core, self._me)
             else:
                 self._again = min(self._again, since + self._rest_ns)
         self._compute_on(tuple(had))
+
+    def _killed(self, pid: int) -> bool:
+        return pid != 0 and not self._lives(pid)
 
     def _give_back(self, core: int) -> None:
         if self._table.borrower(core) == self._me:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import ClassVar
 
 import pytest
@@ -27,9 +28,10 @@ class Rank:
     """`used`: the cores it computes on, the first its own."""
 
     killed: ClassVar[set[int]] = set()
+    pids: ClassVar[Iterator[int]] = count(1000)
 
     def __init__(self, table: CoreTable, own: Sequence[int], clock: Clock) -> None:
-        self.own, self.used, self.computing, self.pid = tuple(own), tuple(own), False, 1000 + own[0]
+        self.own, self.used, self.computing, self.pid = tuple(own), tuple(own), False, next(self.pids)
         self.lending = Lending(table, own, self.pid, rest_ns=REST, use=self._use, now=clock, lives=lambda pid: pid not in self.killed)
 
     def _use(self, cores: Sequence[int]) -> None:
@@ -105,8 +107,27 @@ def test_what_was_borrowed_by_one_that_was_killed_is_to_be_had_again(monkeypatch
         assert [first.lending.look(), second.lending.look(), first.lending.look()] == [1, 1, 2]
         monkeypatch.setattr(Rank, "killed", {first.pid})
         clock.now += GONE_NS
-        assert [second.lending.look(), second.lending.look()] == [1, 2], "asked for and had, though nobody has given it back"
-        assert second.used == (2, 0)
+        assert [second.lending.look(), second.lending.look()] == [1, 3], "asked for and had, though nobody has given it back"
+        assert second.used == (2, 0, 1), "and its own core, which nobody computes on"
+
+
+def test_cores_of_one_that_was_killed_while_it_computed_are_to_be_had_until_another_owns_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    with table_of(3) as table:  # the last core is nobody's
+        prefill, decode = Rank(table, (0,), clock), Rank(table, (1,), clock)
+        prefill.begin()
+        decode.begin()
+        assert [decode.lending.look(), decode.lending.look()] == [1, 1]
+        monkeypatch.setattr(Rank, "killed", {prefill.pid})
+        assert decode.lending.look() == 1, "nobody has written anything, and it is not yet time to look who lives"
+        clock.now += GONE_NS
+        assert [decode.lending.look(), decode.lending.look()] == [1, 2]
+        assert decode.used == (1, 0)
+        again = Rank(table, (0,), clock)
+        assert decode.lending.look() == 1, "it starts, which is work too"
+        again.end()
+        clock.now += REST
+        assert [decode.lending.look(), decode.lending.look()] == [1, 2]
 
 
 def test_a_table_that_is_too_short_is_no_table() -> None:
