@@ -53,8 +53,9 @@ class Decision:
 class Autoplanner:
     """`look` at each window; if it returns a load, simulate it and have `judge` decide. Times are seconds on one clock.
 
-    What keeps it from going to and fro: a load is planned for once; a change must win by a margin, twice in a row, on windows that do not
-    change within themselves; and after one nothing is planned for `cool_down_s`.
+    What keeps it from going to and fro: a load is planned for once, and again when it has been seen for twice as long, until that is a
+    window; a change must win by a margin, twice in a row, on windows that do not change within themselves; and after one nothing is planned
+    for `cool_down_s`.
     """
 
     slo: Slo
@@ -64,6 +65,8 @@ class Autoplanner:
     window_s: float = float("inf")
     """Of a longer window the last part is looked at; what came before tells how long answers are."""
     _planned: Figures | None = None
+    _seen_s: float = 0.0
+    """For how long what was planned for had been seen."""
     _quiet_until: float = field(default=float("-inf"))
     _patient_until: float = field(default=float("-inf"))
     """Until then that requests miss the SLO is no reason to look: nothing better was found for this load."""
@@ -80,6 +83,8 @@ class Autoplanner:
             return Look("the first look at the load", True, split, arrivals, seconds, figures)
         if changed := shifts(self._planned, figures):
             return Look(", ".join(map(str, changed)), True, split, arrivals, seconds, figures)
+        if self._seen_s < seconds >= min(2 * self._seen_s, self.window_s):
+            return Look(f"the load has been seen for {seconds:.0f} s, not {self._seen_s:.0f}", False, split, arrivals, seconds, figures)
         if now >= self._patient_until and (missed := self._missed(window, seconds)):
             return Look(missed, False, split, arrivals, seconds, figures)
         self._wins = None
@@ -96,7 +101,7 @@ class Autoplanner:
         split = chosen(look.split, scores, self.terms)
         sure = split != look.split and split == self._wins
         if sure or split == look.split:
-            self._planned, self._wins = look.figures, None
+            self._planned, self._seen_s, self._wins = look.figures, look.seconds, None
             self._patient_until = now + self.cool_down_s
         else:
             self._wins = split

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import inf, sqrt
+from math import ceil, inf, sqrt
 from statistics import fmean, pstdev, pvariance
 
 from ...core.prefix import HASH_TOKENS
@@ -88,6 +88,13 @@ def arrivals_in(window: Window, last: float = inf) -> list[Arrival]:
         cached = min(cached, each.prompt_tokens)
         found.append(Arrival(number, seconds - each.age, each.prompt_tokens, output, prefix=min(1, cached), prefix_tokens=cached))
     return found
+
+
+def lasting(arrivals: Sequence[Arrival], seconds: float, least: float) -> list[Arrival]:
+    """The load of so many seconds again and again, for at least `least` seconds: a quarter more than is served makes a queue that takes
+    half a minute to miss an SLO, and how long the load has been seen is no reason to believe that it ends."""
+    turns = range(ceil(least / seconds))
+    return [replace(each, number=turn * len(arrivals) + each.number, at=turn * seconds + each.at) for turn in turns for each in arrivals]
 
 
 def _ended_ago(each: Recorded) -> float:

@@ -109,11 +109,7 @@ class Pilot:
             await self._apply(planner, decision)
 
     async def _scores(self, look: Look, splits: Sequence[Split]) -> list[Score]:
-        plan = self.config.autoplan
-        assert plan.profile is not None
-        assert plan.slo is not None
-        values = self.config.model_dump(mode="json", exclude_unset=True)
-        return await ask(question_of(look, splits, plan.profile, values, plan.slo, self.cores), self.environment)
+        return await ask(question_of(look, splits, self.config, self.cores), self.environment)
 
     def _tell(self, decision: Decision) -> None:
         """All that it was decided by."""

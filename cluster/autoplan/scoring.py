@@ -26,6 +26,7 @@ from ..planner.policies import Policies, workers_of
 from ..planner.profile import Profile, read_profile
 from ..planner.world import World
 from .deciding import Look
+from .figures import lasting
 from .replan import HEADROOM, Score, Split
 
 SCORE_S = 120.0
@@ -100,14 +101,21 @@ async def ask(question: Question, environment: Mapping[str, str]) -> list[Score]
     return [Score(**values) for values in json.loads(answer)]
 
 
-def question_of(look: Look, splits: Iterable[Split], profile: str, config: dict[str, object], slo: str, cores: int) -> Question:
+def question_of(look: Look, splits: Iterable[Split], config: ClusterConfig, cores: int) -> Question:
+    """Of a cluster with this `autoplan`, under the load of the look for as long as its window."""
+    plan = config.autoplan
+    assert plan.profile is not None
+    assert plan.slo is not None
     return Question(
-        profile=Path(profile),
-        config=config,
-        slo=slo,
+        profile=Path(plan.profile),
+        config=config.model_dump(mode="json", exclude_unset=True),
+        slo=plan.slo,
         splits=tuple((split.prefills, split.decodes) for split in splits),
         cores=cores,
-        requests=tuple((each.at, each.prompt_tokens, each.output_tokens, each.prefix_tokens) for each in look.arrivals),
+        requests=tuple(
+            (each.at, each.prompt_tokens, each.output_tokens, each.prefix_tokens)
+            for each in lasting(look.arrivals, look.seconds, plan.window_s)
+        ),
     )
 
 

@@ -50,8 +50,7 @@ def config(known: Path, **changes: object) -> ClusterConfig:
 def question(known: Path) -> Question:
     look = Autoplanner(Slo(1.0, 0.06), Terms(), 40, 300).look(0.0, window(60, 1, **LONG_ANSWERS), Split(2, 1))  # type: ignore[arg-type]
     assert look is not None
-    values = config(known).model_dump(mode="json", exclude_unset=True)
-    return question_of(look, [Split(2, 1), Split(1, 2)], str(known), values, TEXT, 2)
+    return question_of(look, [Split(2, 1), Split(1, 2)], config(known), 2)
 
 
 def test_the_process_answers_what_the_simulation_says(known: Path) -> None:
@@ -60,6 +59,18 @@ def test_the_process_answers_what_the_simulation_says(known: Path) -> None:
     assert asyncio.run(ask(asked, {**os.environ, "PYTHONSAFEPATH": "1"})) == found
     assert found[1].share > found[0].share + 0.2
     assert found[0].total == len(asked.requests)
+
+
+def test_a_load_seen_for_a_moment_is_simulated_for_as_long_as_a_window(known: Path) -> None:
+    """Somewhat more than a decode worker serves: in the 12 seconds that were seen hardly anything is late yet."""
+    look = Autoplanner(Slo(1.0, 0.06), Terms(), 40, 300).look(0.0, window(12, 5, **LONG_ANSWERS), Split(2, 1))  # type: ignore[arg-type]
+    assert look is not None
+    short, long = (question_of(look, [Split(2, 1), Split(1, 2)], config(known, window_s=seconds), 2) for seconds in (12, 120))
+    assert len(long.requests) == 10 * len(short.requests)
+    assert [at for at, *_ in long.requests] == sorted(at for at, *_ in long.requests)
+    (moment, _), (now, other) = scores(short), scores(long)
+    assert now.share < 0.5 < moment.share
+    assert other.share > now.share + 0.3
 
 
 def test_workers_share_the_cores_of_their_host(known: Path) -> None:
