@@ -19,6 +19,7 @@ from ...core.errors import ConfigError, DiptychError
 from ...core.fleet import LocalPrefill
 from ...engine.location import DEMO_NAME
 from ..load.choice import Load
+from ..load.goodput import Probe
 from ..load.mix import Mix, parse_mix
 from ..load.retimed import Retimed
 from ..load.slo import parse_slo
@@ -92,12 +93,15 @@ class Planning:
                 outcome = planner.on_host(rate, paired=self.paired)
             else:
                 outcome = planner.paired(rate) if self.paired else planner.apart(rate)
+            lasting = planner.lasting(outcome.best) if outcome.best is not None and rate is None else None
         if outcome.best is None:
             self._show_lost(outcome)
             raise DiptychError(self._why_none(planner, outcome, rate))
         _out.print(_table(outcome, self.site))
+        if rate is None:
+            _out.print(_lasting_said(lasting), markup=False)
         self._show_lost(outcome)
-        text = self._file(outcome.best)
+        text = self._file(outcome.best, outcome.best.rate if lasting is None else lasting.rate)
         if out is not None:
             write_text(out, text)
             joined = " --address RAY" if outcome.best.plan.prefill.device else ""
@@ -114,13 +118,13 @@ class Planning:
                 _out.print(what, markup=False)
         return outcome
 
-    def _file(self, best: Scored) -> str:
+    def _file(self, best: Scored, rate: float) -> str:
         prefill, decode = (kind.profile for kind in self.site.of(best.plan))
         name, source = prefill.model.name, self.source or prefill.model.source
         unsaid = source is None and name != DEMO_NAME
         values = config_of(best.plan, prefill, self.bench.policies, name if unsaid else source, decode)
         load_config(values)
-        lines = [f"{best.plan}: {best.rate:.3g} requests/s within {self.bench.terms.slo}, simulated."]
+        lines = [f"{best.plan}: {rate:.3g} requests/s within {self.bench.terms.slo}, simulated."]
         if self.paired:
             lines.append("Workers of one number are a pair, on one node.")
         if best.plan.prefill.device:
@@ -243,6 +247,14 @@ def _table(outcome: Outcome, site: Site) -> Table:
         table.add_row(mark + (" *" if id(each) in front else ""), str(each.plan), devices, *cells)
     table.caption = f"{_front_said(outcome, site)} {outcome.considered} plans considered, {outcome.simulated} simulations."
     return table
+
+
+def _lasting_said(lasting: Probe | None) -> str:
+    """Plans are compared by one draw of the load, and the best one's rate is that which this draw flatters."""
+    if lasting is None:
+        return "With another draw of the load the best serves less than half of its rate: ask for longer runs (--most)."
+    share = f"{lasting.share:.1%} of {lasting.total} requests attain"
+    return f"With a draw of the load that the search has not seen the best serves {lasting.rate:.3g} requests/s: {share}."
 
 
 def _front_said(outcome: Outcome, site: Site) -> str:

@@ -52,6 +52,10 @@ class Terms:
         """As many steps as halve a rate."""
         return round(math.log(2) / math.log(1 + self.tolerance))
 
+    @property
+    def trial(self) -> Trial:
+        return Trial.growing(self.target, self.confidence, self.most)
+
     def met(self, probe: Probe) -> bool:
         """By its verdict; by its share where that is open."""
         return probe.verdict is Verdict.MET or (probe.verdict is Verdict.OPEN and probe.share >= self.target)
@@ -73,14 +77,14 @@ class Bench:
         slo: Slo | None = None,
         arrivals: Arrivals | None = None,
         whole: bool = False,
+        trial: Trial | None = None,
     ) -> Probe:
         """Simulate one rate until its attainment is surely above or below the target. Requests that come while the cluster fills,
         within the time that one may take, are not counted; and that it is met is not believed before `FILLINGS` times as many.
         `whole`: not without those that can change nothing any more."""
         terms, limits = self.terms, slo or self.terms.slo
         ahead, load = _filling((arrivals or terms.arrivals)(rate, terms.seed), limits)
-        trial = Trial.growing(terms.target, terms.confidence, terms.most)
-        standing = Standing(trial, FILLINGS * ahead, whole=whole)
+        standing = Standing(trial or terms.trial, FILLINGS * ahead, whole=whole)
 
         def known(life: Life) -> None:
             if life.arrival.number >= ahead:
@@ -89,6 +93,12 @@ class Bench:
         world = World(cluster.profile, cluster.hardware, self.policies, link=cluster.link, slo=limits, on_late=known, on_end=known)
         world.run(islice(load, ahead + terms.most), lambda: standing.done)
         return standing.probe(rate)
+
+    def unseen(self, cluster: Cluster, rate: float) -> Probe:
+        """One rate with a draw of the load that no search has seen, as many requests as a run may have unless it is hopeless."""
+        terms = self.terms
+        fresh = replace(self, terms=replace(terms, seed=terms.seed + 1))
+        return fresh.probe(cluster, rate, trial=Trial(terms.target, terms.confidence, (terms.most,)))
 
     def goodput(
         self,

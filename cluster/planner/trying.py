@@ -58,6 +58,10 @@ class Trier:
         why = f"at {terms.rate(least):.3g} requests/s per {site.unit} at most {probe.share:.1%} of {probe.total} are within the limits"
         return Lost(str(plan), Loss.DOMINATED, why)
 
+    def unseen(self, plan: Plan, rate: float) -> Probe:
+        """`Bench.unseen` of the plan."""
+        return self.bench.unseen(self.bench.site.cluster(plan), rate)
+
     def alone(self, phase: Phase, shape: Shape, bound: float, longest: int) -> float | None:
         """The highest rate of a worker of one phase, by its own limit: the other phase takes no time. `longest`: of the load's requests."""
         slo, kind = self.bench.terms.slo, self.bench.site.kind(shape)

@@ -107,6 +107,23 @@ def test_a_rate_served_is_below_the_bounds_and_not_far_below_them(found: Outcome
     assert 0.2 * min(prompts, answers) < found.best.rate <= min(prompts, answers) / 0.9
 
 
+def test_a_rate_that_one_draw_flatters_is_not_named() -> None:
+    """The search's own draw has prompts of half the length."""
+
+    def drawn_by(rate: float, seed: int) -> Iterator[Arrival]:
+        return (replace(each, prompt_tokens=each.prompt_tokens // (1 if seed else 2)) for each in load(rate, seed))
+
+    terms = Terms(drawn_by, SLO, most=120, tolerance=0.1)
+    searched = Planner(Bench(site(profile(), Space(1, 2)), APART, terms), SAMPLE)
+    best = searched.paired().best
+    assert best is not None
+    lasting = searched.lasting(best)
+    assert lasting is not None
+    assert lasting.rate < 0.9 * best.rate
+    assert lasting.share >= 0.9
+    assert lasting.total == 120, "no fewer than a run may have"
+
+
 def test_phases_apart_get_the_numbers_that_a_rate_needs() -> None:
     outcome = planner(profile(), Space(1, 4)).apart(rate=40.0)
     assert outcome.best is not None
