@@ -30,7 +30,7 @@ from diptych.rpc.worker import WorkerClient, WorkerStream
 from rank_process import Rank
 
 ANSWER_S = 60.0
-IDLE_S = 20.0
+IDLE_S = 60.0
 TERMINAL = (HandedOver, Finished, Failed)
 
 

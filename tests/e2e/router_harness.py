@@ -37,7 +37,7 @@ async def router(
 
 
 async def until(running: Router, condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  it watches what has no event
             await asyncio.sleep(0.02)
 

@@ -113,7 +113,7 @@ class HttpFace:
 
     def __init__(self, address: str) -> None:
         self.unheard = 0
-        self._client = httpx.AsyncClient(base_url=f"http://{address}", timeout=httpx.Timeout(10.0, read=120.0))
+        self._client = httpx.AsyncClient(base_url=f"http://{address}", timeout=120.0)
 
     async def ask(self, job: Job, leave_after: int | None, *, stream: bool) -> Answer | None:
         body = {"prompt": list(job.prompt), **job.sampling, "stream": stream, "stop": list(job.stop)}
@@ -227,7 +227,7 @@ class Cluster:
 
     async def rest(self) -> dict[str, WorkerReport]:
         """Wait until nobody holds anything, and every rank has found so itself."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while True:
                 reports = await self.reports()
                 if len(reports) == len(self.ranks) and all(_at_rest(report) for report in reports.values()):
@@ -268,7 +268,7 @@ async def cluster(ranks: Sequence[Rank], directory: Path) -> AsyncIterator[Clust
             stack.push_async_callback(control.close)
             running = Cluster(ranks, router, ready["http"], ready["grpc"], control)
             await control.publish(Fleet(1, tuple(member(rank) for rank in ranks)))
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while len(await running.reports()) < len(ranks):  # noqa: ASYNC110  it watches what has no event
                     await asyncio.sleep(0.05)
             yield running

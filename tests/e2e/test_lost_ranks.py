@@ -26,8 +26,6 @@ from e2e_harness import Rank, Workers, attached, rank_spec, request, wait_idle
 from pausing import arm, start, stopped
 from spread_harness import prompt
 
-ENDS_S = 5.0
-"""For a machine that does other things too."""
 SHARDS: dict[str, Any] = {"tp": 2}
 STAGES: dict[str, Any] = {"stages": (3, 1)}
 SPREADS = {Transport.SHM: (SHARDS, STAGES), Transport.GLOO: (STAGES, SHARDS)}
@@ -74,12 +72,13 @@ def crew(request: pytest.FixtureRequest, tiny_gemma3_dir: Path, tmp_path_factory
 
 
 async def lose(worker: Rank, victim: int) -> None:
-    """Kill one of its ranks: the others end by themselves, and say why."""
+    """Kill one of its ranks: the others end by themselves, and say why; by their connections, and not by its silence."""
     worker.members[victim].process.send_signal(signal.SIGKILL)
     for number, rank in enumerate(worker.members):
-        status = await asyncio.to_thread(rank.ended, ENDS_S)
+        status = await asyncio.to_thread(rank.ended)
         assert status == (-signal.SIGKILL if number == victim else DIED)
         assert number == victim or re.search(f"[Ll]ost rank {victim} of", rank.log.read_text())
+        assert "has said nothing for" not in rank.log.read_text()
 
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["leader", "follower"])

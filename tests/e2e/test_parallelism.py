@@ -127,14 +127,14 @@ def test_neighbours_and_their_cancels_change_nothing(cluster: Cluster, pair: tup
             asked = cases(f"beside cancels at {here.tenant}")
             neighbours = [asyncio.create_task(_cancelled(workers, order.random() * 0.2, number)) for number in range(8)]
             same(await asyncio.gather(*(workers.disaggregated(each) for each in asked)), here.expected)
-            await asyncio.gather(*neighbours)
+            assert any(await asyncio.gather(*neighbours))
             await workers.idle()
 
     asyncio.run(main())
 
 
-async def _cancelled(workers: Workers, after_s: float, number: int) -> None:
-    """A long request, with two choices or one, apart or local, that is stopped at some moment."""
+async def _cancelled(workers: Workers, after_s: float, number: int) -> bool:
+    """A long request, with two choices or one, apart or local, that is stopped at some moment; whether it was still under way."""
     asked = request(prompt(60 + 20 * number, 100 + number), max_tokens=300, temperature=1.0, seed=number, n=1 + number % 2)
     attempt_id = new_attempt_id()
     task = asyncio.create_task((workers.local if number % 4 == 3 else workers.disaggregated)(asked, attempt_id))
@@ -142,7 +142,9 @@ async def _cancelled(workers: Workers, after_s: float, number: int) -> None:
     for stream in (workers.prefill, workers.decode):
         assert stream is not None
         stream.send(Stop(attempt_id))
-    assert isinstance((await task).error, Cancelled)
+    error = (await task).error
+    assert error is None or isinstance(error, Cancelled)
+    return error is not None
 
 
 def test_workers_of_many_ranks_finish_their_work_when_they_are_asked_to_end(cluster: Cluster) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import openai
 from diptych.client.aio import AsyncClient
 from diptych.core.fleet import LocalPrefill, Phase
-from e2e_harness import Family, Rank, rank_spec, ranks
-from router_harness import idle, router, until
+from e2e_harness import Family, Rank, rank_spec
+from pausing import arm, start, stopped
+from router_harness import idle, router
 
 PROMPTS = ["the man in the inn " * n for n in (2, 4, 9)]
 Texts = list[tuple[str, str]]
@@ -89,20 +90,24 @@ def test_more_choices_than_a_worker_runs_at_once(gemma3_ranks: Family) -> None:
 
 
 def test_a_decode_worker_dies_under_several_choices(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """It stops itself in the middle, so that it is under way when it dies, whoever is faster."""
     names = [("p0", Phase.PREFILL), ("d0", Phase.DECODE), ("d1", Phase.DECODE)]
     options: Any = {"n": 4, "max_tokens": 90, "seed": 7, "ignore_eos": True}
 
     async def check(started: list[Rank]) -> None:
         async with router(started) as running, AsyncClient(running.grpc) as c:
             expected = [[choice.text for choice in (await c.generate(prompt, **options)).choices] for prompt in PROMPTS]
+            arm(tmp_path, "step", 20)
             under_way = [asyncio.create_task(c.generate(prompt, **options)) for prompt in PROMPTS]
-            await until(running, lambda: any(r.running > 4 for r in running.fleet.describe()[1]))
-            busiest = max(running.fleet.describe()[1], key=lambda report: report.running).worker_id
-            next(rank for rank in started if rank.spec.worker_id == busiest).kill()
+            (await stopped(started)).kill()
             again = await asyncio.gather(*under_way)
             assert [[choice.text for choice in answer.choices] for answer in again] == expected
             assert max(answer.timing.attempts for answer in again) == 2
             await idle(running)
 
-    with ranks(tmp_path, *(rank_spec(tiny_llama_dir, phase, name, kv_tokens=2048, max_running=12) for name, phase in names)) as started:
+    started = [start(rank_spec(tiny_llama_dir, phase, name, kv_tokens=2048, max_running=12), tmp_path) for name, phase in names]
+    try:
         asyncio.run(check(started))
+    finally:
+        for rank in started:
+            rank.kill()

@@ -119,7 +119,7 @@ def test_neighbours_and_their_cancels_change_nothing(family: Family) -> None:
                 paths = [workers.disaggregated if order.random() < 0.6 else workers.local for _ in asked]
                 neighbours = [asyncio.create_task(_cancelled(workers, order.random() * 0.1, i)) for i in range(10)]
                 together = await asyncio.gather(*(path(each, i) for path, each, i in zip(paths, asked, ids, strict=True)))
-                await asyncio.gather(*neighbours)
+                assert any(await asyncio.gather(*neighbours))
                 for one, other in zip(alone, together, strict=True):
                     assert other.error is None
                     assert one.tokens == other.tokens
@@ -128,8 +128,8 @@ def test_neighbours_and_their_cancels_change_nothing(family: Family) -> None:
     asyncio.run(main())
 
 
-async def _cancelled(workers: Workers, after_s: float, i: int) -> None:
-    """A request that shares the others' prefixes and is stopped at some moment."""
+async def _cancelled(workers: Workers, after_s: float, i: int) -> bool:
+    """A request that shares the others' prefixes and is stopped at some moment; whether it was still under way."""
     asked: Request = request(prompt(10 + 23 * i, 100 + i), max_tokens=200)
     attempt_id = new_attempt_id()
     task = asyncio.create_task(workers.disaggregated(asked, attempt_id) if i % 2 else workers.local(asked, attempt_id))
@@ -138,7 +138,8 @@ async def _cancelled(workers: Workers, after_s: float, i: int) -> None:
         assert stream is not None
         stream.send(Stop(attempt_id))
     answer = await task
-    assert isinstance(answer.error, Cancelled)
+    assert answer.error is None or isinstance(answer.error, Cancelled)
+    return answer.error is not None
 
 
 def test_the_first_token_may_be_the_last(family: Family) -> None:

@@ -68,8 +68,11 @@ class Load:
 
     async def one(self) -> None:
         """A request over one of the faces; one in four is left on the way. Answers must be the same every time, over either face."""
-        number, before = self.order.randrange(len(self.jobs)), self.ended.total()
-        job, leave_after = self.jobs[number], self.order.randint(1, 20) if self.order.random() < 1 / 4 else None
+        await self.ask(self.order.randrange(len(self.jobs)), self.order.randint(1, 20) if self.order.random() < 1 / 4 else None)
+
+    async def ask(self, number: int, leave_after: int | None = None) -> None:
+        """Job `number`, which may be left after so many messages."""
+        job, before = self.jobs[number], self.ended.total()
         match self.order.choice(["grpc", "stream", "whole"]):
             case "grpc":
                 answer = await self.grpc.ask(job, leave_after)
@@ -105,7 +108,7 @@ async def soak(started: list[Rank], directory: Path, seconds: float) -> None:
             await load.keep_up(AT_ONCE, seconds / 4)
             watch = asyncio.create_task(holdings.watch(max(0.5, seconds / 200)))
             began, before = time.monotonic(), sum(load.ended.values())
-            await load.keep_up(AT_ONCE, seconds * 3 / 4)
+            await asyncio.gather(load.keep_up(AT_ONCE, seconds * 3 / 4), load.ask(0))  # the large one, whatever is drawn
             rate = (sum(load.ended.values()) - before) / (time.monotonic() - began)
             watch.cancel()
             with suppress(asyncio.CancelledError):

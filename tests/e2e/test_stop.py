@@ -60,8 +60,8 @@ def test_stopped_in_every_stage_of_the_prompt(gemma3_ranks: Family) -> None:
             assert prefill is not None
             assert decode is not None
             ids = [new_attempt_id() for _ in range(4)]
-            for number, attempt_id in enumerate(ids):  # the later ones are queued behind the first
-                asked = request(distinct(10 + number), max_tokens=50)
+            for number, attempt_id in enumerate(ids):  # the later ones are queued behind the first, which is written for a second and more
+                asked = request(distinct(10 + number, 600), max_tokens=420 if number == 0 else 50)
                 decode.send(Decode(attempt_id, asked))
                 prefill.send(Prefill(attempt_id, asked, workers.decode_address))
             prefill.send(Stop(ids[2]))
