@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,19 @@ def show(transport: Transport, found: dict[str, Any]) -> None:
         print(f"of a request of {share['request']:.1f} s: {parts}")
 
 
+def chosen(asked: Sequence[str] | None) -> list[Transport]:
+    """By default all that this machine can measure; `ValueError` if one that is asked for is none of them."""
+    lacking = [each for each in Transport if each.on_gpu and not torch.cuda.is_available()]
+    if missed := [each.value for each in lacking if asked and each.value in asked]:
+        cpu_only = "is built without CUDA" if torch.version.cuda is None else "finds none"
+        raise ValueError(
+            f"{' and '.join(missed)} cannot be measured here: that takes an NVIDIA GPU, and torch {torch.__version__} {cpu_only}."
+        )
+    if lacking and not asked:
+        print(f"no GPU: {' and '.join(lacking)} not measured")
+    return [each for each in Transport if (each.value in asked if asked else each not in lacking)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diptych.benchmarks.links", description="How near does a KV transfer come to its link?")
     parser.add_argument("--passes", type=int, default=5, help="over the whole pool, of each piece size")
@@ -119,19 +133,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="requests of a served model; 0: none")
     parser.add_argument("--model", help="that is served; by default the demo model")
     options = parser.parse_args()
+    try:
+        transports = chosen(options.transport)
+    except ValueError as error:
+        parser.error(f"--transport: {error}")
     torch.set_num_threads(1)
     where = surroundings()
     print(describe(where))
-    able = [each for each in Transport if not each.on_gpu or torch.cuda.is_available()]
-    if lacking := [each.value for each in Transport if each not in able]:
-        print(f"no GPU: {' and '.join(lacking)} not measured")
-    chosen = [each for each in able if options.transport is None or each.value in options.transport]
     os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")  # both processes are on one GPU
     layers = CacheGroup(CacheKind.FULL, tuple(range(18)), kv_heads=4, head_dim=64, dtype=DType.BFLOAT16)
     alone = machines_alone(Layout("model", (layers,), 16, (PROMPT // 16,)), PROMPT, 200)
     results: dict[str, Any] = {"machines_us": 1e6 * percentile(alone[20:], 0.5)}
     print(f"machines: {results['machines_us']:.0f} µs for a prompt of {PROMPT} tokens and 18 layers")
-    for transport in chosen:
+    for transport in transports:
         results[transport.value] = measure(transport, options)
         show(transport, results[transport.value])
     print(f"kept in {keep('links', where, vars(options), results)}")
