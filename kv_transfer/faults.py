@@ -57,7 +57,7 @@ def piece_fault(ready: Ready, routes: tuple[Route, ...]) -> str | None:
     if not 0 <= ready.route < len(routes):
         return f"there is no route {ready.route}"
     groups = routes[ready.route].groups
-    if not 0 <= ready.group < len(groups) or not set(ready.layers) <= set(groups[ready.group].layers):
+    if not 0 <= ready.group < len(groups) or not ready.layers or not set(ready.layers) <= set(groups[ready.group].layers):
         return f"cache group {ready.group} has no layers {ready.layers}"
     if not 0 <= ready.start < ready.stop:
         return f"{ready.start} to {ready.stop} are no positions"

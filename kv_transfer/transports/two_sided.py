@@ -305,14 +305,22 @@ class Incoming(Pair):
             if receive.transfer_id in self._given_up:
                 return
             self._emptying = receive.transfer_id
-        with span(Doing.UNPACK, who=(receive.transfer_id,)):
-            error = self._emptied(receive, blocks, slot)
+        try:
+            with span(Doing.UNPACK, who=(receive.transfer_id,)):
+                error = self._emptied(receive, blocks, slot)
+        finally:  # whatever it raises ends the pair, and then too a fence must be answered
+            fenced = self._leave(receive.transfer_id)
+        if not fenced:
+            self._tell(self._events.copied, receive.transfer_id, receive.seq, error)
+
+    def _leave(self, transfer_id: str) -> bool:
+        """Nothing is put into the pool any more. Whether the transfer was fenced meanwhile: then that is answered now."""
         with self._lock:
             self._emptying = None
-            if receive.transfer_id in self._given_up:
-                self._call_soon(self._events.fenced, receive.transfer_id)
-                return
-        self._tell(self._events.copied, receive.transfer_id, receive.seq, error)
+            if transfer_id not in self._given_up:
+                return False
+            self._call_soon(self._events.fenced, transfer_id)
+            return True
 
     def _emptied(self, receive: Receive, blocks: tuple[int, ...], slot: int) -> str | None:
         """Why the piece does not count, or None if it lies in the pool."""

@@ -214,6 +214,29 @@ def test_a_piece_whose_blocks_were_taken_back_before_it_was_read_is_refused(monk
     asyncio.run(run())
 
 
+def test_a_defect_while_a_piece_is_unpacked_ends_the_pair_and_its_fences_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack, broken = packing.unpack, True
+
+    def unpacked(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], slot: torch.Tensor, expected: int) -> bool:
+        if broken:
+            raise MemoryError("there is none")
+        return unpack(pool, crossing, span, blocks, slot, expected)
+
+    monkeypatch.setattr(slots, "unpack", unpacked)
+
+    async def run() -> None:
+        nonlocal broken
+        async with rig(GLOO) as (prefill, decode, address, _):
+            await hand_over(prefill, decode, address, "a", 40)
+            await decode.diary.wait("released", "a")
+            assert "The gloo pair of 127.0.0.1 is lost: there is none" in decode.diary.errors["a"].message
+            broken = False
+            await hand_over(prefill, decode, address, "b", 40)
+            assert decode.diary.of("b") == ["offered", "committed"]
+
+    asyncio.run(run())
+
+
 def test_what_was_in_a_slot_before_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two equally long pieces the first is sent twice, seal and all."""
     send = Outgoing._send

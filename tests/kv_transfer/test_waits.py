@@ -315,6 +315,7 @@ def test_a_piece_of_another_epoch_is_not_looked_at() -> None:
         ({"seq": 1}, "piece 0 was due"),
         ({"group": 2}, "cache group 2 has no layers"),
         ({"layers": (1,)}, "has no layers"),
+        ({"layers": ()}, "has no layers"),
         ({"layers": (0, 0)}, "repeat"),
         ({"start": 4, "blocks": (1, 2)}, "stands at 0"),
         ({"stop": 12}, "not within 10"),
