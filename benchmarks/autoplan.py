@@ -1,9 +1,11 @@
-"""Does a cluster keep its own plan true? Three single-threaded workers, two of them for prompts; the load turns from long prompts to long
-answers, and `autoplan: apply` has to notice. Then the same cluster under a load that does not turn, in bursts: nothing may change.
+"""Does a cluster keep its own plan true? Three single-threaded workers share the cores of this machine, two of them for prompts. The load
+turns from long prompts to long answers, and `autoplan: apply` has to notice. Beside it: the same load on the same cluster without
+`autoplan`, and a load that does not turn, prompts of many lengths in bursts, under which nothing may change.
 
-    python -m diptych.benchmarks.autoplan --profile P.json [--before 90] [--after 210] [--steady 180] [--model M] [--plot FILE.png]
+    python -m diptych.benchmarks.autoplan --profile P.json [--before 45] [--after 105] [--noisy 75] [--model M] [--plot FILE.png]
 
-`P.json` is what `diptych profile --threads 1` writes here. Attainment is the client's, by when requests were sent.
+`P.json` is what `diptych profile --threads 1` has written here, minutes before. By it the rates are found: each lies between what the two
+splits serve of its load on these cores, so that it takes the right one. Attainment is the client's, by when requests were sent.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.benchmarks.record import RESULTS, describe, keep, surroundings
+from diptych.cluster.autoplan.replan import Split
 from diptych.cluster.commands.up import Served
 from diptych.cluster.commands.while_up import serve, settings
 from diptych.cluster.load.answer import Answer
@@ -28,13 +32,84 @@ from diptych.cluster.load.mix import Mix, Stream
 from diptych.cluster.load.server import find_server
 from diptych.cluster.load.slo import Slo, parse_slo
 from diptych.cluster.load.workload import Arrival, limited
-from diptych.cluster.planner.policies import Policies
-from diptych.cluster.planner.profile import read_profile
-from diptych.cluster.planner.shapes import Sample, Shape, most_answers, most_prompts
+from diptych.cluster.planner.goodput import Bench, Terms
+from diptych.cluster.planner.life import Life
+from diptych.cluster.planner.policies import Policies, workers_of
+from diptych.cluster.planner.profile import Profile, read_profile
+from diptych.cluster.planner.site import Cluster, Site
+from diptych.cluster.planner.world import World
+from diptych.core.config import load_config
 
-BIN_S = 10.0
+BIN_S = 5.0
 CHUNK_TOKENS = 256
 TIMEOUT_S = 300.0
+TARGET = 0.9
+BEGIN, END = Split(2, 1), Split(1, 2)
+GAIN = 1.2
+"""Of a load of which the right split serves less than so many times as much as the other no rate tells them apart; times vary."""
+NEARER = 1 / 3
+MOST_RATE = 50.0
+
+
+# -- what this machine can do ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests of these lengths. `served`: how many per second each split serves within the SLO, by simulation; `right`: more than the
+    other."""
+
+    prompt: str
+    output: str
+    served: Mapping[Split, float]
+    right: Split
+
+    @property
+    def rate(self) -> float:
+        """Between the two, and nearer to what the right one serves: what is a little too much shows only after minutes."""
+        most = self.served[self.right]
+        return float(most * (min(self.served.values()) / most) ** NEARER)
+
+    def arrivals(self, seed: int, seconds: float, *, begin: float = 0.0, burstiness: float = 1.0) -> Iterator[Arrival]:
+        mix = Mix(streams=(Stream(rate=self.rate, burstiness=burstiness, prompt=self.prompt, output=self.output),))
+        return (replace(each, at=begin + each.at) for each in limited(mix.arrivals(self.rate, seed), None, seconds))
+
+    def __str__(self) -> str:
+        serves = ", ".join(f"{split} {rate:.2f}" for split, rate in self.served.items())
+        return f"{self.prompt} tokens in, {self.output} out: {serves}; sent {self.rate:.2f} a second"
+
+
+def load_of(options: argparse.Namespace, lengths: str, right: Split) -> Load:
+    """Refused if it takes no split more than the other."""
+    prompt, output = lengths.split(":")
+    load = Load(prompt, output, {split: _goodput(options, split, prompt, output) for split in (BEGIN, END)}, right)
+    if load.served[right] < GAIN * min(load.served.values()):
+        raise SystemExit(f"{load}. {right} has to serve {GAIN} times as much of it as the other split: choose other lengths or slots.")
+    return load
+
+
+def _goodput(options: argparse.Namespace, split: Split, prompt: str, output: str) -> float:
+    """Requests per second within the SLO, by the profile, with the cores shared as they are."""
+    profile, config = read_profile(Path(options.profile)), load_config(config_of(options, split))
+    arrivals = Mix(streams=(Stream(rate=1, prompt=prompt, output=output),)).arrivals
+    bench = Bench(Site(()), Policies.of(config), Terms(arrivals, parse_slo(options.slo), TARGET, most=600))
+    cluster = Cluster(workers_of(config, profile), profile, next(iter(profile.links.values())))
+    best = bench.goodput(cluster, 1.0, MOST_RATE).best
+    if best is None:
+        raise SystemExit(f"{split} meets {options.slo} at no rate of {prompt} tokens in and {output} out: choose another --slo.")
+    return best.rate
+
+
+def foretold(options: argparse.Namespace, profile: Profile, split: Split, arrivals: Iterator[Arrival]) -> tuple[float, float]:
+    """Attainment before and after the turn if this split stays, by simulation."""
+    config, lives = load_config(config_of(options, split)), list[Life]()
+    world = World(profile, workers_of(config, profile), Policies.of(config), slo=parse_slo(options.slo), on_end=lives.append)
+    world.run(arrivals)
+    before, after = ([world.meets(life) for life in lives if (life.arrival.at < options.before) is early] for early in (True, False))
+    return sum(before) / len(before), sum(after) / len(after)
+
+
+# -- what it did -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,90 +120,81 @@ class Course:
     decisions: Sequence[dict[str, Any]]
     slo: Slo
 
+    @property
+    def errors(self) -> list[str]:
+        return [answer.error for answer in self.answers if answer.error is not None]
+
+    @property
+    def end(self) -> float:
+        return max(answer.sent for answer in self.answers)
+
+    @property
+    def decided(self) -> list[float]:
+        """When it was sure of a change."""
+        sure = (" in place of ", "looked at once more")
+        return [each["at_s"] for each in self.decisions if sure[0] in each["message"] and sure[1] not in each["message"]]
+
+    @property
+    def changed(self) -> list[float]:
+        """When changes were through."""
+        return [each["at_s"] for each in self.decisions if each["message"].startswith("autoplan: now ")]
+
+    def attainment(self, begin: float, end: float) -> float | None:
+        """Of what was sent in that time; None: nothing was."""
+        met = [self.slo.met(answer) for answer in self.answers if begin <= answer.sent < end]
+        return sum(met) / len(met) if met else None
+
+    def bins(self) -> Iterator[dict[str, Any]]:
+        """Each stretch of `BIN_S` seconds in which something was sent: how much, and how much of it was in time."""
+        for number in range(int(self.end / BIN_S) + 1):
+            begin = number * BIN_S
+            sent = [answer.arrival for answer in self.answers if begin <= answer.sent < begin + BIN_S]
+            if sent:
+                offered = {key: sum(getattr(each, key) for each in sent) / BIN_S for key in ("prompt_tokens", "output_tokens")}
+                share = self.attainment(begin, begin + BIN_S)
+                yield {"from_s": begin, "requests": len(sent), "offered_per_s": offered, "share": share}
+
     def as_json(self) -> dict[str, Any]:
-        errors = [answer.error for answer in self.answers if answer.error is not None]
         return {
             "requests": len(self.answers),
-            "failed": len(errors),
-            "errors": sorted(set(errors)),
-            "attainment": [{"from_s": begin, "requests": total, "share": share} for begin, total, share in self.bins()],
+            "failed": len(self.errors),
+            "errors": sorted(set(self.errors)),
+            "decided_s": self.decided,
+            "changed_s": self.changed,
+            "course": list(self.bins()),
             "decisions": list(self.decisions),
         }
 
-    def bins(self) -> Iterator[tuple[float, int, float]]:
-        """Begin, number of requests and attainment of each stretch of `BIN_S` seconds in which something was sent."""
-        for number in range(int(max(answer.sent for answer in self.answers) / BIN_S) + 1):
-            met = [self.slo.met(answer) for answer in self.answers if number * BIN_S <= answer.sent < (number + 1) * BIN_S]
-            if met:
-                yield number * BIN_S, len(met), sum(met) / len(met)
+
+def config_of(options: argparse.Namespace, split: Split, mode: str = "off", logs: str | None = None) -> dict[str, Any]:
+    config = settings(
+        prefill=split.prefills, decode=split.decodes, model=options.model, dtype=options.dtype, log={"directory": logs, "format": "json"},
+    )  # fmt: skip
+    config["prefill"] |= {"threads": 1, "kv_tokens": options.kv_tokens, "chunk_tokens": CHUNK_TOKENS}
+    config["decode"] |= {"threads": 1, "kv_tokens": options.kv_tokens, "max_running": options.max_running}
+    config["router"]["local_prefill"] = "never"
+    config["autoplan"] = {
+        "mode": mode, "profile": options.profile, "slo": options.slo, "window_s": options.window, "every_s": 5, "cool_down_s": 60,
+        "least_requests": 30,
+    }  # fmt: skip
+    return config
 
 
-def rates(options: argparse.Namespace) -> tuple[float, float]:
-    """Requests per second of long prompts and of long answers: more than one worker can do by its profile, less than two."""
-    profile = read_profile(Path(options.profile))
-    policies = Policies(chunk_tokens=CHUNK_TOKENS, decode_running=options.max_running)
-    alone = Shape(1, 1)
-    prompts, answers = (
-        Sample((Arrival(0, 0.0, prompt, output),)) for prompt, output in (_lengths(options.prompts), _lengths(options.answers))
-    )
-    return (
-        options.load * most_prompts(profile, alone, prompts, policies),
-        options.load * most_answers(profile, alone, answers, Slo(), policies),
-    )
-
-
-def _lengths(text: str) -> tuple[int, int]:
-    prompt, output = text.split(":")
-    return int(prompt), int(output)
-
-
-def _load(rate: float, lengths: str, burstiness: float) -> Mix:
-    prompt, output = lengths.split(":")
-    return Mix(streams=(Stream(rate=rate, burstiness=burstiness, prompt=prompt, output=output),))
-
-
-def turning(options: argparse.Namespace) -> Iterator[Arrival]:
-    """Long prompts until `--before`, then long answers."""
-    of_prompts, of_answers = rates(options)
-    prompts, answers = _load(of_prompts, options.prompts, 1.0), _load(of_answers, options.answers, 1.0)
-    first = limited(prompts.arrivals(prompts.rate, options.seed), None, options.before)
-    then = (
-        replace(each, at=each.at + options.before) for each in limited(answers.arrivals(answers.rate, options.seed), None, options.after)
-    )
-    return (replace(each, number=number) for number, each in enumerate(chain(first, then)))
-
-
-def bursts(options: argparse.Namespace) -> Iterator[Arrival]:
-    """The long prompts alone, in bursts."""
-    mix = _load(rates(options)[0], options.prompts, 0.5)
-    return limited(mix.arrivals(mix.rate, options.seed), None, options.steady)
-
-
-def run(options: argparse.Namespace, load: Iterator[Arrival]) -> Course:
+def run(options: argparse.Namespace, mode: str, load: Iterator[Arrival]) -> Course:
     """Serve the load with a cluster that begins with two prefill workers and one decode worker."""
     slo, answers, began = parse_slo(options.slo), list[Answer](), datetime.now(UTC)
-    with tempfile.TemporaryDirectory(prefix="diptych-autoplan-") as logs:
-        config = settings(
-            prefill=2, decode=1, model=options.model, dtype=options.dtype, log={"directory": logs, "format": "json"},
+
+    async def ask(served: Served) -> None:
+        nonlocal began
+        server = await find_server(
+            f"http://{served.http}", model=None, api_key=None, vocabulary=served.card.vocab_size, seed=options.seed, timeout_s=TIMEOUT_S,
+            as_text=False,
         )  # fmt: skip
-        config["prefill"] |= {"threads": 1, "kv_tokens": options.kv_tokens, "chunk_tokens": CHUNK_TOKENS}
-        config["decode"] |= {"threads": 1, "kv_tokens": options.kv_tokens, "max_running": options.max_running}
-        config["router"]["local_prefill"] = "never"
-        config["autoplan"] = {
-            "mode": "apply", "profile": options.profile, "slo": options.slo, "window_s": options.window, "every_s": 5,
-            "cool_down_s": 60, "least_requests": 30,
-        }  # fmt: skip
+        began = datetime.now(UTC)
+        answers.extend((await measure(server, load, asyncio.Event(), lambda _: None)).answers)
 
-        async def ask(served: Served) -> None:
-            nonlocal began
-            server = await find_server(
-                f"http://{served.http}", model=None, api_key=None, vocabulary=served.card.vocab_size, seed=options.seed,
-                timeout_s=TIMEOUT_S, as_text=False,
-            )  # fmt: skip
-            began = datetime.now(UTC)
-            answers.extend((await measure(server, load, asyncio.Event(), lambda _: None)).answers)
-
-        serve(config, ask)
+    with tempfile.TemporaryDirectory(prefix="diptych-autoplan-") as logs:
+        serve(config_of(options, BEGIN, mode, logs), ask)
         return Course(answers, list(_decisions(Path(logs, "supervisor.log"), began)), slo)
 
 
@@ -139,57 +205,117 @@ def _decisions(log: Path, began: datetime) -> Iterator[dict[str, Any]]:
             yield {"at_s": at} | {key: line[key] for key in ("message", "load", "seconds", "simulated") if key in line}
 
 
-def plot(file: Path, turned: Course, steady: Course, options: argparse.Namespace) -> None:
+# -- what that says --------------------------------------------------------------------------------------------------------
+
+
+def stages(turn: float, turned: Course, control: Course) -> dict[str, dict[str, Any]]:
+    """Attainment with and without `autoplan` before the turn, from there to the flip, and behind it."""
+    flip = turned.changed[0] if turned.changed else turned.end
+    spans = {"before the turn": (0.0, turn), "from there to the flip": (turn, flip), "after the flip": (flip, math.inf)}
+    return {
+        name: {"from_s": span[0], "autoplan": turned.attainment(*span), "without": control.attainment(*span)}
+        for name, span in spans.items()
+    }
+
+
+def claims(found: Mapping[str, Mapping[str, Any]], turned: Course, control: Course, noisy: Course) -> dict[str, bool]:
+    after = found["after the flip"]
+    return {
+        "no request fails": not (turned.errors or control.errors or noisy.errors),
+        "one worker flips, by itself": len(turned.changed) == 1,
+        "before the turn the load is served": (found["before the turn"]["autoplan"] or 0.0) >= TARGET,
+        "attainment recovers": (after["autoplan"] or 0.0) >= TARGET,
+        "and not without the flip": after["without"] is not None and after["without"] < TARGET,
+        "bursts change nothing": not noisy.changed,
+    }
+
+
+def plot(file: Path, turned: Course, control: Course, noisy: Course, options: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    for axes, course, title in zip(figure.subplots(2), (turned, steady), ("the load turns", "bursts, and no turn"), strict=True):
-        begins, _, shares = zip(*course.bins(), strict=True)
-        axes.step(begins, [100 * share for share in shares], where="post", color="tab:blue")
-        axes.axhline(90, linestyle="--", color="black", linewidth=1)
-        axes.set(ylim=(-3, 103), xlabel="sent at (s)", ylabel=f"met {course.slo} (%)", title=title)
-        axes.grid(alpha=0.3)
-    top = figure.axes[0]
-    top.axvline(options.before, color="tab:red", label="long prompts → long answers")
-    for when in changed_at(turned):
-        top.axvline(when, color="tab:green", label="a worker has changed its role")
-    top.legend(loc="lower left")
+    figure = Figure(figsize=(10, 8.5), layout="constrained")
+    offered, attained, still = figure.subplots(3)
+    answers = offered.twinx()
+    for axes, key, colour, name in ((offered, "prompt_tokens", "tab:blue", "prompts"), (answers, "output_tokens", "tab:orange", "answers")):
+        bins = list(turned.bins())
+        axes.step([each["from_s"] for each in bins], [each["offered_per_s"][key] for each in bins], where="post", color=colour)
+        axes.set_ylabel(f"tokens/s of {name}", color=colour)
+    offered.set_title("what is sent")
+    for axes, course, colour, name in (
+        (attained, control, "tab:gray", "the same load without autoplan"), (attained, turned, "tab:blue", "autoplan"),
+        (still, noisy, "tab:blue", "autoplan"),
+    ):  # fmt: skip
+        bins = list(course.bins())
+        axes.step([each["from_s"] for each in bins], [100 * each["share"] for each in bins], where="post", color=colour, label=name)
+    for axes in (attained, still):
+        axes.axhline(100 * TARGET, linestyle="--", color="black", linewidth=1)
+        axes.set(ylim=(-3, 103), ylabel=f"met {turned.slo} (%)")
+    attained.set_title("what of it is in time")
+    still.set(title="bursts of prompts of many lengths, and no turn: nothing changes", xlabel="sent at (s)")
+    for when, colour, name in (
+        ([options.before], "tab:red", "the load turns"), (turned.decided, "tab:purple", "decided"),
+        (turned.changed, "tab:green", "a worker has changed its role"),
+    ):  # fmt: skip
+        for each in when:
+            attained.axvline(each, color=colour, label=name)
+            offered.axvline(each, color=colour)
+    attained.legend(loc="lower left", fontsize=8)
     figure.savefig(file, dpi=120)
 
 
-def changed_at(course: Course) -> list[float]:
-    """When changes were through."""
-    return [decision["at_s"] for decision in course.decisions if decision["message"].startswith("autoplan: now ")]
-
-
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m diptych.benchmarks.autoplan", description="Does a cluster keep its own plan true?")
     parser.add_argument("--profile", required=True, help="of the model on one thread of this machine")
-    parser.add_argument("--slo", default="ttft=3s,tpot=150ms")
+    parser.add_argument("--slo", default="ttft=3s,tpot=120ms")
     parser.add_argument("--prompts", default="448:4", help="tokens of prompt and output at first")
     parser.add_argument("--answers", default="32:64", help="and then")
-    parser.add_argument("--load", type=float, default=1.3, help="how many times what one worker can do comes")
-    parser.add_argument("--before", type=float, default=90.0)
-    parser.add_argument("--after", type=float, default=210.0)
-    parser.add_argument("--steady", type=float, default=180.0)
+    parser.add_argument("--noise", default="320-576", help="tokens of the prompts that do not turn, which come at the rate of the first")
+    parser.add_argument("--before", type=float, default=45.0, help="seconds until the turn")
+    parser.add_argument("--after", type=float, default=105.0, help="and from there on")
+    parser.add_argument("--noisy", type=float, default=75.0, help="seconds of the load that does not turn")
+    parser.add_argument("--burstiness", type=float, default=0.5, help="its gamma shape; 1 is Poisson")
     parser.add_argument("--window", type=float, default=60.0, help="autoplan.window_s")
-    parser.add_argument("--max-running", type=int, default=4)
+    parser.add_argument("--max-running", type=int, default=4, help="answers that a decode worker writes at once")
     parser.add_argument("--kv-tokens", type=int, default=8192)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", help="by default the demo model")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--plot", type=Path, default=RESULTS / "autoplan.png")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
     where = surroundings()
-    print(describe(where))
-    turned = run(options, turning(options))
-    steady = run(options, bursts(options))
-    for name, course in (("turned", turned), ("steady", steady)):
-        print(f"{name}: {json.dumps(course.as_json(), indent=1)}")
-    plot(options.plot, turned, steady, options)
+    print(describe(where), "What this machine serves by its profile:", sep="\n", flush=True)
+    profile, prompts, answers = (
+        read_profile(Path(options.profile)), load_of(options, options.prompts, BEGIN), load_of(options, options.answers, END),
+    )  # fmt: skip
+
+    def turning() -> Iterator[Arrival]:
+        both = chain(prompts.arrivals(options.seed, options.before), answers.arrivals(options.seed, options.after, begin=options.before))
+        return (replace(each, number=number) for number, each in enumerate(both))
+
+    expected = {str(split): foretold(options, profile, split, turning()) for split in (BEGIN, END)}
+    print(
+        prompts, answers, *(f"{split} all along: {a:.0%} in time, then {b:.0%}" for split, (a, b) in expected.items()), sep="\n", flush=True
+    )
+    noise = replace(prompts, prompt=options.noise)
+    turned, control = run(options, "apply", turning()), run(options, "off", turning())
+    noisy = run(options, "apply", noise.arrivals(options.seed, options.noisy, burstiness=options.burstiness))
+    found = stages(options.before, turned, control)
+    held = claims(found, turned, control, noisy)
+    courses = {"turned": turned.as_json(), "control": control.as_json(), "noisy": noisy.as_json()}
+    print(
+        json.dumps(courses, indent=1),
+        json.dumps(found, indent=1),
+        *(f"{'yes' if yes else 'NO'}: {what}" for what, yes in held.items()),
+        sep="\n",
+    )
+    plot(options.plot, turned, control, noisy, options)
     settings_used: dict[str, Any] = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    settings_used["rates"] = rates(options)
-    print(f"kept in {keep('autoplan', where, settings_used, {'turned': turned.as_json(), 'steady': steady.as_json()})}")
+    settings_used |= {"prompts": str(prompts), "answers": str(answers), "rates": [prompts.rate, answers.rate], "foretold": expected}
+    print(f"kept in {keep('autoplan', where, settings_used, {'stages': found, 'claims': held, **courses})}")
 
 
 if __name__ == "__main__":

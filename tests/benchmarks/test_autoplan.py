@@ -1,0 +1,64 @@
+"""What the benchmark of autoplan makes of its runs; those themselves need an idle machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from diptych.benchmarks.autoplan import BEGIN, END, Course, Load, claims, stages
+from diptych.cluster.load.answer import Answer, Counting
+from diptych.cluster.load.slo import Slo
+from diptych.cluster.load.workload import Arrival
+
+SAID = (
+    (55.0, "autoplan: prompt 448 → 32: 1 prefill + 2 decode (99%) in place of 2 prefill + 1 decode (9%); looked at once more before …"),
+    (60.0, "autoplan: prompt 448 → 32: 1 prefill + 2 decode (99%) in place of 2 prefill + 1 decode (9%)"),
+    (70.0, "autoplan: now 1 prefill + 2 decode, after 10.0 s"),
+)
+
+
+def course(late: tuple[float, float], said: tuple[tuple[float, str], ...] = (), error: str | None = None) -> Course:
+    """One request a second for 100 s; those that are sent in the time `late` are."""
+
+    def answer(at: int) -> Answer:
+        ttft = 2.0 if late[0] <= at < late[1] else 0.1
+        failed = error if at == 99 else None
+        return Answer(Arrival(at, at, 10, 2), at, 0.0, ttft + 0.1, (ttft, ttft + 0.1), 2, 10, 2, 0, Counting.USAGE, failed)
+
+    decisions: list[dict[str, Any]] = [{"at_s": at, "message": message} for at, message in said]
+    return Course([answer(at) for at in range(100)], decisions, Slo(ttft=1.0))
+
+
+def test_a_flip_that_helps_holds_all_that_is_claimed() -> None:
+    turned, control, noisy = course((50, 70), SAID), course((50, 100)), course((0, 5))
+    found = stages(40.0, turned, control)
+    assert turned.decided == [60.0]
+    assert [(each["autoplan"], each["without"]) for each in found.values()] == [
+        (1.0, 1.0),
+        (pytest.approx(1 / 3), pytest.approx(1 / 3)),
+        (1, 0),
+    ]
+    assert all(claims(found, turned, control, noisy).values())
+    bins = list(turned.bins())
+    assert (bins[0]["requests"], bins[0]["share"], bins[10]["share"], bins[14]["share"]) == (5, 1, 0, 1)
+    assert bins[0]["offered_per_s"] == {"prompt_tokens": 10, "output_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("turned", "control", "noisy", "untrue"),
+    [
+        (course((50, 100)), course((50, 100)), course((0, 0)), {"one worker flips, by itself", "attainment recovers"}),
+        (course((50, 70), SAID), course((50, 60)), course((0, 0)), {"and not without the flip"}),
+        (course((0, 70), SAID), course((50, 100)), course((0, 0)), {"before the turn the load is served"}),
+        (course((50, 70), SAID), course((50, 100)), course((0, 0), SAID, "cut off"), {"bursts change nothing", "no request fails"}),
+    ],
+)
+def test_what_does_not_hold_is_said(turned: Course, control: Course, noisy: Course, untrue: set[str]) -> None:
+    held = claims(stages(40.0, turned, control), turned, control, noisy)
+    assert {what for what, holds in held.items() if not holds} >= untrue
+    assert all(holds for what, holds in held.items() if what not in untrue | {"and not without the flip"})
+
+
+def test_a_rate_is_nearer_to_what_the_right_split_serves() -> None:
+    assert Load("1", "1", {BEGIN: 1.0, END: 8.0}, END).rate == pytest.approx(4.0)
+    assert Load("1", "1", {BEGIN: 8.0, END: 1.0}, BEGIN).rate == pytest.approx(4.0)
