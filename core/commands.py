@@ -7,13 +7,12 @@ Closing the stream stops every attempt on it, without further events.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from .errors import DiptychError
 from .request import FinishReason, Request, Token
+from .value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Prefill:
     """Compute the KV of what the choices share, draw their first tokens, hand the KV to `destination` (a worker's address, host:port).
 
@@ -26,7 +25,7 @@ class Prefill:
     destination: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Decode:
     """Write the answer, all live choices of it: after the transfer named `attempt_id`, or, with `local_prefill`, after computing the
     prompt here."""
@@ -36,7 +35,7 @@ class Decode:
     local_prefill: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Stop:
     """Give the attempt up: at the next step nothing of it is computed, and its blocks return.
 
@@ -51,7 +50,7 @@ class Stop:
 Command = Prefill | Decode | Stop
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class FirstTokens:
     """From P, at once when drawn: one token for each choice that is `opening`, in order of choice; none if all resume.
 
@@ -68,7 +67,7 @@ class FirstTokens:
     cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class HandedOver:
     """From P, terminal: D has acknowledged the Commit, `exposed` seconds after the first tokens were drawn."""
 
@@ -79,7 +78,7 @@ class HandedOver:
     exposed: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class NewTokens:
     """From D (and from P never): tokens of its choices, each choice's in order of index. A stop token is not among them.
 
@@ -90,7 +89,7 @@ class NewTokens:
     queued: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ChoiceFinished:
     """From D, behind the choice's last token: this choice is complete. The attempt goes on."""
 
@@ -99,7 +98,7 @@ class ChoiceFinished:
     finish: FinishReason
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Finished:
     """Terminal: every choice is complete, and the end of each was told before. `recomputed_tokens` were computed here after a preemption
     or a fork, `local_prefill_tokens` by request; `cached_tokens` of the prompt came from this worker's prefix cache."""
@@ -110,7 +109,7 @@ class Finished:
     recomputed_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Failed:
     """Terminal: this attempt gives nothing more."""
 
@@ -121,7 +120,7 @@ class Failed:
 Event = FirstTokens | HandedOver | NewTokens | ChoiceFinished | Finished | Failed
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StepEvents:
     """All that one engine step has to say to one router, in order."""
 

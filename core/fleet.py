@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 from .layout import Layout
+from .value import value
 
 
 class Phase(StrEnum):
@@ -28,7 +28,7 @@ class LocalPrefill(StrEnum):
     ALWAYS = "always"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Member:
     """One worker as the supervisor knows it. `capacity_tokens`: the longest sequence its pool can hold when empty. `partner`: the worker of
     the other phase with which it is a pair, there or not; None where workers are not paired."""
@@ -42,7 +42,7 @@ class Member:
     partner: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Fleet:
     """All workers that should serve. A router keeps the highest `version` it has seen."""
 
@@ -61,7 +61,7 @@ class WorkerState(StrEnum):
     STOPPING = "stopping"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Measure:
     """A value of a metric (`core.metrics`) at this worker, or a total if that is a counter. `label`: the value of the label that the
     metric has beside the worker's name and phase."""
@@ -71,7 +71,7 @@ class Measure:
     label: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class WorkerReport:
     """One message of a worker's Watch stream, sent on change and at least once a second.
 

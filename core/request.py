@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 
 from .sampling import SamplingParams
+from .value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Tokens:
     """A run of prompt token ids. (Media will be another kind of part.)"""
 
@@ -20,7 +21,7 @@ class Tokens:
 Part = Tokens
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Slo:
     """Latency objectives in seconds; None where the client stated none."""
 
@@ -28,7 +29,7 @@ class Slo:
     tpot: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Request:
     """What a worker is asked to continue.
 
@@ -90,7 +91,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Token:
     """One output token. `index` counts output tokens from 0. `top` are (id, logprob) pairs, likeliest first."""
 

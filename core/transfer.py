@@ -23,6 +23,7 @@ from enum import StrEnum
 from .errors import ConfigError
 from .layout import Layout
 from .request import Token
+from .value import value
 
 PROTOCOL_VERSION = 8
 
@@ -86,7 +87,7 @@ class Epoch:
     counter: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ShmEndpoint:
     """How to reach the pool of one rank on the same host: an abstract Unix socket that hands out its memfd to who knows the nonce (16
     bytes), a secret of the lanes, which must be read there too before the host counts as the same. Of a pool on a GPU the memfd says
@@ -96,7 +97,7 @@ class ShmEndpoint:
     nonce: bytes = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Hello:
     """First message each way on a lane.
 
@@ -112,7 +113,7 @@ class Hello:
     protocol_version: int = PROTOCOL_VERSION
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Rendezvous:
     """What one end of a route's pair tells its other end so that the two can connect; only the transport understands it."""
 
@@ -121,7 +122,7 @@ class Rendezvous:
     value: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Offer:
     """The source has begun to compute a prompt of `prompt_tokens` tokens and owns blocks for all of it."""
 
@@ -129,14 +130,14 @@ class Offer:
     prompt_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class NearlyDone:
     """The source has begun to store the last positions of a prompt it offered: what is granted now will not lie idle for long."""
 
     transfer_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class GroupGrant:
     """Destination blocks of one cache group, for positions `first_position` (a multiple of the block size) up to the
     prompt's end, in order."""
@@ -145,14 +146,14 @@ class GroupGrant:
     blocks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Grant:
     transfer_id: str
     epoch: Epoch
     groups: tuple[GroupGrant, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Refused:
     """No to one transfer; with an empty `transfer_id`, in answer to Hello, no to the whole lane, which then closes."""
 
@@ -161,7 +162,7 @@ class Refused:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Ready:
     """A piece may be taken: tokens [start, stop) of `layers` (model layer numbers, all of `group`). `seq` counts the pieces of a
     transfer from 0. `route` is the way it takes, from one source rank to one destination rank: both ends number them alike.
@@ -184,7 +185,7 @@ class Ready:
     route: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Commit:
     """All pieces are announced (`pieces` in number), and these are the first tokens, one per choice that is `opening`
     (end tokens too: what ended at once is not to be written)."""
@@ -194,7 +195,7 @@ class Commit:
     first_tokens: tuple[Token, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Ack:
     """The destination has every piece and the Commit; the source may free. `kv_bytes` were copied in `seconds`, first piece
     to last."""
@@ -204,13 +205,13 @@ class Ack:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Cancel:
     transfer_id: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class KeepAlive:
     """The source still works on these granted transfers; renews their leases."""
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 from ..core.commands import ChoiceFinished, Finished, NewTokens
 from ..core.request import FinishReason, Token
+from ..core.value import value
 from ..engine.batch import Draw, Drawn
 from ..worker.draws import first_finish, next_draw
 from .sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class DecodeOutcome:
     """Events for the router: new tokens in row order, then ends of choices, then terminal events. End tokens are not among the tokens."""
 

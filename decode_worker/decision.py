@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..core.value import value
 from ..engine.batch import Batch, Row
 from .sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Decision:
     """One step. `attempts[i]` names whose `batch.rows[i]` is; `forked` whose blocks it copies."""
 

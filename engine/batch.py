@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..core.sampling import SamplingParams
+from ..core.value import value
 
 NO_BLOCK = -1
 """In a window group's table: the block has left the window and was given back."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Draw:
     """Draw output token `index` of `choice` from the row's last position.
 
@@ -25,7 +24,7 @@ class Draw:
     banned: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Row:
     """Compute positions [start, start + length) of one sequence, and draw from the last of them, once for each of `draws`.
 
@@ -45,7 +44,7 @@ class Row:
         return len(self.token_ids) or 1
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class BlockCopy:
     """Block `destination` of cache group `group` becomes, in all the group's layers, what block `source` is."""
 
@@ -54,7 +53,7 @@ class BlockCopy:
     destination: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Batch:
     """Rows of one step; `step` counts an engine's batches from 0. Slots of a batch are distinct.
 
@@ -65,7 +64,7 @@ class Batch:
     copies: tuple[BlockCopy, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Drawn:
     """A token drawn; `logprob` and `top` only if they were asked for."""
 
@@ -74,7 +73,7 @@ class Drawn:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StepOutput:
     """`drawn[i]` answers the draws of `rows[i]`, one for each. `eager`: decodes alone, launched kernel by kernel on a GPU, where a captured
     step would have been one launch."""

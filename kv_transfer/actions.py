@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..core.errors import DiptychError
 from ..core.request import Token
 from ..core.transfer import Hello, LaneMessage, Transport
+from ..core.value import value
 from .coverage import Span
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Dial:
     """Source: open a lane to `address`; answer with `dialled` or `lane_broken`. `lane` is its number, never used again."""
 
@@ -18,13 +17,13 @@ class Dial:
     address: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Send:
     lane: int
     message: LaneMessage
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class HangUp:
     """Close the lane after what was sent on it; the machine has forgotten it already."""
 
@@ -32,7 +31,7 @@ class HangUp:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Fence:
     """Every rank is to answer with `fenced` as soon as nothing can touch its part of the transfer's blocks any more.
 
@@ -46,7 +45,7 @@ class Fence:
     lane: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Attach:
     """Destination: every rank is to make ready to copy, by `transport`, from the worker that said `hello`, and answer with `attached`
     or `not_attached`."""
@@ -56,7 +55,7 @@ class Attach:
     transport: Transport
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Connect:
     """Make a pair of `transport` for every route between us and the worker that said `hello`, in the background; each of the source's
     answers with `connected`. Whatever goes wrong with any, now or later, is told by `pair_broken`. `instead`: why no transport that
@@ -68,7 +67,7 @@ class Connect:
     instead: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Introduce:
     """Give the route's pair what its other end has said."""
 
@@ -78,14 +77,14 @@ class Introduce:
     value: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Detach:
     """Undo `Attach` or `Connect` (finished or not) after the copies and fences asked for so far."""
 
     lane: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Copy:
     """Destination: copy `span` from the lane's source along `route`, then look at the epoch word; answer with `copied`.
 
@@ -103,7 +102,7 @@ class Copy:
     route: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Stage:
     """Source: send piece `seq`, which lies in `blocks`, over the route's pair, in the order asked; answer with `sent`. It must not count
     unless epoch word `slot` is still `word` when it has been read."""
@@ -118,7 +117,7 @@ class Stage:
     route: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Receive:
     """Destination: receive the pair's next piece, whose size `span` gives. If `blocks` is not None, check it and, unless a fence
     was asked for, put it there, then answer with `copied`; otherwise it is received and dropped."""
@@ -131,12 +130,12 @@ class Receive:
     route: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellGranted:
     transfer_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellHandedOver:
     transfer_id: str
     kv_bytes: int
@@ -144,18 +143,18 @@ class TellHandedOver:
     transport: Transport
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellOffered:
     transfer_id: str
     prompt_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellNearlyDone:
     transfer_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellCommitted:
     transfer_id: str
     first_tokens: tuple[Token, ...]
@@ -164,13 +163,13 @@ class TellCommitted:
     lacking: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellFailed:
     transfer_id: str
     error: DiptychError
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellReleased:
     transfer_id: str
 

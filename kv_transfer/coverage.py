@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 
 from ..core.layout import CacheGroup
+from ..core.value import value
 
 PIECE_BYTES = 16 << 20
 """The most that is copied at once: 1 ms of copying, the longest a fence waits for a copy under way."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Span:
     """Positions [start, stop) of `layers`, all of cache group `group`."""
 

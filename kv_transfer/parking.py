@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+from ..core.value import value
 
 MOST_PARKED = 4096
 """A router tells both workers in the same breath, so there are few."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Parked:
     """An Offer that came on `lane` and is given up at `until`."""
 

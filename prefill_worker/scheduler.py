@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
 from operator import le
 
@@ -21,6 +20,7 @@ from ..core.errors import ContextExceeded, InvalidRequest
 from ..core.fleet import Measure
 from ..core.layout import CacheKind
 from ..core.request import FinishReason, Request, Token
+from ..core.value import value
 from ..engine.batch import Batch, Draw, Drawn, Row, StepOutput
 from ..engine.block_pool import BlockPool
 from ..engine.slots import Slots
@@ -36,7 +36,7 @@ MAX_MISSES = 4
 """How many prompts that do not fit are looked at in one step: each costs a walk through the prefix table."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Started:
     """An attempt whose first chunk is in this decision. With a `destination` the loop offers it there now, and may tell the
     source at once that positions [0, cached_tokens), which need no computing, lie in `tables` (all layers)."""
@@ -48,7 +48,7 @@ class Started:
     tables: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Decision:
     """One step. `attempts[i]` names whose `batch.rows[i]` is; the row computes positions [row.start, row.start + row.length)
     of that attempt into `row.tables`."""
@@ -58,7 +58,7 @@ class Decision:
     started: tuple[Started, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PrefillOutcome:
     """What a completed step means.
 

@@ -10,12 +10,13 @@ partner is gone or full hands its KV to another decode worker, and its score is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from operator import attrgetter
 
 from ..core.errors import ContextExceeded, Unavailable
 from ..core.fleet import LocalPrefill, Member, Phase, WorkerReport, WorkerState
+from ..core.value import value
 
 _ACROSS = 0.5
 """What a prefill worker whose KV must leave its pair counts for: so that the others read up to a chunk each before it does."""
@@ -41,7 +42,7 @@ class Across(StrEnum):
     UNLIKE = "unlike"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Candidate:
     """One member as the router sees it now. `choices` and `prompt_tokens` are what this router itself has open there
     (the prompts not yet answered by a token); `report` is the last one while it is fresh, and None means not alive."""
@@ -63,7 +64,7 @@ class Candidate:
         return self.report is not None and self.report.blocks_free * self.member.layout.block_size >= tokens
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Snapshot:
     """The fleet at one moment. `turn` breaks ties: equally good workers take turns as it counts up."""
 
@@ -80,7 +81,7 @@ class Snapshot:
         return cls(tuple(sides[Phase.PREFILL]), tuple(sides[Phase.DECODE]), turn)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Policy:
     """The part of the router's config that decides who reads a prompt."""
 
@@ -88,7 +89,7 @@ class Policy:
     local_prefill_below: int = 16
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Demand:
     """What is to be placed: `context_tokens` to compute before anything is drawn (the prompt, with one choice also what it has
     generated), and behind them up to `output_tokens` of each of `choices`.
@@ -104,7 +105,7 @@ class Demand:
     local: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Placement:
     """`across`: why KV leaves its pair; None if it does not, or workers are not paired."""
 

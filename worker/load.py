@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..core.fleet import Measure
+from ..core.value import value
 from ..engine.block_pool import BlockPool
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Load:
     """The numbers of `core.fleet.WorkerReport` that a scheduler knows; the fields mean what they mean there.
 

@@ -6,15 +6,15 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from ...core.errors import ConfigError
+from ...core.value import value
 from .lengths import Pair
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Arrival:
     """One request to send. `at`: seconds from the load's begin. `variant`: of the load; another one has other prompts.
 

@@ -7,12 +7,12 @@ that has begun is never changed by what comes while it runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ...core.commands import Decode
 from ...core.request import Token
 from ...core.transfer import GroupGrant, LaneMessage
+from ...core.value import value
 from ...decode_worker.choices import DecodeOutcome
 from ...decode_worker.decision import Decision
 from ...decode_worker.scheduler import DecodeScheduler
@@ -26,7 +26,7 @@ from .profile import Hardware
 from .worker import SLOTS, Scene, Worker, output_of, work_of
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Stretch:
     """So many like rounds from `begun` on, of `rows` sequences; the last may end some."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from ...core.transfer import LaneMessage
+from ...core.value import value
 
 
 class End(Protocol):
@@ -14,7 +14,7 @@ class End(Protocol):
     def received(self, lane: int, message: LaneMessage) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Lane:
     """Its two ends, each with the number by which its machine calls it."""
 

@@ -11,10 +11,10 @@ has its part of that and a hop to the next. The form is DistServe's (OSDI 2024, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ...core.value import value
 from .agenda import on_grid
 
 
@@ -55,7 +55,7 @@ class StepTimes(_Times):
         return self.decode_large if self.decode_large is not None and rows >= self.large_from else self.decode
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Work:
     """What one step computes. `tokens`, `pairs`: of prompts (as above). `rows` sequences decode and attend to `context` tokens."""
 
@@ -76,7 +76,7 @@ def step_seconds(times: StepTimes, work: Work, stages: int = 1) -> float:
     return computed + around + (times.hop * stages if stages > 1 else 0.0)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Pace:
     """Of rounds of so many sequences: seconds of one, and what each token attended to adds; both on the agenda's grid."""
 
@@ -96,7 +96,7 @@ class Pace:
         return Rounds(self.seconds + self.token * context, self.token * self.sequences)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Rounds:
     """Rounds of decode steps, one after the other, in each of which every sequence is in one step and gets one more token: seconds of the
     first, and how much longer each is than the one before. Both are on the agenda's grid, so sums have no rounding."""
@@ -121,7 +121,7 @@ class Rounds:
         return complete + 1
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Arithmetic:
     """What a model computes and reads, by counting. `parameters`: weights that every token meets; the KV of a token is `kv_bytes`.
 
@@ -144,7 +144,7 @@ class Arithmetic:
         return 2 * self.layers * self.attention_width
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Device:
     """What a data sheet says of one device: FLOP/s (dense, the model's dtype), bytes/s of memory, bytes, bytes/s to its neighbours on the
     node. `estimate`: nobody measured it."""
@@ -157,7 +157,7 @@ class Device:
     estimate: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Efficiency:
     """What share of the device's peaks is reached, and what a step costs besides, in seconds; of a shard of `tp` also its two reductions in
     each layer."""
