@@ -32,7 +32,9 @@ class Growth:
         table, start = sequence.table, sequence.decided
         if table.ready(start, stop):
             return True
-        table.slide(start)
+        if table.slides(start):
+            table.publish(sequence.tokens, sequence.done)
+            table.slide(start)
         lacks = table.lacks(stop, start)
         if not any(lacks):
             return True
@@ -59,6 +61,7 @@ class Growth:
 
     def vacate(self, sequence: Sequence) -> None:
         """Take all it has; what a step in flight may touch returns with that step."""
+        sequence.table.publish(sequence.tokens, sequence.done)
         sequence.table.close()
         if sequence.slot >= 0:
             self._slots.give_back(sequence.slot, self._pool.fence)

@@ -141,6 +141,8 @@ class DecodeScheduler:
         self._run(sequence)
         said = Said()
         self._part(sequence, first_tokens, said, told=True)
+        if not sequence.ended:
+            self._steady.join(sequence)
         return said.outcome()
 
     def _part(self, trunk: Sequence, first_tokens: Seq[Token], said: Said, *, told: bool) -> None:
@@ -158,6 +160,7 @@ class DecodeScheduler:
 
     def stop(self, attempt_id: str, choice: int, now: float) -> DecodeOutcome:
         """This choice is over, without an event of its own. The outcome is empty unless it was the last. Unknown ones are ignored."""
+        self._steady.settle()
         said = Said()
         waiting = self._expected.get(attempt_id) or self._admission.queue.get(attempt_id) or self._leases.get(attempt_id)
         if waiting is not None:
@@ -191,6 +194,7 @@ class DecodeScheduler:
         """Compute nothing more of it. True if its transfer is still under way (the loop cancels it at the destination; granted
         blocks stay held until `fenced`, or `committed` if that was faster); False otherwise (unknown ids included)."""
         if attempt_id in self._roster.started:
+            self._steady.settle()
             for sequence in tuple(self._roster.started[attempt_id]):
                 self._end(sequence, Said())
             return False
@@ -201,6 +205,7 @@ class DecodeScheduler:
     def decide(self, now: float) -> Decision | None:
         """The next step, or None if nothing can be computed before something else happens. May be called with steps in flight: a
         row whose last token is not yet known has empty `token_ids`."""
+        self._steady.settle()
         decoding = sum([sequence.decoding for sequence in self._roster.running])
         draft = Draft(self._chunk_tokens, share=-(-decoding // self._stages))
         index = 0
@@ -271,7 +276,8 @@ class DecodeScheduler:
                 continue
             if table is sequence.table:  # else preempted since
                 sequence.done = row.start + row.length
-                table.publish(sequence.tokens, sequence.done)
+                if row.start < sequence.target:  # what is generated is published when the table gives it back
+                    table.publish(sequence.tokens, sequence.done)
             tokens = tokens_of(row.draws, drawn)
             if sequence.shared:
                 if row.start + row.length == len(sequence.tokens):
@@ -328,7 +334,7 @@ class DecodeScheduler:
     def retire(self) -> DecodeOutcome:
         """Choices and attempts that end with the rounds that `advance` has made; the tokens of these are not listed."""
         said = Said()
-        for sequence in [sequence for sequence in self._roster.running if len(sequence.tokens) == sequence.limit]:
+        for sequence in self._steady.take_ended():
             said.choices.append(ChoiceFinished(sequence.attempt_id, sequence.choice, FinishReason.LENGTH))
             self._end(sequence, said)
         return said.outcome()
@@ -345,7 +351,8 @@ class DecodeScheduler:
 
     def load(self, now: float) -> Load:
         """What the worker's report says of this scheduler."""
-        return self._totals.load(self._pool, self._admission, self._roster, expected=len(self._expected), steps=self._step)
+        reading = self._roster.running if self._steady.reads else ()
+        return self._totals.load(self._pool, self._admission, self._roster, reading, expected=len(self._expected), steps=self._step)
 
     def measures(self) -> tuple[Measure, ...]:
         """What else the report says."""
@@ -353,6 +360,7 @@ class DecodeScheduler:
 
     def check(self) -> None:
         """Raise `AssertionError` if an invariant does not hold."""
+        self._steady.settle()
         self._pool.check()
         self._admission.check()
         self._slots.check({sequence.slot for sequence in self._roster.running if sequence.slot >= 0})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence as Seq
+from heapq import heapify, heappop, heappush
 
 from ..engine.block_pool import BlockPool
 from ..engine.slots import Slots
@@ -14,35 +15,107 @@ from .sequence import Sequence
 
 
 class Steady:
-    """Rounds in which each sequence that runs has a row, and all decode. What was seen of these holds until others run, or a step is
-    decided by itself (`forget`): a message comes every few rounds, and to look at all of them each time took as long as to make the
-    rounds. No step is in flight when any of this is asked."""
+    """Rounds in which each sequence that runs has a row, and all decode. No step is in flight when any of this is asked.
+
+    A round moves each row by one position, so it is only counted: what a sequence says of itself is as old as its entry in `_since`
+    until it is caught up with (`settle`). What a round has to look at are the tables that change in it, a sixteenth of all. Who ends, and
+    when, is known from the first round on. What was seen is kept until others run, or a step is decided by itself (`forget`): a message
+    comes every few rounds, and to look at all of them each time took as long as to make the rounds."""
 
     def __init__(self, pool: BlockPool, roster: Roster, slots: Slots, growth: Growth) -> None:
         self._pool, self._roster, self._slots, self._growth = pool, roster, slots, growth
+        self._size, self._windows = pool.block_size, [window for _, window in pool.windows]
         self._seen = -1
-        self._left = self._context = 0
-        self._seated = False
+        self._rounds = self._settled = self._token_id = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._since: dict[Sequence, int] = {}
+        """Those that run, the oldest first, and how many rounds had been made when their numbers were right."""
+        self._changing: list[list[Sequence]] = [[] for _ in range(self._size)]
+        """Those of which a block opens or leaves a window in rounds of this number, modulo the block size."""
+        self._ends: list[tuple[int, int, Sequence]] = []
+        """When each has all its tokens: a heap of rounds, and its age."""
+        self._seatless: list[Sequence] = []
+        self._context = 0
+        self._chunks = self._fresh = False
+
+    # -- who runs --------------------------------------------------------------------------------------------------------
 
     def forget(self) -> None:
         """A row may be somewhere else."""
         self._seen = -1
 
+    def settle(self) -> None:
+        """Have every sequence say of itself what is true now. To be called before anybody looks at those that run."""
+        if self._settled != self._rounds:
+            self._settled = self._rounds
+            for sequence in self._since:
+                self._catch_up(sequence, self._rounds)
+
+    def _catch_up(self, sequence: Sequence, rounds: int) -> None:
+        if behind := rounds - self._since[sequence]:
+            sequence.tokens += (self._token_id,) * behind
+            sequence.decided = sequence.done = sequence.decided + behind
+            self._since[sequence] = rounds
+
     def _look(self) -> None:
         if self._seen == self._roster.changes:
             return
+        self.settle()
         self._seen = self._roster.changes
-        left, context, slots, chunks = 1 << 31, 0, self._slots.available, False
+        self._clear()
         for sequence in self._roster.running:
-            length = len(sequence.tokens)
-            context += length
-            slots -= sequence.slot < 0
-            chunks |= sequence.decided < sequence.target
-            if sequence.limit - length < left:
-                left = sequence.limit - length
-        self._seated = slots == self._slots.available
-        self._left = 0 if chunks or slots < 0 or not self._roster.running else left
-        self._context = context
+            self._add(sequence)
+        heapify(self._ends)
+
+    def _add(self, sequence: Sequence) -> None:
+        """The youngest. (`_ends` is no heap afterwards.)"""
+        rounds, decided, size = self._rounds, sequence.decided, self._size
+        length = len(sequence.tokens)
+        self._since[sequence] = rounds
+        self._context += length
+        self._ends.append((rounds + sequence.limit - length, sequence.order, sequence))
+        self._chunks |= decided < sequence.target
+        if sequence.slot < 0:
+            self._seatless.append(sequence)
+        for phase in self._phases(decided):
+            self._changing[(rounds + phase) % size].append(sequence)
+        self._fresh = True
+
+    def _phases(self, decided: int) -> set[int]:
+        """After how many rounds, modulo the block size, the table of a sequence changes that has `decided` positions."""
+        return {-decided % self._size, *((window - 1 - decided) % self._size for window in self._windows)}
+
+    def join(self, sequence: Sequence) -> None:
+        """It runs, and is the youngest: look at no other, if nobody else has come or gone."""
+        if self._seen != self._roster.changes - 1 or self._roster.running[-1] is not sequence:
+            return
+        self._seen += 1
+        self._add(sequence)
+        heappush(self._ends, self._ends.pop())
+
+    def take_ended(self) -> list[Sequence]:
+        """Those that have all their tokens, the oldest first; they are about to leave."""
+        self._look()
+        ended = []
+        while self._ends and self._ends[0][0] <= self._rounds:
+            sequence = heappop(self._ends)[2]
+            self._catch_up(sequence, self._rounds)
+            since = self._since.pop(sequence)
+            self._context -= len(sequence.tokens)
+            for phase in self._phases(sequence.decided):
+                self._changing[(since + phase) % self._size].remove(sequence)
+            ended.append(sequence)
+        self._seen += len(ended)
+        return ended
+
+    # -- what may be asked of them ---------------------------------------------------------------------------------------
+
+    @property
+    def reads(self) -> bool:
+        """Whether some may compute a chunk."""
+        return self._chunks or self._seen != self._roster.changes
 
     @property
     def context(self) -> int:
@@ -54,24 +127,50 @@ class Steady:
     def left(self) -> int:
         """Rounds until the first of them has all its tokens; 0 if some compute a chunk, or get no slot."""
         self._look()
-        return self._left
+        if self._chunks or not self._ends or len(self._seatless) > self._slots.available:
+            return 0
+        return self._ends[0][0] - self._rounds
 
     def rounds(self) -> int:
         """For how many of these there are blocks, too (what leaves a window meanwhile is not counted on)."""
         pool, running, left = self._pool, self._roster.running, self.left
-        if len(running) * (left // pool.block_size + 2) <= min(pool.available()):
+        if len(running) * (left // self._size + 2) <= min(pool.available()):
             return left  # more than they can need, and nobody has to be asked
+        self.settle()
         return min([left, *(_rounds_of(pool, running, g, left) for g in range(len(pool.groups)))])
 
+    # -- rounds ----------------------------------------------------------------------------------------------------------
+
     def advance(self, rounds: int, token_id: int, last_step: int) -> None:
-        """What so many rounds of single steps, up to `last_step`, that draw `token_id` would do to them and their block tables."""
+        """What so many rounds of single steps, up to `last_step`, that draw `token_id` would do to them and their block tables.
+
+        The order of changes is that of single steps, or the pool would not be the same afterwards.
+        """
         self._look()
-        running = self._roster.running
-        if not self._seated:
-            self._seated = all(map(self._growth.seat, running))
-        advance_rows(self._pool, running, rounds, token_id, last_step)
-        self._left -= rounds
-        self._context += rounds * len(running)
+        if self._seatless:
+            self._seatless = [sequence for sequence in self._seatless if not self._growth.seat(sequence)]
+        if token_id != self._token_id:
+            self.settle()
+            self._token_id = token_id
+        before, since = self._rounds, self._since
+        for now in range(before, before + rounds):
+            for sequence in self._changing_in(now):
+                position, table = sequence.decided + now - since[sequence], sequence.table
+                if table.slides(position):
+                    self._catch_up(sequence, now)
+                    table.publish(sequence.tokens, position)
+                    table.slide(position)
+                enough = table.extend(position + 1, position)
+                assert enough, "not steady"
+        self._rounds += rounds
+        self._context += rounds * len(since)
+        self._pool.submitted(last_step)
+        self._pool.completed(last_step)
+
+    def _changing_in(self, now: int) -> Seq[Sequence]:
+        """In a first round a window may be behind, if a chunk went past the position where a block leaves it."""
+        fresh, self._fresh = self._fresh, False
+        return tuple(self._since) if fresh and self._windows else self._changing[now % self._size]
 
 
 def _rounds_of(pool: BlockPool, running: Seq[Sequence], g: int, most: int) -> int:
@@ -83,53 +182,3 @@ def _rounds_of(pool: BlockPool, running: Seq[Sequence], g: int, most: int) -> in
         return sum(count * -(-(rounds - positions) // size) for positions, count in spare.items() if rounds > positions) > free
 
     return bisect_left(range(1, most + 1), True, key=exceeds)
-
-
-def advance_rows(pool: BlockPool, running: Seq[Sequence], rounds: int, token_id: int, last_step: int) -> None:
-    """As `Steady.advance`.
-
-    A table changes only at the positions where a block opens, leaves a window or becomes whole: every 16th, so a round looks at
-    few rows, and most rounds at none. The order of changes is that of single steps, or the pool would not be the same afterwards: the first
-    of a round takes the blocks of all, while nothing is in flight, and its last publishes what has become whole.
-    """
-    size, windows = pool.block_size, [group.window for group in pool.groups if group.window]
-    drawn = [token_id] * rounds
-    changing: dict[int, list[Sequence]] = {}
-    filling: dict[int, list[Sequence]] = {}
-    for sequence in running:
-        decided = sequence.decided
-        sequence.tokens += drawn
-        sequence.decided = sequence.done = decided + rounds
-        within = decided % size
-        if within and within + rounds < size and not windows:
-            continue  # its block neither opens nor fills
-        opens = -decided % size
-        if windows:
-            for ahead in _changes(sequence, decided, windows, size):
-                if ahead < rounds:
-                    changing.setdefault(ahead, []).append(sequence)
-        elif opens < rounds:
-            changing.setdefault(opens, []).append(sequence)
-        if (fills := (opens - 1) % size) < rounds:
-            filling.setdefault(fills, []).append(sequence)
-    turns = sorted({*changing, *filling})
-    for cycle in range(0, rounds, size):
-        for turn in turns:
-            if (ahead := cycle + turn) >= rounds:
-                break
-            for sequence in changing.get(turn, ()):
-                position = sequence.decided - rounds + ahead
-                sequence.table.slide(position)
-                enough = sequence.table.extend(position + 1, position)
-                assert enough, "not steady"
-            for sequence in filling.get(turn, ()):
-                sequence.table.publish(sequence.tokens, sequence.decided - rounds + ahead + 1)
-    pool.submitted(last_step)
-    pool.completed(last_step)
-
-
-def _changes(sequence: Sequence, decided: int, windows: Seq[int], size: int) -> set[int]:
-    """In which of `size` rounds from `decided` on its table changes: a block opens or leaves a window; in the first, if a chunk went past
-    that."""
-    changes = {-decided % size, *((window - 1 - decided) % size for window in windows)}
-    return changes if sequence.table.ready(decided, decided + 1) else changes | {0}

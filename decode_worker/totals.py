@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..engine.block_pool import BlockPool
@@ -38,12 +39,15 @@ class Totals:
             ("diptych_worker_preemptions_total", self.preemptions),
         )
 
-    def load(self, pool: BlockPool, admission: Admission, roster: Roster, *, expected: int, steps: int) -> Load:
-        """What the worker's report says. `expected`: attempts whose transfer is still to be offered."""
+    def load(
+        self, pool: BlockPool, admission: Admission, roster: Roster, reading: Iterable[Sequence], *, expected: int, steps: int
+    ) -> Load:
+        """What the worker's report says. `reading`: of those that run all that compute chunks, and perhaps others; `expected`: attempts
+        whose transfer is still to be offered."""
         free, total = pool.scarcest()
         waiting = [*admission.queue.values(), *admission.preempted]
         to_compute = sum([len(each.tokens) for each in waiting if each.local_prefill or each.preempted])
-        to_compute += sum([each.target - each.done for each in roster.running if each.target > each.done])
+        to_compute += sum([each.target - each.done for each in reading if each.target > each.done])
         return Load(
             waiting=expected + len(admission.queue) + admission.leases.granted,
             running=len(roster.running) + len(admission.preempted),

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..core.layout import CacheGroup, CacheKind
-from ..core.prefix import HASH_TOKENS, extend
+from ..core.prefix import HASH_TOKENS, chain
 from .batch import NO_BLOCK, BlockCopy
 from .group_blocks import GroupBlocks
 
@@ -259,6 +259,10 @@ class BlockTable:
             self._passed[g] = len(row) + gap
         return row + (NO_BLOCK,) * gap + self.pool.parts[g].take_several(count)
 
+    def slides(self, position: int) -> bool:
+        """Whether `slide(position)` may give something back."""
+        return position >= self._slides_at
+
     def slide(self, position: int) -> None:
         """No query before `position` will come: give back what left the windows."""
         if position < self._slides_at:
@@ -278,8 +282,8 @@ class BlockTable:
         size, first, whole = self.pool.block_size, self._published, computed // self.pool.block_size
         if whole <= first:
             return
-        for index in range(len(self.hashes) - 1, whole):
-            self.hashes.append(extend(self.hashes[index], token_ids[index * size : (index + 1) * size]))
+        if len(self.hashes) <= whole:
+            self.hashes += chain(self.hashes[-1], token_ids[(len(self.hashes) - 1) * size : whole * size])
         for g, (part, row) in enumerate(zip(self.pool.parts, self.tables, strict=True)):
             start = max(first, self._passed[g]) + 1 if g in lacking else first
             part.publish(row[start:whole], self.hashes[start + 1 : whole + 1])
