@@ -26,6 +26,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Grouped(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Rooms whose tests start processes that import torch, for which they wait up to 180 s: on two cores with much else to do the first
+    test of `test_kills`, with six of them, was seen to take 170."""
+    from groups import CLUSTERS
+
+    for item in items:
+        if item.path.parent.name in CLUSTERS and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(300))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tests share the machine's cores."""

@@ -30,7 +30,6 @@ from pausing import arm, start, stopped
 from router_harness import idle, member, router, until
 
 LEASE_S = 2.0
-pytestmark = pytest.mark.timeout(300)  # whoever is killed is started again, a process that imports torch, and a router that waits
 SEEDED = SamplingParams(max_tokens=40, temperature=1.0, seed=11, ignore_eos=True)
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, seed=1, ignore_eos=True)
 
@@ -184,8 +183,9 @@ def at(*names: str) -> pytest.MarkDecorator:
 
 
 @asynccontextmanager
-async def met(crew: Crew, running: Router, stage: Stage) -> AsyncIterator[tuple[Rank, Rank, list[Asked]]]:
-    """A long request at `stage`, with two short ones beside it: `(who has stopped, the victim, the three)`. All must end well."""
+async def met(crew: Crew, running: Router, stage: Stage, wasted: int = 0) -> AsyncIterator[tuple[Rank, Rank, list[Asked]]]:
+    """A long request at `stage`, with two short ones beside it: `(who has stopped, the victim, the three)`. All must end well, with up to
+    `wasted` attempts more than the stage has."""
     prompts = [(prompt_of(900, next(crew.prompts)), SEEDED), (prompt_of(60, 1), GREEDY), (prompt_of(60, 2), SEEDED)]
     expected = [await crew.expected(*prompt) for prompt in prompts]
     crew.arm(stage.point, stage.passes)
@@ -197,9 +197,9 @@ async def met(crew: Crew, running: Router, stage: Stage) -> AsyncIterator[tuple[
     yield stopped, victim, asked
     answers = [(await one.whole()).tokens for one in asked]
     assert answers == expected
-    assert asked[0].timing.attempts == stage.attempts
+    assert asked[0].timing.attempts - stage.attempts in range(wasted + 1)
     assert asked[0].timing.transport == ("" if stage.point == "ack" else crew.transport), "P's word on it, if it came to say it"
-    assert all(one.timing.attempts <= 2 for one in asked)
+    assert all(one.timing.attempts <= 2 + wasted for one in asked)
     await idle(running)
 
 
@@ -257,11 +257,14 @@ def test_a_worker_stopped_outside_a_transfer_changes_no_answer(crew: Crew, stage
 @OVER_SHM
 @at("P between two pieces", "D while it decodes")
 def test_a_request_waits_for_the_only_worker_to_come_back(crew: Crew, stage: Stage) -> None:
-    """One P and one D, and nobody may stand in: the client of the long request sees a pause, and one who asks meanwhile waits as well."""
+    """One P and one D, and nobody may stand in: the client of the long request sees a pause, and one who asks meanwhile waits as well.
+
+    An attempt may be wasted on the dead P: its peer may say that their lane broke before the router's own stream does.
+    """
     few = [crew.of(Phase.PREFILL)[0], crew.of(Phase.DECODE)[0]]
 
     async def main() -> None:
-        async with router(few) as running, met(crew, running, stage) as (_, victim, asked):
+        async with router(few) as running, met(crew, running, stage, wasted=1) as (_, victim, asked):
             killed_at = time.monotonic()
             victim.kill()
             await until(running, lambda: victim.spec.worker_id not in seen(running))

@@ -134,7 +134,7 @@ async def soak(started: list[Rank], directory: Path, seconds: float) -> None:
 
 
 def _judge(load: Load, reports: dict[str, WorkerReport], holdings: Holdings, seconds: float) -> None:
-    assert min(load.ended["whole"], load.ended["left"]) > seconds / 3, load.ended
+    assert min(load.ended["whole"], load.ended["left"]) > seconds / 10, load.ended
     assert len(load.grpc.pairs) == sum(name.startswith("p") for name in reports) * sum(name.startswith("d") for name in reports)
     assert 0 in load.answers, "the large one never had its turn"
     assert total(reports, "preemptions", "d") > 0

@@ -43,6 +43,7 @@ assert out.tolist() == [[8, 8, 8]], out
 """
 
 
+@pytest.mark.timeout(300)  # the compiler may take as long as `COMPILE_S`, and torch is imported three times
 def test_of_processes_that_ask_at_once_one_compiles(fresh, compiler, tmp_path):
     """The compiler is one that notes each time it is run."""
     counting = tmp_path / "counting"
@@ -50,7 +51,7 @@ def test_of_processes_that_ask_at_once_one_compiles(fresh, compiler, tmp_path):
     counting.chmod(0o755)
     environment = {**native_module.os.environ, "CXX": str(counting), "PYTHONSAFEPATH": "1"}
     asking = [subprocess.Popen([sys.executable, "-c", ASK], env=environment) for _ in range(3)]
-    assert [each.wait(110) for each in asking] == [0, 0, 0]
+    assert [each.wait(280) for each in asking] == [0, 0, 0]
     assert (tmp_path / "runs").read_text().split() == ["run", "run"], "once to compile, once to link"
     assert sorted(path.name for path in fresh.glob("kernels/*/*")) == ["kernels.so", "lock"]
 

@@ -54,6 +54,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.timeout(300)  # two processes that import torch first, on a machine that may be busy
 @pytest.mark.parametrize("way", WAYS)
 def test_transfers_and_all_reduces_on_one_device(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = layouts(SPREADS["tp2 to tp1"])
