@@ -51,7 +51,8 @@ from ..supervising.timeline import TimeLine
 from .autoplanning import keep_planned
 from .reach import known
 
-REAPER_S = 5.0
+REAPER_S = 60.0
+"""It ends when it is told to; on a host with too much to do it may not even have begun."""
 _log = logging.getLogger(__name__)
 
 
