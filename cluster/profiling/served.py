@@ -28,6 +28,8 @@ from .recorded import Ran, with_steps
 
 ALONE = (64, 256, 448)
 """Lengths of prompts that are asked one after another."""
+TURNS = 2
+"""Times as often as anything else: one of each length takes half a second."""
 SHORT = 32
 """Of the prompts of answers that are timed: long enough that a prefill worker reads them."""
 ROWS = (1, 8)
@@ -145,20 +147,15 @@ class _Client:
         return answer
 
     async def prompts(self, repeats: int, phase: Phase) -> tuple[Prompt, ...]:
-        """One after another, read by the worker of that phase; their KV is handed over if there is another."""
-        found = []
+        """One after another, read by the worker of that phase; their KV is handed over if there is another. All lengths by turns: what
+        stands in the machine's way for some seconds would else be in the median of one of them."""
         for tokens in ALONE:
             await self._ask(tokens, HANDED_OVER)
-            answers, steps = await with_steps(self._cluster, self._one_by_one(tokens, repeats))
-            computed = [
-                sum(step.seconds for step in steps[phase.value] if step.began >= answer.sent and step.ended <= answer.sent + _ttft(answer))
-                for answer in answers
-            ]
-            found.append(Prompt(tokens, statistics.median(map(_ttft, answers)), statistics.median(computed)))
-        return tuple(found)
+        answers, steps = await with_steps(self._cluster, self._by_turns(TURNS * repeats))
+        return tuple(_prompt(tokens, answers, steps[phase.value]) for tokens in ALONE)
 
-    async def _one_by_one(self, tokens: int, count: int) -> list[Answer]:
-        return [await self._ask(tokens, HANDED_OVER) for _ in range(count)]
+    async def _by_turns(self, count: int) -> list[Answer]:
+        return [await self._ask(tokens, HANDED_OVER) for _ in range(count) for tokens in ALONE]
 
     async def answers(self, rows: int, repeats: int, at_most_s: float) -> Answers:
         """So many at once, timed from when all have begun until one ends, but no longer than for `at_most_s` after the last prompt."""
@@ -213,6 +210,15 @@ def _mean(seconds: Sequence[float]) -> float:
         raise Unavailable("No prompt was read while answers were written: they ended too soon.")
     ends = len(seconds) // 10
     return statistics.fmean(sorted(seconds)[ends : len(seconds) - ends])
+
+
+def _prompt(tokens: int, answers: Sequence[Answer], steps: Sequence[Ran]) -> Prompt:
+    """Those of that length."""
+    these = [answer for answer in answers if answer.arrival.prompt_tokens == tokens]
+    computed = [
+        sum(step.seconds for step in steps if step.began >= answer.sent and step.ended <= answer.sent + _ttft(answer)) for answer in these
+    ]
+    return Prompt(tokens, statistics.median(map(_ttft, these)), statistics.median(computed))
 
 
 def _ttft(answer: Answer) -> float:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from decoders import LLAMA, card
 from diptych.benchmarks.ourselves import Asked, Comparison, Figures, Served, measured, read_served, table, write_served
+from diptych.benchmarks.pace import Pace, paced
 from diptych.cluster.cli import app
 from diptych.cluster.commands import preparing
 from diptych.cluster.load.slo import parse_slo
 from diptych.cluster.load.workload import Arrival
 from diptych.cluster.planner.latency import step_seconds
 from diptych.cluster.planner.plan_file import config_of, policies_for
-from diptych.cluster.planner.profile import Link, Residuals, read_profile
+from diptych.cluster.planner.profile import Link, Parallelism, Residuals, read_profile
 from diptych.cluster.planner.shapes import Plan, Sample, Shape
 from diptych.cluster.planner.sharing import scaled
 from diptych.cluster.profiling import measuring
@@ -40,7 +41,7 @@ from diptych.core.layout import DType
 from diptych.core.quantization import Quantization
 from diptych.core.recordings import Doing, Recorded, Span
 from typer.testing import CliRunner
-from worlds import TIMES
+from worlds import TIMES, profile
 
 SERVED = TIMES.model_copy(update={"step": 0.002, "step_row": 0.0005})
 
@@ -146,13 +147,31 @@ def test_a_figure_beyond_what_is_promised_is_a_miss(changes: dict[str, float], a
 
 
 def test_what_was_served_is_compared_again(tmp_path: Path) -> None:
-    loads = [Served("apart", 1.5, ((Asked(0.5, 100, 20, 0.5, 0.2, 0.03, 0.8, False), Asked(1.5, 64, 1, 1.6, None, None, 0.1, True)),))]
+    loads = [
+        Served(
+            "apart",
+            1.5,
+            ((Asked(0.5, 100, 20, 0.5, 0.2, 0.03, 0.8, False), Asked(1.5, 64, 1, 1.6, None, None, 0.1, True)),),
+            (Pace(1.1, 0.9),),
+        )
+    ]
     write_served(tmp_path / "A.json", loads)
     assert read_served(tmp_path / "A.json") == loads
     found = measured(loads[0].runs[0], parse_slo("ttft=1s,tpot=50ms"))
     assert (found.attainment, found.goodput) == pytest.approx((0.5, 1 / 1.2))
     with pytest.raises(SystemExit, match="is not what --answers writes"):
         read_served(tmp_path / "none.json")
+
+
+def test_a_slower_machine_has_a_slower_profile() -> None:
+    """Answers by what reading memory takes, all else by what arithmetic does."""
+    known = profile(parallelisms=(Parallelism(tp=1, times=TIMES, by_cores={1: TIMES}, decode_by_cores={2: TIMES}, kv_tokens={1: 16000}),))
+    slower = paced(known, Pace(2.0, 1.5))
+    (found,) = slower.parallelisms
+    for times in (found.times, found.by_cores[1], found.decode_by_cores[2]):
+        assert (times.prefill, times.decode) == (scaled(TIMES, 2.0).prefill, scaled(TIMES, 1.5).decode)
+        assert times.hop == 2 * TIMES.hop
+    assert slower.overheads.request == 2 * known.overheads.request
 
 
 def diptych(*arguments: str) -> tuple[int, str]:
