@@ -133,6 +133,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("diptych_worker_grants_waiting", "gauge", "Transfers offered and not yet granted, at either end.", _WORKER),
     Metric("diptych_worker_blocks", "gauge", "KV blocks of all cache groups, by state.", (*_WORKER, Label("state", BLOCK_STATES))),
     Metric("diptych_worker_steps_total", "counter", "Engine steps.", _WORKER),
+    Metric(
+        "diptych_worker_role_flips_total",
+        "counter",
+        "Roles that the worker's process had before, on the same weights; 0 of one that was started for the role it has.",
+        _WORKER,
+    ),
     Metric("diptych_worker_eager_steps_total", "counter", "Steps of decodes alone that a GPU computed without a CUDA graph.", _WORKER),
     Metric("diptych_worker_computed_tokens_total", "counter", "Prompt tokens a prefill worker computed.", _WORKER),
     Metric("diptych_worker_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache.", _WORKER),

@@ -56,6 +56,8 @@ class Kind(IntEnum):
     """Follower: no transfer touches its pool any more."""
     END = 13
     """Leader: compute what was said, and end. The answer is the end of the stream."""
+    ROLE = 14
+    """Leader, when all is CLOSED: compute what was said, and take another role, which the payload names. The answer is READY."""
 
 
 class Connection(Protocol):

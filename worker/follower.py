@@ -36,7 +36,7 @@ class Follower:
         self._died = died
         self._loop = asyncio.get_running_loop()
         self._steps: SimpleQueue[bytes | None] = SimpleQueue()
-        self._over = asyncio.Event()
+        self._over: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._rank: TransferRank | None = None
         self._closing: asyncio.Task[None] | None = None
         self._channel = Channel(connection, "rank 0", self._heard, died)
@@ -44,15 +44,17 @@ class Follower:
         """For `engine.parallel.connect`."""
         self._channel.start()
 
-    async def serve(self, engine: StepEngine, make: Callable[[Callable[[Any], None]], TransferRank], *, draws: bool) -> None:
-        """Say that this rank is ready; returns when the leader has said that all is over, and every step is computed. `make` makes its end
-        of transfers from what takes its answers; `draws`: whether it is this rank that draws."""
+    async def serve(self, engine: StepEngine, make: Callable[[Callable[[Any], None]], TransferRank], *, draws: bool) -> bytes | None:
+        """Say that this rank is ready; returns when the leader has said that its role is over, and every step is computed: the order by
+        which it takes another, after which it is to serve again, or None if all is over. `make` makes its end of transfers from what takes
+        its answers; `draws`: whether it is this rank that draws."""
         self._rank = make(lambda answer: self._channel.send(Kind.ANSWER, encode(answer)))
         computing = Thread(target=self._compute, args=(Part(engine, self._channel.send, draws=draws),), name="engine", daemon=True)
         computing.start()
         self._channel.send(Kind.READY, to_json(self._rank.endpoint))
-        await self._over.wait()
+        order = await self._over.get()
         await asyncio.to_thread(computing.join)
+        return order
 
     def close(self) -> None:
         """When nothing is left of this rank: the leader ends too. Said before the process ends, since its threads, the one that pings among
@@ -70,12 +72,17 @@ class Follower:
                 self.store.heard(*unpack_entry(payload))
             case Kind.CLOSE:
                 self._call_soon(self._close)
+            case Kind.ROLE:
+                self._end_role(payload)
             case Kind.END:
                 self._channel.end()
-                self._steps.put(None)
-                self._call_soon(self._over.set)
+                self._end_role(None)
             case _:
                 raise ValueError(f"the leader has said {kind.name}, which a leader does not say")
+
+    def _end_role(self, order: bytes | None) -> None:
+        self._steps.put(None)
+        self._call_soon(partial(self._over.put_nowait, order))
 
     def _compute(self, part: Part) -> None:
         try:

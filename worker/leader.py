@@ -53,6 +53,13 @@ class Leader:
         self._transfers = Transfers(self._channels, self._endpoints, answer, call_soon)
         return self._transfers.ranks
 
+    def change_role(self, order: bytes) -> None:
+        """Have the followers compute what they were told, and take the role that `order` names: they are not ready until they have. When no
+        step runs and no transfer is left; `steps` and `others` are to be called anew."""
+        self._all_ready.clear()
+        self._endpoints.clear()
+        self._send_all(Kind.ROLE, order)
+
     def end(self) -> None:
         """Have the followers compute what they were told, and end; returns when they have."""
         for channel in self._channels.values():

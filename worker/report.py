@@ -7,6 +7,7 @@ from .load import Load
 
 CHECKS = "diptych_worker_checks_total"
 IDLE_CHECKS = "diptych_worker_idle_checks_total"
+ROLE_FLIPS = "diptych_worker_role_flips_total"
 REFUSED = "diptych_worker_transfers_refused_total"
 
 

@@ -296,6 +296,10 @@ class _Record:
     def left(self, name: str) -> None:
         self.update(processes=tuple(process for process in self.state.processes if process.name != name))
 
+    def flipped(self, name: str, to: str) -> None:
+        known = {"name": to, "address": None}
+        self.update(processes=tuple(each.model_copy(update=known) if each.name == name else each for each in self.state.processes))
+
 
 @dataclass(frozen=True, slots=True)
 class _Both:
@@ -323,6 +327,10 @@ class _Both:
     def left(self, name: str) -> None:
         self.first.left(name)
         self.second.left(name)
+
+    def flipped(self, name: str, to: str) -> None:
+        self.first.flipped(name, to)
+        self.second.flipped(name, to)
 
 
 def _start_reaper(of: state.ClusterState) -> subprocess.Popen[bytes]:

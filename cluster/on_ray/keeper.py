@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,13 @@ class Keeper:
         if self._process.stderr is not None:
             while chunk := os.read(self._process.stderr.fileno(), CHUNK_BYTES):
                 yield chunk
+
+    def send(self, line: str) -> None:
+        """To the process's stdin; one that has ended hears nothing."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)

@@ -65,6 +65,9 @@ class RayProcess:
         await self.ended.wait()
         return self.status
 
+    def send(self, line: str) -> None:
+        self.driver.order("send", self.number, line=line)
+
     def terminate(self) -> None:
         self.driver.order("terminate", self.number)
 

@@ -95,6 +95,8 @@ class Driver:
                 relay = asyncio.create_task(self._start(order))
                 self._relays.add(relay)
                 relay.add_done_callback(self._relays.discard)
+            case "send" if actor := self._actors.get(order["id"]):
+                actor.send.remote(order["line"])
             case "terminate" if actor := self._actors.get(order["id"]):
                 actor.signal.remote(int(signal.SIGTERM))
             case "kill" if actor := self._actors.get(order["id"]):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from ...core.config import LogFormat
@@ -54,21 +55,37 @@ def progress(what: str) -> None:
     say("progress", what=what, seconds=round(seconds_alive(), 3))
 
 
-def hold_leash() -> None:
+class Leash:
+    """Stdin: while its other end is open this process may live. What comes on it are orders, one a line; `obey` is called with each, on a
+    thread of the leash's own."""
+
+    def __init__(self) -> None:
+        self.obey: Callable[[str], None] = _nobody_obeys
+
+    def watch(self) -> None:
+        unread = b""
+        while chunk := os.read(0, 4096):
+            *lines, unread = (unread + chunk).split(b"\n")
+            for line in lines:
+                self.obey(line.decode())
+        sys.stderr.write("The process that started this one has gone; ending.\n")
+        sys.stderr.flush()
+        os._exit(UNLEASHED)
+
+
+def _nobody_obeys(order: str) -> None:
+    logging.getLogger(__name__).warning("An order came that this process does not carry out: %.200s", order)
+
+
+def hold_leash() -> Leash:
     """End this process when its parent does: at the end of stdin, and by SIGKILL for a stopped one that cannot read.
 
     The kernel's death signal follows the parent's *thread*: start children from a thread that stays.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_watch_stdin, name="leash", daemon=True).start()
-
-
-def _watch_stdin() -> None:
-    while os.read(0, 4096):
-        pass
-    sys.stderr.write("The process that started this one has gone; ending.\n")
-    sys.stderr.flush()
-    os._exit(UNLEASHED)
+    leash = Leash()
+    threading.Thread(target=leash.watch, name="leash", daemon=True).start()
+    return leash
 
 
 def died(error: BaseException) -> None:
@@ -79,10 +96,10 @@ def died(error: BaseException) -> None:
 
 
 def log_to_stderr(level: str, name: str, form: LogFormat = "pretty") -> None:
-    """Log lines of the process called `name` on stderr; at debug level, our own only."""
+    """Log lines of the process called `name` on stderr; at debug level, our own only. Called again where a process takes another name."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(form, name))
-    logging.basicConfig(handlers=[handler], level=max(logging.INFO, _number(level)))
+    logging.basicConfig(handlers=[handler], level=max(logging.INFO, _number(level)), force=True)
     logging.getLogger("diptych").setLevel(_number(level))
 
 

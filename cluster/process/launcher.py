@@ -69,6 +69,10 @@ class Running(Protocol):
         """Wait for its end; the exit status, negative for a signal, None if it is not known."""
         ...
 
+    def send(self, line: str) -> None:
+        """Write a line to its stdin (a worker's: to its leader's); one that has ended hears nothing."""
+        ...
+
     def terminate(self) -> None: ...
 
     def kill(self) -> None: ...
@@ -104,7 +108,6 @@ class PlainProcess:
         return await self.process.wait()
 
     def send(self, line: str) -> None:
-        """Write a line to its stdin; one that has ended hears nothing."""
         assert self.process.stdin is not None
         if not self.process.stdin.is_closing():
             self.process.stdin.write(line.encode() + b"\n")

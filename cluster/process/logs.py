@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...core.config import LogFormat
@@ -82,6 +82,14 @@ def logging_to(path: Path, level: str, form: LogFormat = "pretty") -> Iterator[N
     finally:
         logging.getLogger().removeHandler(handler)  # one that is only closed would open the file again for the next line
         handler.close()
+
+
+def hand_on(log: Path, to: Path) -> None:
+    """The process that writes to `log` goes on in `to`. What somebody before has written there is put aside, once."""
+    with suppress(FileNotFoundError):
+        to.rename(to.with_suffix(".earlier.log"))
+    with suppress(FileNotFoundError):
+        log.rename(to)
 
 
 def last_lines(path: Path, count: int) -> list[str]:

@@ -69,6 +69,22 @@ class RankSpec(_Spec):
     )
 
 
+class NewRole(_Spec):
+    """What the ranks of a worker are told, in one line on the leader's stdin, when they are to be another worker with the weights in place.
+    All else of their specs stays."""
+
+    worker_id: str
+    phase: Phase
+    kv_tokens: int | None
+    memory_fraction: float
+    chunk_tokens: int
+    pairs: tuple[int, ...] = Field(description="By rank.")
+
+    def of(self, spec: RankSpec) -> RankSpec:
+        """What this rank is then."""
+        return spec.model_copy(update=self.model_dump(exclude={"pairs"}) | {"pairs": self.pairs[spec.rank]})
+
+
 def rank_name(spec: RankSpec) -> str:
     """The process's name for people and for its log; the leader's is the worker's."""
     return f"{spec.worker_id}.rank{spec.rank}" if spec.rank else spec.worker_id
@@ -91,6 +107,29 @@ class Worker:
     @property
     def phase(self) -> Phase:
         return self.ranks[0].phase
+
+
+def new_role(worker: Worker) -> NewRole:
+    """To become this worker."""
+    first = worker.ranks[0]
+    return NewRole(
+        worker_id=first.worker_id,
+        phase=first.phase,
+        kv_tokens=first.kv_tokens,
+        memory_fraction=first.memory_fraction,
+        chunk_tokens=first.chunk_tokens,
+        pairs=tuple(spec.pairs for spec in worker.ranks),
+    )
+
+
+def require_in_place(old: Worker, new: Worker) -> None:
+    """Raise `ConfigError` if the processes of one worker cannot be the other's: a role is all that changes."""
+    role = new_role(new)
+    for now, then in zip(old.ranks, new.ranks, strict=True):
+        there = role.of(now)
+        for name in RankSpec.model_fields:
+            if getattr(there, name) != getattr(then, name):
+                raise ConfigError(f"{name} is {getattr(there, name)} and is to be {getattr(then, name)}.", field=name)
 
 
 class RouteSpec(_Spec):

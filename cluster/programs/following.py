@@ -12,9 +12,9 @@ from ...kv_transfer.source_rank import SourceRank
 from ...worker.follower import Follower, TransferRank
 from ...worker.meeting import join
 from ..process.child import died, progress, say
-from ..process.spec import RankSpec
-from .identity import hello, reachable_host, worker_layout
-from .loading import Loaded, load
+from ..process.spec import NewRole, RankSpec, read_spec
+from .identity import hello, named, reachable_host, worker_layout
+from .loading import Loaded, flipped, load
 
 
 async def follow(spec: RankSpec, leader: str) -> None:
@@ -26,9 +26,11 @@ async def follow(spec: RankSpec, leader: str) -> None:
     follower = Follower(connection, died)
     loaded = load(spec, host, follower.store)
     say("ready", rank=spec.rank)
-    drawing = loaded.layout.ranks - loaded.layout.tp
+    draws = spec.rank == loaded.layout.ranks - loaded.layout.tp
     try:
-        await follower.serve(loaded.engine, _transfers(spec, host, loaded), draws=spec.rank == drawing)
+        while (order := await follower.serve(loaded.engine, _transfers(spec, host, loaded), draws=draws)) is not None:
+            spec = named(read_spec(NewRole, order.decode()).of(spec))
+            loaded = flipped(loaded, spec, follower.store)
     finally:
         loaded.disconnect()
     loaded.pool.close()

@@ -9,7 +9,8 @@ from ...core.layout import Layout
 from ...core.model import ModelCard
 from ...rpc.channels import split_address
 from ...worker.meeting import Hello
-from ..process.spec import BLOCK_SIZE, RankSpec
+from ..process.child import log_to_stderr
+from ..process.spec import BLOCK_SIZE, RankSpec, rank_name
 
 
 def worker_layout(spec: RankSpec, card: ModelCard) -> Layout:
@@ -20,6 +21,12 @@ def worker_layout(spec: RankSpec, card: ModelCard) -> Layout:
     if spec.rank >= layout.ranks:
         raise ConfigError(f"{spec.worker_id} has {layout.ranks} ranks, which begin at 0, and no rank {spec.rank}.", field="rank")
     return layout
+
+
+def named(spec: RankSpec) -> RankSpec:
+    """`spec`, by whose name the log's lines are told from now on."""
+    log_to_stderr(spec.log_level, rank_name(spec), spec.log_format)
+    return spec
 
 
 def hello(spec: RankSpec, layout: Layout) -> Hello:

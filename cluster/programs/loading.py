@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, replace
 
 import torch
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ...core.errors import ConfigError
 from ...core.layout import DType, Layout
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """`layout`: the worker's. `parallel`: None in a worker of one rank. `spare_blocks`: of each group's, the last ones, which are the
-    engine's own."""
+    engine's own. `flips`: how often the role was changed since the weights were loaded."""
 
     card: ModelCard
     layout: Layout
@@ -45,6 +45,7 @@ class Loaded:
     engine: Engine
     parallel: Parallel | None
     spare_blocks: int
+    flips: int = 0
 
     def disconnect(self) -> None:
         """From the other ranks, when no step runs, and before the process ends: gloo's threads would abort it."""
@@ -68,19 +69,49 @@ def load(spec: RankSpec, host: str, store: Store | None) -> Loaded:
     try:
         engine = _warm(spec, model, layout, parallel, device)
         progress("warm")
-        shapes, graph_bytes = rehearse(engine, shapes_of(spec, model.card, layout, device), device)
-        if spec.kv_tokens is None:
-            layout = _sized(spec, model, layout, device, store, graph_bytes)
-        pool = Pool.allocate(layout.on(spec.rank).layout, device)
+        pool, layout, captured = _pool(spec, model.card, layout, engine, device, store)
     except BaseException:
         if parallel is not None:
             parallel.close()
         raise
-    engine.hold(pool.caches, pool.stored)
-    captured = capture(engine, shapes, device)
     gc.freeze()  # what is there stays; a full search of it for garbage takes 112 ms, five decode steps, in which nobody has the interpreter
     progress("pool allocated")
     return Loaded(model.card, layout, pool, engine, parallel, int(captured))
+
+
+def flipped(loaded: Loaded, spec: RankSpec, store: Store | None) -> Loaded:
+    """The same weights and groups, for the role of `spec`: with a pool of its own, in place of that which `loaded` has, and which nobody
+    uses any more. All ranks call it at the same time. Raises `ConfigError` if there is no memory for it."""
+    device, layout, flips = loaded.pool.device, worker_layout(spec, loaded.card), loaded.flips + 1
+    own = None if store is None else PrefixStore(f"flip{flips}", store)
+    loaded.engine.hold(_least_caches(layout.on(spec.rank).layout, device))
+    loaded.pool.close()
+    gc.collect()  # the role that was holds what is left of its pool, in a circle
+    _all_have_given_back(spec.rank, layout.ranks, own)
+    pool, layout, captured = _pool(spec, loaded.card, layout, loaded.engine, device, own)
+    gc.freeze()
+    progress("pool allocated")
+    return replace(loaded, layout=layout, pool=pool, spare_blocks=int(captured), flips=flips)
+
+
+def _all_have_given_back(rank: int, ranks: int, store: Store | None) -> None:
+    """Before anyone looks how much memory there is."""
+    if store is not None:
+        store.set(f"given back/{rank}", "")
+        for other in range(ranks):
+            store.get(f"given back/{other}")
+
+
+def _pool(
+    spec: RankSpec, card: ModelCard, layout: Layout, engine: Engine, device: torch.device, store: Store | None
+) -> tuple[Pool, Layout, bool]:
+    """The pool over which `engine` computes from now on, the layout with its blocks, and whether decode steps are captured over it."""
+    shapes, graph_bytes = rehearse(engine, shapes_of(spec, card, layout, device), device)
+    if spec.kv_tokens is None:
+        layout = _sized(spec, card, layout, device, store, graph_bytes)
+    pool = Pool.allocate(layout.on(spec.rank).layout, device)
+    engine.hold(pool.caches, pool.stored)
+    return pool, layout, capture(engine, shapes, device)
 
 
 def _device(spec: RankSpec) -> torch.device:
@@ -102,9 +133,7 @@ def _groups(device: torch.device, host: str) -> MakeGroup:
 
 def _warm(spec: RankSpec, model: PreparedModel, layout: Layout, parallel: Parallel | None, device: torch.device) -> Engine:
     """The engine, with a pool of one block, which is all that a first step needs."""
-    own = layout.on(spec.rank).layout
-    shapes = [(group, (1, group.kv_heads, 2, own.block_size, group.width)) for group in own.groups]
-    small = [[torch.zeros(shape, dtype=DTYPES[group.dtype], device=device) for _ in group.layers] for group, shape in shapes]
+    small = _least_caches(layout.on(spec.rank).layout, device)
     engine = Engine(model, small, block_size=BLOCK_SIZE, max_slots=spec.max_running, parallel=parallel, device=device)
     if device.type == "cpu":
         engine.warm_up()
@@ -114,9 +143,15 @@ def _warm(spec: RankSpec, model: PreparedModel, layout: Layout, parallel: Parall
     return engine
 
 
-def _sized(spec: RankSpec, model: PreparedModel, layout: Layout, device: torch.device, store: Store | None, graph_bytes: int) -> Layout:
+def _least_caches(own: Layout, device: torch.device) -> list[list[torch.Tensor]]:
+    """Of one block, on this rank."""
+    shapes = [(group, (1, group.kv_heads, 2, own.block_size, group.width)) for group in own.groups]
+    return [[torch.zeros(shape, dtype=DTYPES[group.dtype], device=device) for _ in group.layers] for group, shape in shapes]
+
+
+def _sized(spec: RankSpec, card: ModelCard, layout: Layout, device: torch.device, store: Store | None, graph_bytes: int) -> Layout:
     """The layout with as many blocks as the rank with the least memory can hold."""
-    own = blocks_here(model.card, spec, layout.on(spec.rank).layout, device, graph_bytes)
+    own = blocks_here(card, spec, layout.on(spec.rank).layout, device, graph_bytes)
     blocks, decided = smallest(own, spec.rank, layout.ranks, store)
     say_size(spec, blocks, decided, layout.ranks)
     return replace(layout, num_blocks=(blocks,) * len(layout.groups))

@@ -6,6 +6,9 @@ It writes one JSON object a line to stdout: `progress`, then `ready` or `failed`
 (address, incarnation, layout, capacity_tokens) means that every rank is; a follower's names its `rank`. A leader of several ranks says
 `meeting` (address) first: there the others are to find it, each told so by its `--leader`.
 
+On the stdin of a leader with a `--leash` may come the order to be another worker (`NewRole` as JSON, one line): it finishes what it has,
+says `left` (worker), and with weights and groups in place all ranks take that role; then it is `ready` anew.
+
 Logs go to stderr. SIGTERM lets running work finish, a second one does not; a follower leaves that to its leader, and ends with it. With
 `--leash` a rank ends with its parent. It knows nothing of Ray: an actor, a test and a shell start the same command.
 """
@@ -22,11 +25,11 @@ import sys
 from ...core.errors import ConfigError, DiptychError
 from ...core.model import read_card
 from ...worker.meeting import address_of, listen
-from ..process.child import FAILED, claim_stdout, hold_leash, log_to_stderr, progress, say
-from ..process.spec import RankSpec, rank_name, read_spec
+from ..process.child import FAILED, Leash, claim_stdout, hold_leash, progress, say
+from ..process.spec import RankSpec, read_spec
 from ..resources.devices import VISIBLE
 from ..resources.memory import available_bytes, require_memory
-from .identity import reachable_host, worker_layout
+from .identity import named, reachable_host, worker_layout
 
 SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 """Without it NCCL joins no two ranks that are on one GPU, as those of two workers may be; before 2.30 it joins none at all."""
@@ -39,18 +42,17 @@ def main() -> int:
     parser.add_argument("--leash", action="store_true", help="end with the process that started this one")
     arguments = parser.parse_args()
     claim_stdout()
-    if arguments.leash:
-        hold_leash()
+    leash = hold_leash() if arguments.leash else None
     try:
-        _run(read_spec(RankSpec, arguments.spec), arguments.leader)
+        _run(read_spec(RankSpec, arguments.spec), arguments.leader, leash)
     except DiptychError as error:
         say("failed", message=error.message, field=error.field)
         return FAILED
     return 0
 
 
-def _run(spec: RankSpec, leader: str | None) -> None:
-    log_to_stderr(spec.log_level, rank_name(spec), spec.log_format)
+def _run(spec: RankSpec, leader: str | None, leash: Leash | None) -> None:
+    named(spec)
     card = read_card(spec.model_dir)
     ranks = worker_layout(spec, card).ranks
     if (spec.rank > 0) != (leader is not None):
@@ -65,7 +67,7 @@ def _run(spec: RankSpec, leader: str | None) -> None:
         from .serving import serve
 
         progress("imported")
-        asyncio.run(serve(spec, listener))
+        asyncio.run(serve(spec, listener, leash))
     else:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # it is the leader that drains

@@ -35,12 +35,12 @@ from ...worker.look_ahead import LookAhead
 from ...worker.loop import BROKEN_AFTER, DEPTH, EngineLoop, Inbox, RunStep, at_once
 from ...worker.meeting import meet
 from ...worker.outbox import Call, Delivery
-from ...worker.report import Reporter
-from ..process.child import died, progress, say
-from ..process.spec import BLOCK_SIZE, RankSpec
-from .identity import hello, reachable_host, worker_layout
+from ...worker.report import ROLE_FLIPS, Reporter
+from ..process.child import Leash, died, progress, say
+from ..process.spec import BLOCK_SIZE, NewRole, RankSpec, read_spec
+from .identity import hello, named, reachable_host, worker_layout
 from .lent_cores import lending
-from .loading import Loaded, load
+from .loading import Loaded, flipped, load
 
 log = logging.getLogger(__name__)
 
@@ -48,19 +48,27 @@ GRACE_S = 0.25
 """How long what was said last may take to reach the routers after the drain, in seconds; their streams would never end by themselves."""
 
 
-async def serve(spec: RankSpec, listener: socket.socket | None = None) -> None:
-    """Load, say that all is ready, serve until SIGTERM, drain. `listener`: where the other ranks of this worker come to, if there are any.
-    Raises `DiptychError` if it cannot start."""
+async def serve(spec: RankSpec, listener: socket.socket | None = None, leash: Leash | None = None) -> None:
+    """Load, say that all is ready, serve until SIGTERM, drain. `listener`: where the other ranks of this worker come to, if there are any;
+    `leash`: where orders come from to be another worker (`NewRole`), which is served in place of the first. Raises `DiptychError` if it
+    cannot start, or take the other role."""
     host = reachable_host(spec)
     leader = None if listener is None else _meet(spec, listener)
     loaded = load(spec, host, leader.store if leader else None)
+    asked = _Asked(leash)
+    try:
+        while (order := await _serve_role(spec, host, loaded, leader, asked)) is not None:
+            spec = named(order.of(spec))
+            loaded = flipped(loaded, spec, leader.store if leader else None)
+    finally:
+        loaded.disconnect()
+
+
+async def _serve_role(spec: RankSpec, host: str, loaded: Loaded, leader: Leader | None, asked: _Asked) -> NewRole | None:
     if leader is not None:
         leader.wait_ready()
         progress("all ranks are ready")
-    try:
-        await _Worker(spec, host, loaded, leader).run()
-    finally:
-        loaded.disconnect()
+    return await _Worker(spec, host, loaded, leader).run(asked)
 
 
 def _meet(spec: RankSpec, listener: socket.socket) -> Leader:
@@ -78,7 +86,7 @@ class _Worker:
         self._spec, self._host, self._card, self._pool, self._layout = spec, host, loaded.card, loaded.pool, loaded.layout
         self._num_blocks = tuple(count - loaded.spare_blocks for count in loaded.layout.num_blocks)
         """Of each group: those that the scheduler may give away."""
-        self._leader = leader
+        self._leader, self._flips = leader, loaded.flips
         self._look_ahead = LookAhead(loaded.engine.launch) if leader is None and loaded.pool.device.type == "cuda" else None
         self._clock: Clock = MonotonicClock()
         self._incarnation = new_incarnation()
@@ -105,11 +113,12 @@ class _Worker:
             broken_after=BROKEN_AFTER if leader is None else 1,  # of many ranks none repairs a step that failed at one
         )
 
-    async def run(self) -> None:
+    async def run(self, asked: _Asked) -> NewRole | None:
+        """Serve until something else is asked for, and finish; the role to take then, None to end."""
         self._loop.start()
         server = await serve_faces(self._spec.listen, worker=self._face, tls=self._spec.internal_tls)
         progress("serving")
-        asked = _asked_to_end(self._asyncio)
+        asked.listen()
         say(
             "ready",
             address=join_address(self._host, server.port) if self._spec.advertise else server.address,
@@ -117,19 +126,24 @@ class _Worker:
             layout=dataclasses.asdict(self._layout),
             capacity_tokens=capacity_tokens(self._num_blocks, self._card),
         )
-        await asked.wait()
-        _end_at_the_next(self._asyncio)
+        order = await asked.next()
         unfinished = await self._face.drain(self._spec.drain_s)
         if unfinished:
-            log.warning("%d attempts are unfinished after %g s; ending.", unfinished, self._spec.drain_s)
+            log.warning("%d attempts are unfinished after %g s; they end here.", unfinished, self._spec.drain_s)
         await server.stop(GRACE_S)
         await self._role.transfers.close()
         self._loop.stop()
         if self._look_ahead is not None:
             self._look_ahead.close()
+        if order is None or asked.to_end:
+            if self._leader is not None:
+                self._leader.end()
+            self._pool.close()
+            return None
+        say("left", worker=self._spec.worker_id)
         if self._leader is not None:
-            self._leader.end()
-        self._pool.close()
+            self._leader.change_role(order.model_dump_json().encode())
+        return order
 
     def _run_step(self, loaded: Loaded) -> RunStep:
         """On a GPU the next step is launched while one computes, unless there are other ranks: they are told its tokens with it."""
@@ -162,7 +176,7 @@ class _Worker:
             PrefillScheduler(**self._scheduling()),
             layers=[tuple(self._layout.stage(rank // self._layout.tp)) for rank in range(self._layout.ranks)],
             vocab_size=self._card.vocab_size,
-            reporter=Reporter(spec.worker_id, self._incarnation),
+            reporter=self._reporter(),
             clock=self._clock,
             inbox=self._inbox,
             call_soon=self._call_soon,
@@ -186,7 +200,7 @@ class _Worker:
         return DecodeRole(
             DecodeScheduler(**self._scheduling(), stages=self._layout.pp),
             vocab_size=self._card.vocab_size,
-            reporter=Reporter(spec.worker_id, self._incarnation),
+            reporter=self._reporter(),
             clock=self._clock,
             inbox=self._inbox,
             destination=lambda events: Destination(
@@ -203,6 +217,11 @@ class _Worker:
                 others=self._others,
             ),
         )
+
+    def _reporter(self) -> Reporter:
+        reporter = Reporter(self._spec.worker_id, self._incarnation)
+        reporter.count(ROLE_FLIPS, self._flips)
+        return reporter
 
     def _others(self, answer: Callable[[Any], None]) -> Sequence[FollowerRank]:
         """Ranks 1.. for the transfers."""
@@ -238,16 +257,36 @@ def _hashes(layout: Layout, request: Request, token_ids: Sequence[int]) -> list[
     return chained(root, token_ids)
 
 
-def _asked_to_end(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT from now on."""
-    asked = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
-    return asked
+class _Asked:
+    """What a worker is asked to do next: to end, by SIGTERM or SIGINT, or to take another role, by its leash. On the asyncio thread."""
 
+    def __init__(self, leash: Leash | None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._orders: asyncio.Queue[str | None] = asyncio.Queue()
+        self._leash = leash
+        self.to_end = False
+        """A role that is being left, or taken, is then the last."""
 
-def _end_at_the_next(loop: asyncio.AbstractEventLoop) -> None:
-    """Another ends the process at once."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_DFL)
+    def listen(self) -> None:
+        """From now on a signal no longer ends the process at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._end)
+        if self._leash is not None:
+            self._leash.obey = self._obey
+
+    async def next(self) -> NewRole | None:
+        """The next order; None to end, and another signal does so at once."""
+        if (order := await self._orders.get()) is not None:
+            return read_spec(NewRole, order)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+        return None
+
+    def _obey(self, order: str) -> None:
+        """On the leash's thread."""
+        self._loop.call_soon_threadsafe(self._orders.put_nowait, order)
+
+    def _end(self) -> None:
+        self.to_end = True
+        self._orders.put_nowait(None)

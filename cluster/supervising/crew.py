@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,16 +14,18 @@ from ...core.fleet import Phase
 from ...core.model import ModelCard
 from ...core.security import TlsFiles
 from ..process.launcher import Launch, Launcher
-from ..process.spec import Worker
+from ..process.spec import Worker, require_in_place
 from ..resources import preflight
 from ..resources.allotment import allot
 from ..resources.devices import Gpu
 from .control import Numbers, Tell
 from .headcount import pair_changes, phase_changes
 from .post import Post
-from .posts import Name, Programs, launch_on_nodes, launch_worker, newcomers, worker_number
+from .posts import Name, Programs, in_place_of, launch_on_nodes, launch_worker, newcomers, worker_name, worker_number
 from .restarts import RestartBudget
 from .supervisor import Supervisor
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -63,8 +66,9 @@ class Crew:
         return launch_worker(worker, self.programs, self.logs)
 
     async def scale(self, supervisor: Supervisor, launcher: Launcher, wanted: Numbers, tell: Tell, *, in_place: bool = False) -> None:
-        """Have so many workers of each phase named in `wanted`: the new ones join first, then the others leave. With `in_place`
-        workers change their role: where each has cores or GPUs of its own, these are free for another only when it has left.
+        """Have so many workers of each phase named in `wanted`: those that can change their role in place do so, then new ones join, then
+        others leave. With `in_place` no more workers are wanted: where each has cores or GPUs of its own, these are free for another only
+        when it has left.
 
         Raises `DiptychError` if a number is not possible or a worker cannot join; those that could stay, and none leaves (any more).
         """
@@ -83,6 +87,8 @@ class Crew:
                 for group, change in enumerate(found):
                     names += [(phase, group, number) for number in change.join]
                     leaving += [present[phase][group][number] for number in change.leave]
+            flips = self._flips(supervisor, names, leaving)
+            await _all(self._flip(supervisor, post, worker, tell) for post, worker in flips)
             leave_first = in_place and self._own_places(supervisor)
             if leave_first:
                 await self._dismiss(supervisor, leaving, tell)
@@ -98,11 +104,50 @@ class Crew:
             preflight.check_memory(self.config, self.card, workers)
         return workers
 
+    def _flips(self, supervisor: Supervisor, names: list[Name], leaving: list[Post]) -> list[tuple[Post, Worker]]:
+        """Of those that leave, who becomes one of those that come, in the same processes; they are taken out of both lists. Why others do
+        not is logged."""
+        flips = []
+        for name in tuple(names):
+            for post in tuple(leaving):
+                try:
+                    flips.append((post, self._in_place(supervisor, post, name)))
+                except ConfigError as error:
+                    _log.warning("%s cannot become %s in place, and ends: %s", post.name, worker_name(name[0], name[2]), error.message)
+                    continue
+                names.remove(name)
+                leaving.remove(post)
+                break
+        return flips
+
+    def _in_place(self, supervisor: Supervisor, post: Post, name: Name) -> Worker:
+        """What the worker `name` is on the processes of `post`. Raises `ConfigError` if it cannot be."""
+        assert post.worker is not None
+        for hinders, why in (
+            (self.config.paired, "workers are paired."),
+            (self.config.ray.joined, "its place on the Ray cluster was chosen for its role."),
+            (post.worker.ranks[0].device == "cuda", "what its pool has of a GPU is given back by the end of its process."),
+            (post.ready is None, "it is not ready."),
+        ):
+            if hinders:
+                raise ConfigError(why)
+        others = [other.worker for other in supervisor.workers if other.worker and other is not post]
+        there = in_place_of(post.worker, self.config, self.card, self.model_dir, name)
+        (worker,) = allot(self.config, self.card, [there], self.gpus, others)
+        require_in_place(post.worker, worker)
+        return worker
+
+    async def _flip(self, supervisor: Supervisor, post: Post, worker: Worker, tell: Tell) -> None:
+        was = post.name
+        tell(f"{was} finishes what it has, and becomes {worker.name}")
+        if await supervisor.flip(post, worker, self.launch(worker)):
+            tell(f"{worker.name} has joined, in the processes of {was}")
+        else:
+            _log.warning("%s could not become %s in place, and was started again", was, worker.name)
+            tell(f"{worker.name} has joined, started again: {was} could not change its role in place. Its log says why")
+
     async def _join(self, supervisor: Supervisor, posts: Sequence[Post], tell: Tell) -> None:
-        outcomes = await asyncio.gather(*(self._welcome(supervisor, post, tell) for post in posts), return_exceptions=True)
-        for outcome in outcomes:
-            if outcome is not None:
-                raise outcome
+        await _all(self._welcome(supervisor, post, tell) for post in posts)
 
     async def _welcome(self, supervisor: Supervisor, post: Post, tell: Tell) -> None:
         tell(f"{post.name} is starting")
@@ -121,6 +166,13 @@ class Crew:
         tell(f"{post.name} finishes what it has")
         await supervisor.leave(post)
         tell(f"{post.name} has left")
+
+
+async def _all(changes: Iterable[Awaitable[None]]) -> None:
+    """Raises the first error when all have come to an end."""
+    for outcome in await asyncio.gather(*changes, return_exceptions=True):
+        if outcome is not None:
+            raise outcome
 
 
 def _present(supervisor: Supervisor, phase: Phase, groups: int) -> list[dict[int, Post]]:

@@ -12,7 +12,7 @@ from ...core.errors import ConfigError, DiptychError, Unavailable
 from ...core.fleet import Fleet, Member, Phase
 from ...core.layout import Layout
 from ..process.launcher import Launch, Launcher, Running
-from ..process.logs import last_lines
+from ..process.logs import hand_on, last_lines
 from ..process.spec import Worker
 from .restarts import RestartBudget
 
@@ -34,6 +34,10 @@ class Observer(Protocol):
 
     def left(self, name: str) -> None:
         """A worker was told to leave, and has ended."""
+        ...
+
+    def flipped(self, name: str, to: str) -> None:
+        """The processes of one worker, if they live, are to be another's from now on."""
         ...
 
 
@@ -65,6 +69,12 @@ class Post:
     joining: bool = False
     """It comes to a cluster that serves; if it cannot, that is no reason to end the cluster, nor to try again."""
     leaving: bool = False
+    flipping: bool = False
+    """It changes its role in place; if it dies it is started again for that role, and is then joining."""
+    next: tuple[Worker, Launch] | None = None
+    """What the worker is to be in place of what it is."""
+    became: asyncio.Event = field(default_factory=asyncio.Event)
+    """It is no longer what it was when `next` was set."""
     reason: DiptychError | None = None
     """Why its last process ended."""
     keeper: asyncio.Task[None] | None = None
@@ -92,6 +102,16 @@ class Post:
             capacity_tokens=int(self.ready["capacity_tokens"]),
             partner=self.worker.partner,
         )
+
+    def become(self) -> None:
+        """From now on this is the post of the `next` worker, which is not ready yet, whether its process lives or is to be started."""
+        assert self.next is not None
+        worker, launch = self.next
+        for was, will in zip(self.launch.ranks, launch.ranks, strict=True):
+            hand_on(was.log, will.log)
+        self.worker, self.launch, self.next, self.ready = worker, launch, None, None
+        self.seen.clear()
+        self.became.set()
 
     def signal(self, *, kill: bool) -> None:
         """Tell the process to end, if there is one; `kill`: now."""

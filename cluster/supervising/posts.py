@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from ...core.config import ClusterConfig
+from ...core.errors import ConfigError
 from ...core.fleet import Phase
 from ...core.model import ModelCard
 from ...core.security import TlsFiles
@@ -57,6 +58,15 @@ def newcomers(
         shares = shares_for_newcomer(cores, others, _threads(config, spread, name))
         found.append(_worker(config, spread, model_dir, name, shares))
     return found[len(present) :]
+
+
+def in_place_of(old: Worker, config: ClusterConfig, card: ModelCard, model_dir: Path, name: Name) -> Worker:
+    """The worker `name` on the threads and cores of `old`. Raises `ConfigError` if it is to have others, or other ranks."""
+    spread = layouts(config, card)
+    was = (old.phase, old.group, worker_number(old.name))
+    if _threads(config, spread, name) != _threads(config, spread, was):
+        raise ConfigError(f"{worker_name(name[0], name[2])} is to have other threads, or another number of ranks.")
+    return _worker(config, spread, model_dir, name, [Share(spec.threads, spec.cpus) for spec in old.ranks])
 
 
 def _names(config: ClusterConfig, phase: Phase) -> Iterator[Name]:

@@ -16,6 +16,8 @@ from typing import Any
 from ...core.clock import Clock, MonotonicClock
 from ...core.errors import DiptychError, Unavailable
 from ...core.fleet import Fleet, Phase
+from ..process.launcher import Launch
+from ..process.spec import Worker, new_role
 from .post import Observer, Post, Publisher
 from .together import start
 
@@ -97,9 +99,8 @@ class Supervisor:
         """
         post.joining = True
         self._posts.append(post)
-        keeper, seen = self._fill_from_now_on(post), asyncio.create_task(post.seen.wait())
-        await asyncio.wait({keeper, seen}, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
-        seen.cancel()
+        self._fill_from_now_on(post)
+        await _while_kept(post, post.seen)
         if not post.seen.is_set():
             await self._leave(post, kill=True)
             raise post.reason or Unavailable(f"The router cannot reach {post.name}. Its log: {post.launch.log}")
@@ -107,13 +108,41 @@ class Supervisor:
     async def leave(self, post: Post) -> None:
         """Have a worker finish what it has, and end it. What is not finished within `LEAVE_S` the router takes elsewhere."""
         post.leaving = True
+        await self._finish(post)
+        await self._leave(post, kill=False)
+
+    async def flip(self, post: Post, worker: Worker, launch: Launch) -> bool:
+        """Have a worker that is ready finish what it has, and its processes take the role of `worker`; returns once the router sees that,
+        and whether they did: where one has died meanwhile they are started again, as `launch`, as after any death.
+
+        Raises `DiptychError` if it has died before, which changes nothing, or if it could not be started for that role either; it is then
+        no part of the cluster.
+        """
+        if (running := post.running) is None:
+            raise post.reason or Unavailable(f"{post.name} has died.")
+        post.next, post.flipping = (worker, launch), True
+        post.became.clear()
+        await self._finish(post)
+        if post.running is running:
+            running.send(new_role(worker).model_dump_json())
+        late = asyncio.get_running_loop().call_later(START_S, running.kill)
+        for event in (post.became, post.seen):
+            await _while_kept(post, event)
+        late.cancel()
+        post.flipping = False
+        if not post.seen.is_set():
+            await self._leave(post, kill=True)
+            raise post.reason or Unavailable(f"The router cannot reach {post.name}. Its log: {post.launch.log}")
+        return post.running is running
+
+    async def _finish(self, post: Post) -> None:
+        """Have a worker take nothing new; returns when it has finished what it had, or `LEAVE_S` later."""
         if member := post.member:
             try:
                 unfinished = await self._drain(member.address, LEAVE_S)
                 _log.info("%s leaves with %d attempts unfinished", post.name, unfinished)
             except DiptychError as error:
                 _log.warning("%s could not be drained: %s", post.name, error.message)
-        await self._leave(post, kill=False)
 
     async def _leave(self, post: Post, *, kill: bool) -> None:
         """Its process ends before the router is told: a router that hears first closes the stream, with the last tokens still on it."""
@@ -147,6 +176,7 @@ class Supervisor:
                 raise reason
             delay = post.budget.delay(self._clock.now())
             _log.warning("%s ended: %s", post.name, reason.message)
+            post.joining = post.flipping
             self._observer.lost(post.name, reason.message, delay)
             if delay is None:
                 self._give_up(post, reason)
@@ -182,6 +212,8 @@ class Supervisor:
         finally:
             late.cancel()
             post.running = post.ready = None
+            if post.next is not None:
+                self._become(post)
             self._changed.set()
         _log.info("%s ended with status %s", post.name, status)
         return failed or Unavailable(post.epitaph(status))
@@ -195,6 +227,8 @@ class Supervisor:
                 self._changed.set()
                 _log.info("%s is ready: %s", post.name, event.get("address") or event.get("grpc"))
                 self._observer.ready(post.name, event)
+            case "left" if post.next is not None:
+                self._become(post)
             case "failed":
                 return post.failure(str(event.get("message", "no reason given")), event.get("field"), event.get("rank", 0))
             case "started":
@@ -203,6 +237,13 @@ class Supervisor:
             case "died":
                 return Unavailable(post.epitaph(event["status"], event["rank"]))
         return None
+
+    def _become(self, post: Post) -> None:
+        was = post.name
+        post.become()
+        self._changed.set()
+        _log.info("%s has left, and becomes %s", was, post.name)
+        self._observer.flipped(was, post.name)
 
     async def _publish(self) -> None:
         """Tell the router of every change of the fleet."""
@@ -276,6 +317,14 @@ class Supervisor:
         for post in self._posts:  # a launcher that does not answer; the sweep at the end finds its processes
             if post.keeper:
                 post.keeper.cancel()
+
+
+async def _while_kept(post: Post, event: asyncio.Event) -> None:
+    """Until `event`, for `START_S`, or until nobody fills the post any more."""
+    assert post.keeper is not None
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait({post.keeper, waiting}, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
 
 
 async def _all_or(tasks: set[asyncio.Task[None]], killed: asyncio.Task[Any], within_s: float) -> None:

@@ -105,6 +105,10 @@ class Terminal:
     def left(self, name: str) -> None:
         self.say(f"{self.timeline.elapsed():6.1f} s  {name} has left")
 
+    def flipped(self, name: str, to: str) -> None:
+        self.timeline.mark(to, f"was {name}")
+        self.say(f"{self.timeline.elapsed():6.1f} s  {name} has left, and becomes {to}")
+
     def show_timeline(self) -> None:
         table = Table("when", "who", "what", "after", box=None, pad_edge=False, header_style="bold")
         for row in self.timeline.rows():

@@ -69,6 +69,10 @@ class Together:
         await asyncio.shield(self._whole)
         return await self._leader.wait()
 
+    def send(self, line: str) -> None:
+        """To the leader, which tells the others."""
+        self._leader.send(line)
+
     def terminate(self) -> None:
         """The leader finishes what it has, and ends the others."""
         self._leader.terminate()

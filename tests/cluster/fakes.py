@@ -27,11 +27,39 @@ def say(**event: object) -> None:
 
 def hold_leash() -> None:
     def watch() -> None:
-        while os.read(0, 64):
-            continue
+        while line := os.read(0, 4096):
+            obey(json.loads(line))
         os._exit(3)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def obey(role: dict[str, str]) -> None:
+    """The order to be another worker, which it is at once."""
+    name, orders = role["worker_id"], Path(os.environ["FAKES"])
+    if (orders / f"no-flip-{name}").exists():
+        os._exit(1)
+    if (orders / f"refuse-{name}").exists():
+        refuse()
+    print(f"{name} goes on", file=sys.stderr, flush=True)
+    say(event="left")
+    (orders / f"pid-{name}").write_text(str(os.getpid()))
+    ready(socket.create_server(("127.0.0.1", 0)), {})
+
+
+def refuse() -> None:
+    say(event="failed", message="8192 tokens are too few.", field="kv_tokens")
+    os._exit(2)
+
+
+def ready(listener: socket.socket, layout: dict[str, object]) -> None:
+    kept.append(listener)
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    say(event="ready", address=address, incarnation=time.monotonic_ns(), layout=LAYOUT | layout, capacity_tokens=1024)
+
+
+kept: list[socket.socket] = []
+"""Where workers listen, or listened."""
 
 
 def end(channels: list[socket.socket]) -> None:
@@ -64,7 +92,8 @@ def listen(channel: socket.socket) -> None:
 
 def main() -> None:
     """`kind` rank or route, then the options of the real ones. What goes wrong is told by files in $FAKES: `crash-<name>` (crash
-    while starting), `refuse-<name>` (say why), `stubborn-<name>` (SIGTERM is ignored), `slow-<name>` (never ready)."""
+    while starting), `refuse-<name>` (say why), `no-flip-<name>` (end when told to be that worker), `stubborn-<name>` (SIGTERM is
+    ignored), `slow-<name>` (never ready)."""
     kind, spec = sys.argv[1], json.loads(sys.argv[sys.argv.index("--spec") + 1])
     rank, tp, stages = spec.get("rank", 0), spec.get("tp", 1), spec.get("stages", [])
     name = spec.get("worker_id", "router") + (f".rank{rank}" if rank else "")
@@ -77,8 +106,7 @@ def main() -> None:
     if (orders / f"crash-{name}").exists():
         raise RuntimeError("the disk is on fire")
     if (orders / f"refuse-{name}").exists():
-        say(event="failed", message="8192 tokens are too few.", field="kv_tokens")
-        sys.exit(2)
+        refuse()
     if (orders / f"slow-{name}").exists():
         time.sleep(100)
     if rank:
@@ -90,17 +118,11 @@ def main() -> None:
     else:
         signal.signal(signal.SIGTERM, lambda *_: end(channels))
     listener = socket.create_server(("127.0.0.1", 0))
-    address = f"127.0.0.1:{listener.getsockname()[1]}"
     if kind == "route":
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
         say(event="ready", http=address, grpc=address, control=address)
     else:
-        say(
-            event="ready",
-            address=address,
-            incarnation=time.monotonic_ns(),
-            layout={**LAYOUT, "tp": tp, "stages": stages},
-            capacity_tokens=1024,
-        )
+        ready(listener, {"tp": tp, "stages": stages})
     while True:
         time.sleep(100)
 

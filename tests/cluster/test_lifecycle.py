@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster_harness import (
@@ -87,6 +88,50 @@ def test_workers_join_and_leave_while_it_serves(start: Start, orders: Path) -> N
         assert cluster.end() == 0
     assert "decode-2 has left" in cluster.output
     assert "Starting it again" not in cluster.output
+
+
+def test_a_worker_changes_its_role_in_place_or_is_started_again_for_it(start: Start, orders: Path) -> None:
+    with start(prefill={"workers": 2}) as cluster:
+        cluster.expect("Ctrl-C ends it.")
+        before, logs = fleets(orders)[-1][1], Path(str(cluster.state()["logs"]))
+        flipping, pids = pid_of(orders, "prefill-1"), {name: pid_of(orders, name) for name in ("prefill-0", "decode-0")}
+        said = scaled(cluster, {Phase.PREFILL: (1,), Phase.DECODE: (2,)})
+        assert said == ["prefill-1 finishes what it has, and becomes decode-1", "decode-1 has joined, in the processes of prefill-1"]
+        assert pid_of(orders, "decode-1") == flipping
+        assert len((orders / "drained").read_text().splitlines()) == 1
+        now = fleets(orders)[-1][1]
+        assert now.keys() == {"prefill-0", "decode-0", "decode-1"}
+        assert {name: now[name] for name in ("prefill-0", "decode-0")} == {name: before[name] for name in ("prefill-0", "decode-0")}
+        known: Any = cluster.state()["processes"]
+        assert {each["name"]: each["pid"] for each in known if each["name"] != "router"} == {**pids, "decode-1": flipping}
+        assert not (logs / "prefill-1.log").exists()
+        assert (logs / "decode-1.log").read_text() == "prefill-1 began\ndecode-1 goes on\n"
+
+        (orders / "no-flip-prefill-1").touch()
+        said = scaled(cluster, {Phase.PREFILL: (2,), Phase.DECODE: (1,)})
+        assert said[-1].startswith("prefill-1 has joined, started again: decode-1 could not change its role in place.")
+        assert pid_of(orders, "prefill-1") != flipping
+        assert fleets(orders)[-1][1].keys() == {"prefill-0", "prefill-1", "decode-0"}
+        assert (logs / "prefill-1.log").read_text().count("prefill-1 began") == 2
+
+        (orders / "refuse-decode-1").touch()
+        with pytest.raises(ConfigError, match=r"decode.kv_tokens: 8192 tokens are too few"):
+            scaled(cluster, {Phase.PREFILL: (1,), Phase.DECODE: (2,)})
+        wait_for("the fleet without it", lambda: fleets(orders)[-1][1].keys() == {"prefill-0", "decode-0"})
+        assert scaled(cluster, {Phase.PREFILL: (2,), Phase.DECODE: (1,)})[-1] == "prefill-1 has joined"
+        assert cluster.end() == 0
+
+
+def test_workers_of_other_threads_do_not_become_each_other(start: Start, orders: Path) -> None:
+    (orders / "cores").write_text("4")
+    with start(prefill={"workers": 2, "threads": 1}, decode={"threads": 2}) as cluster:
+        cluster.expect("Ctrl-C ends it.")
+        flipping = pid_of(orders, "prefill-1")
+        assert "decode-1 has joined" in scaled(cluster, {Phase.PREFILL: (1,), Phase.DECODE: (2,)})
+        assert pid_of(orders, "decode-1") != flipping
+        log = Path(str(cluster.state()["logs"]), "supervisor.log").read_text()
+        assert "prefill-1 cannot become decode-1 in place, and ends: decode-1 is to have other threads" in log
+        assert cluster.end() == 0
 
 
 def test_a_number_that_cannot_be_is_refused_by_key(start: Start, orders: Path) -> None:
@@ -266,7 +311,7 @@ def test_not_even_ray_leaves_a_socket_when_every_process_is_killed_at_once(start
         assert not sockets_below(str(scratch))
         assert [path.name for path in scratch.rglob("*")] == ["ray"]
         assert str(scratch) not in Path("/proc/mounts").read_text()
-        assert shared_memory() == before
+        wait_for("the end of its names in shared memory", lambda: shared_memory() <= before)
 
 
 @pytest.mark.nightly

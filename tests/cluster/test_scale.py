@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from cluster_harness import Cluster, nothing_left, running
+from cluster_harness import Cluster, nothing_left, running, scaled, wait_for
 from diptych.core.errors import DiptychError
+from diptych.core.fleet import Phase
 from diptych.core.generate import Generate, Timing
 from diptych.core.sampling import SamplingParams
 from diptych.rpc.inference import InferenceClient
@@ -22,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 UP_S = 90.0
 AT_ONCE = 4
 TOKENS = 24
+SMALL = ("--no-ray", "--http-port", "0", "--grpc-port", "0")
 BUSY = ("diptych_requests_running", "vllm:num_requests_running", "vllm:num_requests_waiting")
 
 
@@ -114,6 +119,24 @@ def diptych(*arguments: str) -> str:
     return done.stdout
 
 
+def pids(cluster: Cluster) -> dict[str, int]:
+    known: Any = cluster.state()["processes"]
+    return {process["name"]: process["pid"] for process in known}
+
+
+async def flip_and_back(cluster: Cluster, under: Load) -> None:
+    """From two and two workers to one and three, and back, in the same processes."""
+    before = pids(cluster)
+    said = await asyncio.to_thread(scaled, cluster, {Phase.PREFILL: (1,), Phase.DECODE: (3,)})
+    assert said == ["prefill-1 finishes what it has, and becomes decode-2", "decode-2 has joined, in the processes of prefill-1"]
+    assert await under.more(40) == {"prefill-0", "decode-0", "decode-1", "decode-2"}
+    assert pids(cluster) == {**{name: pid for name, pid in before.items() if name != "prefill-1"}, "decode-2": before["prefill-1"]}
+    said = await asyncio.to_thread(scaled, cluster, {Phase.PREFILL: (2,), Phase.DECODE: (2,)})
+    assert said[-1] == "prefill-1 has joined, in the processes of decode-2"
+    assert await under.more(40) == {f"{phase}-{number}" for phase in ("prefill", "decode") for number in range(2)}
+    assert pids(cluster) == before
+
+
 async def grow_and_shrink(cluster: Cluster) -> Load:
     async with load(str(cluster.state()["grpc"])) as under:
         assert await under.more(10) == {"prefill-0", "decode-0"}
@@ -121,6 +144,7 @@ async def grow_and_shrink(cluster: Cluster) -> Load:
         assert grown.count("has joined") == 2
         assert await under.more(40) == {f"{phase}-{number}" for phase in ("prefill", "decode") for number in range(2)}
         assert "2 prefill workers, 2 decode workers" in await asyncio.to_thread(diptych, "status")
+        await flip_and_back(cluster, under)
         under.asks.clear()
         await idle(str(cluster.state()["http"]))  # or what workers said a moment ago decides who is asked
         begun = [asyncio.Event() for _ in range(4)]
@@ -140,8 +164,7 @@ async def grow_and_shrink(cluster: Cluster) -> Load:
 @pytest.mark.timeout(240)
 def test_no_request_is_lost_while_workers_join_and_leave(tiny_gemma3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
-    small = ("--no-ray", "--http-port", "0", "--grpc-port", "0")
-    argv = ["-m", "diptych.cluster.cli", "up", "--model", str(tiny_gemma3_dir), *small]
+    argv = ["-m", "diptych.cluster.cli", "up", "--model", str(tiny_gemma3_dir), *SMALL]
     with running(argv, {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "PYTHONSAFEPATH": "1"}) as cluster:
         cluster.expect("Ctrl-C ends it.", UP_S)
         state = cluster.state()
@@ -150,3 +173,33 @@ def test_no_request_is_lost_while_workers_join_and_leave(tiny_gemma3_dir: Path, 
         assert cluster.end() == 0
     assert nothing_left(state)
     assert "Starting it again" not in cluster.output
+
+
+async def flip_with_a_kill(cluster: Cluster) -> Load:
+    """The worker that is to change its role is stopped, so that it cannot be drained, and killed with the order unread."""
+    async with load(str(cluster.state()["grpc"])) as under:
+        await under.more(10)
+        flipping = pids(cluster)["prefill-1"]
+        os.kill(flipping, signal.SIGSTOP)
+        changing = asyncio.create_task(asyncio.to_thread(scaled, cluster, {Phase.PREFILL: (1,), Phase.DECODE: (2,)}))
+        log = Path(str(cluster.state()["logs"]), "supervisor.log")
+        await asyncio.to_thread(wait_for, "it to be given up", lambda: "prefill-1 could not be drained" in log.read_text())
+        os.kill(flipping, signal.SIGKILL)
+        said = await changing
+        assert said[-1].startswith("decode-1 has joined, started again: prefill-1 could not change its role in place.")
+        assert pids(cluster)["decode-1"] != flipping
+        assert await under.more(40) == {"prefill-0", "decode-0", "decode-1"}
+    return under
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_a_worker_killed_while_it_changes_its_role_is_started_again_for_it(tiny_gemma3_dir: Path, tmp_path: Path) -> None:
+    argv = ["-m", "diptych.cluster.cli", "up", "--model", str(tiny_gemma3_dir), *SMALL, "--prefill", "2"]
+    with running(argv, {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "PYTHONSAFEPATH": "1"}) as cluster:
+        cluster.expect("Ctrl-C ends it.", UP_S)
+        state = cluster.state()
+        under = asyncio.run(flip_with_a_kill(cluster))
+        assert under.errors == []
+        assert cluster.end() == 0
+    assert nothing_left(state)

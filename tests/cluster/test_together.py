@@ -30,6 +30,7 @@ class FakeRank:
     said: asyncio.Queue[dict[str, Any] | None] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     status: int | None = None
+    sent: list[str] = field(default_factory=list)
     terminated: bool = False
     killed: bool = False
 
@@ -49,6 +50,9 @@ class FakeRank:
     async def wait(self) -> int | None:
         await self.ended.wait()
         return self.status
+
+    def send(self, line: str) -> None:
+        self.sent.append(line)
 
     def terminate(self) -> None:
         self.terminated = True

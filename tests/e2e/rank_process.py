@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from diptych.cluster.process.spec import RankSpec
+from diptych.cluster.process.spec import RankSpec, Worker, new_role
+from diptych.core.fleet import Phase
 from diptych.core.stages import Stage
 from diptych.worker.timeline import read_stamps
 
@@ -89,6 +90,16 @@ class Rank:
             assert chunk, f"{self.spec.worker_id} says {self.events} and no more:\n{self.logs()}"
             *lines, self.unread = (self.unread + chunk).split(b"\n")
             self.events += [json.loads(line) for line in lines]
+
+    def become(self, worker_id: str, phase: Phase, **changes: object) -> None:
+        """Order the worker to be another, its processes and weights in place; what it has said before is forgotten."""
+        ranks = [rank.spec.model_copy(update={"worker_id": worker_id, "phase": phase, **changes}) for rank in self.members]
+        assert self.process.stdin is not None
+        self.events = []
+        self.process.stdin.write(new_role(Worker(tuple(ranks))).model_dump_json().encode() + b"\n")
+        self.process.stdin.flush()
+        for rank, spec in zip(self.members, ranks, strict=True):
+            rank.spec = spec
 
     @property
     def members(self) -> list[Rank]:
