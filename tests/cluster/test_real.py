@@ -66,7 +66,7 @@ def test_a_plain_cluster_from_up_to_down(tiny_gemma3_dir: Path, runtime: Path) -
         assert "nothing is left of it" in ended.stdout
         assert cluster.wait() == 0
     assert nothing_left(state)
-    assert shared_memory() == before
+    wait_for("the end of its names in shared memory", lambda: shared_memory() <= before)
     assert not list(runtime.glob("diptych/*"))
 
 
@@ -172,9 +172,9 @@ def test_a_cluster_on_ray_serves_heals_and_leaves_nothing(tiny_gemma3_dir: Path,
         assert cluster.output.count("decode-0 is ready") == 2, "it was waited for"
 
         cluster.process.kill()
-        wait_for("the reaper", lambda: nothing_left(state), 20)
+        wait_for("the reaper", lambda: nothing_left(state), 60)
         assert not sockets_below(scratch)
-        assert shared_memory() == before
+        wait_for("the end of its names in shared memory", lambda: shared_memory() <= before)
         assert "No cluster runs here" in diptych("status").stdout
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import random
 import signal
 import time
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from cluster_harness import shared_memory, wait_for
 from diptych.core.fleet import Fleet, LocalPrefill, Phase, WorkerReport
 from diptych.core.generate import Generate, Timing
 from diptych.core.sampling import SamplingParams
@@ -285,7 +285,7 @@ def test_a_request_waits_for_the_only_worker_to_come_back(crew: Crew, stage: Sta
 
 @OVER_EACH
 def test_nothing_is_left_of_workers_that_were_all_killed(crew: Crew) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     sockets = set()
     for rank in crew.members:
         rank.wait_for("ready")
@@ -307,5 +307,5 @@ def test_nothing_is_left_of_workers_that_were_all_killed(crew: Crew) -> None:
         rank.kill()
         crew.replace(rank)
         assert not Path(f"/proc/{rank.process.pid}").exists()
-    assert set(os.listdir("/dev/shm")) <= before
+    wait_for("the end of their names in shared memory", lambda: shared_memory() <= before)
     assert not sockets & {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}

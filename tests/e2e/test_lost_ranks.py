@@ -7,7 +7,6 @@ the middle of the transfer (`pausing_rank`), so that it is under way when the ra
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster_harness import shared_memory, wait_for
 from diptych.cluster.process.child import DIED
 from diptych.core.commands import Decode, Failed, NewTokens, Prefill
 from diptych.core.errors import TransferFailed, Unavailable
@@ -147,7 +147,7 @@ def test_nothing_is_left_of_workers_that_were_all_killed(crew: Crew) -> None:
     processes = [rank for worker in workers for rank in worker.members]
     sockets = [rank.sockets() for rank in processes]
     assert all(sockets), "each rank listens on an abstract socket of its pool"
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
 
     async def main() -> None:
         arm(crew.directory, "ready", 2)
@@ -163,5 +163,5 @@ def test_nothing_is_left_of_workers_that_were_all_killed(crew: Crew) -> None:
     for phase in Phase:
         crew.replace(phase)
     assert not [rank for rank in processes if Path(f"/proc/{rank.process.pid}").exists()]
-    assert set(os.listdir("/dev/shm")) <= before
+    wait_for("the end of their names in shared memory", lambda: shared_memory() <= before)
     assert not set().union(*sockets) & {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
