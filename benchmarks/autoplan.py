@@ -2,10 +2,11 @@
 turns from long prompts to long answers, and `autoplan: apply` has to notice. Beside it: the same load on the same cluster without
 `autoplan`, and a load that does not turn, prompts of many lengths in bursts, under which nothing may change.
 
-    python -m diptych.benchmarks.autoplan --profile P.json [--before 45] [--after 105] [--noisy 75] [--model M] [--plot FILE.png]
+    python -m diptych.benchmarks.autoplan --profile P.json [--before 35] [--after 85] [--noisy 50] [--model M] [--plot FILE.png]
 
-`P.json` is what `diptych profile --threads 1` has written here, minutes before. By it the rates are found: each lies between what the two
-splits serve of its load on these cores, so that it takes the right one. Attainment is the client's, by when requests were sent.
+`P.json` is what `diptych profile --threads 1` has written here, minutes before; `autoplan` reckons with it. The rates are of what this
+machine does just then: each split is given more of each load than it serves, and of what the right one serves `--share` is sent. It is
+refused if the other serves that too. Attainment is the client's, by when requests were sent.
 """
 
 from __future__ import annotations
@@ -29,14 +30,12 @@ from diptych.cluster.commands.while_up import serve, settings
 from diptych.cluster.load.answer import Answer
 from diptych.cluster.load.measure import measure
 from diptych.cluster.load.mix import Mix, Stream
-from diptych.cluster.load.server import find_server
+from diptych.cluster.load.server import Server, find_server
 from diptych.cluster.load.slo import Slo, parse_slo
 from diptych.cluster.load.workload import Arrival, limited
-from diptych.cluster.planner.goodput import Bench, Terms
 from diptych.cluster.planner.life import Life
 from diptych.cluster.planner.policies import Policies, workers_of
 from diptych.cluster.planner.profile import Profile, read_profile
-from diptych.cluster.planner.site import Cluster, Site
 from diptych.cluster.planner.world import World
 from diptych.core.config import load_config
 
@@ -45,10 +44,8 @@ CHUNK_TOKENS = 256
 TIMEOUT_S = 300.0
 TARGET = 0.9
 BEGIN, END = Split(2, 1), Split(1, 2)
-GAIN = 1.2
-"""Of a load of which the right split serves less than so many times as much as the other no rate tells them apart; times vary."""
-NEARER = 1 / 3
-MOST_RATE = 50.0
+GAIN = 1.1
+"""How many times as much as a split serves is clearly too much for it."""
 
 
 # -- what this machine can do ----------------------------------------------------------------------------------------------
@@ -56,48 +53,66 @@ MOST_RATE = 50.0
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests of these lengths. `served`: how many per second each split serves within the SLO, by simulation; `right`: more than the
-    other."""
+    """Requests of these lengths. `served`: how many per second each split serves when it is given more; `right`: that which serves more;
+    `share`: how much of that is sent."""
 
-    prompt: str
-    output: str
+    lengths: str
     served: Mapping[Split, float]
     right: Split
+    share: float
 
     @property
     def rate(self) -> float:
-        """Between the two, and nearer to what the right one serves: what is a little too much shows only after minutes."""
-        most = self.served[self.right]
-        return float(most * (min(self.served.values()) / most) ** NEARER)
+        return self.share * self.served[self.right]
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether the other split cannot serve it."""
+        return self.rate >= GAIN * min(self.served.values())
 
     def arrivals(self, seed: int, seconds: float, *, begin: float = 0.0, burstiness: float = 1.0) -> Iterator[Arrival]:
-        mix = Mix(streams=(Stream(rate=self.rate, burstiness=burstiness, prompt=self.prompt, output=self.output),))
-        return (replace(each, at=begin + each.at) for each in limited(mix.arrivals(self.rate, seed), None, seconds))
+        return (replace(each, at=begin + each.at) for each in limited(drawn(self.lengths, self.rate, seed, burstiness), None, seconds))
 
     def __str__(self) -> str:
-        serves = ", ".join(f"{split} {rate:.2f}" for split, rate in self.served.items())
-        return f"{self.prompt} tokens in, {self.output} out: {serves}; sent {self.rate:.2f} a second"
+        serves = ", ".join(f"{split} serves {rate:.2f}" for split, rate in self.served.items())
+        return f"{self.lengths} tokens in and out: {serves}; sent {self.rate:.2f} a second"
 
 
-def load_of(options: argparse.Namespace, lengths: str, right: Split) -> Load:
-    """Refused if it takes no split more than the other."""
+def drawn(lengths: str, rate: float, seed: int, burstiness: float = 1.0) -> Iterator[Arrival]:
+    """Endless."""
     prompt, output = lengths.split(":")
-    load = Load(prompt, output, {split: _goodput(options, split, prompt, output) for split in (BEGIN, END)}, right)
-    if load.served[right] < GAIN * min(load.served.values()):
-        raise SystemExit(f"{load}. {right} has to serve {GAIN} times as much of it as the other split: choose other lengths or slots.")
-    return load
+    return Mix(streams=(Stream(rate=rate, burstiness=burstiness, prompt=prompt, output=output),)).arrivals(rate, seed)
 
 
-def _goodput(options: argparse.Namespace, split: Split, prompt: str, output: str) -> float:
-    """Requests per second within the SLO, by the profile, with the cores shared as they are."""
-    profile, config = read_profile(Path(options.profile)), load_config(config_of(options, split))
-    arrivals = Mix(streams=(Stream(rate=1, prompt=prompt, output=output),)).arrivals
-    bench = Bench(Site(()), Policies.of(config), Terms(arrivals, parse_slo(options.slo), TARGET, most=600))
-    cluster = Cluster(workers_of(config, profile), profile, next(iter(profile.links.values())))
-    best = bench.goodput(cluster, 1.0, MOST_RATE).best
-    if best is None:
-        raise SystemExit(f"{split} meets {options.slo} at no rate of {prompt} tokens in and {output} out: choose another --slo.")
-    return best.rate
+def loads(options: argparse.Namespace) -> tuple[Load, Load]:
+    """Of prompts and of answers; refused if not the one is for the first split and the other for the second."""
+    kinds = options.prompts, options.answers
+    served = {split: capacities(options, split, kinds) for split in (BEGIN, END)}
+    prompts, answers = (
+        Load(lengths, {split: served[split][number] for split in served}, right, options.share)
+        for number, (lengths, right) in enumerate(zip(kinds, (BEGIN, END), strict=True))
+    )
+    print(prompts, answers, sep="\n", flush=True)
+    if not answers.tells_apart:
+        raise SystemExit(f"{BEGIN} serves that nearly as well: choose other lengths of --answers, or another --max-running.")
+    return prompts, answers
+
+
+def capacities(options: argparse.Namespace, split: Split, kinds: Sequence[str]) -> list[float]:
+    """Requests per second of each kind, when `--burst` of them come within a second."""
+    found: list[float] = []
+
+    async def ask(served: Served) -> None:
+        server = await _server(options, served)
+        for lengths in kinds:
+            burst = list(limited(drawn(lengths, options.burst, options.seed + 1), options.burst, None))
+            answers = (await measure(server, burst, asyncio.Event(), lambda _: None)).answers
+            if failed := [answer.error for answer in answers if answer.error is not None]:
+                raise SystemExit(f"{len(failed)} of {options.burst} requests failed: {failed[0]}")
+            found.append(len(answers) / max(answer.sent + answer.e2e for answer in answers))
+
+    serve(config_of(options, split), ask)
+    return found
 
 
 def foretold(options: argparse.Namespace, profile: Profile, split: Split, arrivals: Iterator[Arrival]) -> tuple[float, float]:
@@ -186,16 +201,20 @@ def run(options: argparse.Namespace, mode: str, load: Iterator[Arrival]) -> Cour
 
     async def ask(served: Served) -> None:
         nonlocal began
-        server = await find_server(
-            f"http://{served.http}", model=None, api_key=None, vocabulary=served.card.vocab_size, seed=options.seed, timeout_s=TIMEOUT_S,
-            as_text=False,
-        )  # fmt: skip
+        server = await _server(options, served)
         began = datetime.now(UTC)
         answers.extend((await measure(server, load, asyncio.Event(), lambda _: None)).answers)
 
     with tempfile.TemporaryDirectory(prefix="diptych-autoplan-") as logs:
         serve(config_of(options, BEGIN, mode, logs), ask)
         return Course(answers, list(_decisions(Path(logs, "supervisor.log"), began)), slo)
+
+
+async def _server(options: argparse.Namespace, served: Served) -> Server:
+    return await find_server(
+        f"http://{served.http}", model=None, api_key=None, vocabulary=served.card.vocab_size, seed=options.seed, timeout_s=TIMEOUT_S,
+        as_text=False,
+    )  # fmt: skip
 
 
 def _decisions(log: Path, began: datetime) -> Iterator[dict[str, Any]]:
@@ -269,10 +288,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slo", default="ttft=3s,tpot=120ms")
     parser.add_argument("--prompts", default="448:4", help="tokens of prompt and output at first")
     parser.add_argument("--answers", default="32:64", help="and then")
-    parser.add_argument("--noise", default="320-576", help="tokens of the prompts that do not turn, which come at the rate of the first")
-    parser.add_argument("--before", type=float, default=45.0, help="seconds until the turn")
-    parser.add_argument("--after", type=float, default=105.0, help="and from there on")
-    parser.add_argument("--noisy", type=float, default=75.0, help="seconds of the load that does not turn")
+    parser.add_argument("--noise", default="320-576:4", help="and of the load that does not turn, at the rate of the first")
+    parser.add_argument("--share", type=float, default=0.8, help="of what the right split serves, that is sent")
+    parser.add_argument("--burst", type=int, default=36, help="requests that come at once to find out what a split serves")
+    parser.add_argument("--before", type=float, default=35.0, help="seconds until the turn")
+    parser.add_argument("--after", type=float, default=85.0, help="and from there on")
+    parser.add_argument("--noisy", type=float, default=50.0, help="seconds of the load that does not turn")
     parser.add_argument("--burstiness", type=float, default=0.5, help="its gamma shape; 1 is Poisson")
     parser.add_argument("--window", type=float, default=60.0, help="autoplan.window_s")
     parser.add_argument("--max-running", type=int, default=4, help="answers that a decode worker writes at once")
@@ -287,10 +308,9 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = _parser().parse_args()
     where = surroundings()
-    print(describe(where), "What this machine serves by its profile:", sep="\n", flush=True)
-    profile, prompts, answers = (
-        read_profile(Path(options.profile)), load_of(options, options.prompts, BEGIN), load_of(options, options.answers, END),
-    )  # fmt: skip
+    print(describe(where), flush=True)
+    profile = read_profile(Path(options.profile))
+    prompts, answers = loads(options)
 
     def turning() -> Iterator[Arrival]:
         both = chain(prompts.arrivals(options.seed, options.before), answers.arrivals(options.seed, options.after, begin=options.before))
@@ -300,7 +320,7 @@ def main() -> None:
     print(
         prompts, answers, *(f"{split} all along: {a:.0%} in time, then {b:.0%}" for split, (a, b) in expected.items()), sep="\n", flush=True
     )
-    noise = replace(prompts, prompt=options.noise)
+    noise = replace(prompts, lengths=options.noise)
     turned, control = run(options, "apply", turning()), run(options, "off", turning())
     noisy = run(options, "apply", noise.arrivals(options.seed, options.noisy, burstiness=options.burstiness))
     found = stages(options.before, turned, control)
@@ -314,7 +334,7 @@ def main() -> None:
     )
     plot(options.plot, turned, control, noisy, options)
     settings_used: dict[str, Any] = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    settings_used |= {"prompts": str(prompts), "answers": str(answers), "rates": [prompts.rate, answers.rate], "foretold": expected}
+    settings_used |= {"loads": [str(prompts), str(answers)], "rates": [prompts.rate, answers.rate], "foretold": expected}
     print(f"kept in {keep('autoplan', where, settings_used, {'stages': found, 'claims': held, **courses})}")
 
 

@@ -83,11 +83,12 @@ class Autoplanner:
             return Look("the first look at the load", True, split, arrivals, seconds, figures)
         if changed := shifts(self._planned, figures):
             return Look(", ".join(map(str, changed)), True, split, arrivals, seconds, figures)
+        if self._wins is not None:
+            return Look(f"{self._wins} has won once", False, split, arrivals, seconds, figures)
         if self._seen_s < seconds >= min(2 * self._seen_s, self.window_s):
             return Look(f"the load has been seen for {seconds:.0f} s, not {self._seen_s:.0f}", False, split, arrivals, seconds, figures)
         if now >= self._patient_until and (missed := self._missed(window, seconds)):
             return Look(missed, False, split, arrivals, seconds, figures)
-        self._wins = None
         return None
 
     def _missed(self, window: Window, seconds: float) -> str | None:

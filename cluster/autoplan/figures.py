@@ -15,6 +15,8 @@ from ..load.fitting import gamma_shape
 from ..load.slo import Slo
 from ..load.workload import Arrival
 
+ENOUGH = 10
+"""Answers that tell how long those under way will be. What came before the window is of another load where that has just turned."""
 _GOLDEN = 0.6180339887
 
 
@@ -73,13 +75,16 @@ def arrivals_in(window: Window, last: float = inf) -> list[Arrival]:
     """The `last` seconds of the window as a load that can be simulated: what has not ended gets an end.
 
     Its answer is as long as one of those seen that are longer than what it has so far: without that a window would hold few of the long
-    ones. Seen is what ended in that time, also of what came before it: in a queue longer than the window nothing that came in it has.
+    ones. Seen is what came and ended in that time, or, where that is little, all that ended in it: in a queue longer than the window nothing
+    that came in it has.
     What is cached of a prompt is a prefix that all share; of one that still waits, the share that was cached of the others.
     """
     seconds = min(last, window.seconds)
     recent = [each for each in window.requests if each.age <= seconds]
-    ended_since = [each.output_tokens for each in window.requests if each.ended and _ended_ago(each) <= seconds]
-    outputs = _whole_outputs(recent, ended_since)
+    ended = [each.output_tokens for each in recent if each.ended]
+    if len(ended) < ENOUGH:
+        ended = [each.output_tokens for each in window.requests if each.ended and _ended_ago(each) <= seconds]
+    outputs = _whole_outputs(recent, ended)
     begun = [each for each in recent if each.ttft is not None]
     hits = sum(each.cached_tokens for each in begun) / max(1, sum(each.prompt_tokens for each in begun))
     found = []

@@ -59,6 +59,8 @@ def test_what_does_not_hold_is_said(turned: Course, control: Course, noisy: Cour
     assert all(holds for what, holds in held.items() if what not in untrue | {"and not without the flip"})
 
 
-def test_a_rate_is_nearer_to_what_the_right_split_serves() -> None:
-    assert Load("1", "1", {BEGIN: 1.0, END: 8.0}, END).rate == pytest.approx(4.0)
-    assert Load("1", "1", {BEGIN: 8.0, END: 1.0}, BEGIN).rate == pytest.approx(4.0)
+def test_what_is_sent_is_for_the_right_split_and_too_much_for_the_other() -> None:
+    load = Load("1:1", {BEGIN: 2.0, END: 4.0}, END, 0.75)
+    assert load.rate == pytest.approx(3.0)
+    assert load.tells_apart
+    assert not Load("1:1", {BEGIN: 2.0, END: 2.5}, END, 0.75).tells_apart
