@@ -32,7 +32,8 @@ BUSY = ("diptych_requests_running", "vllm:num_requests_running", "vllm:num_reque
 
 @dataclass
 class Load:
-    """`AT_ONCE` clients that ask without a pause. `answers`: what each prompt was first answered with."""
+    """`AT_ONCE` clients that ask without a pause. `answers`: what each prompt was first answered with. `turn`: only what has begun since it
+    began counts."""
 
     address: str
     answers: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -40,32 +41,39 @@ class Load:
     served: asyncio.Queue[None] = field(default_factory=asyncio.Queue)
     workers: set[str] = field(default_factory=set)
     asks: asyncio.Event = field(default_factory=asyncio.Event)
+    asking: int = 0
+    turn: int = 0
 
     async def client(self, number: int) -> None:
         async with InferenceClient(self.address) as client:
             while True:
                 await self.asks.wait()
-                await self._ask(client, number)
+                self.asking += 1
+                await self._ask(client, number, self.turn)
+                self.asking -= 1
 
-    async def _ask(self, client: InferenceClient, number: int) -> None:
+    async def _ask(self, client: InferenceClient, number: int, turn: int) -> None:
         prompt = (2, *(3 + (7 * position + 11 * number) % 500 for position in range(60 + 40 * number)))
         call = Generate(prompt, sampling=SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True))
         tokens: list[int] = []
+        workers: set[str] = set()
         try:
             async for chunk in client.generate(call):
                 tokens += [token.id for token in chunk.tokens]
                 if chunk.finish:
-                    self.workers |= {chunk.finish.timing.prefill_worker, chunk.finish.timing.decode_worker}
+                    workers = {chunk.finish.timing.prefill_worker, chunk.finish.timing.decode_worker}
         except DiptychError as error:
             self.errors.append(f"{error.code}: {error.message}")
             return
         if tuple(tokens) != self.answers.setdefault(number, tuple(tokens)) or len(tokens) != TOKENS:
             self.errors.append(f"another answer: {tokens}")
-        self.served.put_nowait(None)
+        if turn == self.turn:
+            self.workers |= workers
+            self.served.put_nowait(None)
 
     async def more(self, count: int) -> set[str]:
-        """Until `count` more requests are served; the workers that served them."""
-        self.workers, self.served = set(), asyncio.Queue()
+        """Until `count` requests that begin from now on are served; the workers that served them."""
+        self.workers, self.served, self.turn = set(), asyncio.Queue(), self.turn + 1
         async with asyncio.timeout(60):
             for _ in range(count):
                 await self.served.get()
@@ -97,9 +105,12 @@ async def long_answer(address: str, number: int, begun: asyncio.Event) -> Timing
     raise AssertionError("no end")
 
 
-async def idle(address: str) -> None:
-    """Until the router knows of every worker that it has nothing to do."""
-    async with asyncio.timeout(60), httpx.AsyncClient(base_url=f"http://{address}") as client:
+async def idle(address: str, under: Load) -> None:
+    """Until nobody asks any more, and the router knows of every worker that it has nothing to do."""
+    under.asks.clear()
+    async with asyncio.timeout(60), httpx.AsyncClient(base_url=f"http://{address}", timeout=60) as client:
+        while under.asking:  # noqa: ASYNC110  it watches what has no event
+            await asyncio.sleep(0.01)
         while True:
             families = text_string_to_metric_families((await client.get("/metrics")).text)
             if not any(sample.value for family in families for sample in family.samples if sample.name in BUSY):
@@ -145,8 +156,7 @@ async def grow_and_shrink(cluster: Cluster) -> Load:
         assert await under.more(40) == {f"{phase}-{number}" for phase in ("prefill", "decode") for number in range(2)}
         assert "2 prefill workers, 2 decode workers" in await asyncio.to_thread(diptych, "status")
         await flip_and_back(cluster, under)
-        under.asks.clear()
-        await idle(str(cluster.state()["http"]))  # or what workers said a moment ago decides who is asked
+        await idle(str(cluster.state()["http"]), under)  # or what workers said a moment ago decides who is asked
         begun = [asyncio.Event() for _ in range(4)]
         answers = [asyncio.create_task(long_answer(under.address, number, event)) for number, event in enumerate(begun)]
         await asyncio.gather(*(event.wait() for event in begun))
@@ -156,7 +166,6 @@ async def grow_and_shrink(cluster: Cluster) -> Load:
         timings = await asyncio.gather(*answers)
         assert {timing.attempts for timing in timings} == {1}, retries(cluster)
         assert "decode-1" in {timing.decode_worker for timing in timings}, "who left had answers under way"
-        await under.more(AT_ONCE)  # those begun before
         assert await under.more(20) == {"prefill-0", "decode-0"}
     return under
 
