@@ -109,8 +109,7 @@ class Destination:
         self._alarm.set()
         reason = "this end failed"
         try:
-            async for message in lane:
-                self._do(self._machine.received(number, message, self._clock.now()))
+            await lane.each(lambda message: self._do(self._machine.received(number, message, self._clock.now())))
             reason = "the source closed it"
         except DiptychError as error:
             reason = error.message

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from ..core.transfer import LaneMessage
 
 
 class Lane(Protocol):
-    """Both ends look the same. Iterating ends when the peer closes, and raises `DiptychError` when the lane breaks."""
+    """Both ends look the same."""
 
     def send(self, message: LaneMessage) -> None:
         """Never blocks; what is sent on a lane that is closed or broken is dropped."""
         ...
 
-    def __aiter__(self) -> AsyncIterator[LaneMessage]: ...
+    async def each(self, take: Callable[[LaneMessage], None]) -> None:
+        """Have every message of the peer's taken as it comes. Returns when the peer closes, raises `DiptychError` when the lane breaks, and
+        what `take` raised."""
+        ...
 
     def close(self) -> None: ...
 

@@ -202,8 +202,7 @@ class Source:
         try:
             lane = self._lanes[number] = await self._dial(address)
             self._do(self._machine.dialled(number, self._clock.now()))
-            async for message in lane:
-                self._do(self._machine.received(number, message, self._clock.now()))
+            await lane.each(lambda message: self._do(self._machine.received(number, message, self._clock.now())))
             reason = "the destination closed it"
         except DiptychError as error:
             reason = error.message

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..core.errors import DiptychError, Internal, InvalidRequest, NotFound, TooLarge
-from ..core.generate import Chunk, Finish, Generate, Model
+from ..core.generate import Finish, Generate, Model
 from ..core.notes import FIELDS
 from ..core.recordings import Doing
 from ..core.spans import span
@@ -45,6 +45,9 @@ TIMING_HEADER = "x-diptych-timing"
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for completions. A chat without a limit goes on to the end of the context."""
+
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+"""Made once: `json.dumps` makes one for each event."""
 
 
 class _Gone(Exception):
@@ -149,13 +152,15 @@ class _Reply:
         await self._send({"type": "http.response.start", "status": 200, "headers": raw})
         self._streaming = True
 
-    async def event(self, data: str, *, last: bool = False) -> None:
+    async def events(self, events: list[str], *, last: bool = False) -> None:
+        """In one piece: each costs a system call here and a turn of the client."""
         with span(Doing.WRITE):
-            await self._send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": not last})
+            body = "".join([f"data: {data}\n\n" for data in events]).encode()
+            await self._send({"type": "http.response.body", "body": body, "more_body": not last})
 
     async def error(self, error: DiptychError) -> None:
         if self._streaming:
-            await self.event(json.dumps(error_json(error)), last=True)
+            await self.events([json.dumps(error_json(error))], last=True)
         else:
             await self.whole(error_json(error), error.http_status, {"retry-after": "1"} if error.retryable else None)
 
@@ -169,28 +174,20 @@ async def _send_whole(run: Run, answer: Answer, reply: _Reply, choices: int) -> 
 
 
 async def _send_stream(run: Run, answer: Answer, reply: _Reply, include_usage: bool) -> None:
-    first = await anext(run)
+    chunk = await anext(run)
     await reply.begin_stream()
-    for piece in answer.opening():
-        await reply.event(_compact(piece))
-    async for chunk in _chain(first, run):
+    events = [_compact(piece) for piece in answer.opening()]
+    while True:
         with span(Doing.FORMAT):
-            events = [_compact(piece) for piece in answer.pieces(chunk)]
-        for event in events:
-            await reply.event(event)
-        if chunk.finish and include_usage:
-            await reply.event(_compact(reply.timed(answer.usage(chunk.finish.usage), chunk.finish)))
-    await reply.event("[DONE]", last=True)
-
-
-async def _chain(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-    yield first
-    async for chunk in rest:
-        yield chunk
-
-
-def _compact(piece: dict[str, Any]) -> str:
-    return json.dumps(piece, ensure_ascii=False, separators=(",", ":"))
+            events += [_compact(piece) for piece in answer.pieces(chunk)]
+        if chunk.finish:
+            break
+        if events:
+            await reply.events(events)
+        chunk, events = await anext(run), []
+    if include_usage:
+        events.append(_compact(reply.timed(answer.usage(chunk.finish.usage), chunk.finish)))
+    await reply.events([*events, "[DONE]"], last=True)
 
 
 async def _read_body(receive: Receive, headers: Headers, limit: int) -> bytes:

@@ -130,11 +130,15 @@ class Link:
         stream = self._stream = self._client.attach()
         self._changed()
         heard = False
+
+        def receive(step: StepEvents) -> None:
+            nonlocal heard
+            heard = True
+            with span(Doing.RECEIVE):
+                self._dispatch(step)
+
         try:
-            async for step in stream:
-                heard = True
-                with span(Doing.RECEIVE):
-                    self._dispatch(step)
+            await stream.each(receive)
         finally:
             stream.close()
             self._lose("its stream ended")

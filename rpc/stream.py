@@ -54,7 +54,7 @@ def alone(decode: Callable[[bytes], In]) -> Callable[[bytes], Sequence[In]]:
 
 
 class Stream(Generic[Out, In]):
-    """`send` messages and iterate over the peer's.
+    """`send` messages and iterate over the peer's, or have `each` taken as it is read.
 
     Iteration ends when the stream was closed at either end; it raises `Unavailable` when the peer or the connection died, or when
     this end cut a peer that does not read; `InvalidRequest` when the peer sent what is no message; or the error the peer ended with.
@@ -69,6 +69,8 @@ class Stream(Generic[Out, In]):
         self._outbox: deque[bytes] = deque()
         self._outbox_bytes = 0
         self._inbox: deque[In] = deque()
+        self._take: Callable[[In], None] | None = None
+        self._defect: Exception | None = None
         self._error: DiptychError | None = None
         self._ended = False
         self._closing = False
@@ -110,6 +112,31 @@ class Stream(Generic[Out, In]):
             await self._wake_consumer.wait()
         self._wake_reader.set()
         return self._inbox.popleft()
+
+    async def each(self, take: Callable[[In], None]) -> None:
+        """Call `take` with every message in the turn of the event loop that has read it, where iterating takes another. Returns and raises
+        as iteration does, and what `take` raised."""
+        self._take = take
+        try:
+            self._give()
+            while not (self._ended or self._closing or self._defect):
+                self._wake_consumer.clear()
+                await self._wake_consumer.wait()
+        finally:
+            self._take = None
+        if self._defect is not None:
+            raise self._defect
+        if self._error is not None:
+            raise self._error
+
+    def _give(self) -> None:
+        """What has been read, to whoever takes it as it is read."""
+        while self._take is not None and self._inbox:
+            try:
+                self._take(self._inbox.popleft())
+            except Exception as error:  # noqa: BLE001  the consumer's, which is to end by it, and not the reader
+                self._defect, self._take = error, None
+                self._wake_consumer.set()
 
     def close(self) -> None:
         """Send what is queued, then end the stream at both ends. Iteration here ends at once; returns without waiting."""
@@ -194,7 +221,10 @@ class Stream(Generic[Out, In]):
                     continue
                 with span(Doing.DECODE):
                     self._inbox.extend(self._decode(data))
-                self._wake_consumer.set()
+                if self._take is not None:
+                    self._give()
+                else:
+                    self._wake_consumer.set()
                 while len(self._inbox) >= READ_AHEAD and not self.ended:
                     self._wake_reader.clear()
                     await self._wake_reader.wait()

@@ -77,8 +77,7 @@ class Face:
 
     async def attached(self, stream: RouterStream) -> None:
         try:
-            async for command in stream:
-                self._post(partial(self._role.command, stream, command))
+            await stream.each(lambda command: self._post(partial(self._role.command, stream, command)))
         finally:
             self._post(partial(self._role.detached, stream))
 

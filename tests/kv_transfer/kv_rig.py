@@ -542,14 +542,11 @@ class ThreadLane:
             end._ended = True
             end._inbox.put_nowait(Unavailable("The connection was reset."))
 
-    def __aiter__(self) -> AsyncIterator[LaneMessage]:
-        return self._messages()
-
-    async def _messages(self) -> AsyncIterator[LaneMessage]:
+    async def each(self, take: Callable[[LaneMessage], None]) -> None:
         while (message := await self._inbox.get()) is not None:
             if isinstance(message, DiptychError):
                 raise message
-            yield message
+            take(message)
 
 
 class Exchange:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import grpc
@@ -98,6 +98,53 @@ def test_closing_at_the_serving_end_sends_what_is_queued_and_ends_the_other_end(
             lane.send(Offer("t", 1))
             assert [message.reason async for message in lane] == ["one", "two"]  # type: ignore[union-attr]
             assert lane.ended
+
+    asyncio.run(scenario())
+
+
+def test_each_message_is_taken_until_the_end_or_an_error(serving: Any) -> None:
+    class Talker:
+        def __init__(self, error: DiptychError | None) -> None:
+            self.error = error
+
+        async def lane(self, lane: Lane) -> None:
+            for index in range(100):
+                lane.send(Offer(str(index), index))
+            if self.error is not None:
+                raise self.error
+
+    async def scenario() -> None:
+        for error in (None, InvalidRequest("no more")):
+            async with serving(worker=Talker(error)) as server:
+                lane = await dial_lane(server.address)
+                taken: list[Any] = []
+                with nullcontext() if error is None else pytest.raises(InvalidRequest, match="no more"):
+                    await soon(lane.each(taken.append))
+                assert taken == [Offer(str(index), index) for index in range(100)]
+
+    asyncio.run(scenario())
+
+
+def test_who_takes_each_message_may_close_or_fail(serving: Any, echo_worker: NewWorker) -> None:
+    async def scenario() -> None:
+        async with serving(worker=echo_worker()) as server:
+            for end in (None, KeyError("a defect")):
+                lane = await dial_lane(server.address)
+                for index in range(10):
+                    lane.send(Offer(str(index), index))
+                taken: list[Any] = []
+
+                def take(message: Any, lane: Lane = lane, taken: list[Any] = taken, end: Exception | None = end) -> None:
+                    taken.append(message)
+                    if len(taken) == 5:
+                        if end is not None:
+                            raise end
+                        lane.close()
+
+                with pytest.raises(KeyError) if end is not None else nullcontext():
+                    await soon(lane.each(take))
+                assert len(taken) == 5
+                await soon(lane.wait_closed())
 
     asyncio.run(scenario())
 
