@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,9 @@ def test_nothing_that_serving_adds_is_negative() -> None:
 def test_what_each_step_of_a_prompt_takes_more_is_found_again(chunk: int | None) -> None:
     found = with_prompts(SERVED, prompts(chunk), chunk)
     assert found.prefill.constant == pytest.approx(0.014)
+    *most, last = prompts(chunk)
+    disturbed = with_prompts(SERVED, [*most, replace(last, computed=last.computed + 0.3)], chunk)
+    assert disturbed.prefill.constant == pytest.approx(0.014)
     shorter = with_prompts(SERVED, [Prompt(64, 0.0, 0.0)], chunk)
     assert shorter.prefill.constant == 0.0
 
