@@ -92,7 +92,8 @@ class DecodeScheduler:
         """An attempt: its transfer will be offered, or (`local_prefill`) it is queued at once. Raises `ContextExceeded` if it can
         never fit, `InvalidRequest` if its prompt is empty, it has nothing left to write, or its id is in use."""
         attempt_id = decode.attempt_id
-        if any(attempt_id in ids for ids in (self._expected, self._admission.queue, self._leases, self._roster.started)):
+        waiting = attempt_id in self._expected or attempt_id in self._admission.queue
+        if waiting or attempt_id in self._leases or attempt_id in self._roster.started:
             raise InvalidRequest(f"Attempt {attempt_id} is under way.", field="attempt_id")
         sequence = sequence_of(decode, self._pool, self._hashes_of, longest=self._longest, eos=self._eos_token_ids)
         if decode.local_prefill:

@@ -38,7 +38,9 @@ class Steady:
         """When each has all its tokens: a heap of rounds, and its age."""
         self._seatless: list[Sequence] = []
         self._context = 0
-        self._chunks = self._fresh = False
+        self._chunks = False
+        self._fresh = False
+        """Whether somebody is in their first round: a window may be behind, if a chunk went past the position where a block leaves it."""
 
     # -- who runs --------------------------------------------------------------------------------------------------------
 
@@ -152,9 +154,10 @@ class Steady:
         if token_id != self._token_id:
             self.settle()
             self._token_id = token_id
-        before, since = self._rounds, self._since
+        before, since, changing, size = self._rounds, self._since, self._changing, self._size
+        behind, self._fresh = self._fresh and bool(self._windows), False
         for now in range(before, before + rounds):
-            for sequence in self._changing_in(now):
+            for sequence in changing[now % size] if now > before or not behind else tuple(since):
                 position, table = sequence.decided + now - since[sequence], sequence.table
                 if table.slides(position):
                     self._catch_up(sequence, now)
@@ -166,11 +169,6 @@ class Steady:
         self._context += rounds * len(since)
         self._pool.submitted(last_step)
         self._pool.completed(last_step)
-
-    def _changing_in(self, now: int) -> Seq[Sequence]:
-        """In a first round a window may be behind, if a chunk went past the position where a block leaves it."""
-        fresh, self._fresh = self._fresh, False
-        return tuple(self._since) if fresh and self._windows else self._changing[now % self._size]
 
 
 def _rounds_of(pool: BlockPool, running: Seq[Sequence], g: int, most: int) -> int:

@@ -160,15 +160,29 @@ class BlockPool:
 class BlockTable:
     """The blocks of one sequence, per group in order of position. Made by `BlockPool.open`; ends with `close`."""
 
-    __slots__ = ("_capacity", "_passed", "_published", "_slides_at", "hashes", "pool", "tables")
+    __slots__ = ("_capacity", "_more", "_passed", "_published", "_slides_at", "_tables", "hashes", "pool")
 
     def __init__(self, pool: BlockPool, hashes: list[bytes]) -> None:
         self.pool = pool
         self.hashes = hashes
-        self.tables: tuple[tuple[int, ...], ...] = ((),) * len(pool.groups)
+        self._tables: tuple[tuple[int, ...], ...] = ((),) * len(pool.groups)
+        self._more: list[tuple[int, ...]] = []
+        """Blocks taken one by one since, of each group one: to join each to a long table costs more than to take it."""
         self._passed = [0] * len(pool.groups)
         self._published = 0
         self._refresh()
+
+    @property
+    def tables(self) -> tuple[tuple[int, ...], ...]:
+        """`tables[g][i]`: as of `batch.Row`."""
+        if self._more:
+            self._tables = tuple([row + more for row, more in zip(self._tables, zip(*self._more, strict=True), strict=True)])
+            self._more = []
+        return self._tables
+
+    @tables.setter
+    def tables(self, tables: tuple[tuple[int, ...], ...]) -> None:
+        self._tables, self._more = tables, []
 
     def _refresh(self) -> None:
         """After every change: positions with blocks in all groups, and the first query that lets a block leave its window."""
@@ -241,11 +255,14 @@ class BlockTable:
 
     def _extend_full(self, tokens: int) -> bool:
         """As `extend` where no group has a window: all tables are equally long."""
-        pool, lack = self.pool, self.pool.blocks(tokens) - len(self.tables[0])
+        pool, lack = self.pool, self.pool.blocks(tokens) - self._capacity // self.pool.block_size
         for part in pool.parts:
             if lack > part.available:
                 return False
-        self.tables = tuple([row + part.take_several(lack) for row, part in zip(self.tables, pool.parts, strict=True)])
+        if lack == 1:
+            self._more.append(tuple([part.take() for part in pool.parts]))
+        else:
+            self.tables = tuple([row + part.take_several(lack) for row, part in zip(self.tables, pool.parts, strict=True)])
         self._capacity += lack * pool.block_size
         return True
 

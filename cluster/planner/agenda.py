@@ -33,9 +33,9 @@ class Agenda:
     def after(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
         self.at(self.now + seconds, call, *arguments)
 
-    def run(self, stop: Callable[[], bool] = lambda: False) -> None:
+    def run(self, stop: Callable[[], bool] | None = None) -> None:
         """Until nothing is left to do, or `stop` says so."""
-        entries = self._entries
-        while entries and not stop():
-            self.now, _, call, arguments = heapq.heappop(entries)
+        entries, pop = self._entries, heapq.heappop
+        while entries and (stop is None or not stop()):
+            self.now, _, call, arguments = pop(entries)
             call(*arguments)

@@ -66,7 +66,7 @@ class World:
         self._workers: tuple[Worker, ...] = (*self.prefills.values(), *self.decodes.values())
         self._seen = {worker.name: worker.candidate() for worker in self._workers}
 
-    def run(self, arrivals: Iterable[Arrival], stop: Callable[[], bool] = lambda: False) -> None:
+    def run(self, arrivals: Iterable[Arrival], stop: Callable[[], bool] | None = None) -> None:
         """Serve them all, or until `stop` says so. They are taken one by one, when their time has come."""
         self._next(iter(arrivals))
         self.agenda.run(stop)
