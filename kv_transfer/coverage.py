@@ -39,7 +39,7 @@ class Coverage:
 
     @property
     def complete(self) -> bool:
-        return all(until == self._end for until in self._until.values())
+        return set(self._until.values()) <= {self._end}
 
     def until(self, layer: int) -> int:
         return self._until[layer]

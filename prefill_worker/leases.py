@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import add, sub
 
 RECENT = 64
 """Of so many last prompts two destinations count. More than may pass one that waits (16), so that nobody who waits is forgotten; few
@@ -82,7 +83,7 @@ class Leases:
     def shrink(self, attempt_id: str, held: tuple[int, ...]) -> None:
         """It will take no more: its charge is at most what it holds."""
         lease = self._leases[attempt_id]
-        charge = tuple(min(a, b) for a, b in zip(lease.charge, held, strict=True))
+        charge = tuple(map(min, lease.charge, held))
         self._charged = _sum(_difference(self._charged, lease.charge), charge)
         lease.charge = charge
 
@@ -107,8 +108,8 @@ class Leases:
 
 
 def _sum(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
+    return tuple(map(add, a, b))
 
 
 def _difference(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(x - y for x, y in zip(a, b, strict=True))
+    return tuple(map(sub, a, b))
