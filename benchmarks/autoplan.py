@@ -44,6 +44,8 @@ CHUNK_TOKENS = 256
 TIMEOUT_S = 300.0
 TARGET = 0.9
 BEGIN, END = Split(2, 1), Split(1, 2)
+EVEN = 4.0
+"""Gamma shape of what turns: of Poisson arrivals a minute may hold a fifth more or less than their rate."""
 GAIN = 1.1
 """How many times as much as a split serves is clearly too much for it."""
 
@@ -70,7 +72,7 @@ class Load:
         """Whether the other split cannot serve it."""
         return self.rate >= GAIN * min(self.served.values())
 
-    def arrivals(self, seed: int, seconds: float, *, begin: float = 0.0, burstiness: float = 1.0) -> Iterator[Arrival]:
+    def arrivals(self, seed: int, seconds: float, *, begin: float = 0.0, burstiness: float = EVEN) -> Iterator[Arrival]:
         return (replace(each, at=begin + each.at) for each in limited(drawn(self.lengths, self.rate, seed, burstiness), None, seconds))
 
     def __str__(self) -> str:
@@ -78,7 +80,7 @@ class Load:
         return f"{self.lengths} tokens in and out: {serves}; sent {self.rate:.2f} a second"
 
 
-def drawn(lengths: str, rate: float, seed: int, burstiness: float = 1.0) -> Iterator[Arrival]:
+def drawn(lengths: str, rate: float, seed: int, burstiness: float = EVEN) -> Iterator[Arrival]:
     """Endless."""
     prompt, output = lengths.split(":")
     return Mix(streams=(Stream(rate=rate, burstiness=burstiness, prompt=prompt, output=output),)).arrivals(rate, seed)
@@ -289,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", default="448:4", help="tokens of prompt and output at first")
     parser.add_argument("--answers", default="32:64", help="and then")
     parser.add_argument("--noise", default="320-576:4", help="and of the load that does not turn, at the rate of the first")
-    parser.add_argument("--share", type=float, default=0.8, help="of what the right split serves, that is sent")
+    parser.add_argument("--share", type=float, default=0.9, help="of what the right split serves, that is sent")
     parser.add_argument("--burst", type=int, default=36, help="requests that come at once to find out what a split serves")
     parser.add_argument("--before", type=float, default=35.0, help="seconds until the turn")
     parser.add_argument("--after", type=float, default=85.0, help="and from there on")
@@ -317,9 +319,7 @@ def main() -> None:
         return (replace(each, number=number) for number, each in enumerate(both))
 
     expected = {str(split): foretold(options, profile, split, turning()) for split in (BEGIN, END)}
-    print(
-        prompts, answers, *(f"{split} all along: {a:.0%} in time, then {b:.0%}" for split, (a, b) in expected.items()), sep="\n", flush=True
-    )
+    print(*(f"by simulation, {split} all along: {a:.0%} in time, then {b:.0%}" for split, (a, b) in expected.items()), sep="\n", flush=True)
     noise = replace(prompts, lengths=options.noise)
     turned, control = run(options, "apply", turning()), run(options, "off", turning())
     noisy = run(options, "apply", noise.arrivals(options.seed, options.noisy, burstiness=options.burstiness))
