@@ -75,8 +75,8 @@ def arrivals_in(window: Window, last: float = inf) -> list[Arrival]:
     """The `last` seconds of the window as a load that can be simulated: what has not ended gets an end.
 
     Its answer is as long as one of those seen that are longer than what it has so far: without that a window would hold few of the long
-    ones. Seen is what came and ended in that time, or, where that is little, all that ended in it: in a queue longer than the window nothing
-    that came in it has.
+    ones. Seen is what came and ended in that time, or, where that is little, all that ended in it: in a queue longer than the window
+    nothing that came in it has.
     What is cached of a prompt is a prefix that all share; of one that still waits, the share that was cached of the others.
     """
     seconds = min(last, window.seconds)
