@@ -298,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--noisy", type=float, default=50.0, help="seconds of the load that does not turn")
     parser.add_argument("--burstiness", type=float, default=0.5, help="its gamma shape; 1 is Poisson")
     parser.add_argument("--window", type=float, default=60.0, help="autoplan.window_s")
-    parser.add_argument("--max-running", type=int, default=4, help="answers that a decode worker writes at once")
+    parser.add_argument("--max-running", type=int, default=2, help="answers that a decode worker writes at once")
     parser.add_argument("--kv-tokens", type=int, default=8192)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", help="by default the demo model")
