@@ -67,9 +67,8 @@ class Crew:
 
     async def scale(self, supervisor: Supervisor, launcher: Launcher, wanted: Numbers, tell: Tell, *, in_place: bool = False) -> None:
         """Have so many workers of each phase named in `wanted`: those that can change their role in place do so, then new ones join, then
-        others leave. With `in_place` no more workers are wanted. Where each has cores or GPUs of its own, these are free for another only
-        when it has left; where they share cores none changes its role, since another can begin at once: what a prefill worker has to
-        finish waits for the decode workers that are too few (53 s in place, under a load twice what they wrote).
+        others leave. With `in_place` no more workers are wanted: where each has cores or GPUs of its own, these are free for another only
+        when it has left.
 
         Raises `DiptychError` if a number is not possible or a worker cannot join; those that could stay, and none leaves (any more).
         """
@@ -88,9 +87,9 @@ class Crew:
                 for group, change in enumerate(found):
                     names += [(phase, group, number) for number in change.join]
                     leaving += [present[phase][group][number] for number in change.leave]
-            leave_first = in_place and self._own_places(supervisor)
-            flips = self._flips(supervisor, names, leaving) if leave_first or not in_place else []
+            flips = self._flips(supervisor, names, leaving)
             await _all(self._flip(supervisor, post, worker, tell) for post, worker in flips)
+            leave_first = in_place and self._own_places(supervisor)
             if leave_first:
                 await self._dismiss(supervisor, leaving, tell)
             await self._join(supervisor, self.posts(self._newcomers(supervisor, names), launcher, supervisor.workers), tell)

@@ -68,7 +68,7 @@ def said_in_order(cluster: Cluster, first: str, then: str) -> bool:
 
 
 def test_a_load_that_turns_flips_a_worker(start: Start, orders: Path, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (orders / "cores").write_text("2")
+    (orders / "cores").write_text("4")
     serve(orders, LONG_PROMPTS)
     with start(**config(profile, "apply")) as cluster:
         cluster.expect("Ctrl-C ends it.")
@@ -78,7 +78,7 @@ def test_a_load_that_turns_flips_a_worker(start: Start, orders: Path, profile: P
         wait_for("the flip", lambda: "autoplan: now 1 prefill + 2 decode" in log(cluster), FLIP_S)
         assert members(orders) == {"prefill-0", "decode-0", "decode-1"}
         assert len((orders / "drained").read_text().splitlines()) == 1, "who goes drains first"
-        assert said_in_order(cluster, "decode-1 has joined", "prefill-1 has left"), "three share the two cores"
+        assert "decode-1 has joined, in the processes of prefill-1" in log(cluster)
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(cluster.runtime))
         assert "autoplan (apply)" in diptych("status").stdout
         assert cluster.end() == 0
