@@ -6,6 +6,7 @@ A `Tree` is a directory that holds the rooms. Every violation is one sentence th
 from __future__ import annotations
 
 import ast
+import gc
 import re
 import sys
 from collections.abc import Iterator
@@ -96,7 +97,11 @@ class Source:
 
     @cached_property
     def syntax(self) -> ast.Module:
-        return ast.parse(self.text, str(self.path))
+        gc.disable()  # what is collected within may say why, which parses, too: Python 3.11 cannot do both at once
+        try:
+            return ast.parse(self.text, str(self.path))
+        finally:
+            gc.enable()
 
     @property
     def room(self) -> str:
