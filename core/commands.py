@@ -2,6 +2,7 @@
 
 Every command that opens an attempt is answered by exactly one terminal event for it: `HandedOver`, `Finished` or `Failed`.
 A `Stop` for a whole attempt also ends in a terminal event (`Failed` with `Cancelled`, unless another was already under way).
+`Failed` with `Unavailable` says that the worker leaves and has not begun with it: it costs the request no attempt.
 Closing the stream stops every attempt on it, without further events.
 """
 
@@ -99,6 +100,14 @@ class ChoiceFinished:
 
 
 @value
+class Movable:
+    """The worker leaves (it drains), and nothing of this attempt is under way here: its prompt has not begun, or no memory has been granted
+    for its KV. Elsewhere it would be done sooner. It goes on here unless the router stops it."""
+
+    attempt_id: str
+
+
+@value
 class Finished:
     """Terminal: every choice is complete, and the end of each was told before. `recomputed_tokens` were computed here after a preemption
     or a fork, `local_prefill_tokens` by request; `cached_tokens` of the prompt came from this worker's prefix cache."""
@@ -117,7 +126,7 @@ class Failed:
     error: DiptychError
 
 
-Event = FirstTokens | HandedOver | NewTokens | ChoiceFinished | Finished | Failed
+Event = FirstTokens | HandedOver | NewTokens | ChoiceFinished | Movable | Finished | Failed
 
 
 @value

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Protocol
 
 from ..core.clock import Clock
-from ..core.commands import Command, Decode, Failed, Stop
+from ..core.commands import Command, Decode, Failed, Movable, Stop
 from ..core.errors import Cancelled, DiptychError, InvalidRequest, TransferFailed, Unavailable
 from ..core.fleet import WorkerReport, WorkerState
 from ..core.request import Token
@@ -94,7 +94,10 @@ class DecodeRole:
             self._drop(attempt_id)
 
     def drain(self) -> None:
-        self._draining = True
+        if not self._draining:
+            self._draining = True
+            for attempt_id in self._scheduler.movable():
+                self._attempts.tell(Movable(attempt_id))
 
     def _decode(self, listener: Listener, decode: Decode) -> None:
         try:

@@ -174,6 +174,10 @@ class DecodeScheduler:
                 self._end(sequence, said)
         return said.outcome()
 
+    def movable(self) -> list[str]:
+        """Attempts that lose nothing here: those that wait for memory, or for an Offer."""
+        return [*self._expected, *self._admission.queue]
+
     def transfer_failed(self, transfer_id: str, now: float) -> bool:
         """The transfer will not commit: the attempt is over. Granted blocks stay held until `fenced`. True if the attempt was alive,
         so that the loop owes the router a `Failed`."""

@@ -43,6 +43,11 @@ class Leases:
         """Attempts that wait for their destination's grant."""
         return sum(lease.waits_for is not None for lease in self._leases.values())
 
+    def waits(self, attempt_id: str) -> bool:
+        """Whether this attempt waits for its destination's grant. False for unknown ids."""
+        lease = self._leases.get(attempt_id)
+        return lease is not None and lease.waits_for is not None
+
     def fits(self, charge: tuple[int, ...]) -> bool:
         """Whether the pool can promise `charge` blocks more."""
         return all(a + b <= limit for a, b, limit in zip(self._charged, charge, self._num_blocks, strict=True))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
 from ..core.clock import Clock
-from ..core.commands import Command, Failed, HandedOver, Prefill, Stop
+from ..core.commands import Command, Failed, HandedOver, Movable, Prefill, Stop
 from ..core.errors import Cancelled, DiptychError, InvalidRequest, Unavailable
 from ..core.fleet import WorkerReport, WorkerState
 from ..core.request import Token
@@ -88,7 +88,14 @@ class PrefillRole:
             self._drop(attempt_id, "the router is gone")
 
     def drain(self) -> None:
-        self._draining = True
+        if not self._draining:
+            self._draining = True
+            self._let_go(self._scheduler.movable())
+
+    def _let_go(self, attempt_ids: Iterable[str]) -> None:
+        """This worker leaves: the router may have these done elsewhere."""
+        for attempt_id in attempt_ids:
+            self._attempts.tell(Movable(attempt_id))
 
     def _prefill(self, listener: Listener, prefill: Prefill) -> None:
         try:
@@ -180,6 +187,8 @@ class PrefillRole:
             self._attempts.end(finished)
             if finished.attempt_id in self._offered:
                 self.outbox.call(partial(self.transfers.cancel, finished.attempt_id, "the first token ended every choice"))
+        if self._draining:
+            self._let_go({first.attempt_id for first in outcome.first_tokens}.intersection(self._scheduler.movable()))
 
     def _commit(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None:
         """On the asyncio thread."""

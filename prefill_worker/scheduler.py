@@ -143,6 +143,11 @@ class PrefillScheduler:
         """The destination has granted: the attempt no longer counts against its share. Unknown ids are ignored."""
         self._leases.granted(attempt_id)
 
+    def movable(self) -> list[str]:
+        """Attempts that lose nothing here but what was computed of their prompts: those that wait, and those computed whole that no
+        destination has granted."""
+        return [*self._waiting, *filter(self._leases.waits, self._leased)]
+
     def cancel(self, attempt_id: str, now: float) -> bool:
         """Compute nothing more of it. True if it was offered and its blocks stay held until `release` (the loop cancels the
         transfer); False if nothing of it is left here (unknown ids included)."""

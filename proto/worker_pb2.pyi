@@ -162,7 +162,7 @@ class StepEvents(_message.Message):
     def __init__(self, events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("attempt_id", "first_tokens", "handed_over", "new_tokens", "finished", "failed", "choice_finished")
+    __slots__ = ("attempt_id", "first_tokens", "handed_over", "new_tokens", "finished", "failed", "choice_finished", "movable")
     ATTEMPT_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +170,7 @@ class Event(_message.Message):
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    MOVABLE_FIELD_NUMBER: _ClassVar[int]
     attempt_id: str
     first_tokens: FirstTokens
     handed_over: HandedOver
@@ -177,7 +178,8 @@ class Event(_message.Message):
     finished: Finished
     failed: Error
     choice_finished: ChoiceFinished
-    def __init__(self, attempt_id: _Optional[str] = ..., first_tokens: _Optional[_Union[FirstTokens, _Mapping]] = ..., handed_over: _Optional[_Union[HandedOver, _Mapping]] = ..., new_tokens: _Optional[_Union[NewTokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Error, _Mapping]] = ..., choice_finished: _Optional[_Union[ChoiceFinished, _Mapping]] = ...) -> None: ...
+    movable: Movable
+    def __init__(self, attempt_id: _Optional[str] = ..., first_tokens: _Optional[_Union[FirstTokens, _Mapping]] = ..., handed_over: _Optional[_Union[HandedOver, _Mapping]] = ..., new_tokens: _Optional[_Union[NewTokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Error, _Mapping]] = ..., choice_finished: _Optional[_Union[ChoiceFinished, _Mapping]] = ..., movable: _Optional[_Union[Movable, _Mapping]] = ...) -> None: ...
 
 class FirstTokens(_message.Message):
     __slots__ = ("tokens", "finishes", "queued", "computed", "cached_tokens")
@@ -220,6 +222,10 @@ class ChoiceFinished(_message.Message):
     choice: int
     finish: str
     def __init__(self, choice: _Optional[int] = ..., finish: _Optional[str] = ...) -> None: ...
+
+class Movable(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("cached_tokens", "local_prefill_tokens", "recomputed_tokens")

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..core.commands import ChoiceFinished, Command, Decode, Event, Failed, Finished, HandedOver, Prefill, StepEvents, Stop
+from ..core.commands import ChoiceFinished, Command, Decode, Event, Failed, Finished, HandedOver, Movable, Prefill, StepEvents, Stop
 from ..core.errors import DiptychError
 from ..core.fleet import Member, WorkerReport
 from ..core.metrics import Recorder
@@ -165,7 +165,7 @@ class Link:
                 continue
             if isinstance(event, _TERMINAL):
                 del self._open[event.attempt_id]
-            else:
+            elif not isinstance(event, Movable):
                 # Any other event is about what comes behind the prompt: it has been read.
                 opened.prompt_tokens = 0
             if isinstance(event, ChoiceFinished):

@@ -2,7 +2,8 @@
 
     start ─▶ Place ─▶ placed ─▶ Send(Decode), Send(Prefill) ─▶ events ─▶ Emit …, End ─▶ Succeed or Fail, once
                 ▲                                            │             per choice
-                └────────── an attempt failed: Place ◀───────┘      at most `retries` times, the last with local prefill
+                ├────────── an attempt failed: Place ◀───────┤      at most `retries` times, the last with local prefill
+                └─ a worker leaves: Place, or Move ─▶ moved ◀┘      which costs no retry
 
 One attempt carries all choices that have not ended. What holds whatever comes in, in whatever order: one terminal action; token i of
 a choice is emitted once, after i-1, whichever stream brings it; a choice ends once, behind its last token, and all have ended before
@@ -13,7 +14,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..core.commands import ChoiceFinished, Command, Decode, Event, Failed, Finished, FirstTokens, HandedOver, NewTokens, Prefill, Stop
+from ..core.commands import (
+    ChoiceFinished,
+    Command,
+    Decode,
+    Event,
+    Failed,
+    Finished,
+    FirstTokens,
+    HandedOver,
+    Movable,
+    NewTokens,
+    Prefill,
+    Stop,
+)
 from ..core.errors import Cancelled, DeadlineExceeded, DiptychError, Internal, InvalidRequest, NotFound, TransferFailed, Unavailable
 from ..core.request import FinishReason, Request, Token
 from .outputs import Output
@@ -28,10 +42,18 @@ _FINAL = (InvalidRequest, NotFound, DeadlineExceeded)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Wanted: `placed` or `unplaceable`. `cause` is the failure that makes it a retry, None for the first attempt."""
+    """Wanted: `placed` or `unplaceable`. `cause` is the failure that makes it a retry, None if nothing has failed."""
 
     demand: Demand
     cause: DiptychError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Wanted, if there is a place for it now: `moved`. Else the attempt goes on where it is, at a worker that leaves."""
+
+    attempt_id: str
+    demand: Demand
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +87,7 @@ class Fail:
     error: DiptychError
 
 
-Action = Place | Send | Emit | End | Succeed | Fail
+Action = Place | Move | Send | Emit | End | Succeed | Fail
 
 
 @dataclass(slots=True)
@@ -85,6 +107,8 @@ class _Attempt:
     decode: _Side | None
     decoding: bool = False
     """D has drawn a token or an end, so it has the KV: what becomes of P no longer matters."""
+    leaving: _Side | None = None
+    """Whose worker leaves, and has not begun with it."""
     doubt: DiptychError | None = None
     """D was cancelled by P, and P's own word on why is still on its way."""
 
@@ -99,6 +123,8 @@ class RequestMachine:
         self.request = request
         self.attempts = 0
         """Attempts opened so far."""
+        self._free = 0
+        """Of them, those that a worker ended by leaving before it had begun: no failures."""
         self.placement: Placement | None = None
         """Of the latest attempt."""
         self.handed_over: HandedOver | None = None
@@ -174,8 +200,24 @@ class RequestMachine:
                 attempt.decoding = attempt.decoding or side is attempt.decode
                 self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
                 return self._settle(attempt)
+            case Movable():
+                return self._movable(attempt, side)
             case Failed():
-                return self._failed(attempt, side, event.error)
+                return self._refused(side) if self._leaves(side, event.error) else self._failed(attempt, side, event.error)
+
+    def moved(self, placement: Placement, attempt_id: str, of: str) -> list[Action]:
+        """Here the attempt `of`, which waits at a worker that leaves, could go on under a fresh id. It stays if it is over by now, or if
+        this is that worker again, or if the prompt would be read where it is not to be."""
+        attempt = self._attempt
+        if attempt is None or attempt.id != of or attempt.leaving is None or attempt.decoding:
+            return []
+        leaving, attempt.leaving = attempt.leaving, None
+        workers = {member.worker_id for member in (placement.prefill, placement.decode) if member}
+        if leaving.worker_id in workers or (placement.prefill is None) != (attempt.prefill is None):
+            return []
+        self._avoid |= {leaving.worker_id}
+        self._free += 1
+        return [*self._close(), *self.placed(placement, attempt_id)]
 
     def lost(self, worker_id: str) -> list[Action]:
         """The stream to this worker ended: it has stopped everything of ours."""
@@ -216,17 +258,24 @@ class RequestMachine:
         return replace(self.request, generated=generated, finished=finished)
 
     def _place(self, cause: DiptychError | None) -> Place:
-        last = self.attempts + 1 == self._most_attempts and self._most_attempts > 1
+        last = self._spent + 1 == self._most_attempts and self._most_attempts > 1
+        return Place(self._demand(self._avoid, local=last), cause)
+
+    def _demand(self, avoid: frozenset[str], *, local: bool) -> Demand:
         request = self._remaining()
         shared = len(request.token_ids)
-        demand = Demand(
+        return Demand(
             context_tokens=shared,
             output_tokens=len(request.prompt_ids) + request.sampling.max_tokens - shared,
             choices=len(request.live),
-            avoid=self._avoid,
-            local=last,
+            avoid=avoid,
+            local=local,
         )
-        return Place(demand, cause)
+
+    @property
+    def _spent(self) -> int:
+        """Attempts that count against the retries."""
+        return self.attempts - self._free
 
     def _first_tokens(self, attempt: _Attempt, side: _Side, event: FirstTokens) -> list[Action]:
         self.cached_tokens = event.cached_tokens
@@ -274,6 +323,22 @@ class RequestMachine:
             return ended + self._next_attempt(TransferFailed("A first token of the attempt never came."))
         return ended + self._next_attempt(Internal("The attempt ended without an end."))
 
+    def _movable(self, attempt: _Attempt, side: _Side) -> list[Action]:
+        if attempt.decoding or attempt.doubt:
+            return []
+        attempt.leaving = side
+        return [Move(attempt.id, self._demand(self._avoid | {side.worker_id}, local=False))]
+
+    def _leaves(self, side: _Side, error: DiptychError) -> bool:
+        """Whether the attempt came to a worker that leaves. From one worker that is heard once; then it is a failure like any other."""
+        return isinstance(error, Unavailable) and side.worker_id not in self._avoid
+
+    def _refused(self, side: _Side) -> list[Action]:
+        side.open = False
+        self._avoid |= {side.worker_id}
+        self._free += 1
+        return [*self._close(), self._place(None)]
+
     def _failed(self, attempt: _Attempt, side: _Side, error: DiptychError) -> list[Action]:
         side.open = False
         whole = all(output.whole for output in self._outputs if output.live)
@@ -292,8 +357,8 @@ class RequestMachine:
             return ended + self._end(Succeed())
         if isinstance(error, _FINAL):
             return ended + self._fail(error)
-        if self.attempts >= self._most_attempts:
-            return ended + self._fail(_last_word(error, self.attempts))
+        if self._spent >= self._most_attempts:
+            return ended + self._fail(_last_word(error, self._spent))
         return [*ended, *self._close(), self._place(error)]
 
     def _end_full(self) -> list[Action]:

@@ -20,7 +20,7 @@ from ..core.request import FinishReason, Request, Token, new_attempt_id
 from ..core.spans import span
 from .budget import RetryBudget
 from .link import Listener
-from .machine import Action, Emit, End, Fail, Place, RequestMachine, Send, Succeed
+from .machine import Action, Emit, End, Fail, Move, Place, RequestMachine, Send, Succeed
 from .placement import Across, Path, Placement, Policy, Snapshot, place
 from .recording import Past
 from .text import Detokeniser
@@ -181,6 +181,8 @@ class Run:
                 self._tell(choice)
             case Place():
                 self._perform([] if self._machine.ended else self._place(action))
+            case Move():
+                self._perform(self._move(action))
             case Succeed():
                 # One that was cut at its limit is what a request with several choices is counted by.
                 self._ended(max(self._reasons, key=lambda reason: reason is FinishReason.LENGTH))
@@ -205,10 +207,26 @@ class Run:
             self._recorder.inc("diptych_retries_total", code=wanted.cause.code)
             note(log, "another attempt", request=self.request_id, attempt=self._machine.attempts + 1, after=wanted.cause.message)
         self._record_transfer()
+        return self._placed(placement, self._machine.placed(placement, new_attempt_id()))
+
+    def _move(self, wanted: Move) -> list[Action]:
+        """From a worker that leaves, if another can take it now."""
+        try:
+            placement = place(self._workers.snapshot(), wanted.demand, self._policy)
+        except DiptychError:
+            return []
+        actions = self._machine.moved(placement, new_attempt_id(), wanted.attempt_id)
+        if not actions:
+            return []
+        note(log, "a request moves", request=self.request_id, attempt=self._machine.attempts)
+        return self._placed(placement, actions)
+
+    def _placed(self, placement: Placement, actions: list[Action]) -> list[Action]:
+        """Record where an attempt is opened by these actions."""
         self._recorder.inc("diptych_attempts_total", path=placement.path.value)
         if placement.across:
             self._tell_across(placement, placement.across)
-        return self._machine.placed(placement, new_attempt_id())
+        return actions
 
     def _tell_across(self, placement: Placement, why: Across) -> None:
         prefill, decode = placement.prefill, placement.decode

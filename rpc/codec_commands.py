@@ -14,6 +14,7 @@ from ..core.commands import (
     Finished,
     FirstTokens,
     HandedOver,
+    Movable,
     NewTokens,
     Prefill,
     StepEvents,
@@ -182,6 +183,8 @@ def _write_event(message: pb.Event, event: Event) -> None:
             message.handed_over.CopyFrom(pb.HandedOver(kv_bytes=kv_bytes, seconds=seconds, transport=transport, exposed=exposed))
         case ChoiceFinished(_, choice, finish):
             message.choice_finished.CopyFrom(pb.ChoiceFinished(choice=choice, finish=finish))
+        case Movable():
+            message.movable.SetInParent()
         case Finished(_, cached, local, recomputed):
             message.finished.CopyFrom(pb.Finished(cached_tokens=cached, local_prefill_tokens=local, recomputed_tokens=recomputed))
         case Failed(_, error):
@@ -243,6 +246,7 @@ _READ_EVENT: dict[str, Callable[[Any], Event]] = {
     "first_tokens": _read_first_tokens,
     "handed_over": _read_handed_over,
     "choice_finished": _read_choice_finished,
+    "movable": lambda event: Movable(event.attempt_id),
     "finished": _read_finished,
     "failed": _read_failed,
 }

@@ -34,7 +34,7 @@ class Commanded(Protocol):
         ...
 
     def drain(self) -> None:
-        """Take nothing new from now on."""
+        """Take nothing new from now on, and tell the routers what they may have done elsewhere (`Movable`)."""
         ...
 
 

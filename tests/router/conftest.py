@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import pytest
-from diptych.core.commands import ChoiceFinished, Failed, Finished, FirstTokens, HandedOver, NewTokens, Prefill, StepEvents, Stop
+from diptych.core.commands import ChoiceFinished, Failed, Finished, FirstTokens, HandedOver, Movable, NewTokens, Prefill, StepEvents, Stop
 from diptych.core.errors import Cancelled, DiptychError
 from diptych.core.fleet import Fleet, Member, Phase, WorkerReport, WorkerState
 from diptych.core.layout import DType
@@ -74,6 +74,7 @@ class FakeWorker:
         self.seen, self.stopped = [], []
         self.halted = set()
         self.books = {}
+        self.streams = {}
         self.committed = {}
         self.step_s = 0.0
         self.steps = 7.0
@@ -87,6 +88,12 @@ class FakeWorker:
 
     async def kill(self):
         await self.server.stop(0)
+
+    def leave(self):
+        """Drain, with nothing begun of what is here."""
+        self.state = WorkerState.DRAINING
+        for attempt in self.books:
+            self.send(self.streams[attempt], Movable(attempt))
 
     def member(self):
         layout = card().layout(block_size=16, kv_tokens=256)
@@ -116,6 +123,7 @@ class FakeWorker:
                 self.seen.append(command)
                 task = asyncio.create_task(self.work(command, stream))
                 self.books[command.attempt_id] = task
+                self.streams[command.attempt_id] = stream
                 mine.add(task)
                 task.add_done_callback(lambda task, key=command.attempt_id: (mine.discard(task), self.books.pop(key, None)))
         except DiptychError:

@@ -1,13 +1,13 @@
 """The request machine: scenarios by hand, then random interleavings under which its promises must hold."""
 
 import pytest
-from diptych.core.commands import ChoiceFinished, Decode, Failed, Finished, FirstTokens, HandedOver, NewTokens, Prefill, Stop
+from diptych.core.commands import ChoiceFinished, Decode, Failed, Finished, FirstTokens, HandedOver, Movable, NewTokens, Prefill, Stop
 from diptych.core.errors import Cancelled, Internal, InvalidRequest, TransferFailed, Unavailable
 from diptych.core.fleet import Member, Phase
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.core.request import FinishReason, Request, Token, Tokens
 from diptych.core.sampling import SamplingParams
-from diptych.router.machine import Emit, End, Fail, Place, RequestMachine, Send, Succeed
+from diptych.router.machine import Emit, End, Fail, Move, Place, RequestMachine, Send, Succeed
 from diptych.router.placement import Placement
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -268,6 +268,116 @@ def test_a_choice_with_all_its_tokens_ends_though_its_worker_died():
     assert place.demand.choices == 1
 
 
+def begun(retries=2, **sampling):
+    """A request at P1 and D1, and what is asked for when P1 leaves."""
+    m = machine(retries=retries, **sampling)
+    m.start()
+    m.placed(Placement(P1, D1), "a")
+    (move,) = m.event("p1", Movable("a"))
+    return m, move
+
+
+def test_a_prompt_that_waits_goes_to_another_prefill_worker():
+    m, move = begun(retries=0)
+    assert move == Move("a", move.demand)
+    assert move.demand.avoid == {"p1"}
+    assert not move.demand.local
+    assert m.moved(Placement(P2, D1), "b", "a") == [
+        Send("p1", Stop("a")),
+        Send("d1", Stop("a")),
+        Send("d1", Decode("b", m.request)),
+        Send("p2", Prefill("b", m.request, "d1:1")),
+    ]
+    assert m.event("p1", first("a", token(0))) == [], "it is closed there"
+    assert m.event("p2", first("b", token(0))) == [Emit((token(0),))]
+    assert m.event("p2", HandedOver("b", 1, 0.1, "shm")) == []
+    assert told(m, "d1", *finished("b", LENGTH)) == [End(0, LENGTH), Succeed()]
+    assert m.attempts == 2
+
+
+def test_what_no_memory_was_granted_for_moves_behind_the_token_that_the_client_has():
+    m = opened()
+    m.event("p1", first("a", token(0)))
+    (move,) = m.event("p1", Movable("a"))
+    assert (move.demand.context_tokens, move.demand.output_tokens) == (4, 7)
+    *_, to_d, to_p = m.moved(Placement(P2, D1), "b", "a")
+    assert to_p.command.request.generated == to_d.command.request.generated == ((100,),)
+    assert m.event("p2", first("b", token(1))) == [Emit((token(1),))]
+
+
+def test_a_move_costs_no_retry():
+    m, _ = begun(retries=1)
+    m.moved(Placement(P2, D1), "b", "a")
+    _, place = m.lost("p2")
+    assert isinstance(place, Place)
+    assert place.demand.avoid == {"p1", "p2"}
+    m.placed(Placement(P2, D2), "c")
+    assert isinstance(m.lost("p2")[-1], Fail)
+
+
+def test_it_stays_if_nobody_else_reads_prompts():
+    m, _ = begun()
+    assert m.moved(Placement(P1, D2), "b", "a") == []
+    m, _ = begun()
+    assert m.moved(Placement(None, D1), "b", "a") == [], "D has enough to do"
+    assert m.event("p1", first("a", token(0))) == [Emit((token(0),))]
+    assert m.attempts == 1
+
+
+def test_it_stays_if_it_has_ended_or_goes_on_by_now():
+    m, _ = begun()
+    m.event("d1", NewTokens("a", (token(1),)))
+    assert m.moved(Placement(P2, D1), "b", "a") == []
+    assert m.event("p1", Movable("a")) == []
+    m, _ = begun()
+    m.lost("p1")
+    m.placed(Placement(P2, D1), "b")
+    assert m.moved(Placement(P2, D2), "c", "a") == []
+
+
+def test_what_waits_at_a_decode_worker_that_leaves_goes_to_another():
+    m = opened()
+    (move,) = m.event("d1", Movable("a"))
+    assert move.demand.avoid == {"d1"}
+    assert m.moved(Placement(P1, D1), "b", "a") == []
+    (move,) = m.event("d1", Movable("a"))
+    assert [action.worker_id for action in m.moved(Placement(P1, D2), "b", "a")] == ["p1", "d1", "d2", "p1"]
+
+
+def test_a_worker_that_leaves_refuses_and_that_costs_no_retry_either():
+    m = machine(retries=0)
+    m.start()
+    m.placed(Placement(P1, D1), "a")
+    stop, place = m.event("p1", Failed("a", Unavailable("draining")))
+    assert (stop, place.cause, place.demand.avoid) == (Send("d1", Stop("a")), None, {"p1"})
+    m.placed(Placement(P2, D1), "b")
+    m.event("p2", first("b", token(0)))
+    error = TransferFailed("torn")
+    assert m.event("d1", Failed("b", error))[-1] == Fail(error)
+
+
+def test_a_worker_that_refuses_for_ever_is_no_worker_that_leaves():
+    m = machine(retries=0)
+    m.start()
+    m.placed(Placement(P1, D1), "a")
+    error = Unavailable("draining")
+    m.event("p1", Failed("a", error))
+    m.placed(Placement(P1, D1), "b")
+    assert m.event("p1", Failed("b", error))[-1] == Fail(error)
+
+
+def test_the_last_token_may_be_drawn_elsewhere_by_p_alone():
+    m = opened(max_tokens=2)
+    m.event("p1", first("a", token(0)))
+    (move,) = m.event("p1", Movable("a"))
+    assert move.demand.output_tokens == 1
+    *_, to_p = m.moved(Placement(P2, None), "b", "a")
+    assert to_p.command.destination is None
+    actions = m.event("p2", first("b", token(1), ends={0: FinishReason.LENGTH}))
+    assert actions == [Emit((token(1),)), End(0, LENGTH), Succeed()]
+    assert m.event("p2", Finished("b")) == []
+
+
 MAX_TOKENS = 6
 ERRORS = [TransferFailed("t"), Unavailable("u"), Cancelled("c"), Internal("i"), InvalidRequest("r")]
 
@@ -284,7 +394,8 @@ class Interleavings(RuleBasedStateMachine):
         self.sent: list[list[int]] = [[] for _ in range(n)]
         self.ended: dict[int, FinishReason] = {}
         self.terminals = 0
-        self.wanted = 0
+        self.wanted = self.retried = 0
+        self.moves: list[Move] = []
         self.count = 0
         self.apply(self.m.start())
 
@@ -292,9 +403,12 @@ class Interleavings(RuleBasedStateMachine):
         for action in actions:
             assert self.terminals == 0, f"{action} after the end"
             match action:
-                case Place(demand, _):
+                case Place(demand, cause):
                     self.wanted += 1
+                    self.retried += cause is not None
                     assert demand.choices == self.n - len(self.ended)
+                case Move():
+                    self.moves.append(action)
                 case Send(worker, Stop(attempt, None)):
                     assert self.open[attempt, worker], "stopped what was closed"
                     self.open[attempt, worker] = False
@@ -332,6 +446,16 @@ class Interleavings(RuleBasedStateMachine):
         else:
             self.apply(self.m.unplaceable(Unavailable("nobody")))
 
+    @precondition(lambda self: self.moves)
+    @rule(data=st.data())
+    def move(self, data):
+        wanted = data.draw(st.sampled_from(self.moves))
+        self.moves.remove(wanted)
+        p = data.draw(st.sampled_from([P1, P2, None]))
+        if actions := self.m.moved(Placement(p, data.draw(st.sampled_from([D1, D2]))), f"a{self.count + 1}", wanted.attempt_id):
+            self.count += 1
+            self.apply(actions)
+
     def answer(self, key, event, *, terminal=False):
         actions = self.m.event(key[1], event)
         if terminal and self.open.get(key):
@@ -339,7 +463,7 @@ class Interleavings(RuleBasedStateMachine):
         self.apply(actions)
 
     @precondition(lambda self: self.open)
-    @rule(data=st.data(), kind=st.sampled_from(["first", "tokens", "tokens", "handed", "choice", "finished", "failed", "lost"]))
+    @rule(data=st.data(), kind=st.sampled_from(["first", "tokens", "tokens", "handed", "choice", "finished", "movable", "failed", "lost"]))
     def worker_says(self, data, kind):
         key = data.draw(st.sampled_from(sorted(self.open)))
         attempt, worker = key
@@ -361,6 +485,8 @@ class Interleavings(RuleBasedStateMachine):
             self.answer(key, ChoiceFinished(attempt, choice, data.draw(reasons)))
         elif kind == "finished":
             self.answer(key, Finished(attempt), terminal=True)
+        elif kind == "movable":
+            self.answer(key, Movable(attempt))
         elif kind == "failed":
             self.answer(key, Failed(attempt, data.draw(st.sampled_from(ERRORS))), terminal=True)
         else:
@@ -382,7 +508,7 @@ class Interleavings(RuleBasedStateMachine):
             return
         for choice, sent in enumerate(self.sent):
             assert sent == [token(i, choice).id for i in range(len(sent))]
-        assert self.m.attempts <= 1 + self.retries
+        assert self.retried <= self.retries
         assert self.m.ended == (self.terminals == 1)
         if self.terminals:
             assert not any(self.open.values()), "an attempt was left open"

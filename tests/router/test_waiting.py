@@ -1,4 +1,5 @@
-"""Nobody can take a request just now: it waits for a worker to come back, for so long, and its client sees no more than a pause."""
+"""Nobody can take a request just now: it waits for a worker to come back, for so long, and its client sees no more than a pause. A worker
+leaves: what it has not begun goes to another, and that costs a request no retry."""
 
 import asyncio
 import secrets
@@ -14,6 +15,7 @@ from diptych.router.placement import Policy
 
 TEXT = "Hello, wörld! And so on."
 NEVER = Policy(LocalPrefill.NEVER)
+NO_RETRIES = LimitsSection(retries=0)
 
 
 class Asked:
@@ -143,5 +145,49 @@ def test_a_chat_without_a_limit_is_not_promised_more_than_the_worker_that_comes_
             answer = await asked
             assert answer.status_code == 200, answer.text
             assert answer.json()["usage"]["total_tokens"] == dead.capacity
+
+    asyncio.run(check())
+
+
+def test_requests_that_wait_where_a_worker_leaves_are_answered_by_the_other(site):
+    async def check():
+        async with site(prefill=2, policy=NEVER, limits=NO_RETRIES) as s:
+            leaves, stays = s.workers["p0"], s.workers["p1"]
+            leaves.hold.clear()
+            asked = [Asked(s) for _ in range(6)]
+            await s.until(lambda: len(leaves.seen) + len(stays.seen) == 6)
+            assert len(leaves.seen) == 3
+            leaves.leave()
+            timings = [await each.whole() for each in asked]
+            assert sorted((timing.attempts, timing.prefill_worker) for timing in timings) == [(1, "p1")] * 3 + [(2, "p1")] * 3
+            assert len(leaves.stopped) == 3
+            assert not [name for name, *_ in s.recorder.values if name == "diptych_retries_total"]
+
+    asyncio.run(check())
+
+
+def test_requests_stay_where_there_is_no_other(site):
+    async def check():
+        async with site(policy=NEVER) as s:
+            s.workers["p0"].hold.clear()
+            asked = [Asked(s) for _ in range(3)]
+            await s.until(lambda: len(s.workers["p0"].seen) == 3)
+            s.workers["p0"].leave()
+            await s.until(lambda: s.router.service.unavailable())
+            s.workers["p0"].hold.set()
+            assert {(await each.whole()).attempts for each in asked} == {1}
+            assert not s.workers["p0"].stopped
+
+    asyncio.run(check())
+
+
+def test_a_request_that_comes_to_a_worker_which_has_just_left_is_answered_by_another(site):
+    async def check():
+        async with site(prefill=2, decode=2, limits=NO_RETRIES) as s:
+            for name in ("p0", "d1"):  # and the router has not heard of it
+                s.workers[name].fail = Unavailable("This worker takes nothing new: it is draining.")
+            timings = [await Asked(s).whole() for _ in range(4)]
+            assert {(timing.prefill_worker, timing.decode_worker) for timing in timings} == {("p1", "d0")}
+            assert any(timing.attempts > 1 for timing in timings)
 
     asyncio.run(check())

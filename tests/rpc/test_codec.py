@@ -76,6 +76,7 @@ events = st.one_of(
     st.builds(commands.HandedOver, texts, u64, seconds, texts),
     st.builds(commands.NewTokens, texts, many(tokens)),
     st.builds(commands.ChoiceFinished, texts, u32, finishes),
+    st.builds(commands.Movable, texts),
     st.builds(commands.Finished, texts, u32, u32, u32),
 )
 

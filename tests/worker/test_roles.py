@@ -7,7 +7,19 @@ from queue import SimpleQueue
 from typing import Any
 
 from diptych.core.clock import ManualClock
-from diptych.core.commands import ChoiceFinished, Decode, Failed, Finished, FirstTokens, HandedOver, NewTokens, Prefill, StepEvents, Stop
+from diptych.core.commands import (
+    ChoiceFinished,
+    Decode,
+    Failed,
+    Finished,
+    FirstTokens,
+    HandedOver,
+    Movable,
+    NewTokens,
+    Prefill,
+    StepEvents,
+    Stop,
+)
 from diptych.core.errors import Cancelled, Internal, TransferFailed, Unavailable
 from diptych.core.fleet import WorkerState
 from diptych.core.layout import CacheGroup, CacheKind, DType
@@ -301,6 +313,56 @@ def test_a_draining_worker_takes_nothing_new_and_ends_what_it_has() -> None:
     desk.run_dry()
     desk.notes.events.handed_over("a", 1, 0.1, "shm")
     desk.notes.events.released("a")
+    desk.clean()
+
+
+def test_a_prefill_worker_that_leaves_says_what_has_not_begun_or_has_no_grant() -> None:
+    desk = Desk(prefill=True)
+    for number, attempt_id in enumerate(("granted", "ungranted")):
+        desk.role.command(desk.ear, Prefill(attempt_id, asked(16, start=20 * number), "d:1"))
+    desk.turn()
+    desk.notes.events.granted("granted")
+    desk.ran()
+    for attempt_id, length in (("computed", 32), ("waiting", 90)):
+        desk.role.command(desk.ear, Prefill(attempt_id, asked(length, start=length), "d:1"))
+    desk.turn()
+    desk.role.drain()
+    assert desk.turn() == [Movable("waiting"), Movable("ungranted")]
+    first, movable = desk.ran()
+    assert (first.attempt_id, movable) == ("computed", Movable("computed"))
+    desk.role.drain()
+    assert desk.turn() == [], "it is said once"
+    for attempt_id in ("waiting", "ungranted", "computed"):
+        desk.role.command(desk.ear, Stop(attempt_id))
+    assert [type(event.error) for event in desk.turn()] == [Cancelled] * 3
+    assert [transfer for transfer, _ in desk.notes.named("cancel")] == ["ungranted", "computed"]
+    for attempt_id in ("ungranted", "computed"):
+        desk.notes.events.released(attempt_id)
+    desk.turn()
+    assert not desk.role.idle(), "what is granted it hands over"
+    desk.notes.events.handed_over("granted", 1, 0.1, "shm")
+    desk.notes.events.released("granted")
+    desk.clean()
+
+
+def test_a_decode_worker_that_leaves_says_what_waits_for_memory_or_an_offer() -> None:
+    desk = Desk(prefill=False)
+    desk.role.command(desk.ear, Decode("running", asked(16), local_prefill=True))
+    desk.turn()
+    for attempt_id, length in (("granted", 16), ("queued", 120), ("expected", 16)):
+        desk.role.command(desk.ear, Decode(attempt_id, asked(length, start=50)))
+    for attempt_id, length in (("granted", 16), ("queued", 120)):
+        desk.notes.events.offered(attempt_id, length)
+    desk.turn()
+    assert [transfer for transfer, _ in desk.notes.named("grant")] == ["granted"]
+    desk.role.drain()
+    assert desk.turn() == [Movable("expected"), Movable("queued")]
+    for attempt_id in ("expected", "queued"):
+        desk.role.command(desk.ear, Stop(attempt_id))
+    assert [type(event.error) for event in desk.turn()] == [Cancelled] * 2
+    desk.notes.events.committed("granted", (Token(0, 9),), 4096, 0.1, ())
+    desk.turn()
+    desk.run_dry()
     desk.clean()
 
 
