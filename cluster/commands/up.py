@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,7 +84,7 @@ class Up:
     drain: Callable[..., Awaitable[int]] = drain_worker
     budget: Callable[[], RestartBudget] = RestartBudget
     recorded: Callable[..., Awaitable[Window]] = recorded
-    links: Callable[[state.ClusterState, ClusterConfig], Awaitable[None]] = require_links
+    links: Callable[[state.ClusterState, ClusterConfig, Collection[str] | None], Awaitable[None]] = require_links
     cluster_id: str = field(default_factory=lambda: secrets.token_hex(8))
     cores: Sequence[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0)))
     _gpus: Sequence[Gpu] = ()
@@ -188,16 +188,17 @@ class Up:
         self, crew: Crew, supervisor: Supervisor, launcher: Launcher, record: _Record, wanted: Numbers, tell: Tell, *,
         in_place: bool = False,
     ) -> None:  # fmt: skip
-        """Have so many workers, and see that KV moves between those there are then. Raises `DiptychError` if not."""
+        """Have so many workers, and see that KV moves to and from those that are new. Raises `DiptychError` if not."""
+        before = {post.name for post in supervisor.workers if post.ready}
         await crew.scale(supervisor, launcher, wanted, tell, in_place=in_place)
-        await self.links(record.state, crew.config)
+        await self.links(record.state, crew.config, {post.name for post in supervisor.workers} - before)
 
     async def _greet(self, supervisor: Supervisor, record: _Record, card: ModelCard, terminal: Terminal, stop: asyncio.Event) -> None:
         """Once the cluster serves: see that KV moves, say where it is, do what was asked for then, and perhaps end it."""
         await supervisor.all_ready.wait()
         terminal.doing("links", "handing KV over between every two workers")
         try:
-            await self.links(record.state, self.config)
+            await self.links(record.state, self.config, None)
         except DiptychError:
             stop.set()
             raise

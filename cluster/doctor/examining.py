@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -197,16 +197,17 @@ def judge_fleet(fleet: Fleet, reports: tuple[WorkerReport, ...], running: state.
     return ok("workers", f"{len(live)} report to the router, fleet version {fleet.version}")
 
 
-async def _failing(running: state.ClusterState) -> list[Link]:
+async def _failing(running: state.ClusterState, joined: Collection[str] | None) -> list[Link]:
     fleet, _ = await _describe(running)
-    return [link for link in await try_links(fleet.members, running.internal_tls) if link.error is not None or not link.kv_bytes]
+    return [link for link in await try_links(fleet.members, running.internal_tls, joined) if not link.works]
 
 
-async def require_links(running: state.ClusterState, config: ClusterConfig) -> None:
-    """Hand KV over between every pair of workers; `ConfigError` for the first pair where it does not move as configured. What fails is
-    tried twice: a worker may have been started again meanwhile."""
+async def require_links(running: state.ClusterState, config: ClusterConfig, joined: Collection[str] | None = None) -> None:
+    """Hand KV over between every pair of workers, or those with one that has just `joined`; `ConfigError` for the first pair where it does
+    not move as configured. What fails is tried twice: a worker may have been started again meanwhile. Workers that have too much else to
+    do, as those have for which others join, are no failure."""
     if not hands_over(config):
         return
-    for link in await _failing(running) and await _failing(running):
+    for link in await _failing(running, joined) and await _failing(running, joined):
         finding = judge_link(link, transports(config))
         raise ConfigError(f"{finding.field}: {link.name}: {finding.said} {finding.mend}", field=finding.field)

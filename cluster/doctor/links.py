@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 
 from ...core.commands import Decode, Event, Failed, Finished, HandedOver, Prefill
 from ...core.errors import DiptychError
-from ...core.fleet import Member, Phase
+from ...core.fleet import Member, Phase, WorkerReport
 from ...core.request import Request, Tokens, new_attempt_id
 from ...core.sampling import SamplingParams
 from ...core.security import TlsFiles
@@ -23,13 +24,15 @@ VOCABULARY = 64
 """Ids that every model has; random ones, so that nobody has the prompt cached."""
 TRY_S = 20.0
 """For one pair; the first hand-over of a pair opens its lane (gloo: half a second a rank)."""
+REPORT_S = 5.0
+OFFERS = "diptych_worker_grants_waiting"
 MAX_PAIRS = 64
 """At most so many pairs are tried, so that each worker is in as many as any other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """`error` None: `kv_bytes` went over `transport` in `seconds`."""
+    """`error` None: `kv_bytes` went over `transport` in `seconds`, unless it was `busy`: one of the two had too much else to do."""
 
     source: str
     destination: str
@@ -37,51 +40,83 @@ class Link:
     transport: str = ""
     kv_bytes: int = 0
     seconds: float = 0.0
+    busy: bool = False
+
+    @property
+    def works(self) -> bool:
+        """As far as is known."""
+        return self.error is None and (self.busy or self.kv_bytes > 0)
 
     @property
     def name(self) -> str:
         return f"{self.source} → {self.destination}"
 
 
-def pairs(members: Sequence[Member], most: int = MAX_PAIRS) -> list[tuple[Member, Member]]:
-    """Each prefill worker with each decode worker; of more than `most` those whose numbers go round."""
+def pairs(members: Sequence[Member], most: int = MAX_PAIRS, joined: Collection[str] | None = None) -> list[tuple[Member, Member]]:
+    """Each prefill worker with each decode worker; of more than `most` those whose numbers go round. `joined`: only those with one of
+    these."""
     sources = [member for member in members if member.phase is Phase.PREFILL]
     destinations = [member for member in members if member.phase is Phase.DECODE]
     turns = range(max(1, len(destinations)))
     every = [
         (source, destinations[(index + turn) % len(destinations)]) for turn in turns for index, source in enumerate(sources) if destinations
     ]
-    return every[:most]
+    return [pair for pair in every if joined is None or any(member.worker_id in joined for member in pair)][:most]
 
 
-async def try_links(members: Sequence[Member], tls: TlsFiles | None) -> list[Link]:
+async def try_links(members: Sequence[Member], tls: TlsFiles | None, joined: Collection[str] | None = None) -> list[Link]:
     """One pair after another."""
-    return [await _try(source, destination, tls) for source, destination in pairs(members)]
+    return [await _try(source, destination, tls) for source, destination in pairs(members, joined=joined)]
 
 
 async def _try(source: Member, destination: Member, tls: TlsFiles | None) -> Link:
+    link = Link(source.worker_id, destination.worker_id)
+    try:
+        async with WorkerClient(source.address, tls) as giver, WorkerClient(destination.address, tls) as taker:
+            return await _hand_over(giver, taker, destination.address, link)
+    except DiptychError as error:
+        return replace(link, error=error.message)
+
+
+async def _hand_over(giver: WorkerClient, taker: WorkerClient, address: str, link: Link) -> Link:
     attempt_id = new_attempt_id()
     tokens = tuple(random.randrange(VOCABULARY) for _ in range(PROMPT_TOKENS))
     sampling = SamplingParams(max_tokens=2, temperature=0.0, seed=0, ignore_eos=True)
     request = Request(f"doctor-{attempt_id[:8]}", "", (Tokens(tokens),), sampling)
+    down, up = taker.attach(), giver.attach()
     try:
-        async with asyncio.timeout(TRY_S), WorkerClient(source.address, tls) as giver, WorkerClient(destination.address, tls) as taker:
-            down, up = taker.attach(), giver.attach()
-            try:
-                down.send(Decode(attempt_id, request))
-                up.send(Prefill(attempt_id, request, destination.address))
-                told = await _last(aiter(_events(up)), attempt_id)
-                if isinstance(told, HandedOver):
-                    await _last(aiter(_events(down)), attempt_id)
-                    return Link(source.worker_id, destination.worker_id, None, told.transport, told.kv_bytes, told.seconds)
-            finally:
-                down.close()
-                up.close()
+        async with asyncio.timeout(TRY_S):
+            down.send(Decode(attempt_id, request))
+            up.send(Prefill(attempt_id, request, address))
+            told = await _last(aiter(_events(up)), attempt_id)
+            if isinstance(told, HandedOver):
+                await _last(aiter(_events(down)), attempt_id)
+                return replace(link, transport=told.transport, kv_bytes=told.kv_bytes, seconds=told.seconds)
     except TimeoutError:
-        return Link(source.worker_id, destination.worker_id, f"nothing was handed over within {TRY_S:g} s")
-    except DiptychError as error:
-        return Link(source.worker_id, destination.worker_id, error.message)
-    return Link(source.worker_id, destination.worker_id, "the prefill worker ended without a hand-over")
+        if await _busy(giver, taker):
+            return replace(link, busy=True)
+        return replace(link, error=f"nothing was handed over within {TRY_S:g} s")
+    finally:
+        down.close()
+        up.close()
+    return replace(link, error="the prefill worker ended without a hand-over")
+
+
+async def _busy(giver: WorkerClient, taker: WorkerClient) -> bool:
+    """Whether our prompt has not had its turn beside others, or its Offer has come, and there is no memory for it."""
+    read, write = await _report(giver), await _report(taker)
+    if read is None or write is None:
+        return False
+    return read.waiting + read.running > 1 or any(measure.name == OFFERS and measure.value for measure in write.measures)
+
+
+async def _report(client: WorkerClient) -> WorkerReport | None:
+    """What the worker says of itself now; None if it says nothing."""
+    try:
+        async with asyncio.timeout(REPORT_S), aclosing(client.watch()) as reports:
+            return await anext(reports, None)
+    except TimeoutError:
+        return None
 
 
 async def _events(stream: object) -> AsyncIterator[Event]:
@@ -111,6 +146,8 @@ def judge_link(link: Link, transports: Sequence[Transport]) -> Finding:
             "both workers' logs say what they tried.",
             field="transfer.transports",
         )
+    if link.busy:
+        return note(check, f"Not known: for {TRY_S:g} s there was no turn or no memory for a prompt.", "Ask when they have less to do.")
     if not link.kv_bytes:
         return wrong(check, "The hand-over moved no byte of KV.", "Both workers' logs say why.", field="transfer.transports")
     speed = f"{link.kv_bytes:,} bytes over {link.transport} in {link.seconds * 1000:.2f} ms"

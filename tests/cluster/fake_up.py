@@ -61,7 +61,7 @@ def text(of: str) -> str:
     return Path(os.environ["FAKES"], of).read_text()
 
 
-async def no_links(state: object, config: object) -> None:
+async def no_links(state: object, config: object, joined: object) -> None:
     """The fakes hand nothing over; as if it could not be, if so ordered."""
     if ordered("no-kv-moves"):
         raise ConfigError("transfer.transports: prefill-0 → decode-0: No KV moves.", field="transfer.transports")

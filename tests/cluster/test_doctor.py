@@ -318,6 +318,11 @@ def test_every_pair_is_tried_once(prefills: int, decodes: int) -> None:
     assert len(tried) == len(set(tried)) == prefills * decodes
 
 
+def test_after_a_change_only_pairs_with_a_new_worker_are_tried() -> None:
+    tried = pairs([member(phase, n) for phase in Phase for n in range(3)], joined={"decode-2"})
+    assert sorted((a.worker_id, b.worker_id) for a, b in tried) == [(f"prefill-{n}", "decode-2") for n in range(3)]
+
+
 def test_of_too_many_pairs_every_worker_is_in_one() -> None:
     members = [member(phase, n) for phase in Phase for n in range(20)]
     tried = pairs(members, most=20)
@@ -331,6 +336,7 @@ def test_of_too_many_pairs_every_worker_is_in_one() -> None:
         (Link("p", "d", None, "gloo", 1000, 0.001), State.NOTE),
         (Link("p", "d", None, "shm", 0, 0.0), State.WRONG),
         (Link("p", "d", "no transport"), State.WRONG),
+        (Link("p", "d", busy=True), State.NOTE),
     ],
 )
 def test_a_link_is_judged(link: Link, kind: State) -> None:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from diptych.cluster.doctor import links
 from diptych.cluster.process.spec import RankSpec
 from diptych.core.commands import Decode, Failed, NewTokens, Stop
 from diptych.core.fleet import Fleet, LocalPrefill, Phase
@@ -73,6 +74,26 @@ async def asked_while_busy(running: Router) -> list[asyncio.Task[tuple[list[int]
     asked = [asyncio.create_task(answered(running, tuple(prompt(40 + number, number)), each)) for number, each in enumerate(began)]
     await asyncio.gather(*(each.wait() for each in began))
     return asked
+
+
+def test_a_link_to_a_worker_without_memory_is_not_called_broken(
+    tiny_gemma3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "TRY_S", 1.0)
+
+    async def main(reads: Rank, decode: Rank) -> None:
+        async with router([reads, decode]) as running:
+            async with busy(decode):
+                asked = await asked_while_busy(running)
+                (link,) = await links.try_links([member(reads), member(decode)], None)
+                assert link.busy
+                assert link.works
+            await asyncio.gather(*asked)
+        (link,) = await links.try_links([member(reads), member(decode)], None)
+        assert link.kv_bytes
+
+    with ranks(tmp_path, *specs(tiny_gemma3_dir)[1:]) as (reads, decode):
+        asyncio.run(main(reads, decode))
 
 
 def test_a_worker_that_changes_its_role_does_not_wait_for_a_busy_decode_worker(tiny_gemma3_dir: Path, tmp_path: Path) -> None:
