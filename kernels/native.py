@@ -1,7 +1,7 @@
 """The kernels in C++: compiled once for this machine's processor, kept, loaded.
 
-They are generic C++ in GCC's and clang's vector types. Where AVX512-BF16 is there, products use it. The library takes threads from the
-OpenMP runtime that torch has loaded, so the two share one pool. Without a compiler every op computes with torch.
+They are generic C++ in GCC's and clang's vector types. Where AVX512-BF16 is there and fast, products use it. The library takes threads
+from the OpenMP runtime that torch has loaded, so the two share one pool. Without a compiler every op computes with torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,10 +28,11 @@ from .threads import threads
 log = logging.getLogger(__name__)
 
 SOURCES = (
-    "linear", "quantized", "residual_norm", "rotary_store", "gated", "int8_rows", "attend_singles", "attend_chunks",
-    "argmax", "copy_runs", "draw", "likeliest", "bind",
+    "linear", "linear_many", "quantized", "residual_norm", "rotary_store", "gated", "int8_rows", "attend_singles",
+    "attend_chunks", "argmax", "copy_runs", "draw", "likeliest", "bind",
 )  # fmt: skip
 HEADERS = ("vectors.h", "products.h", "int8_rows.h")
+FP32_PRODUCTS = "-DDIPTYCH_FP32_PRODUCTS"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 COMPILE_S = 120.0
@@ -51,6 +52,8 @@ class Native:
     """
 
     linear: Kernel
+    linear_many: Kernel | None
+    """Where oneDNN has no faster product of many rows of bf16."""
     linear_quantized: Kernel
     dequantize: Kernel
     residual_norm: Kernel
@@ -119,7 +122,8 @@ def _compile(compiler: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         unit, compiled, linked = (Path(scratch) / name for name in ("all.cpp", "all.o", "all.so"))
         unit.write_text("".join(f'#include "{here / name}.cpp"\n' for name in SOURCES))
-        _run(compiler, *FLAGS, "-c", str(unit), "-o", str(compiled))
+        flags = (*FLAGS, *([FP32_PRODUCTS] if fp32_products(_processor()) else []))
+        _run(compiler, *flags, "-c", str(unit), "-o", str(compiled))
         # Linked without -fopenmp: its symbols are then those of the runtime that torch has, not of a second one with its own threads.
         _run(compiler, "-shared", str(compiled), "-o", str(linked))
         linked.rename(library)
@@ -152,6 +156,21 @@ def _processor() -> list[str]:
     return [line for line in first.splitlines() if line.startswith(names)]
 
 
+def fp32_products(processor: Sequence[str]) -> bool:
+    """Whether it multiplies in fp32 at least as fast as in bf16. Intel's AVX512-BF16 multiplies 32 pairs in two cycles, in which the units
+    for fp32 do 64 (a Xeon: 89 and 178 GFLOP/s a core); on AMD's bf16 is the faster one. `processor`: as `_processor` gives it."""
+    return "AuthenticAMD" not in " ".join(processor) or not _has(processor, "avx512_bf16")
+
+
+def many_in_fp32(processor: Sequence[str]) -> bool:
+    """Whether linear_many.cpp is faster than oneDNN: where that has neither fast bf16 products nor AMX. Only x86 was measured."""
+    return _has(processor, "avx2") and fp32_products(processor) and not _has(processor, "amx_bf16")
+
+
+def _has(processor: Sequence[str], instructions: str) -> bool:
+    return any(instructions in line.split() for line in processor if line.startswith("flags"))
+
+
 def _load(path: Path) -> Native:
     # torch's OpenMP runtime: already loaded, here only made visible to the library.
     if (openmp := Path(torch.__file__).parent / "lib" / "libgomp.so.1").exists():
@@ -159,6 +178,7 @@ def _load(path: Path) -> Native:
     alone, together = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
     return Native(
         linear=_kernel(together.diptych_linear, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
+        linear_many=_kernel(together.diptych_linear_many, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I) if many_in_fp32(_processor()) else None,
         linear_quantized=_kernel(together.diptych_linear_quantized, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
         dequantize=_kernel(together.diptych_dequantize, _P, _P, _P, _P, _I, _I, _I, _I),
         residual_norm=_kernel(alone.diptych_residual_norm, _P, _P, _P, _P, _P, _P, _I, _I, _F, _I),

@@ -154,9 +154,9 @@ inline f32x16 exponential(f32x16 x) {
     return p * (f32x16)power;
 }
 
-// 32 bf16, two a lane, as one product takes them.
+// 32 bf16, two a lane, as one product takes them. Where bf16 products are no faster than fp32 ones (native.py) those are taken.
 inline f32x16 dot(f32x16 sum, u32x16 a, u32x16 b) {
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && !defined(DIPTYCH_FP32_PRODUCTS)
     return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
     sum += (f32x16)(a << 16) * (f32x16)(b << 16);

@@ -79,6 +79,29 @@ def test_other_sources_flags_or_processors_are_other_libraries(compiler, monkeyp
     assert len(keys | {native_module._key(compiler)}) == 4
 
 
+@pytest.mark.parametrize(
+    ("vendor", "flags", "in_fp32", "many"),
+    [
+        ("AuthenticAMD", "avx2 avx512f avx512_bf16", False, False),
+        ("AuthenticAMD", "avx2", True, True),
+        ("GenuineIntel", "avx2 avx512f avx512_bf16", True, True),
+        ("GenuineIntel", "avx2 avx512f avx512_bf16 amx_bf16", True, False),
+        ("GenuineIntel", "sse4_2", True, False),
+    ],
+)
+def test_which_products_are_taken(vendor, flags, in_fp32, many):
+    processor = [f"vendor_id\t: {vendor}", f"flags\t\t: fpu {flags}"]
+    assert (native_module.fp32_products(processor), native_module.many_in_fp32(processor)) == (in_fp32, many)
+
+
+@pytest.mark.parametrize("flag", [(), (native_module.FP32_PRODUCTS,)])
+def test_products_in_bf16_and_in_fp32(flag, compiler, monkeypatch, tmp_path):
+    """Both, whichever this processor takes."""
+    monkeypatch.setattr(native_module, "FLAGS", (*native_module.FLAGS, *flag))
+    monkeypatch.setattr(native_module, "fp32_products", lambda processor: False)
+    _linear_is_right(native_module._load(build(tmp_path)).linear)
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are x86's")
 @pytest.mark.parametrize("level", [pytest.param("x86-64-v2", marks=pytest.mark.nightly), "x86-64-v3"])
 def test_processors_without_avx512(level, compiler, monkeypatch, tmp_path):
@@ -86,7 +109,13 @@ def test_processors_without_avx512(level, compiler, monkeypatch, tmp_path):
     flags = [f"-march={level}" if flag.startswith("-march") else flag for flag in native_module.FLAGS]
     monkeypatch.setattr(native_module, "FLAGS", tuple(flags))
     kernels = native_module._load(build(tmp_path))
-    x, weight = torch.randn(5, 90).bfloat16(), torch.randn(11, 90).bfloat16()
-    out = torch.full((5, 11), torch.nan).bfloat16()
-    kernels.linear(out.data_ptr(), x.data_ptr(), weight.data_ptr(), None, 5, 90, 11, 90, 90, 1)
+    _linear_is_right(kernels.linear)
+    if kernels.linear_many is not None:
+        _linear_is_right(kernels.linear_many)
+
+
+def _linear_is_right(kernel):
+    x, weight = torch.randn(15, 90).bfloat16(), torch.randn(37, 90).bfloat16()
+    out = torch.full((15, 37), torch.nan).bfloat16()
+    kernel(out.data_ptr(), x.data_ptr(), weight.data_ptr(), None, 15, 90, 37, 90, 90, 1)
     torch.testing.assert_close(out.double(), x.double() @ weight.double().T, rtol=2**-8, atol=1e-4)

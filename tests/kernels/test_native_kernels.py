@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from diptych.kernels.argmax import argmax, argmax_torch
 from diptych.kernels.attend_singles import attend_singles, make_paged_singles
 from diptych.kernels.gated import gated, gated_torch
 from diptych.kernels.kv_store import store_rows
-from diptych.kernels.linear import NATIVE_ROWS, linear
-from diptych.kernels.native import native
+from diptych.kernels.linear import linear, rows_alike
+from diptych.kernels.native import _kernel, build, kernels_dir, native
 from diptych.kernels.paged_attention import attend, make_chunk, make_singles
 from diptych.kernels.paging import Paging
 from diptych.kernels.residual_norm import residual_norm, residual_norm_torch
 from diptych.kernels.rotary import rotary_angles
 from diptych.kernels.rotary_store import rotary_store, rotary_store_torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paged_world import BLOCK, World, randn, slow_attend
 
@@ -39,7 +41,7 @@ def _poisoned(_kernels):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, NATIVE_ROWS), st.integers(1, 300), st.integers(1, 70), st.booleans(), seeds)
+@given(st.integers(1, 100), st.integers(1, 300), st.integers(1, 70), st.booleans(), seeds)
 def test_linear(rows, n_in, n_out, biased, seed):
     x, weight, bias = (randn(*shape, seed=seed + i).bfloat16() for i, shape in enumerate([(rows, n_in), (n_out, n_in), (n_out,)]))
     out = linear(x, weight, bias if biased else None)
@@ -57,22 +59,43 @@ def test_linear_by_columns_of_a_larger_matrix():
 @settings(deadline=None, max_examples=15)
 @given(st.integers(1, 700), st.integers(1, 40), st.integers(1, 2), seeds)
 def test_a_row_of_a_product_does_not_depend_on_the_others(n_in, n_out, threads, seed):
-    x, weight = randn(NATIVE_ROWS, n_in, seed=seed).bfloat16(), randn(n_out, n_in, seed=seed + 1).bfloat16()
+    most = rows_alike(native())
+    x, weight = randn(most, n_in, seed=seed).bfloat16(), randn(n_out, n_in, seed=seed + 1).bfloat16()
     alone = torch.cat([linear(row[None], weight) for row in x])
     torch.set_num_threads(threads)
     try:
-        assert all(torch.equal(linear(x[:rows], weight), alone[:rows]) for rows in (*range(1, 19), 33, NATIVE_ROWS))
+        assert all(torch.equal(linear(x[:rows], weight), alone[:rows]) for rows in (*range(1, 19), 21, most))
     finally:
         torch.set_num_threads(1)
 
 
-def test_linear_writes_nothing_but_its_output():
+@pytest.fixture
+def many():
+    """linear_many.cpp, on processors too where it is not used."""
     kernels = native()
-    x, weight = randn(6, 50, seed=1).bfloat16(), randn(13, 50, seed=2).bfloat16()
-    around = torch.full((6 * 13 + 64,), 7.0).bfloat16()
-    kernels.linear(around[32:].data_ptr(), x.data_ptr(), weight.data_ptr(), None, 6, 50, 13, 50, 50, 1)
-    assert (around[:32] == 7).all()
-    assert (around[-32:] == 7).all()
+    return kernels.linear_many or _kernel(ctypes.CDLL(str(build(kernels_dir()))).diptych_linear_many, *kernels.linear.argtypes)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 60), st.integers(1, 1100), st.integers(1, 100), st.booleans(), st.integers(1, 2), seeds)
+def test_linear_of_many_rows(many, rows, n_in, n_out, biased, threads, seed):
+    """Rows that lie apart, of x and of the weight."""
+    x, weight, bias = (randn(*shape, seed=seed + i).bfloat16() for i, shape in enumerate([(rows, n_in + 3), (n_out, n_in + 5), (n_out,)]))
+    out = torch.empty(rows, n_out, dtype=torch.bfloat16)
+    places = out.data_ptr(), x.data_ptr(), weight.data_ptr(), bias.data_ptr() if biased else None
+    many(*places, rows, n_in, n_out, n_in + 3, n_in + 5, threads)
+    x, weight = x[:, :n_in].double(), weight[:, :n_in].double()
+    expected = x @ weight.T + (bias.double() if biased else 0.0)
+    assert ((out.double() - expected).abs() <= ULP / 2 * expected.abs() + 2.0**-20 * (x.abs() @ weight.abs().T + 1.0)).all()
+
+
+def test_linear_writes_nothing_but_its_output(many):
+    for kernel in (native().linear, many):
+        x, weight = randn(6, 50, seed=1).bfloat16(), randn(13, 50, seed=2).bfloat16()
+        around = torch.full((6 * 13 + 64,), 7.0).bfloat16()
+        kernel(around[32:].data_ptr(), x.data_ptr(), weight.data_ptr(), None, 6, 50, 13, 50, 50, 1)
+        assert (around[:32] == 7).all()
+        assert (around[-32:] == 7).all()
 
 
 @settings(deadline=None, max_examples=60)
