@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 from ..core.commands import (
     ChoiceFinished,
-    Command,
     Decode,
     Event,
     Failed,
@@ -30,6 +29,7 @@ from ..core.commands import (
 )
 from ..core.errors import Cancelled, DeadlineExceeded, DiptychError, Internal, InvalidRequest, NotFound, TransferFailed, Unavailable
 from ..core.request import FinishReason, Request, Token
+from .actions import Action, Emit, End, Fail, Move, Place, Send, Succeed
 from .outputs import Output
 from .placement import Demand, Placement
 
@@ -38,56 +38,6 @@ MAX_HELD_TOKENS = 1024
 
 _FINAL = (InvalidRequest, NotFound, DeadlineExceeded)
 """Failures that another attempt would only repeat."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Wanted: `placed` or `unplaceable`. `cause` is the failure that makes it a retry, None if nothing has failed."""
-
-    demand: Demand
-    cause: DiptychError | None
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """Wanted, if there is a place for it now: `moved`. Else the attempt goes on where it is, at a worker that leaves."""
-
-    attempt_id: str
-    demand: Demand
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    worker_id: str
-    command: Command
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """The next tokens of one choice, in order."""
-
-    tokens: tuple[Token, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Nothing follows of this choice."""
-
-    choice: int
-    reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class Succeed:
-    """Every choice has ended, and all is known of how."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    error: DiptychError
-
-
-Action = Place | Move | Send | Emit | End | Succeed | Fail
 
 
 @dataclass(slots=True)
@@ -108,7 +58,7 @@ class _Attempt:
     decoding: bool = False
     """D has drawn a token or an end, so it has the KV: what becomes of P no longer matters."""
     leaving: _Side | None = None
-    """Whose worker leaves, and has not begun with it."""
+    """Whose worker leaves, or has too much, and has not begun with it."""
     doubt: DiptychError | None = None
     """D was cancelled by P, and P's own word on why is still on its way."""
 
@@ -206,7 +156,7 @@ class RequestMachine:
                 return self._refused(side) if self._leaves(side, event.error) else self._failed(attempt, side, event.error)
 
     def moved(self, placement: Placement, attempt_id: str, of: str) -> list[Action]:
-        """Here the attempt `of`, which waits at a worker that leaves, could go on under a fresh id. It stays if it is over by now, or if
+        """Here the attempt `of`, which need not stay where it is, could go on under a fresh id. It stays if it is over by now, or if
         this is that worker again, or if the prompt would be read where it is not to be."""
         attempt = self._attempt
         if attempt is None or attempt.id != of or attempt.leaving is None or attempt.decoding:
@@ -218,6 +168,23 @@ class RequestMachine:
         self._avoid |= {leaving.worker_id}
         self._free += 1
         return [*self._close(), *self.placed(placement, attempt_id)]
+
+    def waits(self) -> tuple[str, str] | None:
+        """Who has the KV, and the decode worker whose memory it waits for, as far as can be told from here."""
+        attempt = self._attempt
+        if attempt is None or attempt.decoding or attempt.doubt or attempt.prefill is None or attempt.decode is None:
+            return None
+        if not attempt.prefill.open or any(output.awaits_first for output in self._outputs if output.live):
+            return None
+        return attempt.prefill.worker_id, attempt.decode.worker_id
+
+    def share(self, avoid: frozenset[str]) -> list[Action]:
+        """Another decode worker has less to do than the one it waits for. What to do if the attempt `waits`."""
+        attempt = self._attempt
+        if attempt is None or self.waits() is None:
+            return []
+        attempt.leaving = attempt.decode
+        return [Move(attempt.id, self._demand(self._avoid | avoid, local=False))]
 
     def lost(self, worker_id: str) -> list[Action]:
         """The stream to this worker ended: it has stopped everything of ours."""

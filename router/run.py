@@ -18,11 +18,13 @@ from ..core.notes import FIELDS, note
 from ..core.recordings import Doing
 from ..core.request import FinishReason, Request, Token, new_attempt_id
 from ..core.spans import span
+from .actions import Action, Emit, End, Fail, Move, Place, Send, Succeed
 from .budget import RetryBudget
 from .link import Listener
-from .machine import Action, Emit, End, Fail, Move, Place, RequestMachine, Send, Succeed
+from .machine import RequestMachine
 from .placement import Across, Path, Placement, Policy, Snapshot, place
 from .recording import Past
+from .sharing import elsewhere
 from .text import Detokeniser
 from .times import Times
 from .writing import Writing
@@ -140,7 +142,7 @@ class Run:
     def fleet_changed(self) -> None:
         """A worker came, went or changed its state."""
         try:
-            self._perform(self._try(self._held) if self._held else [])
+            self._perform(self._try(self._held) if self._held else self._share())
         except Exception as error:  # noqa: BLE001  as above
             self._defect(error)
 
@@ -210,7 +212,7 @@ class Run:
         return self._placed(placement, self._machine.placed(placement, new_attempt_id()))
 
     def _move(self, wanted: Move) -> list[Action]:
-        """From a worker that leaves, if another can take it now."""
+        """If another worker can take it now."""
         try:
             placement = place(self._workers.snapshot(), wanted.demand, self._policy)
         except DiptychError:
@@ -220,6 +222,12 @@ class Run:
             return []
         note(log, "a request moves", request=self.request_id, attempt=self._machine.attempts)
         return self._placed(placement, actions)
+
+    def _share(self) -> list[Action]:
+        """Go to a decode worker that has come, if that is better than to wait for the memory of another."""
+        waits = self._machine.waits()
+        avoid = elsewhere(self._workers.snapshot(), *waits) if waits else None
+        return [] if avoid is None else self._machine.share(avoid)
 
     def _placed(self, placement: Placement, actions: list[Action]) -> list[Action]:
         """Record where an attempt is opened by these actions."""

@@ -17,7 +17,7 @@ POLICIES = {
     "decode_worker": "admission branches choices decision growth leases roster scheduler sequence steady totals waits",
     "kv_transfer": "actions announcing answers closed_ids coverage crossing destination_machine destination_state faults geometry "
     "keep_alive order_codec ranks receipt slices source_machine source_state staging",
-    "router": "admission budget machine openapi outputs placement times",
+    "router": "actions admission budget machine openapi outputs placement sharing times",
     "cluster.resources": "cores layouts",
     "cluster.supervising": "headcount restarts",
     "cluster.on_ray": "nodes",

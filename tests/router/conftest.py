@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from diptych.core.commands import ChoiceFinished, Failed, Finished, FirstTokens, HandedOver, Movable, NewTokens, Prefill, StepEvents, Stop
 from diptych.core.errors import Cancelled, DiptychError
-from diptych.core.fleet import Fleet, Member, Phase, WorkerReport, WorkerState
+from diptych.core.fleet import Fleet, Measure, Member, Phase, WorkerReport, WorkerState
 from diptych.core.layout import DType
 from diptych.core.metrics import METRICS
 from diptych.core.model import CARD, CHAT_TEMPLATE, TOKENIZER, Decoder, ModelCard, Rope
@@ -58,8 +58,8 @@ def prepared(tmp_path_factory):
 class FakeWorker:
     """A worker over real gRPC, without a model: it "generates" `script`, one token of each choice per step, choice i from character i on.
 
-    `hold` keeps P from its first token and D from its next one while cleared; `fail` is what its next attempts end with;
-    `silent` stops its reports; `books` are the attempts open here.
+    `hold` keeps P from its first token and D from its next one while cleared, `grants` P from handing over; D reports `offers`;
+    `fail` is what its next attempts end with; `silent` stops its reports; `books` are the attempts open here.
     """
 
     def __init__(self, name, phase, script, peers):
@@ -67,6 +67,9 @@ class FakeWorker:
         self.incarnation = secrets.randbits(63)
         self.hold = asyncio.Event()
         self.hold.set()
+        self.grants = asyncio.Event()
+        self.grants.set()
+        self.offers = 0
         self.fail, self.fail_after = None, None
         self.silent = False
         self.state = WorkerState.READY
@@ -103,7 +106,8 @@ class FakeWorker:
         while not self.silent:
             counters = (("diptych_worker_steps_total", self.steps), ("unheard_of", 1.0))
             running = len(self.books)
-            yield WorkerReport(self.name, self.incarnation, self.state, 0, running, 0, 10, 16, 0, counters)
+            offers = (Measure("diptych_worker_grants_waiting", self.offers),)
+            yield WorkerReport(self.name, self.incarnation, self.state, 0, running, 0, 10, 16, 0, counters, offers)
             await asyncio.sleep(0.1)
         await asyncio.Event().wait()
 
@@ -169,6 +173,7 @@ class FakeWorker:
         self.send(stream, FirstTokens(attempt, tokens, finishes, 0.0, 0.0, 3))
         if alone:
             return self.send(stream, Finished(attempt))
+        await self.grants.wait()
         self.peers[command.destination].commit(attempt).set_result({c: i + (c in request.opening) for c, i in at.items()})
         self.send(stream, HandedOver(attempt, 1000, 0.002, "shm"))
 

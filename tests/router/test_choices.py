@@ -10,7 +10,8 @@ from diptych.core.fleet import Member, Phase
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.core.request import FinishReason, Request, Token, Tokens
 from diptych.core.sampling import SamplingParams
-from diptych.router.machine import Emit, End, Fail, Place, RequestMachine, Send, Succeed
+from diptych.router.actions import Emit, End, Fail, Place, Send, Succeed
+from diptych.router.machine import RequestMachine
 from diptych.router.placement import Placement
 from hypothesis import given, settings
 from hypothesis import strategies as st

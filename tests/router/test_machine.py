@@ -7,7 +7,8 @@ from diptych.core.fleet import Member, Phase
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.core.request import FinishReason, Request, Token, Tokens
 from diptych.core.sampling import SamplingParams
-from diptych.router.machine import Emit, End, Fail, Move, Place, RequestMachine, Send, Succeed
+from diptych.router.actions import Emit, End, Fail, Move, Place, Send, Succeed
+from diptych.router.machine import RequestMachine
 from diptych.router.placement import Placement
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -378,6 +379,22 @@ def test_the_last_token_may_be_drawn_elsewhere_by_p_alone():
     assert m.event("p2", Finished("b")) == []
 
 
+def test_what_waits_for_memory_can_go_to_a_decode_worker_with_less_to_do():
+    m = opened()
+    assert m.waits() is None, "P has not read it"
+    assert m.share(frozenset({"d1"})) == []
+    m.event("p1", first("a", token(0)))
+    assert m.waits() == ("p1", "d1")
+    (move,) = m.share(frozenset({"d1", "p2"}))
+    assert move.demand.avoid == {"d1", "p2"}
+    assert m.moved(Placement(P1, D1), "b", "a") == []
+    m.share(frozenset({"d1", "p2"}))
+    assert [action.worker_id for action in m.moved(Placement(P1, D2), "b", "a")] == ["p1", "d1", "d2", "p1"]
+    m.event("p1", first("b", token(1)))
+    m.event("p1", HandedOver("b", 1, 0.1, "shm"))
+    assert m.waits() is None, "D has it"
+
+
 MAX_TOKENS = 6
 ERRORS = [TransferFailed("t"), Unavailable("u"), Cancelled("c"), Internal("i"), InvalidRequest("r")]
 
@@ -493,6 +510,12 @@ class Interleavings(RuleBasedStateMachine):
             for other in [k for k in self.open if k[1] == worker]:
                 self.open[other] = False
             self.apply(self.m.lost(worker))
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def share(self):
+        if waits := self.m.waits():
+            self.apply(self.m.share(frozenset({waits[1]})))
 
     @precondition(lambda self: hasattr(self, "m"))
     @rule(how=st.sampled_from(["stop", "give_up", "nothing", "nothing", "nothing"]), choice=st.integers(0, 2))

@@ -191,3 +191,41 @@ def test_a_request_that_comes_to_a_worker_which_has_just_left_is_answered_by_ano
             assert any(timing.attempts > 1 for timing in timings)
 
     asyncio.run(check())
+
+
+def test_a_decode_worker_that_joins_takes_half_of_what_waits_for_memory(site):
+    async def check():
+        async with site(prefill=2, policy=NEVER, limits=NO_RETRIES) as s:
+            for name in ("p0", "p1"):
+                s.workers[name].grants.clear()
+            s.workers["d0"].offers = 6
+            asked = [Asked(s) for _ in range(6)]
+            await s.until(lambda: all(each.text for each in asked))
+            await s.until(lambda: any(m.value == 6 for r in s.router.fleet.describe()[1] for m in r.measures))
+            readers = [s.workers[name].seen[:] for name in ("p0", "p1")]
+            await s.add("d1", Phase.DECODE, TEXT)
+            await s.publish()
+            await s.until(lambda: len(s.workers["d1"].seen) == 3)
+            for name, before in zip(("p0", "p1"), readers, strict=True):
+                moved = {command.request.request_id for command in s.workers[name].seen[len(before) :]}
+                assert moved <= {command.request.request_id for command in before}, "who has the KV hands it over"
+                s.workers[name].grants.set()
+            timings = [await each.whole() for each in asked]
+            assert sorted((timing.attempts, timing.decode_worker) for timing in timings) == [(1, "d0")] * 3 + [(2, "d1")] * 3
+
+    asyncio.run(check())
+
+
+def test_a_decode_worker_that_joins_leaves_alone_what_waits_for_nobody(site):
+    async def check():
+        async with site(policy=NEVER) as s:
+            s.workers["p0"].grants.clear()
+            asked = [Asked(s) for _ in range(4)]
+            await s.until(lambda: all(each.text for each in asked))
+            await s.add("d1", Phase.DECODE, TEXT)
+            await s.publish()
+            s.workers["p0"].grants.set()
+            assert {(await each.whole()).attempts for each in asked} == {1}
+            assert not s.workers["d1"].seen
+
+    asyncio.run(check())
