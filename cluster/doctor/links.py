@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from ...core.commands import Decode, Event, Failed, Finished, HandedOver, Prefill
-from ...core.errors import DiptychError
+from ...core.errors import DiptychError, Unavailable
 from ...core.fleet import Member, Phase, WorkerReport
 from ...core.request import Request, Tokens, new_attempt_id
 from ...core.sampling import SamplingParams
@@ -22,8 +22,10 @@ PROMPT_TOKENS = 48
 """Three blocks."""
 VOCABULARY = 64
 """Ids that every model has; random ones, so that nobody has the prompt cached."""
-TRY_S = 20.0
-"""For one pair; the first hand-over of a pair opens its lane (gloo: half a second a rank)."""
+SOON_S = 2.0
+"""After so long it is asked whether the pair is too busy to be tried."""
+TRY_S = 18.0
+"""For one that is not, from then on; the first hand-over of a pair opens its lane (gloo: half a second a rank)."""
 REPORT_S = 5.0
 OFFERS = "diptych_worker_grants_waiting"
 MAX_PAIRS = 64
@@ -84,22 +86,32 @@ async def _hand_over(giver: WorkerClient, taker: WorkerClient, address: str, lin
     sampling = SamplingParams(max_tokens=2, temperature=0.0, seed=0, ignore_eos=True)
     request = Request(f"doctor-{attempt_id[:8]}", "", (Tokens(tokens),), sampling)
     down, up = taker.attach(), giver.attach()
+    down.send(Decode(attempt_id, request))
+    up.send(Prefill(attempt_id, request, address))
+    told = asyncio.create_task(_told(up, down, attempt_id))
     try:
-        async with asyncio.timeout(TRY_S):
-            down.send(Decode(attempt_id, request))
-            up.send(Prefill(attempt_id, request, address))
-            told = await _last(aiter(_events(up)), attempt_id)
-            if isinstance(told, HandedOver):
-                await _last(aiter(_events(down)), attempt_id)
-                return replace(link, transport=told.transport, kv_bytes=told.kv_bytes, seconds=told.seconds)
-    except TimeoutError:
-        if await _busy(giver, taker):
-            return replace(link, busy=True)
-        return replace(link, error=f"nothing was handed over within {TRY_S:g} s")
+        for seconds in (SOON_S, TRY_S):
+            await asyncio.wait({told}, timeout=seconds)
+            if told.done():
+                done = await told
+                return replace(link, transport=done.transport, kv_bytes=done.kv_bytes, seconds=done.seconds)
+            if await _busy(giver, taker):
+                return replace(link, busy=True)
+        return replace(link, error=f"nothing was handed over within {SOON_S + TRY_S:g} s")
     finally:
+        told.cancel()
+        await asyncio.wait({told})
         down.close()
         up.close()
-    return replace(link, error="the prefill worker ended without a hand-over")
+
+
+async def _told(up: object, down: object, attempt_id: str) -> HandedOver:
+    """What P says at the end, when D has ended too; raises what either failed with."""
+    done = await _last(aiter(_events(up)), attempt_id)
+    if not isinstance(done, HandedOver):
+        raise Unavailable("the prefill worker ended without a hand-over")
+    await _last(aiter(_events(down)), attempt_id)
+    return done
 
 
 async def _busy(giver: WorkerClient, taker: WorkerClient) -> bool:
@@ -147,7 +159,7 @@ def judge_link(link: Link, transports: Sequence[Transport]) -> Finding:
             field="transfer.transports",
         )
     if link.busy:
-        return note(check, f"Not known: for {TRY_S:g} s there was no turn or no memory for a prompt.", "Ask when they have less to do.")
+        return note(check, "Not known: there is no turn or no memory for a prompt just now.", "Ask when they have less to do.")
     if not link.kv_bytes:
         return wrong(check, "The hand-over moved no byte of KV.", "Both workers' logs say why.", field="transfer.transports")
     speed = f"{link.kv_bytes:,} bytes over {link.transport} in {link.seconds * 1000:.2f} ms"

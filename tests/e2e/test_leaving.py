@@ -79,7 +79,7 @@ async def asked_while_busy(running: Router) -> list[asyncio.Task[tuple[list[int]
 def test_a_link_to_a_worker_without_memory_is_not_called_broken(
     tiny_gemma3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(links, "TRY_S", 1.0)
+    monkeypatch.setattr(links, "SOON_S", 0.5)  # whatever it is: others wait there
 
     async def main(reads: Rank, decode: Rank) -> None:
         async with router([reads, decode]) as running:
