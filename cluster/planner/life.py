@@ -67,17 +67,25 @@ _OWN = 1 << 24
 
 
 def hashes_of(request: Request, prompt: Sequence[int]) -> list[bytes]:
-    """What stands for `core.prefix.chained` of a simulated prompt, and is equal where that is: of whole blocks of a prefix its id and
-    their place say what is in them and before them, of others the request's own id does. 13 bytes, of which twice as many are in the CPU's
-    cache, and no hashing, which took a tenth of a simulation."""
-    if request.tenant not in _ROOTS:
-        root = root_hash(fingerprint=MODEL, dtype="", tenant=request.tenant)
-        _ROOTS[request.tenant] = root, len(_ROOTS).to_bytes(3, "little")
-    (root, tenant), own = _ROOTS[request.tenant], prompt[-1]
-    shared, whole = bisect_left(prompt, own) // HASH_TOKENS, len(prompt) // HASH_TOKENS
-    places = _places(whole)
-    first, rest = (tenant + token.to_bytes(6, "little") for token in (prompt[0], own))
-    return [root, *[first + place for place in places[:shared]], *[rest + place for place in places[shared:whole]]]
+    """What stands for `core.prefix.chained` of a simulated prompt and of its answer, which is known before it is drawn, and is equal where
+    that is: of whole blocks of a prefix its id and their place say what is in them and before them, of others the request's own id does.
+    13 bytes, of which twice as many are in the CPU's cache, and no hashing, which took a tenth of a simulation."""
+    own, length = prompt[-1], len(prompt)
+    return [*_hashes(request.tenant, prompt[0], own, bisect_left(prompt, own), length, length + request.sampling.max_tokens)]
+
+
+@lru_cache(maxsize=64)
+def _hashes(tenant: str, first: int, own: int, shared: int, prompt: int, tokens: int) -> tuple[bytes, ...]:
+    """The root, then of `tokens` the first `shared` are a prefix's, and the first `prompt` are not drawn. Both workers of a request ask,
+    one just after the other: they have the same bytes, not equal ones."""
+    if tenant not in _ROOTS:
+        _ROOTS[tenant] = root_hash(fingerprint=MODEL, dtype="", tenant=tenant), len(_ROOTS).to_bytes(3, "little")
+    (root, number), places = _ROOTS[tenant], _places(tokens // HASH_TOKENS)
+    prefix, rest = (number + token.to_bytes(6, "little") for token in (first, own))
+    if own < _OWN:  # nothing but a prefix: what is drawn behind it is that of all prompts of this length
+        shared, rest = prompt, rest + prompt.to_bytes(4, "little")
+    before, all_of_them = shared // HASH_TOKENS, tokens // HASH_TOKENS
+    return (root, *[prefix + place for place in places[:before]], *[rest + place for place in places[before:all_of_them]])
 
 
 _ROOTS: dict[str, tuple[bytes, bytes]] = {}
