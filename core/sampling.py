@@ -90,7 +90,8 @@ class SamplingParams:
 
     def ends(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
         """The tokens that end the output, for a model with these end tokens."""
-        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else eos_token_ids)
+        ends = frozenset[int]() if self.ignore_eos else eos_token_ids
+        return ends.union(self.stop_token_ids) if self.stop_token_ids else ends
 
     def validate(self, vocab_size: int) -> None:
         """Raise `InvalidRequest` naming the first field that is out of range."""

@@ -330,7 +330,8 @@ class DecodeScheduler:
             return False
         if self._may_change() or not 0 < rounds <= self._steady.left:
             raise ValueError(f"{rounds} rounds; {self.steady()} are steady")
-        self._step += rounds * -(-self.rows // -(-self.rows // self._stages))
+        rows = self.rows
+        self._step += rounds * -(-rows // -(-rows // self._stages))
         self._steady.advance(rounds, token_id, self._step - 1)
         self._admission.look(self._seats())
         self._short = False

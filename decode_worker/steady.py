@@ -154,10 +154,18 @@ class Steady:
         if token_id != self._token_id:
             self.settle()
             self._token_id = token_id
-        before, since, changing, size = self._rounds, self._since, self._changing, self._size
-        behind, self._fresh = self._fresh and bool(self._windows), False
-        for now in range(before, before + rounds):
-            for sequence in changing[now % size] if now > before or not behind else tuple(since):
+        (self._slide if self._windows else self._open)(range(self._rounds, self._rounds + rounds))
+        self._fresh = False
+        self._rounds += rounds
+        self._context += rounds * len(self._since)
+        self._pool.submitted(last_step)
+        self._pool.completed(last_step)
+
+    def _slide(self, rounds: range) -> None:
+        """Blocks that leave a window, and those that open."""
+        since, changing, size = self._since, self._changing, self._size
+        for now in rounds:
+            for sequence in tuple(since) if now == rounds[0] and self._fresh else changing[now % size]:
                 position, table = sequence.decided + now - since[sequence], sequence.table
                 if table.slides(position):
                     self._catch_up(sequence, now)
@@ -165,10 +173,16 @@ class Steady:
                     table.slide(position)
                 enough = table.extend(position + 1, position)
                 assert enough, "not steady"
-        self._rounds += rounds
-        self._context += rounds * len(since)
-        self._pool.submitted(last_step)
-        self._pool.completed(last_step)
+
+    def _open(self, rounds: range) -> None:
+        """As `_slide` where there are no windows: blocks only open, a sequence's at most once in as many rounds as one has positions."""
+        since, changing, size = self._since, self._changing, self._size
+        for some in (rounds[first : first + size] for first in range(0, len(rounds), size)):
+            opening = [(sequence, now) for now in some for sequence in changing[now % size]]
+            enough = self._pool.open_next(
+                [each.table for each, now in opening if not each.table.reaches(each.decided + now - since[each] + 1)]
+            )
+            assert enough, "not steady"
 
 
 def _rounds_of(pool: BlockPool, running: Seq[Sequence], g: int, most: int) -> int:

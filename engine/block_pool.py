@@ -133,7 +133,17 @@ class BlockPool:
 
     def available(self) -> tuple[int, ...]:
         """Blocks per group that can be taken now."""
-        return tuple(part.available for part in self.parts)
+        return tuple([part.available for part in self.parts])
+
+    def open_next(self, tables: Sequence[BlockTable]) -> bool:
+        """One more block of each group for each of these in turn, where no group has a window. False, and nothing has changed, if there are
+        not as many."""
+        count = len(tables)
+        if any(part.available < count for part in self.parts):
+            return False
+        for table, blocks in zip(tables, zip(*[part.take_several(count) for part in self.parts], strict=True), strict=True):
+            table.append(blocks)
+        return True
 
     def scarcest(self) -> tuple[int, int]:
         """`(free, total)` blocks of the group with the smallest free share; cached and fenced blocks are free."""
@@ -196,6 +206,8 @@ class BlockTable:
 
     def adopt(self, cached: int, position: int) -> None:
         """Reference the cached blocks of the first `cached` tokens (as `match` said) that a query at `position` sees. Table empty."""
+        if not cached:
+            return
         whole, tables = cached // self.pool.block_size, []
         for g, part in enumerate(self.pool.parts):
             first = min(whole, self.pool.first_block(g, position))
@@ -260,11 +272,16 @@ class BlockTable:
             if lack > part.available:
                 return False
         if lack == 1:
-            self._more.append(tuple([part.take() for part in pool.parts]))
+            self.append(tuple([part.take() for part in pool.parts]))
         else:
             self.tables = tuple([row + part.take_several(lack) for row, part in zip(self.tables, pool.parts, strict=True)])
-        self._capacity += lack * pool.block_size
+            self._capacity += lack * pool.block_size
         return True
+
+    def append(self, blocks: tuple[int, ...]) -> None:
+        """One more block of each group, taken for it."""
+        self._more.append(blocks)
+        self._capacity += self.pool.block_size
 
     def _grown(self, g: int, count: int, position: int) -> tuple[int, ...]:
         row = self.tables[g]

@@ -163,7 +163,7 @@ class GroupBlocks:
         """Referenced blocks (or `NO_BLOCK`) now hold the tokens hashed to `hashes`. The first block published for a hash keeps it."""
         hash_of, by_hash = self._hash_of, self._by_hash
         for block, prefix_hash in zip(blocks, hashes, strict=True):
-            if block != NO_BLOCK and hash_of[block] is None and prefix_hash not in by_hash:
+            if block != NO_BLOCK and prefix_hash not in by_hash:
                 hash_of[block] = prefix_hash
                 by_hash[prefix_hash] = block
 

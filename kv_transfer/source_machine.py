@@ -305,6 +305,8 @@ class SourceMachine:
     def _announce(self, transfer: Transfer, now: float) -> list[SourceAction]:
         """Of a two-sided transport's pieces only as many as there are credits are announced."""
         lane = self._lanes[transfer.lane]
+        if not transfer.reached:
+            return []
         if not lane.stagings:
             return self._said(to_read(self._layout, lane, transfer, self._words[transfer.slot]), now)
         for staging in lane.stagings:

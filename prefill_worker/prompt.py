@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..core.request import Request
 from ..engine.block_pool import BlockTable
@@ -18,6 +18,7 @@ class Prompt:
     request: Request
     destination: str | None
     token_ids: tuple[int, ...]
+    tokens: int = field(init=False)
     table: BlockTable
     blocks: tuple[int, ...]
     charge: tuple[int, ...]
@@ -29,9 +30,8 @@ class Prompt:
     slot: int = -1
     passes: int = 0
 
-    @property
-    def tokens(self) -> int:
-        return len(self.token_ids)
+    def __post_init__(self) -> None:
+        self.tokens = len(self.token_ids)
 
     @property
     def first_index(self) -> int:

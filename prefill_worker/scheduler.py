@@ -323,7 +323,7 @@ class PrefillScheduler:
     def load(self, now: float) -> Load:
         """What the worker's report says of this scheduler."""
         free, total = self._pool.scarcest()
-        to_compute = sum([len(p.token_ids) for p in self._waiting.values()]) + sum([p.tokens - p.done for p in self._running.values()])
+        to_compute = sum([p.tokens for p in self._waiting.values()]) + sum([p.tokens - p.done for p in self._running.values()])
         return Load(
             waiting=len(self._waiting),
             running=len(self._running),

@@ -134,7 +134,7 @@ def place(snapshot: Snapshot, demand: Demand, policy: Policy) -> Placement:
     decodes = _decodes(snapshot, demand)
     if not _wants_local(demand, policy):
         prefills = _prefills(snapshot, demand)
-        paired = any(candidate.member.partner for candidate in prefills)
+        paired = any(map(_partner, prefills))
         two = (_pick_partners if paired else _pick_two)(decodes, prefills, demand, snapshot.turn)
         if two:
             return _both(*two, snapshot, demand)
@@ -217,7 +217,7 @@ def _decodes(snapshot: Snapshot, demand: Demand) -> list[Candidate]:
     return [c for c in able if c.member.capacity_tokens >= one + more] or able if more else able
 
 
-_own_score = attrgetter("score")
+_own_score, _partner = attrgetter("score"), attrgetter("member.partner")
 Two = tuple[Candidate, Candidate]
 """A prefill and a decode worker."""
 

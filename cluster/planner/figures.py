@@ -86,9 +86,9 @@ class Course:
     since: float = 0.0
 
     def put(self, now: float, value: float) -> None:
-        if value != self.value:
-            self._spread(now)
-            self.value = value
+        """It is `value` from `now` on."""
+        self._spread(now)
+        self.value = value
 
     def add(self, begin: float, end: float) -> None:
         """It is 1 from `begin` to `end`, and was 0 since the last of these."""
@@ -142,9 +142,12 @@ class WorkerCourse:
         self.use.add(begin, begin + seconds)
 
     def put(self, now: float, waiting: int, running: int, kv: float) -> None:
-        for course, value in ((self.waiting, waiting), (self.running, running), (self.kv, kv)):
-            if value != course.value:
-                course.put(now, value)
+        if waiting != self.waiting.value:
+            self.waiting.put(now, waiting)
+        if running != self.running.value:
+            self.running.put(now, running)
+        if kv != self.kv.value:
+            self.kv.put(now, kv)
 
     def as_json(self, end: float) -> dict[str, object]:
         return {

@@ -46,20 +46,21 @@ class PrefillWorker(Worker):
 
     def add(self, life: Life, destination: str | None) -> None:
         self.opened(1, life.arrival.prompt_tokens)
-        self.scheduler.add(Prefill(life.name, life.request, destination), self.now)
+        self.scheduler.add(Prefill(life.name, life.request, destination), self.agenda.now)
         self._pump()
         self.changed()
 
     def _pump(self) -> bool:
         """Decide what can be decided; it runs when the first stage is free. Whether there was anything."""
         decided = False
-        while self._flying < self._depth and (decision := self.scheduler.decide(self.now)) is not None:
+        while self._flying < self._depth and (decision := self.scheduler.decide(self.agenda.now)) is not None:
             self._flying += 1
             decided = True
             work = work_of(decision.batch, (True,) * len(decision.batch.rows))
             for started in decision.started:
                 if started.destination is not None:
-                    self.do(self.machine.offer(started.attempt_id, started.destination, started.prompt_tokens, self.now))
+                    self.do(self.machine.offer(started.attempt_id, started.destination, started.prompt_tokens, self.agenda.now))
+                    self.watch_leases()
                     if started.cached_tokens:
                         self._computed(started.attempt_id, 0, started.cached_tokens, started.tables)
             if self._paced is None:
@@ -71,7 +72,7 @@ class PrefillWorker(Worker):
     def _ends(self, work: Work) -> float:
         """When a step that is decided now has gone through all stages; none passes another within the pipeline."""
         seconds, stages = step_seconds(self.hardware.times, work, self.hardware.pp), self.hardware.pp
-        begins = max(self.now, self._free_at)
+        begins = max(self.agenda.now, self._free_at)
         self._free_at = begins + seconds / stages
         self._last_ends = max(begins + seconds, self._last_ends + seconds / stages)
         self.course.computed(begins, seconds / stages)
@@ -83,32 +84,32 @@ class PrefillWorker(Worker):
             self._paced.changed()
 
     def _ran_paced(self, decision: Decision, seconds: float) -> None:
-        self.course.computed(self.now - seconds, seconds)
+        self.course.computed(self.agenda.now - seconds, seconds)
         self._ran(decision)
 
     def _ran(self, decision: Decision) -> None:
         self._flying -= 1
         for name, row in zip(decision.attempts, decision.batch.rows, strict=True):
             self._computed(name, row.start, row.start + row.length, row.tables)
-        outcome = self.scheduler.complete(output_of(decision.batch), self.now)
+        outcome = self.scheduler.complete(output_of(decision.batch), self.agenda.now)
         for first in outcome.first_tokens:
             name = first.attempt_id
             self.course.queued.add(first.queued)
             ends = all(finish is FinishReason.LENGTH for finish in first.finishes)
             life = self.scene.lives[name]
             self.opened(-1, -life.arrival.prompt_tokens)
-            self.scene.told.first_token(name, self.now, last=ends)
+            self.scene.told.first_token(name, self.agenda.now, last=ends)
             if not ends:
-                self.do(self.machine.commit(name, first.tokens, self.now))
+                self.do(self.machine.commit(name, first.tokens, self.agenda.now))
         self._pump()
         self.changed()
 
     def _computed(self, name: str, start: int, stop: int, tables: tuple[tuple[int, ...], ...]) -> None:
         if self.machine.computed(name, self._layers, start, stop, tables):
-            self.do(self.machine.announce(self.now))
+            self.do(self.machine.announce(self.agenda.now))
 
     def received(self, lane: int, message: LaneMessage) -> None:
-        self.do(self.machine.received(lane, message, self.now))
+        self.do(self.machine.received(lane, message, self.agenda.now))
 
     def do(self, actions: list[Any]) -> None:
         freed = released = False
@@ -120,19 +121,18 @@ class PrefillWorker(Worker):
                     self.scheduler.granted(name)
                     freed = True
                 case Fence(name):
-                    self.do(self.machine.fenced(name, self.now))
+                    self.do(self.machine.fenced(name, self.agenda.now))
                 case TellReleased(name):
-                    self.scheduler.release(name, self.now)
+                    self.scheduler.release(name, self.agenda.now)
                     freed = released = True
                 case TellHandedOver():
                     pass
                 case Dial(lane, address):
                     self._lanes[lane] = self._dial(self, lane, address)
-                    self.do(self.machine.dialled(lane, self.now))
+                    self.do(self.machine.dialled(lane, self.agenda.now))
                 case TellFailed(name, error):
                     raise AssertionError(f"nothing breaks here, and yet the transfer of {name} fails: {error.message}")
                 case _:
                     raise AssertionError(f"nothing breaks here, and yet {action}")
-        self.watch_leases()
         if freed and (self._pump() or released):
             self.changed()

@@ -43,8 +43,8 @@ class Scene:
         self.agenda: Agenda = host.agenda
         self.host, self.model, self.policies, self.link, self.message_s, self.told = host, model, policies, link, message_s, told
         self.lives: dict[str, Life] = {}
-        self.stale: list[Worker] = []
-        """Those that the router should look at again."""
+        self.stale: dict[str, Worker] = {}
+        """By name, those that the router should look at again."""
         self.groups = tuple(
             CacheGroup(CacheKind.WINDOW if window else CacheKind.FULL, (number,), 1, 1, DType.BFLOAT16, window)
             for number, window in enumerate(sorted(model.windows or {0: model.layers}))
@@ -82,10 +82,6 @@ class Worker:
         raise NotImplementedError
 
     @property
-    def now(self) -> float:
-        return self.agenda.now
-
-    @property
     def hello(self) -> Hello:
         return Hello(self.name, self.member.incarnation, self.layout, (ShmEndpoint("", b""),), (Transport.SHM,))
 
@@ -93,14 +89,14 @@ class Worker:
         """The router has sent something here (or, below 0, knows that it is over)."""
         self.choices += choices
         self.prompt_tokens += prompt_tokens
-        self.scene.stale.append(self)
+        self.scene.stale[self.name] = self
 
     def changed(self) -> None:
         """What the worker would report is not what it was."""
-        load: Load = self.scheduler.load(self.now)
+        load: Load = self.scheduler.load(self.agenda.now)
         self.load = load
-        self.scene.stale.append(self)
-        self.course.put(self.now, load.waiting, load.running, 1 - load.blocks_free / load.blocks_total)
+        self.scene.stale[self.name] = self
+        self.course.put(self.agenda.now, load.waiting, load.running, 1 - load.blocks_free / load.blocks_total)
 
     def candidate(self) -> Candidate:
         """As the router sees it; reports are sent on every change of who waits or runs."""
@@ -120,17 +116,17 @@ class Worker:
 
     def counters(self) -> dict[str, float]:
         """Totals of what the scheduler counts."""
-        return dict(self.scheduler.load(self.now).counters)
+        return dict(self.scheduler.load(self.agenda.now).counters)
 
     def watch_leases(self) -> None:
-        """Have the machine's deadlines looked at as long as it has transfers."""
+        """A transfer has begun: have the machine's deadlines looked at as long as it has any."""
         if not self._ticking and self.machine.transfers:
             self._ticking = True
             self.agenda.after(TICK_S, self._tick)
 
     def _tick(self) -> None:
         self._ticking = False
-        self.do(self.machine.expire(self.now))
+        self.do(self.machine.expire(self.agenda.now))
         self.watch_leases()
 
     def do(self, actions: list[Any]) -> None:

@@ -101,8 +101,8 @@ class World:
     def _snapshot(self) -> Snapshot:
         """As the router would take it now; only of those that have changed it is made anew."""
         self._turn += 1
-        for worker in {id(worker): worker for worker in self._scene.stale}.values():
-            self._seen[worker.name] = worker.candidate()
+        for name, worker in self._scene.stale.items():
+            self._seen[name] = worker.candidate()
         self._scene.stale.clear()
         seen = [*self._seen.values()]
         return Snapshot(seen[: len(self.prefills)], seen[len(self.prefills) :], self._turn)
