@@ -71,6 +71,17 @@ def test_of_a_load_that_has_changed_only_the_new_part_is_looked_at(seed: int) ->
         assert fmean(arrival.prompt_tokens for arrival in arrivals[-60:]) < 200
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=SEEDS)
+def test_a_turn_is_seen_when_somewhat_more_have_come_than_are_judged(seed: int) -> None:
+    """Not only when the new load fills half, or a quarter, of the window."""
+    answers = window(25, 2 * seed, rate=1.9, burstiness=8.0, prompt=32, output=64, spread=0.1)
+    mixed = joined(window(35, 2 * seed + 1, rate=4.0, prompt=448, output=4, spread=0.1), answers)
+    found = settled(arrivals_in(mixed), mixed.seconds, 30)
+    assert found is not None
+    assert fmean(arrival.prompt_tokens for arrival in found[0]) < 100
+
+
 def test_a_load_that_has_just_changed_is_waited_for() -> None:
     mixed = joined(window(110, 1), window(10, 2, prompt=20, output=900, rate=5))
     assert settled(arrivals_in(mixed), mixed.seconds, 60) is None
