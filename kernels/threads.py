@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -18,3 +19,11 @@ def ask(answer: Callable[[], int]) -> None:
     """Have `threads` answered by `answer`, which sets torch's number when its own changes."""
     global _answer
     _answer = answer
+
+
+def by_thread_that_ends(call: Callable[[], None]) -> None:
+    """Have a thread make `call`, for as long as that takes. OpenMP gives each thread that computes a team of its own, which ends with it.
+    While two have one there are more threads than cores, and then all of them sleep between two products: for two threads on two cores,
+    where this process computes on another thread from now on, 138 switches in a decode step in place of 2."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(call).result()

@@ -18,6 +18,7 @@ from ...engine.nccl_groups import nccl
 from ...engine.parallel import MakeGroup, Parallel, connect, gloo
 from ...engine.prepared import PreparedModel, open_prepared
 from ...kernels.native import native
+from ...kernels.threads import by_thread_that_ends
 from ...kv_transfer.pool import DTYPES, Pool
 from ...worker.leader import STEP_S
 from ..process.child import progress
@@ -136,7 +137,7 @@ def _warm(spec: RankSpec, model: PreparedModel, layout: Layout, parallel: Parall
     small = _least_caches(layout.on(spec.rank).layout, device)
     engine = Engine(model, small, block_size=BLOCK_SIZE, max_slots=spec.max_running, parallel=parallel, device=device)
     if device.type == "cpu":
-        engine.warm_up()
+        by_thread_that_ends(engine.warm_up)
     else:  # what the largest steps take of its memory is not there for the pool
         context = min(model.card.max_context - 1, WARM_CONTEXT)
         engine.warm_up(tokens=min(spec.chunk_tokens, context), context=context, rows=spec.max_running)
