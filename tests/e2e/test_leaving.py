@@ -22,8 +22,8 @@ from router_harness import idle, member, router, until
 from spread_harness import prompt
 
 REQUESTS = 8
-HOGS = 40
-"""Answers of 400 tokens, one after the other, that have the decode worker's only slot: half a minute and more."""
+HOGS = 100
+"""Answers of 400 tokens, one after the other, that have the decode worker's only slot: a minute and more."""
 
 
 async def answered(running: Router, ids: tuple[int, ...], began: asyncio.Event | None = None) -> tuple[list[int], Timing]:
