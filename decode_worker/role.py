@@ -221,7 +221,8 @@ class DecodeRole:
 
     def report(self) -> WorkerReport:
         state = WorkerState.DRAINING if self._draining else WorkerState.READY
-        return self._reporter.report(state, self._scheduler.load(self._clock.now()), self._scheduler.measures())
+        scheduler = self._scheduler
+        return self._reporter.report(state, scheduler.load(self._clock.now()), scheduler.counters, scheduler.measures())
 
     def idle(self) -> bool:
         return not self._attempts and self._scheduler.load(self._clock.now()).leases == 0

@@ -358,7 +358,12 @@ class DecodeScheduler:
     def load(self, now: float) -> Load:
         """What the worker's report says of this scheduler."""
         reading = self._roster.running if self._steady.reads else ()
-        return self._totals.load(self._pool, self._admission, self._roster, reading, expected=len(self._expected), steps=self._step)
+        return self._totals.load(self._pool, self._admission, self._roster, reading, expected=len(self._expected))
+
+    @property
+    def counters(self) -> tuple[tuple[str, float], ...]:
+        """Monotonic totals by metric name (`core.metrics`)."""
+        return self._totals.counters(self._step)
 
     def measures(self) -> tuple[Measure, ...]:
         """What else the report says."""

@@ -39,9 +39,7 @@ class Totals:
             ("diptych_worker_preemptions_total", self.preemptions),
         )
 
-    def load(
-        self, pool: BlockPool, admission: Admission, roster: Roster, reading: Iterable[Sequence], *, expected: int, steps: int
-    ) -> Load:
+    def load(self, pool: BlockPool, admission: Admission, roster: Roster, reading: Iterable[Sequence], *, expected: int) -> Load:
         """What the worker's report says. `reading`: of those that run all that compute chunks, and perhaps others; `expected`: attempts
         whose transfer is still to be offered."""
         free, total = pool.scarcest()
@@ -55,5 +53,4 @@ class Totals:
             blocks_free=free,
             blocks_total=total,
             leases=len(admission.leases),
-            counters=self.counters(steps),
         )

@@ -166,6 +166,8 @@ class PrefillScheduler:
 
     def decide(self, now: float) -> Decision | None:
         """The next step, or None if nothing can be computed before something else happens. May be called with steps in flight."""
+        if not self._running and not self._waiting:
+            return None
         chosen: list[tuple[Prompt, Row]] = []
         budget = self._chunk_tokens
         for prompt in self._running.values():
@@ -331,11 +333,15 @@ class PrefillScheduler:
             blocks_free=free,
             blocks_total=total,
             leases=len(self._leased) + sum([prompt.destination is not None for prompt in self._running.values()]),
-            counters=(
-                ("diptych_worker_steps_total", self._step),
-                ("diptych_worker_computed_tokens_total", self._computed_tokens),
-                ("diptych_worker_cached_tokens_total", self._cached_tokens),
-            ),
+        )
+
+    @property
+    def counters(self) -> tuple[tuple[str, float], ...]:
+        """Monotonic totals by metric name (`core.metrics`)."""
+        return (
+            ("diptych_worker_steps_total", self._step),
+            ("diptych_worker_computed_tokens_total", self._computed_tokens),
+            ("diptych_worker_cached_tokens_total", self._cached_tokens),
         )
 
     def measures(self) -> tuple[Measure, ...]:

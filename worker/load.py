@@ -9,10 +9,7 @@ from ..engine.block_pool import BlockPool
 
 @value
 class Load:
-    """The numbers of `core.fleet.WorkerReport` that a scheduler knows; the fields mean what they mean there.
-
-    `counters`: monotonic totals by metric name (`core.metrics`).
-    """
+    """The numbers of `core.fleet.WorkerReport` that a scheduler knows; the fields mean what they mean there."""
 
     waiting: int
     running: int
@@ -20,7 +17,6 @@ class Load:
     blocks_free: int
     blocks_total: int
     leases: int
-    counters: tuple[tuple[str, float], ...] = ()
 
 
 def measures(pool: BlockPool, grants_waiting: int) -> tuple[Measure, ...]:

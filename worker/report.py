@@ -26,7 +26,9 @@ class Reporter:
         """Count an Offer refused for this reason."""
         self._refused[reason] = self._refused.get(reason, 0.0) + 1.0
 
-    def report(self, state: WorkerState, load: Load, measures: tuple[Measure, ...]) -> WorkerReport:
+    def report(
+        self, state: WorkerState, load: Load, counters: tuple[tuple[str, float], ...], measures: tuple[Measure, ...]
+    ) -> WorkerReport:
         return WorkerReport(
             worker_id=self._worker_id,
             incarnation=self._incarnation,
@@ -37,7 +39,7 @@ class Reporter:
             blocks_free=load.blocks_free,
             blocks_total=load.blocks_total,
             leases=load.leases,
-            counters=(*load.counters, *self._totals.items()),
+            counters=(*counters, *self._totals.items()),
             measures=(*measures, *(Measure(REFUSED, count, reason) for reason, count in self._refused.items())),
         )
 

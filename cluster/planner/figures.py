@@ -17,7 +17,7 @@ _WIDTH = math.log(STEP)
 
 
 def _bin(seconds: float) -> int:
-    return int(math.log(max(seconds, _SMALLEST) / _SMALLEST) / _WIDTH)
+    return int(math.log(seconds / _SMALLEST) / _WIDTH) if seconds > _SMALLEST else 0
 
 
 class Histogram:
@@ -84,6 +84,8 @@ class Course:
     sums: list[float] = field(default_factory=lambda: [0.0])
     value: float = 0.0
     since: float = 0.0
+    until: float = 0.0
+    """The end of the last stretch."""
 
     def put(self, now: float, value: float) -> None:
         """It is `value` from `now` on."""
@@ -98,9 +100,8 @@ class Course:
         self.value = 0.0
 
     def _spread(self, now: float) -> None:
-        index = int(self.since / self.width)
-        if index < len(self.sums) and now <= (index + 1) * self.width and self.since < now:  # so it is nearly always
-            self.sums[index] += self.value * (now - self.since)
+        if self.since < now <= self.until:  # so it is nearly always
+            self.sums[-1] += self.value * (now - self.since)
             self.since = now
             return
         while now >= self.width * LENGTH:
@@ -115,6 +116,7 @@ class Course:
                 self.sums.append(0.0)
             self.sums[index] += self.value * (end - self.since)
             self.since = end
+        self.until = len(self.sums) * self.width
 
     def mean(self, end: float) -> float:
         self._spread(end)

@@ -116,7 +116,7 @@ class Worker:
 
     def counters(self) -> dict[str, float]:
         """Totals of what the scheduler counts."""
-        return dict(self.scheduler.load(self.agenda.now).counters)
+        return dict(self.scheduler.counters)
 
     def watch_leases(self) -> None:
         """A transfer has begun: have the machine's deadlines looked at as long as it has any."""

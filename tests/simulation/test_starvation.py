@@ -54,7 +54,7 @@ def keep_busy(world: World, random: Random, *, at_once: int, asked: int, local: 
 
 
 def counter(world: World, name: str) -> float:
-    return sum(dict(worker.scheduler.load(0.0).counters)[f"diptych_worker_{name}_total"] for worker in world.decodes)
+    return sum(dict(worker.scheduler.counters)[f"diptych_worker_{name}_total"] for worker in world.decodes)
 
 
 @settings(max_examples=20, deadline=None)
