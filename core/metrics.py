@@ -119,6 +119,11 @@ METRICS: tuple[Metric, ...] = (
         (Label("why", ACROSS),),
     ),
     Metric("diptych_retries_total", "counter", "Attempts opened after one failed, by the failure's code.", (Label("code", CODES),)),
+    Metric(
+        "diptych_moves_total",
+        "counter",
+        "Attempts opened in place of one that a worker had not begun: it leaves, or others wait there while one has come.",
+    ),
     Metric("diptych_kv_transfer_bytes_total", "counter", "KV bytes handed over.", (_TRANSPORT,)),
     Metric("diptych_kv_transfer_seconds", "histogram", "First piece to last piece of a transfer.", (_TRANSPORT,), FINE_SECONDS),
     Metric(

@@ -220,6 +220,7 @@ class Run:
         actions = self._machine.moved(placement, new_attempt_id(), wanted.attempt_id)
         if not actions:
             return []
+        self._recorder.inc("diptych_moves_total")
         note(log, "a request moves", request=self.request_id, attempt=self._machine.attempts)
         return self._placed(placement, actions)
 

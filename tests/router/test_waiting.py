@@ -161,6 +161,7 @@ def test_requests_that_wait_where_a_worker_leaves_are_answered_by_the_other(site
             timings = [await each.whole() for each in asked]
             assert sorted((timing.attempts, timing.prefill_worker) for timing in timings) == [(1, "p1")] * 3 + [(2, "p1")] * 3
             assert len(leaves.stopped) == 3
+            assert sum(value for (name, *_), value in s.recorder.values.items() if name == "diptych_moves_total") == 3
             assert not [name for name, *_ in s.recorder.values if name == "diptych_retries_total"]
 
     asyncio.run(check())
