@@ -293,7 +293,7 @@ class EngineLoop(Generic[D]):
             elif self._begun > self._over:  # so nobody waited for the decision
                 waiting.rename(Doing.UNDER_WAY)
         if self._lending is not None and step is not None:
-            self._lending.busy()
+            self._lending.busy(len(step.decision.batch.rows))
         return step
 
     def _ran(self, decision: D, began: float, outcome: StepOutput | Exception) -> None:

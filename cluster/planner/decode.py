@@ -277,15 +277,16 @@ class DecodeWorker(Worker):
 
     def _round_seconds(self, works: list[Work]) -> float:
         """Steps follow each other through the stages. Where no prompt is read it is a round as in a stretch."""
-        times, stages = self.times, self.hardware.pp
+        rows, stages = sum(work.rows for work in works), self.hardware.pp
         if not any(work.tokens for work in works):
-            return self._pace(sum(work.rows for work in works)).rounds(sum(work.context for work in works)).first
+            return self._pace(rows).rounds(sum(work.context for work in works)).first
+        times = self.times(rows)
         each = [step_seconds(times, work, stages) for work in works]
         return max(*each, sum(each) / stages) if len(each) > 1 else each[0]
 
     def _pace(self, sequences: int) -> Pace:
         """Reckoned once as long as the times are the same."""
-        if (times := self.times) is not self._timed:
+        if (times := self.times(sequences)) is not self._timed:
             self._timed, self._paces = times, {}
         if (pace := self._paces.get(sequences)) is None:
             pace = self._paces[sequences] = Pace.of(times, sequences, self.hardware.pp)

@@ -1,7 +1,7 @@
 """Workers on the cores of one host: who computes where at a moment, and how long a step takes for that. Pure.
 
-Each worker has cores of its own, and lends those that it does not use (`worker.lending`): a prefill worker has what has been idle for 2 ms,
-a decode worker what has been idle for a second. While others compute, a step takes as many times as long as the profile says. Workers for
+Each worker has cores of its own, and lends those that it does not use (`worker.lending`) to those whose patience they have been idle for
+(`worker.patience`). While others compute, a step takes as many times as long as the profile says. Workers for
 which there are too few cores roam: those that compute share all cores evenly, each with no more of them than it has threads.
 """
 
@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Callable
 
 from ...core.fleet import Phase
-from ...worker.lending import REST_NS
+from ...worker.patience import LATE_NS, SOON_NS, Patience
 from .agenda import Agenda, on_grid
 from .latency import DecodeTimes, PrefillTimes, StepTimes, Work, step_seconds
 from .profile import Hardware, Profile
+
+RESTS_S = sorted(rest_ns / 1e9 for rest_ns in {*SOON_NS.values(), LATE_NS})
 
 
 class Host:
@@ -52,42 +54,54 @@ class Place:
     def __init__(self, host: Host, hardware: Hardware, changed: Callable[[], None]) -> None:
         assert hardware.on_host, "a worker that shares no cores has no place"
         self._host, self._hardware, self._changed = host, hardware, changed
-        self._cores, self._roaming, self._rest_s = hardware.cores or 0, hardware.roaming, REST_NS[hardware.phase] / 1e9
+        self._cores, self._roaming, self._patience = hardware.cores or 0, hardware.roaming, Patience(hardware.phase)
         self._busy = False
-        self._since = -max(REST_NS.values()) / 1e9  # idle for as long as anybody waits
+        self._since = -RESTS_S[-1]  # idle for as long as anybody waits
+        self._has: dict[Place, float] = {}
+        """Whose cores it has borrowed, and since when they had been idle."""
 
-    @property
-    def times(self) -> StepTimes:
-        """Of its steps as it is now. What is idle for long enough is shared evenly by those who compute."""
+    def times(self, rows: int) -> StepTimes:
+        """Of its steps of so many rows as it is now. What is idle for long enough is shared evenly by those who compute."""
         others = [each for each in self._host.places if each is not self]
         if self._roaming:
             theirs = sum(each._roaming for each in others if each._busy)
             return self._host.times(self._hardware, self._roaming, theirs > 0, self._roaming + theirs)
-        lent = sum(each._cores for each in others if each._lends(self._rest_s))
+        lent = sum(each._cores for each in others if self._borrows(each, rows))
         computing = sum(each._busy for each in others)
         return self._host.times(self._hardware, self._cores + lent // (1 + computing), computing > 0)
 
-    def _lends(self, rest_s: float) -> bool:
-        return not self._busy and self._host.agenda.now >= on_grid(self._since + rest_s)
+    def _borrows(self, other: Place, rows: int) -> bool:
+        """What it has borrowed it keeps until its owner computes, or itself does not."""
+        if other._busy:
+            return False
+        rest_s = self._patience.rest_ns(rows, round(other._since * 1e9)) / 1e9
+        if self._host.agenda.now >= on_grid(other._since + rest_s):
+            self._has[other] = other._since
+        return self._has.get(other) == other._since
 
     def begin(self) -> None:
         """It computes from now on."""
         if not self._busy:
             self._busy = True
+            for each in self._computing():
+                each._patience.disturbed(round(self._host.agenda.now * 1e9))
             self._tell()
 
     def end(self) -> None:
         """It has nothing to compute any more."""
         if self._busy:
             self._busy, self._since = False, self._host.agenda.now
+            self._has.clear()
             self._tell()
-            for rest_s in {each._rest_s for each in self._host.places if each is not self}:
+            for rest_s in RESTS_S:
                 self._host.agenda.after(rest_s, self._tell)
 
+    def _computing(self) -> list[Place]:
+        return [each for each in self._host.places if each is not self and each._busy]
+
     def _tell(self) -> None:
-        for each in self._host.places:
-            if each is not self and each._busy:
-                each._changed()
+        for each in self._computing():
+            each._changed()
 
 
 class Paced:
@@ -114,7 +128,7 @@ class Paced:
 
     def _go_on(self) -> None:
         assert self._running is not None
-        self._since, self._seconds = self._agenda.now, step_seconds(self._place.times, self._running)
+        self._since, self._seconds = self._agenda.now, step_seconds(self._place.times(self._running.rows), self._running)
         self._number += 1
         self._agenda.after(self._left * self._seconds, self._over, self._number)
 

@@ -72,10 +72,9 @@ class Worker:
         self._ticking = False
         self.place = scene.host.place(hardware, self.repaced) if hardware.on_host else None
 
-    @property
-    def times(self) -> StepTimes:
-        """Of a step that begins now."""
-        return self.hardware.times if self.place is None else self.place.times
+    def times(self, rows: int) -> StepTimes:
+        """Of a step of so many rows that begins now."""
+        return self.hardware.times if self.place is None else self.place.times(rows)
 
     def repaced(self) -> None:
         """`times` may have changed."""

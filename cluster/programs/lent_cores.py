@@ -15,7 +15,10 @@ import torch
 from ...core.fleet import Phase
 from ...kernels import threads
 from ...kernels.native import native
-from ...worker.lending import REST_NS, CoreTable, Lending
+from ...worker.lending import CoreTable, Lending
+from ...worker.patience import Patience
+
+PAUSE_S = 50e-6
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +31,15 @@ def lending(path: Path, phase: Phase, own: Sequence[int]) -> Lending | None:
     except (OSError, ValueError) as error:
         log.warning("No cores are lent here: %s", error)
         return None
-    found = Lending(table, own, os.getpid(), rest_ns=REST_NS[phase], use=compute_on, now=time.monotonic_ns, lives=_lives)
+    patience = Patience(phase)
+    found = Lending(table, own, os.getpid(), patience=patience, use=compute_on, now=time.monotonic_ns, pause=_pause, lives=_lives)
     threads.ask(found.look)
     return found
+
+
+def _pause() -> None:
+    """No event tells that another process' product has ended; it takes some tenths of a millisecond, and this is for at most a few."""
+    time.sleep(PAUSE_S)
 
 
 def _lives(pid: int) -> bool:

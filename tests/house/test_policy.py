@@ -12,7 +12,7 @@ from house_rules import ROOT, Tree, check_policy
 
 POLICIES = {
     "engine": "batch block_pool decode_shapes group_blocks last_drawn step_codec",
-    "worker": "admit attempts chunks load",
+    "worker": "admit attempts chunks load patience",
     "prefill_worker": "leases prompt scheduler",
     "decode_worker": "admission branches choices decision growth leases roster scheduler sequence steady totals waits",
     "kv_transfer": "actions announcing answers closed_ids coverage crossing destination_machine destination_state faults geometry "

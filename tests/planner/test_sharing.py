@@ -7,17 +7,20 @@ from collections.abc import Iterator
 
 import pytest
 from diptych.cluster.load.workload import Arrival
+from diptych.cluster.planner.agenda import Agenda
 from diptych.cluster.planner.latency import StepTimes, Work, step_seconds
 from diptych.cluster.planner.life import Life
 from diptych.cluster.planner.policies import Policies, workers_of
 from diptych.cluster.planner.profile import Cores, Hardware, Link, Overheads, Parallelism, Profile, parse_profile
-from diptych.cluster.planner.sharing import scaled
+from diptych.cluster.planner.sharing import Host, scaled
 from diptych.cluster.planner.world import World
 from diptych.core.config import load_config
 from diptych.core.fleet import Phase
 from diptych.decode_worker.scheduler import DecodeScheduler
+from diptych.worker.patience import LATE_NS, MANY_ROWS, SOON_NS
 from worlds import APART, TIMES, profile
 
+SOON, LATE = SOON_NS[Phase.DECODE] / 1e9, LATE_NS / 1e9
 BOTH = scaled(TIMES, 0.5)
 SHARED = profile(
     parallelisms=(Parallelism(tp=1, times=TIMES, by_cores={1: TIMES, 2: BOTH}, kv_tokens={1: 16000}),),
@@ -57,14 +60,41 @@ def test_each_worker_has_the_cores_that_up_would_give_it() -> None:
     assert [each.cores for each in shared({**APART_HERE, **elsewhere})] == [None, None]
 
 
-def test_a_prompt_has_the_idle_core_too_and_an_answer_when_it_has_been_idle_for_a_second() -> None:
+def test_a_prompt_has_the_idle_core_too_and_an_answer_soon_after() -> None:
     (life,) = served(iter([Arrival(0, 0.0, 100, 101)]))
     assert life.first is not None
     assert life.first == pytest.approx(prompt(100, BOTH))
-    now, alone = life.first, life.first + 1.0
+    now, alone = life.first, life.first + SOON
     for step in range(100):
         now += step_seconds(BOTH if now >= alone else TIMES, Work(rows=1, context=101 + step))
     assert life.last == pytest.approx(now, abs=1e-4)
+
+
+def test_an_answer_between_whose_tokens_a_prompt_came_has_the_idle_core_after_a_second() -> None:
+    life, between = served(iter([Arrival(0, 0.0, 100, 501), Arrival(1, 0.5, 100, 1)]))
+    assert life.first is not None
+    assert between.first is not None
+    assert between.first == pytest.approx(0.5 + prompt(100, scaled(TIMES, 1.5)))
+    now = life.first
+    for step in range(500):
+        alone = life.first + SOON <= now < 0.5 or now >= between.first + LATE
+        beside = 0.5 <= now < between.first
+        now += step_seconds(scaled(TIMES, 1.25) if beside else BOTH if alone else TIMES, Work(rows=1, context=101 + step))
+    assert life.last == pytest.approx(now, abs=1e-4)
+
+
+def test_many_answers_have_it_soon_all_the_same_and_what_they_have_they_keep() -> None:
+    agenda = Agenda()
+    host = Host(agenda, SHARED)
+    prefill, decode = (host.place(each, lambda: None) for each in shared(APART_HERE))
+    decode.begin()
+    prefill.begin()
+    prefill.end()
+    agenda.run(lambda: agenda.now >= SOON)
+    assert [decode.times(rows) for rows in (1, MANY_ROWS, 1)] == [TIMES, BOTH, BOTH]
+    decode.end()
+    decode.begin()
+    assert decode.times(1) == TIMES
 
 
 def test_each_phase_slows_the_other_from_when_it_begins() -> None:
@@ -74,7 +104,8 @@ def test_each_phase_slows_the_other_from_when_it_begins() -> None:
     assert second.first is not None
     now = first.first
     for step in range(5):
-        now += step_seconds(scaled(TIMES, 1.25) if now >= 0.05 else TIMES, Work(rows=1, context=101 + step))
+        alone = BOTH if now >= first.first + SOON else TIMES
+        now += step_seconds(scaled(TIMES, 1.25) if now >= 0.05 else alone, Work(rows=1, context=101 + step))
     assert first.last == pytest.approx(now, abs=1e-4)
     beside, alone = prompt(1000, scaled(TIMES, 1.5)), prompt(1000, BOTH)
     done = (now - 0.05) / beside

@@ -1,19 +1,22 @@
-"""Cores lent between the ranks of a host: an owner never waits, and a core has at most one borrower."""
+"""Cores lent between the ranks of a host: an owner waits for a product at most, and a core has at most one borrower."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import ClassVar
 
 import pytest
-from diptych.worker.lending import GONE_NS, CoreTable, Lending
+from diptych.core.fleet import Phase
+from diptych.worker.lending import GONE_NS, WAIT_NS, CoreTable, Lending
+from diptych.worker.patience import LATE_NS, MANY_ROWS, SOON_NS, Patience
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-REST = 10
+REST = SOON_NS[Phase.DECODE]
+PAUSE = 50_000
 
 
 class Clock:
@@ -25,20 +28,32 @@ class Clock:
 
 
 class Rank:
-    """`used`: the cores it computes on, the first its own."""
+    """`used`: the cores it computes on, the first its own. `meanwhile` is what others do while it waits."""
 
     killed: ClassVar[set[int]] = set()
     pids: ClassVar[Iterator[int]] = count(1000)
 
     def __init__(self, table: CoreTable, own: Sequence[int], clock: Clock) -> None:
         self.own, self.used, self.computing, self.pid = tuple(own), tuple(own), False, next(self.pids)
-        self.lending = Lending(table, own, self.pid, rest_ns=REST, use=self._use, now=clock, lives=lambda pid: pid not in self.killed)
+        self.clock, self.pauses = clock, 0
+        self.meanwhile: Callable[[], object] = lambda: None
+        self.lending = Lending(
+            table, own, self.pid, patience=Patience(Phase.DECODE), use=self._use, now=clock, pause=self._pause, lives=self._lives
+        )
 
     def _use(self, cores: Sequence[int]) -> None:
         self.used = tuple(cores)
 
-    def begin(self) -> None:
-        self.lending.busy()
+    def _pause(self) -> None:
+        self.clock.now += PAUSE
+        self.pauses += 1
+        self.meanwhile()
+
+    def _lives(self, pid: int) -> bool:
+        return pid not in self.killed
+
+    def begin(self, rows: int = 1) -> None:
+        self.lending.busy(rows)
         self.computing = True
 
     def end(self) -> None:
@@ -72,6 +87,16 @@ def two_beside_one_idle(table: CoreTable, clock: Clock) -> tuple[Rank, Rank]:
     return first, second
 
 
+def lent(table: CoreTable, clock: Clock) -> tuple[Rank, Rank]:
+    """The core of the first is borrowed by the second, which computes."""
+    prefill, decode = Rank(table, (0,), clock), Rank(table, (1,), clock)
+    prefill.end()
+    clock.now += REST
+    decode.begin()
+    assert [decode.lending.look(), decode.lending.look()] == [1, 2]
+    return prefill, decode
+
+
 def test_the_core_of_an_idle_rank_is_borrowed_after_its_rest_and_given_back_when_it_computes() -> None:
     clock = Clock()
     with table_of(2) as table:
@@ -87,6 +112,64 @@ def test_the_core_of_an_idle_rank_is_borrowed_after_its_rest_and_given_back_when
         prefill.begin()
         assert decode.lending.look() == 1
         assert decode.used == (1,)
+
+
+def test_an_owner_waits_until_what_its_borrower_computes_there_has_ended() -> None:
+    clock = Clock()
+    with table_of(2) as table:
+        prefill, decode = lent(table, clock)
+        prefill.meanwhile = lambda: prefill.pauses == 3 and decode.lending.look()
+        prefill.begin()
+        assert (prefill.pauses, decode.used) == (3, (1,))
+        prefill.begin()
+        assert prefill.pauses == 3, "it has had its core since the step before"
+
+
+def test_an_owner_waits_no_longer_than_a_product_and_not_for_one_that_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    with table_of(2) as table:
+        prefill, decode = lent(table, clock)
+        prefill.begin()
+        assert prefill.pauses == WAIT_NS // PAUSE, "the borrower looks at nothing"
+        prefill.end()
+        monkeypatch.setattr(Rank, "killed", {decode.pid})
+        prefill.begin()
+        assert prefill.pauses == WAIT_NS // PAUSE
+
+
+def test_who_was_disturbed_borrows_a_core_late_unless_it_has_many_rows() -> None:
+    clock = Clock()
+    with table_of(2) as table:
+        prefill, decode = lent(table, clock)
+        prefill.begin()
+        decode.lending.look()
+        prefill.end()
+        clock.now += REST
+        assert [decode.lending.look(), decode.lending.look()] == [1, 1]
+        decode.begin(MANY_ROWS)
+        assert [decode.lending.look(), decode.lending.look()] == [1, 2], "though nobody has written anything"
+        decode.begin()
+        assert decode.lending.look() == 2, "what it has it keeps"
+        decode.end()
+        decode.begin()
+        assert [decode.lending.look(), decode.lending.look()] == [1, 1]
+        clock.now += LATE_NS
+        assert [decode.lending.look(), decode.lending.look()] == [1, 2]
+
+
+def test_an_owner_that_computes_between_answers_disturbs_nobody() -> None:
+    clock = Clock()
+    with table_of(2) as table:
+        prefill, decode = lent(table, clock)
+        for _ in range(3):
+            decode.end()
+            prefill.begin()
+            decode.begin()
+            assert decode.lending.look() == 1, "the prompt before the answer has not ended"
+            prefill.end()
+            assert decode.lending.look() == 1
+            clock.now += REST
+            assert [decode.lending.look(), decode.lending.look()] == [1, 2]
 
 
 def test_who_ends_gives_back_what_it_has_borrowed() -> None:
@@ -126,7 +209,7 @@ def test_cores_of_one_that_was_killed_while_it_computed_are_to_be_had_until_anot
         again = Rank(table, (0,), clock)
         assert decode.lending.look() == 1, "it starts, which is work too"
         again.end()
-        clock.now += REST
+        clock.now += LATE_NS
         assert [decode.lending.look(), decode.lending.look()] == [1, 2]
 
 
@@ -148,7 +231,7 @@ def test_no_core_has_two_borrowers_and_none_is_kept_from_an_owner_that_computes(
         ranks = [Rank(table, range(start, start + count), clock) for start, count in zip(starts, shape, strict=True)]
         for number, what in events:
             rank = ranks[number % len(ranks)]
-            clock.now += what
+            clock.now += what * REST // 2
             match what:
                 case 0:
                     rank.begin()
