@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -20,6 +21,7 @@ SHARE_OF_MEMORY = 0.9
 """Of a device's memory, for weights and KV, where a profile does not say how many tokens fit."""
 
 
+Slower = Annotated[float, Field(ge=1)]
 _PRECISIONS = {precision(dtype, each): (dtype, each) for dtype in ("bfloat16", "float16", "float32") for each in Quantization}
 
 
@@ -110,11 +112,23 @@ class Overheads(_Part):
 
 class Cores(_Part):
     """A host without GPUs, whose ranks have cores of their own and lend them while idle. What both phases want of it at once (its memory,
-    and a core for each message) makes a step longer: by these factors, while a worker of the other phase computes."""
+    and a core for each message) makes a step longer: by these factors, while a worker of the other phase computes. By the sequences that
+    decode: few of them read weights as fast as memory gives them, many compute."""
 
     count: int = Field(ge=1, description="Of the host.")
-    prefill_beside: float = Field(1.0, ge=1, description="How many times as long a prefill step takes beside decode steps.")
-    decode_beside: float = Field(1.0, ge=1, description="And a decode step beside prefill steps.")
+    prefill_beside: dict[int, Slower] = Field({}, description="How many times as long a prefill step takes beside so many sequences.")
+    decode_beside: dict[int, Slower] = Field({}, description="And a decode step of so many sequences beside prefill steps.")
+
+
+def slower(beside: Mapping[int, float], rows: float) -> float:
+    """The factor for so many sequences: on the line between the two measured around it; of fewer or more than any those of the nearest."""
+    known = sorted(beside)
+    if not known:
+        return 1.0
+    rows = min(max(rows, known[0]), known[-1])
+    low = max(each for each in known if each <= rows)
+    high = min(each for each in known if each >= rows)
+    return beside[low] + (beside[high] - beside[low]) * (rows - low) / max(1, high - low)
 
 
 class Basis(StrEnum):

@@ -7,6 +7,7 @@ which there are too few cores roam: those that compute share all cores evenly, e
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from ...core.fleet import Phase
 from ...worker.patience import LATE_NS, SOON_NS, Patience
 from .agenda import Agenda, on_grid
 from .latency import DecodeTimes, PrefillTimes, StepTimes, Work, step_seconds
-from .profile import Hardware, Profile
+from .profile import Hardware, Profile, slower
 
 RESTS_S = sorted(rest_ns / 1e9 for rest_ns in {*SOON_NS.values(), LATE_NS})
 
@@ -26,7 +27,7 @@ class Host:
         self.agenda = agenda
         self.places: list[Place] = []
         self._profile = profile
-        self._known: dict[tuple[Phase, int, int, bool, float], StepTimes] = {}
+        self._known: dict[tuple[Phase, int, int, float], StepTimes] = {}
 
     def place(self, hardware: Hardware, changed: Callable[[], None]) -> Place:
         """For one more worker; `changed` is called when its steps may take longer, or less long, than before."""
@@ -34,17 +35,20 @@ class Host:
         self.places.append(place)
         return place
 
-    def times(self, hardware: Hardware, cores: int, beside: bool, wanted: int = 0) -> StepTimes:
-        """`wanted`: by all who roam; what there is of it is shared."""
+    def times(self, hardware: Hardware, cores: int, beside: float, wanted: int = 0) -> StepTimes:
+        """`beside`: how many sequences decode where others compute meanwhile; 0: nobody does. `wanted`: by all who roam; what there is of
+        it is shared."""
         assert self._profile.cores is not None, "a worker on the cores of a host without"
-        crowd = max(1.0, wanted / self._profile.cores.count)
-        key = hardware.phase, hardware.tp, cores, beside, crowd
+        host = self._profile.cores
+        factor = max(1.0, wanted / host.count)
+        if beside:
+            factor *= slower(host.prefill_beside if hardware.phase is Phase.PREFILL else host.decode_beside, beside)
+        key = hardware.phase, hardware.tp, cores, factor
         if key not in self._known:
-            known, host = self._profile.parallelism(hardware.tp), self._profile.cores
+            known = self._profile.parallelism(hardware.tp)
             assert known is not None, f"no times for tp {hardware.tp}"
-            factor = host.prefill_beside if hardware.phase is Phase.PREFILL else host.decode_beside
-            times, slower = known.on_cores(cores, hardware.phase), crowd * (factor if beside else 1.0)
-            self._known[key] = times if slower == 1.0 else scaled(times, slower)
+            times = known.on_cores(cores, hardware.phase)
+            self._known[key] = times if factor == 1.0 else scaled(times, factor)
         return self._known[key]
 
 
@@ -56,6 +60,8 @@ class Place:
         self._host, self._hardware, self._changed = host, hardware, changed
         self._cores, self._roaming, self._patience = hardware.cores or 0, hardware.roaming, Patience(hardware.phase)
         self._busy = False
+        self._rows = math.inf
+        """Sequences that decode in its step; a prompt is like many."""
         self._since = -RESTS_S[-1]  # idle for as long as anybody waits
         self._has: dict[Place, float] = {}
         """Whose cores it has borrowed, and since when they had been idle."""
@@ -63,12 +69,16 @@ class Place:
     def times(self, rows: int) -> StepTimes:
         """Of its steps of so many rows as it is now. What is idle for long enough is shared evenly by those who compute."""
         others = [each for each in self._host.places if each is not self]
+        computing = [each for each in others if each._busy]
+        beside = float(sum(each._rows for each in computing))
+        if self._hardware.phase is Phase.DECODE:
+            self._rows = rows
+            beside = rows if computing else 0.0
         if self._roaming:
-            theirs = sum(each._roaming for each in others if each._busy)
-            return self._host.times(self._hardware, self._roaming, theirs > 0, self._roaming + theirs)
+            theirs = sum(each._roaming for each in computing)
+            return self._host.times(self._hardware, self._roaming, beside, self._roaming + theirs)
         lent = sum(each._cores for each in others if self._borrows(each, rows))
-        computing = sum(each._busy for each in others)
-        return self._host.times(self._hardware, self._cores + lent // (1 + computing), computing > 0)
+        return self._host.times(self._hardware, self._cores + lent // (1 + len(computing)), beside)
 
     def _borrows(self, other: Place, rows: int) -> bool:
         """What it has borrowed it keeps until its owner computes, or itself does not."""

@@ -129,9 +129,9 @@ def profile_of(
     if seen is not None:
         served = Basis.MEASURED
         reading = reading | {cores: with_prompts(reading[cores], seen.prompts, None)}
-        writing = {
-            count: with_serving(times, seen.answers_together if count == cores else seen.answers) for count, times in writing.items()
-        }
+        lent = with_serving(writing[max(count for count in writing if count <= sum(shares))], seen.answers)
+        writing = {count: times.model_copy(update={"step": lent.step, "step_row": lent.step_row}) for count, times in writing.items()}
+        writing[cores] = with_serving(writing[cores], seen.answers_together)
         writing[cores] = with_both(with_prompts(writing[cores], seen.prompts_together, seen.chunk), seen.both_together)
         slower = beside(reading[shares[0]], writing[shares[1]], seen)
         overheads = Overheads(request=request_seconds((*seen.prompts, *seen.prompts_together)), message=message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from ..planner.latency import StepTimes, Work, step_seconds
 
@@ -45,6 +46,11 @@ class Read:
     def work(self) -> Work:
         return Work(self.tokens, round(self.tokens * (2 * self.start + self.tokens)), self.rows, self.context)
 
+    @property
+    def alone(self) -> Work:
+        """Where another worker writes the answers."""
+        return Work(self.tokens, round(self.tokens * (2 * self.start + self.tokens)))
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -53,8 +59,8 @@ class Seen:
 
     prompts: tuple[Prompt, ...]
     answers: tuple[Answers, ...]
-    prompts_beside: Read
-    answers_beside: Answers
+    prompts_beside: tuple[Read, ...]
+    answers_beside: tuple[Answers, ...]
     prompts_together: tuple[Prompt, ...]
     answers_together: tuple[Answers, ...]
     both_together: Read
@@ -80,12 +86,21 @@ def request_seconds(prompts: Sequence[Prompt]) -> float:
 
 
 def with_prompts(times: StepTimes, seen: Sequence[Prompt], chunk: int | None) -> StepTimes:
-    """The times with what each step of a prompt takes more, or less, than alone, by the median over the prompts (by the mean, a profile
-    whose longest prompts were disturbed took 110 ms too much for each). `chunk`: tokens of a step; None: a prompt is read in one."""
+    """The times with what each step of a prompt takes more, or less, than alone. `chunk`: tokens of a step; None: a prompt is read in one,
+    and what it takes more may grow with its tokens: its KV is handed over meanwhile, and what is borrowed is not there all the time. In
+    chunks that is the same as so much a step.
+
+    By the line of Theil and Sen through the prompts, which those that were disturbed do not bend.
+    """
+    more = [each.computed - prompt_seconds(times, each.tokens, chunk) for each in seen]
     steps = [1 if chunk is None else -(-each.tokens // chunk) for each in seen]
-    more = [(each.computed - prompt_seconds(times, each.tokens, chunk)) / count for each, count in zip(seen, steps, strict=True)]
-    constant = max(0.0, times.prefill.constant + statistics.median(more))
-    return times.model_copy(update={"prefill": times.prefill.model_copy(update={"constant": constant})})
+    pairs = combinations(range(len(seen)), 2) if chunk is None else ()
+    slopes = [(more[b] - more[a]) / (seen[b].tokens - seen[a].tokens) for a, b in pairs]
+    token = max(-times.prefill.token, statistics.median(slopes)) if slopes else 0.0
+    constant = statistics.median((each - token * prompt.tokens) / count for each, prompt, count in zip(more, seen, steps, strict=True))
+    prefill = times.prefill
+    found = {"constant": max(0.0, prefill.constant + constant), "token": prefill.token + token}
+    return times.model_copy(update={"prefill": prefill.model_copy(update=found)})
 
 
 def with_both(times: StepTimes, seen: Read) -> StepTimes:
@@ -103,10 +118,9 @@ def prompt_seconds(times: StepTimes, tokens: int, chunk: int | None = None) -> f
     )
 
 
-def beside(times_prefill: StepTimes, times_decode: StepTimes, seen: Seen) -> tuple[float, float]:
-    """How many times as long a step of each phase takes while the other computes, none below 1. `times`: of their own cores."""
-    prompt, answers = seen.prompts_beside, seen.answers_beside
-    return (
-        max(1.0, prompt.seconds / step_seconds(times_prefill, prompt.work)),
-        max(1.0, answers.gap / step_seconds(times_decode, answers.work)),
-    )
+def beside(times_prefill: StepTimes, times_decode: StepTimes, seen: Seen) -> tuple[dict[int, float], dict[int, float]]:
+    """How many times as long a step of each phase takes while the other computes, none below 1; by the sequences that decode. `times`: of
+    their own cores."""
+    prompts = {each.rows: max(1.0, each.seconds / step_seconds(times_prefill, each.alone)) for each in seen.prompts_beside}
+    answers = {each.work.rows: max(1.0, each.gap / step_seconds(times_decode, each.work)) for each in seen.answers_beside}
+    return prompts, answers

@@ -26,7 +26,7 @@ from ..planner.policies import Policies
 from .reckoning import Answers, Prompt, Read, Seen
 from .recorded import Ran, with_steps
 
-ALONE = (64, 256, 448)
+ALONE = (64, 160, 256, 352, 448)
 """Lengths of prompts that are asked one after another."""
 TURNS = 2
 """Times as often as anything else: one of each length takes half a second."""
@@ -34,9 +34,7 @@ SHORT = 32
 """Of the prompts of answers that are timed: long enough that a prefill worker reads them."""
 ROWS = (1, 8)
 TOKENS = 48
-LENT_AFTER_S = 0.9
-"""A decode worker borrows cores when their owner has been idle for a second."""
-BESIDE_ROWS, BESIDE_TOKENS, BESIDE_PROMPT = 6, 128, 256
+BESIDE_ROWS, BESIDE_TOKENS, BESIDE_PROMPT = (2, 6), 128, 256
 HANDED_OVER = 2
 """Tokens of an answer that is not written where its prompt is read."""
 READERS = 2
@@ -96,15 +94,16 @@ def _watch(tell: Callable[[str], None], model_dir: Path, dtype: str, threads: in
         tell("apart: prompts")
         seen["prompts"] = await client.prompts(repeats, Phase.PREFILL)
         tell("apart: answers")
-        seen["answers"] = tuple([await client.answers(rows, repeats, LENT_AFTER_S) for rows in ROWS])
+        seen["answers"] = tuple([await client.answers(rows, repeats) for rows in ROWS])
         tell("apart: both")
-        seen["prompts_beside"], seen["answers_beside"] = await client.both(repeats)
+        both = [await client.both(rows, repeats) for rows in BESIDE_ROWS]
+        seen["prompts_beside"], seen["answers_beside"] = zip(*both, strict=True)
 
     async def together(client: _Client) -> None:
         tell("together: prompts")
         seen["prompts_together"] = await client.prompts(repeats, Phase.DECODE)
         tell("together: answers")
-        seen["answers_together"] = tuple([await client.answers(rows, repeats, float("inf")) for rows in ROWS])
+        seen["answers_together"] = tuple([await client.answers(rows, repeats) for rows in ROWS])
         tell("together: both")
         seen["both_together"] = await client.both_in_one(repeats, seen["chunk"])
 
@@ -157,44 +156,44 @@ class _Client:
     async def _by_turns(self, count: int) -> list[Answer]:
         return [await self._ask(tokens, HANDED_OVER) for _ in range(count) for tokens in ALONE]
 
-    async def answers(self, rows: int, repeats: int, at_most_s: float) -> Answers:
-        """So many at once, timed from when all have begun until one ends, but no longer than for `at_most_s` after the last prompt."""
+    async def answers(self, rows: int, repeats: int) -> Answers:
+        """So many at once, timed from when all have begun until one ends. Nobody reads prompts then, so the cores of whoever does are
+        lent."""
         found = []
         for _ in range(repeats):
             answers = await asyncio.gather(*(self._ask(SHORT, TOKENS) for _ in range(rows)))
-            begin, end = _all_answer(answers)
-            end = min(end, max(answer.sent + answer.token_times[0] for answer in answers) + at_most_s)
-            found.append(_answers(answers, begin, end))
+            found.append(_answers(answers, *_all_answer(answers)))
         return _median(found)
 
-    async def both(self, repeats: int) -> tuple[Read, Answers]:
-        """Answers, and prompts that another worker reads and hands over: its steps of one whole prompt, and what all answers do."""
-        answers, ran = await self._both(repeats, HANDED_OVER)
+    async def both(self, rows: int, repeats: int) -> tuple[Read, Answers]:
+        """So many answers, and prompts that another worker reads and hands over: its steps of one whole prompt, and what all answers do."""
+        answers, ran = await self._both(rows, repeats, HANDED_OVER)
         read = [step.seconds for step in ran[Phase.PREFILL] if step.attempts == 1]
-        rows = statistics.fmean(step.attempts for step in ran[Phase.DECODE])
-        context = answers.context + round((rows - BESIDE_ROWS) * BESIDE_PROMPT)
-        return Read(BESIDE_PROMPT, 0, 0, 0, _mean(read)), Answers(rows, context, _mean([step.seconds for step in ran[Phase.DECODE]]))
+        mean = statistics.fmean(step.attempts for step in ran[Phase.DECODE])
+        written = Answers(mean, answers.context + round((mean - rows) * BESIDE_PROMPT), _mean([step.seconds for step in ran[Phase.DECODE]]))
+        return Read(BESIDE_PROMPT, 0, rows, written.context, _mean(read)), written
 
     async def both_in_one(self, repeats: int, chunk: int) -> Read:
         """The same of a worker for both: its steps with a chunk of a prompt beside all answers."""
-        answers, ran = await self._both(repeats, 1)
-        read = [step.seconds for step in ran[Phase.DECODE] if step.attempts == BESIDE_ROWS + 1]
-        return Read(chunk, (BESIDE_PROMPT - chunk) / 2, BESIDE_ROWS, answers.context, _mean(read))
+        rows = max(BESIDE_ROWS)
+        answers, ran = await self._both(rows, repeats, 1)
+        read = [step.seconds for step in ran[Phase.DECODE] if step.attempts == rows + 1]
+        return Read(chunk, (BESIDE_PROMPT - chunk) / 2, rows, answers.context, _mean(read))
 
-    async def _both(self, repeats: int, tokens: int) -> tuple[Answers, dict[Phase, list[Ran]]]:
-        """What the answers did, and the steps that ran while there were prompts and answers; prompts are answered with so many tokens."""
+    async def _both(self, rows: int, repeats: int, tokens: int) -> tuple[Answers, dict[Phase, list[Ran]]]:
+        """What `rows` answers did, and the steps that ran while there were prompts too; these are answered with so many tokens."""
         ran: dict[Phase, list[Ran]] = {phase: [] for phase in Phase}
         found = []
         for _ in range((repeats + 1) // 2):
-            answers, steps = await with_steps(self._cluster, self._beside(tokens))
+            answers, steps = await with_steps(self._cluster, self._beside(rows, tokens))
             begin, end = _all_answer(answers)
             found.append(_answers(answers, begin, end))
             for phase in Phase:
                 ran[phase] += [step for step in steps.get(phase.value, ()) if begin <= step.began and step.ended <= end]
         return _median(found), ran
 
-    async def _beside(self, tokens: int) -> Sequence[Answer]:
-        writing = asyncio.gather(*(self._ask(SHORT, BESIDE_TOKENS) for _ in range(BESIDE_ROWS)))
+    async def _beside(self, rows: int, tokens: int) -> Sequence[Answer]:
+        writing = asyncio.gather(*(self._ask(SHORT, BESIDE_TOKENS) for _ in range(rows)))
 
         async def read() -> None:
             while not writing.done():

@@ -71,8 +71,8 @@ def _show_rest(made: Profile, crossings: Mapping[str, Crossing]) -> None:
         row(f"a step with a prompt's chunk on {_cores(cores)}", f"{1e3 * times.both:.2f} ms more", made.basis["step"])
         added = f"{1e3 * times.step:.2f} ms and {1e3 * times.step_row:.2f} ms for each sequence"
         row(f"serving adds to a step on {_cores(cores)}", added, made.basis["step"])
-    row("a prefill step beside decode steps", f"{host.prefill_beside:.2f} times as long", made.basis["cores.prefill_beside"])
-    row("a decode step beside prefill steps", f"{host.decode_beside:.2f} times as long", made.basis["cores.decode_beside"])
+    row("a prefill step beside decode steps", _slower(host.prefill_beside), made.basis["cores.prefill_beside"])
+    row("a decode step beside prefill steps", _slower(host.decode_beside), made.basis["cores.decode_beside"])
     row("a request outside of steps", f"{1e3 * made.overheads.request:.2f} ms", made.basis["overheads.request"])
     row("a message between two workers", f"{1e3 * made.overheads.message:.3f} ms", made.basis["overheads.message"])
     for name, link in made.links.items():
@@ -103,6 +103,11 @@ def _table(*columns: str) -> Table:
 
 def _decode(times: DecodeTimes) -> tuple[str, str, str]:
     return f"{1e3 * times.constant:.2f} ms", f"{1e6 * times.context:.3f} µs", f"{1e6 * times.row:.1f} µs"
+
+
+def _slower(beside: Mapping[int, float]) -> str:
+    factors, rows = (" and ".join(each) for each in zip(*((f"{beside[rows]:.2f}", str(rows)) for rows in sorted(beside)), strict=True))
+    return f"{factors} times as long with {rows} answers"
 
 
 def _cores(count: int) -> str:

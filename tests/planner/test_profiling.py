@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from diptych.cluster.load.slo import parse_slo
 from diptych.cluster.load.workload import Arrival
 from diptych.cluster.planner.latency import step_seconds
 from diptych.cluster.planner.plan_file import config_of, policies_for
-from diptych.cluster.planner.profile import Link, Parallelism, Residuals, read_profile
+from diptych.cluster.planner.profile import Link, Parallelism, Residuals, read_profile, slower
 from diptych.cluster.planner.shapes import Plan, Sample, Shape
 from diptych.cluster.planner.sharing import scaled
 from diptych.cluster.profiling import measuring
@@ -54,8 +55,8 @@ def answers(rows: int, factor: float = 1.0) -> Answers:
 
 def prompts(chunk: int | None = None) -> tuple[Prompt, ...]:
     """Of a cluster whose steps have a longer constant than the engine alone."""
-    slower = SERVED.model_copy(update={"prefill": SERVED.prefill.model_copy(update={"constant": 0.014})})
-    computed = ((tokens, prompt_seconds(slower, tokens, chunk)) for tokens in (64, 256, 448))
+    longer = SERVED.model_copy(update={"prefill": SERVED.prefill.model_copy(update={"constant": 0.014})})
+    computed = ((tokens, prompt_seconds(longer, tokens, chunk)) for tokens in (64, 160, 256, 352, 448))
     return tuple(Prompt(tokens, 0.007 + seconds, seconds) for tokens, seconds in computed)
 
 
@@ -90,6 +91,14 @@ def test_what_each_step_of_a_prompt_takes_more_is_found_again(chunk: int | None)
     assert shorter.prefill.constant == 0.0
 
 
+def test_what_each_token_of_a_prompt_takes_more_is_found_again() -> None:
+    *most, last = (replace(each, computed=each.computed + 2e-5 * each.tokens) for each in prompts())
+    for served in ([*most, last], [*most, replace(last, computed=last.computed + 0.3)]):
+        found = with_prompts(SERVED, served, None)
+        assert found.prefill.constant == pytest.approx(0.014)
+        assert found.prefill.token == pytest.approx(SERVED.prefill.token + 2e-5)
+
+
 def test_what_a_chunk_beside_answers_takes_more_is_found_again() -> None:
     more = SERVED.model_copy(update={"both": 0.003})
     seen = read(4, 1.0)
@@ -97,12 +106,22 @@ def test_what_a_chunk_beside_answers_takes_more_is_found_again() -> None:
 
 
 def test_how_each_phase_slows_the_other_is_found_again() -> None:
-    assert beside(SERVED, SERVED, seen_beside(1.4, 1.2)) == pytest.approx((1.4, 1.2))
-    assert beside(SERVED, SERVED, seen_beside(0.9, 0.9)) == (1.0, 1.0)
+    prefill, decode = beside(SERVED, SERVED, seen_beside(1.4, 1.2))
+    assert (prefill, decode) == ({2: pytest.approx(1.5), 6: pytest.approx(1.4)}, {2: pytest.approx(1.3), 6: pytest.approx(1.2)})
+    assert beside(SERVED, SERVED, seen_beside(0.8, 0.8)) == ({2: 1.0, 6: 1.0}, {2: 1.0, 6: 1.0})
 
 
 def seen_beside(prefill: float, decode: float) -> Seen:
-    return Seen((), (), read(0, prefill), answers(4, decode), (), (), read(4, 1.0), 64)
+    """A tenth more beside few answers."""
+    factors = (0.1, 2), (0.0, 6)
+    prompts = tuple(replace(read(0, prefill + more), rows=rows) for more, rows in factors)
+    return Seen((), (), prompts, tuple(answers(rows, decode + more) for more, rows in factors), (), (), read(4, 1.0), 64)
+
+
+def test_beside_more_or_fewer_answers_than_were_measured_the_nearest_counts() -> None:
+    known = {2: 1.5, 6: 1.1}
+    assert [slower(known, rows) for rows in (1, 2, 4, 6, 100, math.inf)] == pytest.approx([1.5, 1.5, 1.3, 1.1, 1.1, 1.1])
+    assert slower({}, 3) == 1.0
 
 
 def test_a_prompt_in_chunks_takes_a_step_for_each() -> None:

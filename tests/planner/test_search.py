@@ -183,7 +183,7 @@ def on_cores(beside: float) -> Profile:
     """A host of three cores, all of which compute twice as fast as one."""
     by_cores = {1: TIMES, 2: TIMES, 3: scaled(TIMES, 0.5)}
     one = Parallelism(tp=1, times=TIMES, by_cores=by_cores, kv_tokens={1: 16000})
-    return profile(parallelisms=(one,), cores=Cores(count=3, prefill_beside=beside, decode_beside=beside))
+    return profile(parallelisms=(one,), cores=Cores(count=3, prefill_beside={1: beside}, decode_beside={1: beside}))
 
 
 def test_on_one_host_each_number_of_workers_has_the_cores_that_up_would_give_it() -> None:

@@ -24,7 +24,7 @@ SOON, LATE = SOON_NS[Phase.DECODE] / 1e9, LATE_NS / 1e9
 BOTH = scaled(TIMES, 0.5)
 SHARED = profile(
     parallelisms=(Parallelism(tp=1, times=TIMES, by_cores={1: TIMES, 2: BOTH}, kv_tokens={1: 16000}),),
-    cores=Cores(count=2, prefill_beside=1.5, decode_beside=1.25),
+    cores=Cores(count=2, prefill_beside={1: 1.5}, decode_beside={1: 1.25}),
     links={"shm": Link(bytes_per_s=1e13)},
     overheads=Overheads(request=0.0, message=0.0),
 )
