@@ -71,6 +71,9 @@ class Measure:
     label: str = ""
 
 
+GRANTS_WAITING = "diptych_worker_grants_waiting"
+
+
 @value
 class WorkerReport:
     """One message of a worker's Watch stream, sent on change and at least once a second.
@@ -92,3 +95,8 @@ class WorkerReport:
     leases: int
     counters: tuple[tuple[str, float], ...] = ()
     measures: tuple[Measure, ...] = ()
+
+    @property
+    def grants_wait(self) -> bool:
+        """Whether Offers wait here for memory, or at a prefill worker for a grant."""
+        return any(each.name == GRANTS_WAITING and each.value for each in self.measures)

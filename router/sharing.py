@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from .placement import Candidate, Snapshot
 
-OFFERS = "diptych_worker_grants_waiting"
-
 
 def elsewhere(snapshot: Snapshot, prefill: str, decode: str) -> frozenset[str] | None:
     """For an attempt that waits for memory of `decode`: whom it should avoid, so that another decode worker takes it from the same prefill
@@ -14,15 +12,11 @@ def elsewhere(snapshot: Snapshot, prefill: str, decode: str) -> frozenset[str] |
     Of two decode workers one has too much if Offers wait there and the other would still write less with one more.
     """
     full = next((each for each in snapshot.decodes if each.member.worker_id == decode), None)
-    if full is None or full.member.partner is not None or not _offers_wait(full):
+    if full is None or full.member.partner is not None or full.report is None or not full.report.grants_wait:
         return None
     if not any(each.usable and _writes(each) + 2 <= full.choices for each in snapshot.decodes if each is not full):
         return None
     return frozenset({decode, *(each.member.worker_id for each in snapshot.prefills if each.member.worker_id != prefill)})
-
-
-def _offers_wait(candidate: Candidate) -> bool:
-    return candidate.report is not None and any(each.name == OFFERS and each.value for each in candidate.report.measures)
 
 
 def _writes(candidate: Candidate) -> int:

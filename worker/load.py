@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core.fleet import Measure
+from ..core.fleet import GRANTS_WAITING, Measure
 from ..core.value import value
 from ..engine.block_pool import BlockPool
 
@@ -22,4 +22,4 @@ class Load:
 def measures(pool: BlockPool, grants_waiting: int) -> tuple[Measure, ...]:
     """What both phases' schedulers measure; asked for a report alone, as it costs more than the rest of it."""
     blocks = (Measure("diptych_worker_blocks", count, state) for state, count in pool.by_state().items())
-    return (Measure("diptych_worker_grants_waiting", grants_waiting), *blocks)
+    return (Measure(GRANTS_WAITING, grants_waiting), *blocks)

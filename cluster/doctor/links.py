@@ -27,7 +27,6 @@ SOON_S = 2.0
 TRY_S = 18.0
 """For one that is not, from then on; the first hand-over of a pair opens its lane (gloo: half a second a rank)."""
 REPORT_S = 5.0
-OFFERS = "diptych_worker_grants_waiting"
 MAX_PAIRS = 64
 """At most so many pairs are tried, so that each worker is in as many as any other."""
 
@@ -119,7 +118,7 @@ async def _busy(giver: WorkerClient, taker: WorkerClient) -> bool:
     read, write = await _report(giver), await _report(taker)
     if read is None or write is None:
         return False
-    return read.waiting + read.running > 1 or any(measure.name == OFFERS and measure.value for measure in write.measures)
+    return read.waiting + read.running > 1 or write.grants_wait
 
 
 async def _report(client: WorkerClient) -> WorkerReport | None:

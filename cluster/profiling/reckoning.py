@@ -44,7 +44,7 @@ class Read:
 
     @property
     def work(self) -> Work:
-        return Work(self.tokens, round(self.tokens * (2 * self.start + self.tokens)), self.rows, self.context)
+        return Work(self.alone.tokens, self.alone.pairs, self.rows, self.context)
 
     @property
     def alone(self) -> Work:

@@ -1,16 +1,16 @@
 """Which requests go to a decode worker that has come: those that wait for another's memory, until both have as much to do."""
 
-from diptych.core.fleet import Measure, Member, Phase, WorkerReport, WorkerState
+from diptych.core.fleet import GRANTS_WAITING, Measure, Member, Phase, WorkerReport, WorkerState
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.router.placement import Candidate, Snapshot
-from diptych.router.sharing import OFFERS, elsewhere
+from diptych.router.sharing import elsewhere
 
 LAYOUT = Layout("f", (CacheGroup(CacheKind.FULL, (0,), 1, 16, DType.FLOAT32),), 16, (64,))
 
 
 def candidate(name, choices=0, *, offers=0, reported=0, state=WorkerState.READY, partner=None):
     phase = Phase.PREFILL if name.startswith("p") else Phase.DECODE
-    report = WorkerReport(name, 1, state, 0, reported, 0, 64, 64, 0, (), (Measure(OFFERS, offers),))
+    report = WorkerReport(name, 1, state, 0, reported, 0, 64, 64, 0, (), (Measure(GRANTS_WAITING, offers),))
     return Candidate(Member(name, f"{name}:1", phase, 1, LAYOUT, 1024, partner), report, choices)
 
 
