@@ -40,6 +40,7 @@ def _derived(known: Sequence[Parallelism], tp: int) -> Parallelism:
             "prefill": PrefillTimes(**{name: term([getattr(each, name) for each in prefills]) for name in PrefillTimes.model_fields}),
             "decode": DecodeTimes(**{name: term([getattr(each, name) for each in decodes]) for name in DecodeTimes.model_fields}),
             "decode_large": DecodeTimes(**{name: term([getattr(each, name) for each in larges]) for name in DecodeTimes.model_fields}),
+            "both_row": None,
         }
     )
     error = {1: ONE, 2: TWO}.get(len(known), max(0.1, worst))

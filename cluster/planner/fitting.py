@@ -88,8 +88,18 @@ def fit_steps(
     prefill, prefill_residuals = fit_prefill(prefills)
     small, large, border, decode_residuals = fit_decodes(decodes)
     times = StepTimes(prefill=prefill, decode=small, decode_large=large, large_from=border)
-    more = [each.seconds - step_seconds(times, _work(each)) for each in both]
-    return times.model_copy(update={"both": max(0.0, median(more)) if more else 0.0}), prefill_residuals, decode_residuals
+    if both:
+        rest = times.model_copy(update={"both_row": 0.0})
+        row, more = line([(each.batch, each.seconds - step_seconds(rest, _work(each))) for each in both])
+        times = times.model_copy(update={"both": max(0.0, more), "both_row": max(0.0, row)})
+    return times, prefill_residuals, decode_residuals
+
+
+def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Slope and height at 0 of the line of Theil and Sen, which points that were disturbed do not bend; of one point it is level."""
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2)]
+    slope = median(slopes) if slopes else 0.0
+    return slope, median(y - slope * x for x, y in points)
 
 
 def _work(each: BothPoint) -> Work:

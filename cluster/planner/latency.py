@@ -46,6 +46,11 @@ class StepTimes(_Times):
     decode_large: DecodeTimes | None = None
     large_from: int = Field(96, ge=2)
     both: float = Field(0.0, ge=0, description="What a step takes more that computes prompts and decodes.")
+    both_row: float | None = Field(
+        None,
+        ge=0,
+        description="Per sequence that decodes in such a step, whose position is one more in the prompts' products. Default: as in others.",
+    )
     step: float = Field(0.0, ge=0, description="What every step costs besides, once: handing it out and bringing its tokens back.")
     step_context: float = Field(0.0, ge=0, description="And that per token attended to.")
     step_row: float = Field(0.0, ge=0, description="And that per sequence that decodes: its token's way out.")
@@ -67,11 +72,14 @@ class Work:
 
 def step_seconds(times: StepTimes, work: Work, stages: int = 1) -> float:
     """From the step's begin to its tokens, through all stages. Prompts computed beside decodes read the weights with them: the
-    larger constant counts, and every other term."""
+    larger constant counts, and every other term. (That of few sequences: of `decode_large` a part of the reading may be in `row`.)"""
     decode, prefill = times.of_rows(work.rows), times.prefill
+    both, row = bool(work.rows and work.tokens), decode.row
+    if both and times.both_row is not None:
+        decode, row = times.decode, times.both_row
     constant = max(decode.constant if work.rows else 0.0, prefill.constant if work.tokens else 0.0)
-    computed = constant + prefill.token * work.tokens + prefill.pair * work.pairs + decode.context * work.context + decode.row * work.rows
-    computed += times.both if work.rows and work.tokens else 0.0
+    computed = constant + prefill.token * work.tokens + prefill.pair * work.pairs + decode.context * work.context + row * work.rows
+    computed += times.both if both else 0.0
     around = times.step + times.step_context * work.context + times.step_row * work.rows
     return computed + around + (times.hop * stages if stages > 1 else 0.0)
 

@@ -168,6 +168,7 @@ def scaled(times: StepTimes, factor: float) -> StepTimes:
     def decode(each: DecodeTimes) -> DecodeTimes:
         return DecodeTimes(constant=each.constant * factor, context=each.context * factor, row=each.row * factor)
 
-    around = {name: getattr(times, name) * factor for name in ("both", "step", "step_context", "step_row", "hop")}
+    names = ("both", "both_row", "step", "step_context", "step_row", "hop")
+    around = {name: value * factor for name in names if (value := getattr(times, name)) is not None}
     large = None if times.decode_large is None else decode(times.decode_large)
     return times.model_copy(update={"prefill": prefill(times.prefill), "decode": decode(times.decode), "decode_large": large, **around})

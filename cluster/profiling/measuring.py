@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,10 +23,10 @@ from ..process.spec import BLOCK_SIZE
 from ..resources.cores import share_cores
 from ..resources.memory import available_bytes
 from .links import TOKENS, link_of, timed_link
-from .reckoning import Seen, beside, request_seconds, with_both, with_prompts, with_serving
-from .served import STAGES, watched_clusters
+from .reckoning import Alone, Apart, Together, beside, pace_of, request_seconds, with_both, with_prompts, with_serving
+from .served import STAGES, watched
 from .showing import show
-from .steps import CHUNK, CHUNK_START, Step, grid, timed_steps
+from .steps import AGAIN, CHUNK, CHUNK_START, Step, grid, timed_steps
 
 REQUEST_S = 0.005
 """Of a request outside of steps, where no cluster is to be started."""
@@ -34,6 +35,7 @@ MEMORY_SHARE = 0.5
 """Of the memory that is free, for KV: what `up` gives all ranks of a host together. A worker has its part of it, as if there were one
 for each core: a plan has no more of them."""
 Advance = Callable[[str], None]
+T = TypeVar("T", Apart, Together)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class Fitted:
     times: StepTimes
     prefill: Residuals
     decode: Residuals
+    steps: dict[Alone, float]
+    """As they were timed, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +69,13 @@ def profile_here(model_dir: Path, *, threads: int | None, repeats: int, clusters
     card = read_card(model_dir)
     counts = sorted({*shares, len(cores)})
     transports = [each for each in Transport if not each.on_gpu]
-    total = len(counts) * len(grid(card.max_context)) + len(transports) + clusters * len(STAGES)
+    total = len(counts) * len(grid(card.max_context)) + len(transports)
+    if clusters:
+        total += sum(map(len, STAGES.values())) + (1 + len(STAGES)) * len(counts) * len(AGAIN)
     with _bar(total) as advance:
         fitted = {count: _fitted(model_dir, cores[:count], repeats, advance) for count in counts}
         crossings = {each.value: _crossing(card, each, advance) for each in transports}
-        seen = _seen(model_dir, card, threads, repeats, advance) if clusters else None
+        seen = _seen(model_dir, card, threads, repeats, [cores[:count] for count in counts], fitted, advance) if clusters else None
     made = profile_of(card, len(cores), shares, fitted, crossings, seen, available_bytes())
     out.write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
     show(made, fitted, crossings, seen)
@@ -77,15 +83,26 @@ def profile_here(model_dir: Path, *, threads: int | None, repeats: int, clusters
 
 
 def _fitted(model_dir: Path, cores: Sequence[int], repeats: int, advance: Advance) -> Fitted:
-    on = f"on {len(cores)} core{'s' if len(cores) > 1 else ''}"
-    steps: list[Step] = []
-    for step in timed_steps(model_dir, cores, repeats):
-        advance(f"{step.what} {step.batch} × {step.length} {on}")
-        steps.append(step)
+    steps = _timed(model_dir, cores, repeats, advance)
     prefills = [PrefillPoint(each.batch, each.length, each.seconds) for each in steps if each.what == "prefill"]
     decodes = [DecodePoint(each.batch, each.length, each.seconds) for each in steps if each.what == "decode"]
     both = [BothPoint(each.batch, each.length, CHUNK, CHUNK_START, each.seconds) for each in steps if each.what == "both"]
-    return Fitted(len(cores), *fit_steps(prefills, decodes, both))
+    return Fitted(len(cores), *fit_steps(prefills, decodes, both), _by_step(cores, steps))
+
+
+def _timed(
+    model_dir: Path, cores: Sequence[int], repeats: int, advance: Advance, again: Sequence[tuple[str, int, int]] | None = None
+) -> list[Step]:
+    on = f"on {len(cores)} core{'s' if len(cores) > 1 else ''}"
+    steps: list[Step] = []
+    for step in timed_steps(model_dir, cores, repeats, again):
+        advance(f"{step.what} {step.batch} × {step.length} {on}")
+        steps.append(step)
+    return steps
+
+
+def _by_step(cores: Sequence[int], steps: Sequence[Step]) -> dict[Alone, float]:
+    return {Alone(len(cores), each.what, each.batch, each.length): each.seconds for each in steps}
 
 
 def _crossing(card: ModelCard, transport: Transport, advance: Advance) -> Crossing:
@@ -95,12 +112,31 @@ def _crossing(card: ModelCard, transport: Transport, advance: Advance) -> Crossi
     return Crossing(*link_of(times), times.message)
 
 
-def _seen(model_dir: Path, card: ModelCard, threads: int | None, repeats: int, advance: Advance) -> Seen:
-    for told in watched_clusters(model_dir, card.dtype, threads, repeats):
-        if isinstance(told, Seen):
-            return told
-        advance(f"a small cluster, {told}")
-    raise AssertionError("what was seen is told last")
+def _seen(
+    model_dir: Path,
+    card: ModelCard,
+    threads: int | None,
+    repeats: int,
+    shares: Sequence[Sequence[int]],
+    fitted: dict[int, Fitted],
+    advance: Advance,
+) -> tuple[Apart, Together]:
+    """Both clusters, as fast as the machine was when the engine's steps were timed: some are timed again before and after each."""
+    then = {step: seconds for each in fitted.values() for step, seconds in each.steps.items()}
+
+    def again() -> dict[Alone, float]:
+        return {step: s for cores in shares for step, s in _by_step(cores, _timed(model_dir, cores, repeats, advance, AGAIN)).items()}
+
+    def cluster(kind: type[T]) -> T:
+        for told in watched(kind, model_dir, card.dtype, threads, repeats):
+            if isinstance(told, kind):
+                return told
+            advance(f"a small cluster, {told}")
+        raise AssertionError("what was seen is told last")
+
+    before, apart = again(), cluster(Apart)
+    between, together = again(), cluster(Together)
+    return apart.at(pace_of(then, before, between)), together.at(pace_of(then, between, again()))
 
 
 @contextmanager
@@ -118,7 +154,7 @@ def profile_of(
     shares: Sequence[int],
     fitted: dict[int, Fitted],
     crossings: dict[str, Crossing],
-    seen: Seen | None,
+    seen: tuple[Apart, Together] | None,
     memory_bytes: float,
 ) -> Profile:
     """`shares`: the cores of a prefill and of a decode worker beside each other."""
@@ -127,14 +163,15 @@ def profile_of(
     basis = {"prefill": Basis.FITTED, "decode": Basis.FITTED, "links": Basis.FITTED, "overheads.message": Basis.MEASURED}
     overheads, host, served = Overheads(request=REQUEST_S, message=message), Cores(count=cores), Basis.ASSUMED
     if seen is not None:
+        apart, together = seen
         served = Basis.MEASURED
-        reading = reading | {cores: with_prompts(reading[cores], seen.prompts, None)}
-        lent = with_serving(writing[max(count for count in writing if count <= sum(shares))], seen.answers)
+        reading = reading | {cores: with_prompts(reading[cores], apart.prompts, None)}
+        lent = with_serving(writing[max(count for count in writing if count <= sum(shares))], apart.answers)
         writing = {count: times.model_copy(update={"step": lent.step, "step_row": lent.step_row}) for count, times in writing.items()}
-        writing[cores] = with_serving(writing[cores], seen.answers_together)
-        writing[cores] = with_both(with_prompts(writing[cores], seen.prompts_together, seen.chunk), seen.both_together)
-        slower = beside(reading[shares[0]], writing[shares[1]], seen)
-        overheads = Overheads(request=request_seconds((*seen.prompts, *seen.prompts_together)), message=message)
+        writing[cores] = with_serving(writing[cores], together.answers)
+        writing[cores] = with_both(with_prompts(writing[cores], together.prompts, together.chunk), together.both)
+        slower = beside(reading[shares[0]], writing[shares[1]], apart)
+        overheads = Overheads(request=request_seconds((*apart.prompts, *together.prompts)), message=message)
         host = Cores(count=cores, prefill_beside=slower[0], decode_beside=slower[1])
     model, own = model_of(card), max(shares)
     known = Parallelism(

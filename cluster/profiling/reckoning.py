@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from ..planner.fitting import line
 from ..planner.latency import StepTimes, Work, step_seconds
 
 
@@ -53,18 +53,79 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What the clusters showed: of a prefill and a decode worker each phase alone and beside the other, and of one worker for both, which
-    reads a prompt in pieces of `chunk` tokens."""
+class Pace:
+    """How many times as long as when its times were taken an engine alone takes, to read prompts and to write answers."""
+
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """What a cluster of a prefill and a decode worker showed: each phase alone, and beside the other."""
 
     prompts: tuple[Prompt, ...]
     answers: tuple[Answers, ...]
     prompts_beside: tuple[Read, ...]
     answers_beside: tuple[Answers, ...]
-    prompts_together: tuple[Prompt, ...]
-    answers_together: tuple[Answers, ...]
-    both_together: Read
+
+    def at(self, pace: Pace) -> Apart:
+        """As if the machine had been as fast as when the engine's times were taken."""
+        return Apart(
+            _prompts_at(pace, self.prompts),
+            _answers_at(pace, self.answers),
+            tuple(_read_at(pace, each) for each in self.prompts_beside),
+            _answers_at(pace, self.answers_beside),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """What one worker for both phases showed, which reads a prompt in pieces of `chunk` tokens."""
+
+    prompts: tuple[Prompt, ...]
+    answers: tuple[Answers, ...]
+    both: Read
     chunk: int
+
+    def at(self, pace: Pace) -> Together:
+        """As `Apart.at`."""
+        return Together(_prompts_at(pace, self.prompts), _answers_at(pace, self.answers), _read_at(pace, self.both), self.chunk)
+
+
+def _prompts_at(pace: Pace, found: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    return tuple(replace(each, ttft=each.ttft / pace.prefill, computed=each.computed / pace.prefill) for each in found)
+
+
+def _answers_at(pace: Pace, found: Sequence[Answers]) -> tuple[Answers, ...]:
+    return tuple(replace(each, gap=each.gap / pace.decode) for each in found)
+
+
+def _read_at(pace: Pace, found: Read) -> Read:
+    return replace(found, seconds=found.seconds / pace.prefill)
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """A step of an engine alone (`what`: prefill or decode) on so many cores, of so many prompts or sequences of that length."""
+
+    cores: int
+    what: str
+    batch: int
+    length: int
+
+
+def pace_of(then: Mapping[Alone, float], *now: Mapping[Alone, float]) -> Pace:
+    """The medians over the steps that were timed again: before and after what is to be judged by it, which count alike.
+
+    A machine that is shared has no speed of its own: it changes by a tenth within the minutes of a profile, and what serving adds to a
+    step is less than that.
+    """
+
+    def median(what: str) -> float:
+        return statistics.median(statistics.fmean(each[step] for each in now) / then[step] for step in now[0] if step.what == what)
+
+    return Pace(median("prefill"), median("decode"))
 
 
 def with_serving(times: StepTimes, seen: Sequence[Answers]) -> StepTimes:
@@ -92,13 +153,13 @@ def with_prompts(times: StepTimes, seen: Sequence[Prompt], chunk: int | None) ->
 
     By the line of Theil and Sen through the prompts, which those that were disturbed do not bend.
     """
-    more = [each.computed - prompt_seconds(times, each.tokens, chunk) for each in seen]
-    steps = [1 if chunk is None else -(-each.tokens // chunk) for each in seen]
-    pairs = combinations(range(len(seen)), 2) if chunk is None else ()
-    slopes = [(more[b] - more[a]) / (seen[b].tokens - seen[a].tokens) for a, b in pairs]
-    token = max(-times.prefill.token, statistics.median(slopes)) if slopes else 0.0
-    constant = statistics.median((each - token * prompt.tokens) / count for each, prompt, count in zip(more, seen, steps, strict=True))
-    prefill = times.prefill
+    more = [(each.tokens, each.computed - prompt_seconds(times, each.tokens, chunk)) for each in seen]
+    prefill, token = times.prefill, 0.0
+    if chunk is None:
+        token = max(-prefill.token, line(more)[0])
+        constant = statistics.median(each - token * tokens for tokens, each in more)
+    else:
+        constant = statistics.median(each / -(-tokens // chunk) for tokens, each in more)
     found = {"constant": max(0.0, prefill.constant + constant), "token": prefill.token + token}
     return times.model_copy(update={"prefill": prefill.model_copy(update=found)})
 
@@ -118,7 +179,7 @@ def prompt_seconds(times: StepTimes, tokens: int, chunk: int | None = None) -> f
     )
 
 
-def beside(times_prefill: StepTimes, times_decode: StepTimes, seen: Seen) -> tuple[dict[int, float], dict[int, float]]:
+def beside(times_prefill: StepTimes, times_decode: StepTimes, seen: Apart) -> tuple[dict[int, float], dict[int, float]]:
     """How many times as long a step of each phase takes while the other computes, none below 1; by the sequences that decode. `times`: of
     their own cores."""
     prompts = {each.rows: max(1.0, each.seconds / step_seconds(times_prefill, each.alone)) for each in seen.prompts_beside}

@@ -1,5 +1,5 @@
-"""Two small clusters, started as `diptych up` starts them and asked over HTTP: what serving takes that no step has, and how much longer
-steps take while the other phase computes beside them. They run in a process of their own, which says nothing."""
+"""Small clusters, started as `diptych up` starts them and asked over HTTP: what serving takes that no step has, and how much longer
+steps take while the other phase computes beside them. Each runs in a process of its own, which says nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...core.errors import DiptychError, Unavailable
 from ...core.fleet import Phase
@@ -23,7 +23,7 @@ from ..load.answer import Answer
 from ..load.server import Server, find_server
 from ..load.workload import Arrival
 from ..planner.policies import Policies
-from .reckoning import Answers, Prompt, Read, Seen
+from .reckoning import Answers, Apart, Prompt, Read, Together
 from .recorded import Ran, with_steps
 
 ALONE = (64, 160, 256, 352, 448)
@@ -40,42 +40,45 @@ HANDED_OVER = 2
 READERS = 2
 """Prompts under way at once beside answers: with one a prefill worker would rest while it comes and goes."""
 TIMEOUT_S = 120.0
-STAGES = (
-    "apart: starting",
-    "apart: prompts",
-    "apart: answers",
-    "apart: both",
-    "together: starting",
-    "together: prompts",
-    "together: answers",
-    "together: both",
-)
+STAGES: dict[type[Any], tuple[str, ...]] = {
+    Apart: ("apart: starting", "apart: prompts", "apart: answers", "apart: both"),
+    Together: ("together: starting", "together: prompts", "together: answers", "together: both"),
+}
+T = TypeVar("T", Apart, Together)
 
 
-def watched_clusters(model_dir: Path, dtype: str, threads: int | None, repeats: int) -> Iterator[str | Seen]:
-    """What is being done, one of `STAGES` each time, and at last what was seen. `Unavailable` if a cluster does not start."""
+def watched(kind: type[T], model_dir: Path, dtype: str, threads: int | None, repeats: int) -> Iterator[str | T]:
+    """A cluster of that kind, in a process of its own: what is being done, one of its `STAGES` each time, and at last what was seen.
+    `Unavailable` if it does not start."""
     ear, mouth = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("spawn").Process(target=_watch_all, args=(mouth, model_dir, dtype, threads, repeats))
+    child = multiprocessing.get_context("spawn").Process(target=_watch_it, args=(mouth, kind, model_dir, dtype, threads, repeats))
     child.start()
     mouth.close()
     try:
-        while not isinstance(told := ear.recv(), Seen):
+        while not isinstance(told := ear.recv(), kind):
             if isinstance(told, DiptychError):
                 raise told
             yield told
         yield told
     except EOFError:
-        raise Unavailable("The process that runs small clusters ended before it was through.") from None
+        raise Unavailable("The process that runs a small cluster ended before it was through.") from None
     finally:
         child.terminate()  # if it has not ended: the cluster does then
         child.join()
 
 
-def _watch_all(pipe: Connection, model_dir: Path, dtype: str, threads: int | None, repeats: int) -> None:
+def _watch_it(pipe: Connection, kind: type[Any], model_dir: Path, dtype: str, threads: int | None, repeats: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  what `up` says is not asked for here
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    watch = {Apart: _apart, Together: _together}[kind]
+    told = iter(STAGES[kind])
+
+    async def ask(client: _Client) -> None:
+        pipe.send(await watch(client, repeats, lambda: pipe.send(next(told))))
+
     try:
-        pipe.send(_watch(pipe.send, model_dir, dtype, threads, repeats))
+        pipe.send(next(told))
+        _serve(_config(model_dir, dtype, threads, prefill=int(kind is Apart)), ask)
     except DiptychError as error:
         pipe.send(error)
 
@@ -87,31 +90,24 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _watch(tell: Callable[[str], None], model_dir: Path, dtype: str, threads: int | None, repeats: int) -> Seen:
-    seen: dict[str, Any] = {"chunk": Policies().decode_chunk_tokens}
+async def _apart(client: _Client, repeats: int, begin: Callable[[], None]) -> Apart:
+    begin()
+    prompts = await client.prompts(repeats, Phase.PREFILL)
+    begin()
+    answers = tuple([await client.answers(rows, repeats) for rows in ROWS])
+    begin()
+    both = [await client.both(rows, repeats) for rows in BESIDE_ROWS]
+    return Apart(prompts, answers, tuple(read for read, _ in both), tuple(written for _, written in both))
 
-    async def apart(client: _Client) -> None:
-        tell("apart: prompts")
-        seen["prompts"] = await client.prompts(repeats, Phase.PREFILL)
-        tell("apart: answers")
-        seen["answers"] = tuple([await client.answers(rows, repeats) for rows in ROWS])
-        tell("apart: both")
-        both = [await client.both(rows, repeats) for rows in BESIDE_ROWS]
-        seen["prompts_beside"], seen["answers_beside"] = zip(*both, strict=True)
 
-    async def together(client: _Client) -> None:
-        tell("together: prompts")
-        seen["prompts_together"] = await client.prompts(repeats, Phase.DECODE)
-        tell("together: answers")
-        seen["answers_together"] = tuple([await client.answers(rows, repeats) for rows in ROWS])
-        tell("together: both")
-        seen["both_together"] = await client.both_in_one(repeats, seen["chunk"])
-
-    tell("apart: starting")
-    _serve(_config(model_dir, dtype, threads, prefill=1), apart)
-    tell("together: starting")
-    _serve(_config(model_dir, dtype, None, prefill=0), together)
-    return Seen(**seen)
+async def _together(client: _Client, repeats: int, begin: Callable[[], None]) -> Together:
+    chunk = Policies().decode_chunk_tokens
+    begin()
+    prompts = await client.prompts(repeats, Phase.DECODE)
+    begin()
+    answers = tuple([await client.answers(rows, repeats) for rows in ROWS])
+    begin()
+    return Together(prompts, answers, await client.both_in_one(repeats, chunk), chunk)
 
 
 def _config(model_dir: Path, dtype: str, threads: int | None, *, prefill: int) -> dict[str, Any]:

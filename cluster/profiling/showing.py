@@ -11,7 +11,7 @@ from rich.table import Table
 from ...core.fleet import Phase
 from ..planner.latency import DecodeTimes, StepTimes
 from ..planner.profile import Basis, Profile, Residuals
-from .reckoning import Seen, prompt_seconds
+from .reckoning import Apart, Together, prompt_seconds
 
 POOR = 0.25
 """Residuals of an idle machine are below this share."""
@@ -32,12 +32,12 @@ class Crossing(Protocol):
     def residuals(self) -> Residuals: ...
 
 
-def show(made: Profile, fitted: Mapping[int, Fitted], crossings: Mapping[str, Crossing], seen: Seen | None) -> None:
+def show(made: Profile, fitted: Mapping[int, Fitted], crossings: Mapping[str, Crossing], seen: tuple[Apart, Together] | None) -> None:
     """Tables on stdout, and a warning if the fit is poor."""
     _show_steps(fitted)
     _show_rest(made, crossings)
     if seen is not None:
-        for line in _checks(made, seen):
+        for line in _checks(made, *seen):
             _out.print(line, markup=False)
     worst = max(found.worst for each in fitted.values() for found in (each.prefill, each.decode))
     if worst > POOR:
@@ -82,13 +82,13 @@ def _show_rest(made: Profile, crossings: Mapping[str, Crossing]) -> None:
     _out.print(table)
 
 
-def _checks(made: Profile, seen: Seen) -> Iterator[str]:
+def _checks(made: Profile, apart: Apart, together: Together) -> Iterator[str]:
     """Prompts alone, by what is simulated and as they were measured."""
     host = made.cores
     assert host is not None, "a host's profile knows its cores"
     both = (
-        ("apart", seen.prompts, Phase.PREFILL, None),
-        ("at one worker for both", seen.prompts_together, Phase.DECODE, seen.chunk),
+        ("apart", apart.prompts, Phase.PREFILL, None),
+        ("at one worker for both", together.prompts, Phase.DECODE, together.chunk),
     )
     for what, prompts, phase, chunk in both:
         times = made.parallelisms[0].on_cores(host.count, phase)

@@ -30,7 +30,7 @@ DECODES = (
     (9, 256), (12, 16), (16, 16), (16, 256), (32, 16), (32, 128),
 )  # fmt: skip
 """Batch and tokens attended to."""
-BOTH = ((1, 256), (4, 256), (8, 256))
+BOTH = ((1, 256), (4, 256), (8, 256), (16, 256))
 """Batch and tokens attended to, beside a prompt's chunk."""
 CHUNK, CHUNK_START = 64, 128
 """Of that prompt: `decode.chunk_tokens` by default, behind so many."""
@@ -47,16 +47,22 @@ class Step:
     seconds: float
 
 
+AGAIN = (("prefill", 1, 256), ("decode", 1, 16), ("decode", 8, 16))
+"""What is timed again, to know how fast the machine is by then."""
+
+
 def grid(max_context: int) -> list[tuple[str, int, int]]:
     """What is timed on each number of cores."""
     kinds = (("prefill", PREFILLS), ("decode", DECODES), ("both", BOTH))
     return [(what, batch, length) for what, pairs in kinds for batch, length in pairs if length < max_context]
 
 
-def timed_steps(model_dir: Path, cores: Sequence[int], repeats: int) -> Iterator[Step]:
-    """Each as it has been timed. `Unavailable` if the process that computes ends before its end."""
+def timed_steps(model_dir: Path, cores: Sequence[int], repeats: int, steps: Sequence[tuple[str, int, int]] | None = None) -> Iterator[Step]:
+    """Each as it has been timed: `steps`, or the whole grid. `Unavailable` if the process that computes ends before its end."""
     ear, mouth = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("spawn").Process(target=_time_all, args=(mouth, model_dir, tuple(cores), repeats), daemon=True)
+    child = multiprocessing.get_context("spawn").Process(
+        target=_time_all, args=(mouth, model_dir, tuple(cores), repeats, steps), daemon=True
+    )
     child.start()
     mouth.close()
     try:
@@ -72,10 +78,10 @@ def timed_steps(model_dir: Path, cores: Sequence[int], repeats: int) -> Iterator
             child.join()
 
 
-def _time_all(pipe: Connection, model_dir: Path, cores: Sequence[int], repeats: int) -> None:
+def _time_all(pipe: Connection, model_dir: Path, cores: Sequence[int], repeats: int, steps: Sequence[tuple[str, int, int]] | None) -> None:
     compute_on(cores)
     model = open_prepared(model_dir)
-    steps = grid(model.card.max_context)
+    steps = steps or grid(model.card.max_context)
     timed = _Timed(model, steps)
     for what, batch, length in steps:
         run = {"prefill": timed.prefill, "decode": timed.decode, "both": timed.both}[what]

@@ -12,6 +12,7 @@ from diptych.cluster.planner.extrapolating import extended, law
 from diptych.cluster.planner.fitting import BothPoint, DecodePoint, PrefillPoint, fit, fit_decode, fit_decodes, fit_prefill, fit_steps
 from diptych.cluster.planner.latency import DecodeTimes, Pace, StepTimes, Work, step_seconds
 from diptych.cluster.planner.profile import Model, parse_profile
+from diptych.cluster.planner.sharing import scaled
 from diptych.core.errors import ConfigError
 from worlds import TIMES, profile
 
@@ -74,11 +75,30 @@ def test_decode_times_are_fitted_in_two_pieces_where_large_batches_have_others()
 def test_what_a_chunk_beside_decodes_takes_more_is_fitted() -> None:
     more = TIMES.model_copy(update={"both": 0.008, "hop": 0.0})
     prefills = [PrefillPoint(1, n, step_seconds(TIMES, Work(tokens=n, pairs=n * n))) for n in (16, 64, 256, 1024)]
-    decodes = [DecodePoint(b, 64, step_seconds(TIMES, Work(rows=b, context=b * 64))) for b in (1, 2, 4, 8)]
+    decodes = [DecodePoint(b, n, step_seconds(TIMES, Work(rows=b, context=b * n))) for b in (1, 2, 4, 8) for n in (64, 640)]
     both = [BothPoint(b, 64, 64, 128, step_seconds(more, Work(tokens=64, pairs=64 * 320, rows=b, context=64 * b))) for b in (1, 4)]
     times, _, _ = fit_steps(prefills, decodes, both)
     assert times.both == pytest.approx(0.008, rel=0.01)
+    assert times.both_row == pytest.approx(TIMES.decode.row, rel=0.01)
     assert step_seconds(times, Work(rows=1, context=64)) == pytest.approx(decodes[0].seconds, rel=0.01), "alone it takes no more"
+
+
+def test_a_sequence_beside_a_chunk_may_cost_less_than_in_a_large_batch_of_its_own() -> None:
+    """There the weights are read for the chunk in any case; what a large batch's `row` has of reading them is not paid again."""
+    large = TIMES.model_copy(update={"decode_large": DecodeTimes(constant=0.0, context=0.0, row=0.003), "large_from": 16, "hop": 0.0})
+    measured = large.model_copy(update={"both": 0.004, "both_row": 0.001})
+    prefills = [PrefillPoint(1, n, step_seconds(TIMES, Work(tokens=n, pairs=n * n))) for n in (16, 64, 256, 1024)]
+    decodes = [DecodePoint(b, n, step_seconds(large, Work(rows=b, context=b * n))) for b in (1, 4, 8, 16, 32) for n in (16, 256)]
+
+    def work(rows: int) -> Work:
+        return Work(tokens=64, pairs=64 * 320, rows=rows, context=256 * rows)
+
+    times, _, _ = fit_steps(prefills, decodes, [BothPoint(b, 256, 64, 128, step_seconds(measured, work(b))) for b in (1, 4, 8, 16)])
+    assert times.decode_large is not None
+    for rows in (1, 12, 16, 32):
+        assert step_seconds(times, work(rows)) == pytest.approx(step_seconds(measured, work(rows)), rel=0.01)
+    slower = scaled(times, 2.0)
+    assert step_seconds(slower, work(16)) == pytest.approx(2 * step_seconds(times, work(16)))
 
 
 def test_no_term_is_negative_and_short_steps_count_as_much_as_long_ones() -> None:

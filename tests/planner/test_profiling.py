@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import astuple, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,11 +23,14 @@ from diptych.cluster.planner.sharing import scaled
 from diptych.cluster.profiling import measuring
 from diptych.cluster.profiling.measuring import Crossing, Fitted, profile_of
 from diptych.cluster.profiling.reckoning import (
+    Alone,
     Answers,
+    Apart,
     Prompt,
     Read,
-    Seen,
+    Together,
     beside,
+    pace_of,
     prompt_seconds,
     request_seconds,
     with_both,
@@ -111,11 +114,47 @@ def test_how_each_phase_slows_the_other_is_found_again() -> None:
     assert beside(SERVED, SERVED, seen_beside(0.8, 0.8)) == ({2: 1.0, 6: 1.0}, {2: 1.0, 6: 1.0})
 
 
-def seen_beside(prefill: float, decode: float) -> Seen:
+def seen_beside(prefill: float, decode: float) -> Apart:
     """A tenth more beside few answers."""
     factors = (0.1, 2), (0.0, 6)
     prompts = tuple(replace(read(0, prefill + more), rows=rows) for more, rows in factors)
-    return Seen((), (), prompts, tuple(answers(rows, decode + more) for more, rows in factors), (), (), read(4, 1.0), 64)
+    return Apart((), (), prompts, tuple(answers(rows, decode + more) for more, rows in factors))
+
+
+def test_what_a_cluster_showed_on_a_slower_machine_is_what_it_shows_on_this_one() -> None:
+    """Prompts and answers each by how much longer the engine alone took."""
+    then = {
+        Alone(1, "prefill", 1, 256): 0.2,
+        Alone(2, "prefill", 1, 256): 0.1,
+        Alone(1, "decode", 1, 16): 0.04,
+        Alone(2, "decode", 8, 16): 0.03,
+    }
+    paces = {"prefill": 1.2, "decode": 1.5}
+    before, after = ({step: seconds * (paces[step.what] + more) for step, seconds in then.items()} for more in (-0.1, 0.1))
+    pace = pace_of(then, before, after)
+    assert (pace.prefill, pace.decode) == pytest.approx((1.2, 1.5))
+    disturbed = before | {Alone(1, "decode", 1, 16): 0.4, Alone(1, "decode", 4, 16): 1.0}
+    steps = {**then, Alone(1, "decode", 4, 16): 0.05}
+    assert pace_of(steps, disturbed, disturbed).decode == pytest.approx(10.0), "the median of 10, 1.4 and 20"
+
+    def slow(found: Prompt) -> Prompt:
+        return replace(found, ttft=found.ttft * 1.2, computed=found.computed * 1.2)
+
+    here = Apart(prompts(), (answers(1),), (read(2, 1.4),), (answers(6, 1.1),))
+    there = Apart(tuple(map(slow, prompts())), (answers(1, 1.5),), (read(2, 1.4 * 1.2),), (answers(6, 1.1 * 1.5),))
+    assert flat(there.at(pace)) == pytest.approx(flat(here))
+    one, other = (
+        Together(prompts(64), (answers(1),), read(4, 1.0), 64),
+        Together(tuple(map(slow, prompts(64))), (answers(1, 1.5),), read(4, 1.2), 64),
+    )
+    assert flat(other.at(pace)) == pytest.approx(flat(one))
+
+
+def flat(found: object) -> list[float]:
+    """All numbers in it."""
+    if isinstance(found, tuple):
+        return [number for each in found for number in flat(each)]
+    return flat(astuple(found)) if is_dataclass(found) and not isinstance(found, type) else [found]  # type: ignore[list-item]
 
 
 def test_beside_more_or_fewer_answers_than_were_measured_the_nearest_counts() -> None:
@@ -138,7 +177,7 @@ def test_a_step_has_what_its_engine_waited_for_it_unless_it_had_nothing_to_compu
 def test_what_is_planned_for_a_measured_host_fits_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, residuals = 16 << 30, Residuals(points=1, mean=0.0, worst=0.0)
     measured = card(LLAMA, DType.BFLOAT16, 256).model_copy(update={"weights_bytes": 1 << 29, "source": str(tmp_path)})
-    fitted = {cores: Fitted(cores, TIMES, residuals, residuals) for cores in (1, 2)}
+    fitted = {cores: Fitted(cores, TIMES, residuals, residuals, {}) for cores in (1, 2)}
     crossings = {"shm": Crossing(Link(bytes_per_s=1e9), residuals, 0.001)}
     made = profile_of(measured, 2, (1, 1), fitted, crossings, None, memory)
     policies = policies_for(made, 1, Sample((Arrival(0, 0.0, 100, 10),)))
