@@ -1,8 +1,8 @@
 // y = x @ weight.T + bias for many rows, bf16 in and out, computed in fp32: for processors whose fp32 products are no slower than their
 // bf16 ones.
 //
-// Weights are made fp32 once for all rows, BROAD outputs side by side; a tile takes HIGH rows over DEPTH inputs from registers, one number
-// of x against BROAD weights at a time. The sum of each output is over its inputs in order, whatever the other rows are.
+// Weights are made fp32 once for all rows of a run, BROAD outputs side by side; a tile takes HIGH rows over DEPTH inputs from registers,
+// one number of x against BROAD weights at a time. The sum of each output is over its inputs in order, whatever the other rows are.
 #include <algorithm>
 #include <vector>
 
@@ -19,6 +19,7 @@ typedef f32x8 Wide;
 constexpr int64_t VECTORS = 2;
 #endif
 constexpr int64_t HIGH = 6, WIDTH = sizeof(Wide) / sizeof(float), BROAD = VECTORS * WIDTH;
+constexpr int64_t AT_ONCE = 8 << 20;  // numbers of x made fp32 for a run: 32 MiB, which the thread keeps
 constexpr int64_t DEPTH = 512;  // inputs: 128 KiB of weights, which stay in the second-level cache
 
 struct Many {
@@ -120,17 +121,25 @@ void panel(const Many& m, int64_t o) {
         });
 }
 
+void run(Many many, int64_t threads) {
+    thread_local std::vector<float> room;
+    room.resize(many.tiles() * HIGH * many.n_in);
+    float* wide = room.data();
+    many.wide = wide;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < many.tiles(); t++) widen_rows(many, t, wide + t * HIGH * many.n_in);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t o = 0; o < many.n_out; o += BROAD) panel(many, o);
+}
+
 }  // namespace
 
 extern "C" void diptych_linear_many(bf16* y, const bf16* x, const bf16* weight, const bf16* bias, int64_t rows, int64_t n_in,
                                     int64_t n_out, int64_t x_stride, int64_t weight_stride, int64_t threads) {
-    thread_local std::vector<float> room;
-    Many many = {y, x, weight, bias, rows, n_in, n_out, x_stride, weight_stride, nullptr};
-    room.resize(many.tiles() * HIGH * n_in);
-    float* wide = room.data();
-    many.wide = wide;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < many.tiles(); t++) widen_rows(many, t, wide + t * HIGH * n_in);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t o = 0; o < n_out; o += BROAD) panel(many, o);
+    const int64_t tiles = (rows + HIGH - 1) / HIGH, most = std::max<int64_t>(1, AT_ONCE / HIGH / std::max<int64_t>(1, n_in));
+    const int64_t runs = tiles / most + 1, share = (tiles / runs + 1) * HIGH;
+    for (int64_t r = 0; r < rows; r += share) {
+        const int64_t count = std::min(share, rows - r);
+        run({y + r * n_out, x + r * x_stride, weight, bias, count, n_in, n_out, x_stride, weight_stride, nullptr}, threads);
+    }
 }

@@ -122,8 +122,7 @@ def _compile(compiler: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         unit, compiled, linked = (Path(scratch) / name for name in ("all.cpp", "all.o", "all.so"))
         unit.write_text("".join(f'#include "{here / name}.cpp"\n' for name in SOURCES))
-        flags = (*FLAGS, *([FP32_PRODUCTS] if fp32_products(_processor()) else []))
-        _run(compiler, *flags, "-c", str(unit), "-o", str(compiled))
+        _run(compiler, *_flags(), "-c", str(unit), "-o", str(compiled))
         # Linked without -fopenmp: its symbols are then those of the runtime that torch has, not of a second one with its own threads.
         _run(compiler, "-shared", str(compiled), "-o", str(linked))
         linked.rename(library)
@@ -145,8 +144,13 @@ def _key(compiler: str) -> str:
     """Everything the library depends on: sources, flags, compiler, processor."""
     here, stat = Path(__file__).parent, os.stat(compiler)
     parts = [(here / file).read_bytes() for file in (*HEADERS, *(f"{name}.cpp" for name in SOURCES))]
-    parts += [repr((FLAGS, compiler, stat.st_size, stat.st_mtime_ns, platform.machine(), _processor())).encode()]
+    parts += [repr((_flags(), compiler, stat.st_size, stat.st_mtime_ns, platform.machine(), _processor())).encode()]
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+
+
+def _flags() -> tuple[str, ...]:
+    """`FLAGS`, and in what products are computed."""
+    return (*FLAGS, FP32_PRODUCTS) if fp32_products(_processor()) else FLAGS
 
 
 def _processor() -> list[str]:

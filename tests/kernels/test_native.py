@@ -75,8 +75,11 @@ def test_other_sources_flags_or_processors_are_other_libraries(compiler, monkeyp
     keys.add(native_module._key(compiler))
     monkeypatch.setattr(native_module, "_processor", lambda: ["flags: other"])
     keys.add(native_module._key(compiler))
+    for in_fp32 in (True, False):
+        monkeypatch.setattr(native_module, "fp32_products", lambda processor, answer=in_fp32: answer)
+        keys.add(native_module._key(compiler))
     monkeypatch.setattr(native_module, "SOURCES", native_module.SOURCES[1:])
-    assert len(keys | {native_module._key(compiler)}) == 4
+    assert len(keys | {native_module._key(compiler)}) == 5
 
 
 @pytest.mark.parametrize(

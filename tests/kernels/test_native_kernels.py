@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from diptych.kernels.paging import Paging
 from diptych.kernels.residual_norm import residual_norm, residual_norm_torch
 from diptych.kernels.rotary import rotary_angles
 from diptych.kernels.rotary_store import rotary_store, rotary_store_torch
+from diptych.kernels.threads import by_thread_that_ends
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paged_world import BLOCK, World, randn, slow_attend
@@ -87,6 +90,31 @@ def test_linear_of_many_rows(many, rows, n_in, n_out, biased, threads, seed):
     x, weight = x[:, :n_in].double(), weight[:, :n_in].double()
     expected = x @ weight.T + (bias.double() if biased else 0.0)
     assert ((out.double() - expected).abs() <= ULP / 2 * expected.abs() + 2.0**-20 * (x.abs() @ weight.abs().T + 1.0)).all()
+
+
+def test_linear_of_many_rows_in_runs(many):
+    """What a thread keeps of x is bounded, and where a run ends changes no number."""
+    rows, n_in, n_out = 20, 1 << 20, 3  # 80 MiB in fp32
+    x, weight = (randn(count, n_in, seed=count).bfloat16() for count in (rows, n_out))
+    out = torch.empty(rows, n_out, dtype=torch.bfloat16)
+    kept = []
+
+    def compute():
+        before = resident()
+        many(out.data_ptr(), x.data_ptr(), weight.data_ptr(), None, rows, n_in, n_out, n_in, n_in, 1)
+        kept.append(resident() - before)
+
+    by_thread_that_ends(compute)
+    assert kept[0] < 40 << 20
+    for row in range(rows):
+        alone = torch.empty(1, n_out, dtype=torch.bfloat16)
+        many(alone.data_ptr(), x[row].data_ptr(), weight.data_ptr(), None, 1, n_in, n_out, n_in, n_in, 1)
+        assert torch.equal(alone[0], out[row])
+
+
+def resident():
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_linear_writes_nothing_but_its_output(many):
