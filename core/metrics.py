@@ -122,7 +122,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "diptych_moves_total",
         "counter",
-        "Attempts opened in place of one that a worker had not begun: it leaves, or others wait there while one has come.",
+        "Attempts opened in place of one that a worker had not begun: it leaves or is gone, or others wait there while one has come.",
     ),
     Metric("diptych_kv_transfer_bytes_total", "counter", "KV bytes handed over.", (_TRANSPORT,)),
     Metric("diptych_kv_transfer_seconds", "histogram", "First piece to last piece of a transfer.", (_TRANSPORT,), FINE_SECONDS),

@@ -59,6 +59,8 @@ class _Attempt:
     """D has drawn a token or an end, so it has the KV: what becomes of P no longer matters."""
     leaving: _Side | None = None
     """Whose worker leaves, or has too much, and has not begun with it."""
+    heard: bool = False
+    """A worker has said something of it."""
     doubt: DiptychError | None = None
     """D was cancelled by P, and P's own word on why is still on its way."""
 
@@ -74,7 +76,7 @@ class RequestMachine:
         self.attempts = 0
         """Attempts opened so far."""
         self._free = 0
-        """Of them, those that a worker ended by leaving before it had begun: no failures."""
+        """Of them, those that a worker ended before it had begun: it left, or its end had been counted. No failures."""
         self.placement: Placement | None = None
         """Of the latest attempt."""
         self.handed_over: HandedOver | None = None
@@ -84,6 +86,8 @@ class RequestMachine:
         self._outputs = [Output() for _ in range(request.sampling.n)]
         self._attempt: _Attempt | None = None
         self._avoid: frozenset[str] = frozenset()
+        self._suspects: frozenset[str] = frozenset()
+        """The two between which the attempt before failed to move KV: one may be dead, and the end of its stream still to come."""
         self._started = False
         self._ended = False
 
@@ -131,6 +135,7 @@ class RequestMachine:
         side = next((side for side in attempt.sides() if side.worker_id == worker_id and side.open), None)
         if side is None:
             return []
+        attempt.heard = True
         match event:
             case FirstTokens():
                 return self._first_tokens(attempt, side, event)
@@ -194,6 +199,8 @@ class RequestMachine:
         side = next((side for side in attempt.sides() if side.worker_id == worker_id and side.open), None)
         if side is None:
             return []
+        if worker_id in self._suspects and not attempt.heard:
+            return self._refused(side)
         return self._failed(attempt, side, Unavailable(f"The connection to worker {worker_id} was lost."))
 
     def stop(self, choice: int) -> list[Action]:
@@ -303,8 +310,9 @@ class RequestMachine:
     def _refused(self, side: _Side) -> list[Action]:
         side.open = False
         self._avoid |= {side.worker_id}
+        self._suspects = frozenset()
         self._free += 1
-        return [*self._close(), self._place(None)]
+        return self._next_attempt(None)
 
     def _failed(self, attempt: _Attempt, side: _Side, error: DiptychError) -> list[Action]:
         side.open = False
@@ -314,17 +322,19 @@ class RequestMachine:
         if side is attempt.decode and isinstance(error, Cancelled) and attempt.prefill and attempt.prefill.open:
             attempt.doubt = error
             return []
-        suspects = attempt.sides() if isinstance(error, TransferFailed) else (side,)
-        self._avoid |= {suspect.worker_id for suspect in suspects}
+        both = frozenset(each.worker_id for each in attempt.sides())
+        self._suspects = both if isinstance(error, TransferFailed) else frozenset()
+        self._avoid |= self._suspects or {side.worker_id}
         return self._next_attempt(error)
 
-    def _next_attempt(self, error: DiptychError) -> list[Action]:
+    def _next_attempt(self, error: DiptychError | None) -> list[Action]:
+        """`error` None: nothing has failed."""
         ended = self._end_full()
         if self._complete:
             return ended + self._end(Succeed())
         if isinstance(error, _FINAL):
             return ended + self._fail(error)
-        if self._spent >= self._most_attempts:
+        if error and self._spent >= self._most_attempts:
             return ended + self._fail(_last_word(error, self._spent))
         return [*ended, *self._close(), self._place(error)]
 

@@ -208,6 +208,8 @@ class Run:
         if wanted.cause:
             self._recorder.inc("diptych_retries_total", code=wanted.cause.code)
             note(log, "another attempt", request=self.request_id, attempt=self._machine.attempts + 1, after=wanted.cause.message)
+        elif self._machine.attempts:
+            self._recorder.inc("diptych_moves_total")
         self._record_transfer()
         return self._placed(placement, self._machine.placed(placement, new_attempt_id()))
 

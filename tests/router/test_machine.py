@@ -367,6 +367,39 @@ def test_a_worker_that_refuses_for_ever_is_no_worker_that_leaves():
     assert m.event("p1", Failed("b", error))[-1] == Fail(error)
 
 
+@pytest.mark.parametrize(("dead", "tells"), [("p1", "d1"), ("d1", "p1")])
+def test_a_worker_that_dies_costs_one_retry_though_the_other_side_hears_of_it_first(dead, tells):
+    """It is tried again before its own stream ends: nobody else is there."""
+    m = machine(retries=1)
+    m.start()
+    m.placed(Placement(P1, D1), "a")
+    *_, place = m.event(tells, Failed("a", TransferFailed("The lane broke.")))
+    assert place.cause is not None
+    m.placed(Placement(P1, D1), "b")
+    *stops, place = m.lost(dead)
+    assert (stops, place.cause) == ([Send(tells, Stop("b"))], None)
+    m.placed(Placement(P1, D1), "c")
+    assert isinstance(m.lost(dead)[-1], Fail), "that is heard once"
+
+
+def test_a_worker_that_dies_when_it_has_begun_again_costs_another_retry():
+    m = machine(retries=1)
+    m.start()
+    m.placed(Placement(P1, D1), "a")
+    m.event("d1", Failed("a", TransferFailed("torn")))
+    m.placed(Placement(P1, D1), "b")
+    m.event("p1", first("b", token(0)))
+    assert isinstance(m.lost("p1")[-1], Fail)
+
+
+def test_what_has_all_its_tokens_is_not_asked_of_another_when_a_worker_leaves():
+    m = opened(max_tokens=2)
+    m.event("p1", first("a", token(0)))
+    m.event("d1", NewTokens("a", (token(1),)))
+    m.event("p1", HandedOver("a", 1, 0.1, "shm"))
+    assert m.event("d1", Failed("a", Unavailable("draining"))) == [End(0, LENGTH), Succeed()]
+
+
 def test_the_last_token_may_be_drawn_elsewhere_by_p_alone():
     m = opened(max_tokens=2)
     m.event("p1", first("a", token(0)))
@@ -424,6 +457,7 @@ class Interleavings(RuleBasedStateMachine):
                     self.wanted += 1
                     self.retried += cause is not None
                     assert demand.choices == self.n - len(self.ended)
+                    assert demand.output_tokens > 0
                 case Move():
                     self.moves.append(action)
                 case Send(worker, Stop(attempt, None)):
