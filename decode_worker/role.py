@@ -95,7 +95,7 @@ class DecodeRole:
 
     def drain(self) -> None:
         if not self._draining:
-            self._draining = True
+            self._draining = self.outbox.wants_report = True
             for attempt_id in self._scheduler.movable():
                 self._attempts.tell(Movable(attempt_id))
 

@@ -89,7 +89,7 @@ class PrefillRole:
 
     def drain(self) -> None:
         if not self._draining:
-            self._draining = True
+            self._draining = self.outbox.wants_report = True
             self._let_go(self._scheduler.movable())
 
     def _let_go(self, attempt_ids: Iterable[str]) -> None:
@@ -188,7 +188,8 @@ class PrefillRole:
             if finished.attempt_id in self._offered:
                 self.outbox.call(partial(self.transfers.cancel, finished.attempt_id, "the first token ended every choice"))
         if self._draining:
-            self._let_go({first.attempt_id for first in outcome.first_tokens}.intersection(self._scheduler.movable()))
+            movable = set(self._scheduler.movable())
+            self._let_go(first.attempt_id for first in outcome.first_tokens if first.attempt_id in movable)
 
     def _commit(self, transfer_id: str, first_tokens: tuple[Token, ...]) -> None:
         """On the asyncio thread."""

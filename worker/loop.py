@@ -222,7 +222,7 @@ class EngineLoop(Generic[D]):
             self._resting = False
         self._resting = not self._in_flight
         busy = self._reported is not None and not self._reported[1]
-        if self._in_flight and busy and self._clock.now() < self._report_at:
+        if self._in_flight and busy and self._clock.now() < self._report_at and not self._role.outbox.wants_report:
             self._tell()  # another turn follows when the step under way has ended
         else:
             with span(Doing.REPORT):

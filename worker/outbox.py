@@ -37,6 +37,8 @@ class Outbox:
     def __init__(self) -> None:
         self._calls: list[Call] = []
         self._events: dict[Listener, list[Event]] = {}
+        self.wants_report = False
+        """The worker's report is to go out with this turn, though steps run."""
 
     def __bool__(self) -> bool:
         return bool(self._calls or self._events)
@@ -54,4 +56,5 @@ class Outbox:
         events = tuple((listener, StepEvents(tuple(said))) for listener, said in self._events.items())
         delivery = Delivery(tuple(self._calls), events, report, idle)
         self._calls, self._events = [], {}
+        self.wants_report = self.wants_report and report is None
         return delivery

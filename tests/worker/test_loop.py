@@ -395,6 +395,21 @@ def test_steps_alone_are_reported_now_and_then(stage: Stage, monkeypatch: pytest
     assert stage.deliveries[-1].idle
 
 
+def test_a_report_that_is_wanted_does_not_wait_for_the_steps_to_end(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "STEADY_REPORT_S", 1e9)
+    stage.inbox.put(partial(stage.role.want, 20))
+    stage.engine.permits.release()
+    for _ in range(2):  # the first has ended
+        stage.engine.started.get(timeout=WAIT_S)
+    stage.inbox.put(partial(setattr, stage.role.outbox, "wants_report", True))
+    stage.engine.permits.release(10)
+    for _ in range(10):  # the turn that heard it is over: two steps at most are decided in one
+        stage.engine.started.get(timeout=WAIT_S)
+    reports = [delivery.report for delivery in stage.deliveries if delivery.report is not None]
+    assert 0 < reports[-1].running < 20
+    assert not stage.role.outbox.wants_report
+
+
 def test_idle_books_are_checked_and_reports_come_on_change_only(stage: Stage) -> None:
     stage.engine.permits.release(2)
     stage.inbox.put(partial(stage.role.want, 2))

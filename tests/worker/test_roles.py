@@ -307,6 +307,7 @@ def test_a_draining_worker_takes_nothing_new_and_ends_what_it_has() -> None:
     desk = prefilling()
     desk.role.drain()
     assert desk.role.report().state is WorkerState.DRAINING
+    assert desk.role.outbox.wants_report, "until routers know of it they send more"
     desk.role.command(desk.ear, Prefill("b", asked(), "d:1"))
     (refused,) = desk.turn()
     assert (refused.attempt_id, type(refused.error)) == ("b", Unavailable)
