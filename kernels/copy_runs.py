@@ -45,7 +45,7 @@ def addresses(layers: Sequence[tuple[int, int]]) -> array[int]:
 
 
 def copy_runs_memmove(pieces: Sequence[Piece]) -> None:
-    """The same by the C library, a call for each: at 64 KiB in random places 13 GB/s; copy_runs.cpp reaches 19."""
+    """The same by the C library, a call for each: at 64 KiB in random places 5.4 GB/s on a Sapphire Rapids; copy_runs.cpp reaches 10.5."""
     for layers, runs in pieces:
         for (source, destination), (here, there, length) in product(layers, zip(runs[::3], runs[1::3], runs[2::3], strict=True)):
             move = _move_and_hold if length < HOLD_BELOW else ctypes.memmove

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SIZE = 40 * ROW
-LENGTHS = st.one_of(st.integers(1, 300), st.integers((16 << 10) - 70, (16 << 10) + 70), st.integers(1, SIZE // 4))
+WHOLE_ROWS = st.integers(1, SIZE // 4 // ROW).map(lambda rows: rows * ROW)
+LENGTHS = st.one_of(st.integers(1, 300), st.integers((16 << 10) - 70, (16 << 10) + 70), st.integers(1, SIZE // 4), WHOLE_ROWS)
 
 
 @settings(max_examples=60, deadline=None)

@@ -209,6 +209,7 @@ def test_a_piece_whose_blocks_were_taken_back_before_it_was_read_is_refused(monk
     async def run() -> None:
         async with rig(GLOO) as (prefill, decode, address, _):
             await hand_over(prefill, decode, address, "a", 40)
+            await decode.diary.wait("released", "a")
             assert decode.diary.of("a") == ["offered", "failed", "released"]
             assert "checksum of piece 0" in decode.diary.errors["a"].message
 
@@ -249,6 +250,7 @@ def test_what_was_in_a_slot_before_is_refused(monkeypatch: pytest.MonkeyPatch) -
             await hand_over(prefill, decode, address, "a", 40, at_once=True)
             assert decode.diary.of("a") == ["offered", "committed"]
             await hand_over(prefill, decode, address, "b", 40, at_once=True)
+            await decode.diary.wait("released", "b")
             assert decode.diary.of("b") == ["offered", "failed", "released"]
 
     asyncio.run(run())
