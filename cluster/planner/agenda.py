@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+Entry = tuple[float, int, Callable[..., None], tuple[Any, ...]]
+"""When, the number by which it was asked for, and what is to be done."""
 GRID = 2.0**-40
 """Seconds, about one picosecond. Multiples of it below 2 hours add up without rounding, so that many steps at once end, to the last bit,
 when they would end one by one."""
@@ -21,7 +24,10 @@ class Agenda:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._entries: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._entries: list[Entry] = []
+        self._posted: deque[Entry] = deque()
+        """Those that all come so long after they were asked for: in the order in which they come. Two of three are such, and a heap would
+        sort them in among as many that are far away."""
         self._made = 0
 
     def at(self, when: float, call: Callable[..., None], *arguments: Any) -> None:
@@ -33,9 +39,19 @@ class Agenda:
     def after(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
         self.at(self.now + seconds, call, *arguments)
 
+    def post(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
+        """As `after`; it is best if `seconds` is always the same."""
+        when = round((self.now + seconds) / GRID) * GRID
+        if self._posted and when < self._posted[-1][0]:
+            self.at(when, call, *arguments)
+            return
+        self._made += 1
+        self._posted.append((when, self._made, call, arguments))
+
     def run(self, stop: Callable[[], bool] | None = None) -> None:
         """Until nothing is left to do, or `stop` says so."""
-        entries, pop = self._entries, heapq.heappop
-        while entries and (stop is None or not stop()):
-            self.now, _, call, arguments = pop(entries)
+        entries, posted = self._entries, self._posted
+        while (entries or posted) and (stop is None or not stop()):
+            first = posted.popleft() if posted and not (entries and entries[0] < posted[0]) else heapq.heappop(entries)
+            self.now, _, call, arguments = first
             call(*arguments)

@@ -109,7 +109,7 @@ class DecodeWorker(Worker):
         for action in actions:
             match action:
                 case Send(lane, message):
-                    self.agenda.after(self.scene.message_s, self.lanes[lane].to_source, message)
+                    self.agenda.post(self.scene.message_s, self.lanes[lane].to_source, message)
                 case Copy():
                     self._copying_until = max(self._copying_until, self.agenda.now) + self._copy_seconds(action)
                     self.agenda.at(self._copying_until + self.scene.link.latency, self._copied, action.transfer_id, action.seq)

@@ -116,7 +116,7 @@ class PrefillWorker(Worker):
         for action in actions:
             match action:
                 case Send(lane, message):
-                    self.agenda.after(self.scene.message_s, self._lanes[lane].to_destination, message)
+                    self.agenda.post(self.scene.message_s, self._lanes[lane].to_destination, message)
                 case TellGranted(name):
                     self.scheduler.granted(name)
                     freed = True
