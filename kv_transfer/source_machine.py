@@ -56,6 +56,10 @@ class SourceMachine:
         self._hello = hello
         self._layout: Layout = hello.layout
         self._ranks = tuple(map(hello.layout.on, range(hello.layout.ranks)))
+        self._layer_bytes = tuple(
+            {layer: group.token_bytes for group in rank.layout.groups for layer in group.layers} for rank in self._ranks
+        )
+        """Of one token, by rank."""
         self._lease_s = lease_s
         self._transfers: dict[str, Transfer] = {}
         self._closed = ClosedIds()
@@ -104,7 +108,9 @@ class SourceMachine:
         nearly_done = stop == transfer.prompt_tokens and not transfer.nearly_done
         transfer.nearly_done |= nearly_done
         if transfer.state is State.GRANTED or (nearly_done and self._lanes[transfer.lane].opened_by is None):
-            self._dirty[transfer_id] = self._dirty.get(transfer_id, 0) + (stop - start) * sum(map(self._ranks[rank].token_bytes, layers))
+            self._dirty[transfer_id] = self._dirty.get(transfer_id, 0) + (stop - start) * sum(
+                map(self._layer_bytes[rank].__getitem__, layers)
+            )
         unsaid = self._dirty.get(transfer_id, 0)
         return nearly_done or unsaid >= WORTH_BYTES or (unsaid > 0 and transfer.computed[rank].complete)
 

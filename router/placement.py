@@ -52,11 +52,14 @@ class Candidate:
     choices: int = 0
     prompt_tokens: int = 0
     usable: bool = field(init=False, compare=False)
+    room: int = field(init=False, compare=False)
+    """Tokens of the longest request that it may be sent; 0 while it is not usable."""
     score: float = field(init=False, compare=False)
     """Of its phase. Reckoned once: who takes many pictures of a large fleet has most candidates from the last one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "usable", self.report is not None and self.report.state is WorkerState.READY)
+        object.__setattr__(self, "room", self.member.capacity_tokens if self.usable else 0)
         object.__setattr__(self, "score", (prefill_score if self.member.phase is Phase.PREFILL else decode_score)(self))
 
     def holds_now(self, tokens: int) -> bool:
@@ -126,8 +129,8 @@ def place(snapshot: Snapshot, demand: Demand, policy: Policy) -> Placement:
     Raises `ContextExceeded` if no member of the fleet, alive or not, could ever hold the request, and `Unavailable` if nobody
     who could is there now.
     """
-    check_fits(snapshot, demand, policy)
     if demand.output_tokens == 1 and not _wants_local(demand, policy):
+        check_fits(snapshot, demand, policy)
         prefill = _pick(_prefills(snapshot, demand), demand, snapshot.turn)
         if prefill:
             return Placement(prefill.member, None)
@@ -142,6 +145,7 @@ def place(snapshot: Snapshot, demand: Demand, policy: Policy) -> Placement:
         decode = _pick(decodes, demand, snapshot.turn)
         if decode:
             return Placement(None, decode.member)
+    check_fits(snapshot, demand, policy)  # who has found a place does
     raise Unavailable(_why_nobody(snapshot, policy))
 
 
@@ -207,14 +211,14 @@ def _wants_local(demand: Demand, policy: Policy) -> bool:
 
 
 def _prefills(snapshot: Snapshot, demand: Demand) -> list[Candidate]:
-    return [c for c in snapshot.prefills if c.usable and c.member.capacity_tokens >= demand.context_tokens]
+    return [c for c in snapshot.prefills if c.room >= demand.context_tokens]
 
 
 def _decodes(snapshot: Snapshot, demand: Demand) -> list[Candidate]:
     """Those that can hold all choices at once, or if there are none those that can hold one."""
     one, more = demand.context_tokens + demand.output_tokens, (demand.choices - 1) * demand.output_tokens
-    able = [c for c in snapshot.decodes if c.usable and c.member.capacity_tokens >= one]
-    return [c for c in able if c.member.capacity_tokens >= one + more] or able if more else able
+    able = [c for c in snapshot.decodes if c.room >= one]
+    return [c for c in able if c.room >= one + more] or able if more else able
 
 
 _own_score, _partner = attrgetter("score"), attrgetter("member.partner")
