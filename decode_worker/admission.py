@@ -112,7 +112,7 @@ class Admission:
         started: list[Sequence] = []
         passed: list[Sequence] = []
         for sequence in list(self.queue.values()):
-            if seats == 0 or len(passed) == MAX_MISSES or any(earlier.passes >= MAX_PASSES for earlier in passed):
+            if seats == 0 or (passed and (len(passed) == MAX_MISSES or any(earlier.passes >= MAX_PASSES for earlier in passed))):
                 break
             if not (self._start(sequence) if sequence.local_prefill else self._grant(sequence)):
                 passed.append(sequence)

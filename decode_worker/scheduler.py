@@ -328,14 +328,15 @@ class DecodeScheduler:
         `token_id`. Whether some have all their tokens by that: these end with `retire`, when the last round is over."""
         if not rounds:
             return False
-        if self._may_change() or not 0 < rounds <= self._steady.left:
+        left = self._steady.left
+        if self._may_change() or not 0 < rounds <= left:
             raise ValueError(f"{rounds} rounds; {self.steady()} are steady")
         rows = self.rows
         self._step += rounds * -(-rows // -(-rows // self._stages))
         self._steady.advance(rounds, token_id, self._step - 1)
         self._admission.look(self._seats())
         self._short = False
-        return self._steady.left == 0
+        return rounds == left
 
     def retire(self) -> DecodeOutcome:
         """Choices and attempts that end with the rounds that `advance` has made; the tokens of these are not listed."""

@@ -178,10 +178,10 @@ class Steady:
         """As `_slide` where there are no windows: blocks only open, a sequence's at most once in as many rounds as one has positions."""
         since, changing, size = self._since, self._changing, self._size
         for some in (rounds[first : first + size] for first in range(0, len(rounds), size)):
-            opening = [(sequence, now) for now in some for sequence in changing[now % size]]
-            enough = self._pool.open_next(
-                [each.table for each, now in opening if not each.table.reaches(each.decided + now - since[each] + 1)]
-            )
+            opening = [
+                each.table for now in some for each in changing[now % size] if not each.table.reaches(each.decided + now - since[each] + 1)
+            ]
+            enough = self._pool.open_next(opening)
             assert enough, "not steady"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from ..engine.block_pool import BlockPool
@@ -39,13 +39,16 @@ class Totals:
             ("diptych_worker_preemptions_total", self.preemptions),
         )
 
-    def load(self, pool: BlockPool, admission: Admission, roster: Roster, reading: Iterable[Sequence], *, expected: int) -> Load:
+    def load(self, pool: BlockPool, admission: Admission, roster: Roster, reading: Seq[Sequence], *, expected: int) -> Load:
         """What the worker's report says. `reading`: of those that run all that compute chunks, and perhaps others; `expected`: attempts
         whose transfer is still to be offered."""
         free, total = pool.scarcest()
-        waiting = [*admission.queue.values(), *admission.preempted]
-        to_compute = sum([len(each.tokens) for each in waiting if each.local_prefill or each.preempted])
-        to_compute += sum([each.target - each.done for each in reading if each.target > each.done])
+        to_compute = 0
+        if admission.waiting:
+            waiting = (*admission.queue.values(), *admission.preempted)
+            to_compute += sum([len(each.tokens) for each in waiting if each.local_prefill or each.preempted])
+        if reading:
+            to_compute += sum([each.target - each.done for each in reading if each.target > each.done])
         return Load(
             waiting=expected + len(admission.queue) + admission.leases.granted,
             running=len(roster.running) + len(admission.preempted),

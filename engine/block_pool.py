@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from operator import attrgetter, sub
 
 from ..core.layout import CacheGroup, CacheKind
 from ..core.prefix import HASH_TOKENS, chain
 from .batch import NO_BLOCK, BlockCopy
 from .group_blocks import GroupBlocks
+
+_copying = attrgetter("copying")
 
 
 class BlockPool:
@@ -60,7 +63,7 @@ class BlockPool:
     @property
     def copying(self) -> bool:
         """Whether blocks are still to be copied: the next step does it."""
-        return any(part.copying for part in self.parts)
+        return any(map(_copying, self.parts))
 
     def issue_copies(self) -> tuple[BlockCopy, ...]:
         """The copies that the step submitted last has to make before its rows."""
@@ -107,7 +110,7 @@ class BlockPool:
             first, whole = self.first_block(g, position), cached // self.block_size
             pinned = [part.find(h) for h in hashes[1 + min(first, whole) : 1 + whole]]
             new = max(0, self.blocks(tokens) - max(first, whole))
-            costs.append(new + sum(block is not None and part.is_cached(block) for block in pinned))
+            costs.append(new + sum([block is not None and part.is_cached(block) for block in pinned]))
         return tuple(costs)
 
     def blocks(self, tokens: int) -> int:
@@ -139,8 +142,9 @@ class BlockPool:
         """One more block of each group for each of these in turn, where no group has a window. False, and nothing has changed, if there are
         not as many."""
         count = len(tables)
-        if any(part.available < count for part in self.parts):
-            return False
+        for part in self.parts:
+            if part.available < count:
+                return False
         for table, blocks in zip(tables, zip(*[part.take_several(count) for part in self.parts], strict=True), strict=True):
             table.append(blocks)
         return True
@@ -335,7 +339,7 @@ class BlockTable:
 
     def held(self) -> tuple[int, ...]:
         """Blocks per group that this table references."""
-        return tuple(len(row) - passed for row, passed in zip(self.tables, self._passed, strict=True))
+        return tuple(map(sub, map(len, self.tables), self._passed))
 
     def close(self) -> None:
         """Give everything back, the last blocks first, so that they are evicted before the prefixes they depend on."""

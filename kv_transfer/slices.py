@@ -93,8 +93,10 @@ def first_positions(source: Layout, granted: Sequence[GroupGrant], prompt_tokens
     block of a window group that the source no longer holds; no later query sees it."""
     size = source.block_size
     return tuple(
-        max(grant.first_position, group.first_needed(prompt_tokens) // size * size)
-        for group, grant in zip(source.groups, granted, strict=True)
+        [
+            max(grant.first_position, group.first_needed(prompt_tokens) // size * size)
+            for group, grant in zip(source.groups, granted, strict=True)
+        ]
     )
 
 

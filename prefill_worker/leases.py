@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import add, sub
+from operator import add, le, sub
 
 RECENT = 64
 """Of so many last prompts two destinations count. More than may pass one that waits (16), so that nobody who waits is forgotten; few
@@ -50,7 +50,7 @@ class Leases:
 
     def fits(self, charge: tuple[int, ...]) -> bool:
         """Whether the pool can promise `charge` blocks more."""
-        return all(a + b <= limit for a, b, limit in zip(self._charged, charge, self._num_blocks, strict=True))
+        return all(map(le, _sum(self._charged, charge), self._num_blocks))
 
     def expect(self, destination: str | None) -> None:
         """A prompt has come for it."""

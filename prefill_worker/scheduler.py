@@ -213,7 +213,7 @@ class PrefillScheduler:
         missed: list[Prompt] = []
         over_share: dict[str | None, list[Prompt]] = {}
         for prompt in list(self._waiting.values()):
-            if len(missed) == MAX_MISSES or any(earlier.passes >= MAX_PASSES for earlier in missed):
+            if missed and (len(missed) == MAX_MISSES or any(earlier.passes >= MAX_PASSES for earlier in missed)):
                 break
             siblings = over_share.get(prompt.destination, [])
             if siblings and siblings[0].passes >= MAX_PASSES:
@@ -325,14 +325,19 @@ class PrefillScheduler:
     def load(self, now: float) -> Load:
         """What the worker's report says of this scheduler."""
         free, total = self._pool.scarcest()
-        to_compute = sum([p.tokens for p in self._waiting.values()]) + sum([p.tokens - p.done for p in self._running.values()])
+        to_compute, leases = 0, len(self._leased)
+        for prompt in self._waiting.values():
+            to_compute += prompt.tokens
+        for prompt in self._running.values():
+            to_compute += prompt.tokens - prompt.done
+            leases += prompt.destination is not None
         return Load(
             waiting=len(self._waiting),
             running=len(self._running),
             prompt_tokens_waiting=to_compute,
             blocks_free=free,
             blocks_total=total,
-            leases=len(self._leased) + sum([prompt.destination is not None for prompt in self._running.values()]),
+            leases=leases,
         )
 
     @property
