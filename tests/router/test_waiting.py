@@ -154,13 +154,15 @@ def test_requests_that_wait_where_a_worker_leaves_are_answered_by_the_other(site
         async with site(prefill=2, policy=NEVER, limits=NO_RETRIES) as s:
             leaves, stays = s.workers["p0"], s.workers["p1"]
             leaves.hold.clear()
+            stays.hold.clear()
             asked = [Asked(s) for _ in range(6)]
             await s.until(lambda: len(leaves.seen) + len(stays.seen) == 6)
             assert len(leaves.seen) == 3
             leaves.leave()
+            stays.hold.set()
             timings = [await each.whole() for each in asked]
             assert sorted((timing.attempts, timing.prefill_worker) for timing in timings) == [(1, "p1")] * 3 + [(2, "p1")] * 3
-            assert len(leaves.stopped) == 3
+            await s.until(lambda: len(leaves.stopped) == 3)
             assert sum(value for (name, *_), value in s.recorder.values.items() if name == "diptych_moves_total") == 3
             assert not [name for name, *_ in s.recorder.values if name == "diptych_retries_total"]
 
