@@ -12,7 +12,8 @@ from .placement import Demand
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Wanted: `placed` or `unplaceable`. `cause` is the failure that makes it a retry, None if nothing has failed."""
+    """Wanted: `placed` or `unplaceable`. `cause` is the failure that makes it a retry; None if nothing has failed, or it was
+    counted before."""
 
     demand: Demand
     cause: DiptychError | None
