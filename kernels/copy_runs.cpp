@@ -122,23 +122,23 @@ struct Sums {
         add(last, last);
     }
 
-    // A run that begins what is not added up yet, copied with the sums of its whole rows. How much of it that is.
-    int64_t copy_rows(const Run& run) {
+    // A run that begins what is not added up yet, copied past the caches with the sums of its whole rows. How much of it that is.
+    int64_t copy_rows(const Run& run, bool again) {
         int64_t at = 0;
-        if ((intptr_t)run.to % CACHE_LINE == 0 && run.from == place + done * ROW)
+        if ((intptr_t)run.to % CACHE_LINE == 0 && (again ? run.to : run.from) == place + done * ROW)
             for (; at + ROW <= run.length; at += ROW) add_copied(run, at);
         return at;
     }
 
-    // Part by part, added up while it is in the nearest cache. To be read again: by the C library, whose copy does not first read what it
-    // overwrites; past the caches: with the sums, where rows allow it.
+    // By rows where they allow it; else part by part, added up while it is in the nearest cache. Also what is read `again` goes past the
+    // caches then: who sends it comes to it on another core, 16 to 64 MiB later, and to write it there costs a third of packing.
     void copy(const Run& run, bool again) {
-        const bool past = !again && run.length >= STREAMED;
-        for (int64_t at = past ? copy_rows(run) : 0; at < run.length; at += PART) {
+        const bool large = run.length >= STREAMED;
+        for (int64_t at = large ? copy_rows(run, again) : 0; at < run.length; at += PART) {
             const int64_t part = std::min(PART, run.length - at);
             const char* ahead = at + part < run.length ? run.from + at + part : run.next;
             if (!again) until(run.from + at + part + ROW - place, ahead);
-            if (past)
+            if (large && !again)
                 stream({run.to + at, run.from + at, part, ahead});
             else
                 std::memcpy(run.to + at, run.from + at, part);

@@ -16,8 +16,8 @@ WORDS = ROW // 8
 def copy_summed(piece: Piece, place: Tensor, length: int, *, again: bool) -> Tensor:
     """Copy the runs, as `copy_runs` does, and return `table_sums(place, length)`, in the same pass over memory.
 
-    `place` (uint8, in host memory, a multiple of `ROW` long) is where they all end, each behind the one before it (`again`: whoever sends
-    them reads them soon), or where they all begin.
+    `place` (uint8, in host memory, a multiple of `ROW` long) is where they all end, each behind the one before it (`again`), or where
+    they all begin.
     """
     if (kernels := native()) is None:
         return copy_summed_torch(piece, place, length)
