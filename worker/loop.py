@@ -32,8 +32,8 @@ from .outbox import Call, Delivery, Outbox
 DEPTH = 2
 """Steps decided and not yet completed, at an engine of one stage: one runs, one waits behind it."""
 STEADY_REPORT_S = 0.25
-"""While steps end and begin a report is made no more often: twenty a second, with the messages that tell them, took 1 % of a decode
-worker's core."""
+"""While steps end and begin a report is made no more often, unless it is wanted: twenty a second, with the messages that tell them, took
+1 % of a decode worker's core."""
 CHECK_EVERY_S = 0.1
 """How often the books are checked while there is work, if they are checked at all (tests): at 0.5 ms each, half a percent of the time."""
 BROKEN_AFTER = 3
