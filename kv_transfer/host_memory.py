@@ -15,10 +15,13 @@ from .shared_file import SharedFile
 PAGES_AT_ONCE = 256 << 10
 """Bytes per call: 0.1 to 1 ms here, for which the process cannot map or unmap."""
 
-LEAST_URGENT = 19
-"""The nice value of the thread that takes pages, so that it runs where nobody computes. At nice 0 a pool of 590 MB per worker on two
-cores tripled the TTFT of the first request (166 to 480 ms); with a pause nine times as long after each call it took 12 s, in which prompts
-of 256 tokens took 320 ms for 256, as the two threads that compute them wait for each other at every product."""
+CROWDED_S = 0.05
+"""How long to wait when more threads want to run than there are cores. At full speed a pool of 590 MB per worker on two cores tripled the
+TTFT of the first request (166 to 480 ms), at nice 19 as well, which counts within a session alone. With a pause nine times as long after
+each call it took 12 s, in which prompts of 256 tokens took 320 ms for 256, as the two threads that compute them wait for each other
+at every product."""
+
+LOAD = Path("/proc/loadavg")
 
 
 class HostMemory:
@@ -49,10 +52,18 @@ class HostMemory:
         self.shared.close()
 
     def _take_pages(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_URGENT)  # of this thread alone, on Linux
         for start in range(0, self._size, PAGES_AT_ONCE):
+            while _crowded():
+                if self._closing.wait(CROWDED_S):
+                    return
             if self._closing.is_set() or not take_pages(self._address + start, min(PAGES_AT_ONCE, self._size - start)):
                 return
+
+
+def _crowded() -> bool:
+    """Whether more threads want to run, this one among them, than the host has cores."""
+    running, _, _ = LOAD.read_text().split()[3].partition("/")
+    return int(running) > (os.cpu_count() or 1)
 
 
 def _check_available(size: int) -> None:

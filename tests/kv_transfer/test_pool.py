@@ -6,16 +6,18 @@ import asyncio
 import fcntl
 import mmap
 import os
+import queue
 import socket
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diptych.core.errors import ConfigError, TransferFailed
 from diptych.core.layout import Layout
 from diptych.core.transfer import ShmEndpoint
+from diptych.kv_transfer import host_memory
 from diptych.kv_transfer.door import Door
 from diptych.kv_transfer.geometry import SLOTS
 from diptych.kv_transfer.pool import Pool
@@ -156,10 +158,38 @@ def test_tensors_outlive_the_pool() -> None:
     assert left_behind() == []
 
 
-def test_pages_are_there_before_they_are_used() -> None:
+def test_pages_are_there_before_they_are_used_unless_all_cores_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, crowded = queue.Queue[None](), [True]
+
+    def look() -> bool:
+        looked.put(None)
+        return crowded[0]
+
+    monkeypatch.setattr(host_memory, "_crowded", look)
     pool = Pool.allocate(layout_with(2048))
-    end = time.monotonic() + 20
-    while os.fstat(pool.memory.shared.fd).st_blocks * 512 < pool.geometry.size:
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    for _ in range(3):
+        looked.get(timeout=20)
+    assert taken(pool) < pool.geometry.size
+    crowded[0] = False
+    pool.memory._pages.join(20)
+    assert taken(pool) >= pool.geometry.size
     pool.close()
+
+
+def test_a_pool_whose_pages_wait_for_a_core_is_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "CROWDED_S", 1e6)
+    monkeypatch.setattr(host_memory, "_crowded", lambda: True)
+    Pool.allocate(layout_with(8)).close()
+
+
+def test_a_crowd_is_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(host_memory, "LOAD", tmp_path / "loadavg")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for running, crowd in (("2", False), ("3", True)):
+        (tmp_path / "loadavg").write_text(f"0.00 0.01 0.05 {running}/179 30879\n")
+        assert host_memory._crowded() is crowd
+
+
+def taken(pool: Pool) -> int:
+    """Bytes of its pages that are there."""
+    return os.fstat(pool.memory.shared.fd).st_blocks * 512
