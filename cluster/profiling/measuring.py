@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,7 @@ def profile_here(model_dir: Path, *, threads: int | None, repeats: int, clusters
     with _bar(total) as advance:
         fitted = {count: _fitted(model_dir, cores[:count], repeats, advance) for count in counts}
         crossings = {each.value: _crossing(card, each, advance) for each in transports}
-        seen = _seen(model_dir, card, threads, repeats, [cores[:count] for count in counts], fitted, advance) if clusters else None
+        seen = _seen(model_dir, card, threads, repeats, _lent(counts, shares), cores, fitted, advance) if clusters else None
     made = profile_of(card, len(cores), shares, fitted, crossings, seen, available_bytes())
     out.write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
     show(made, fitted, crossings, seen)
@@ -117,15 +117,17 @@ def _seen(
     card: ModelCard,
     threads: int | None,
     repeats: int,
-    shares: Sequence[Sequence[int]],
+    lent: int,
+    cores: Sequence[int],
     fitted: dict[int, Fitted],
     advance: Advance,
 ) -> tuple[Apart, Together]:
     """Both clusters, as fast as the machine was when the engine's steps were timed: some are timed again before and after each."""
+    owns = [cores[:count] for count in fitted]
     then = {step: seconds for each in fitted.values() for step, seconds in each.steps.items()}
 
     def again() -> dict[Alone, float]:
-        return {step: s for cores in shares for step, s in _by_step(cores, _timed(model_dir, cores, repeats, advance, AGAIN)).items()}
+        return {step: s for own in owns for step, s in _by_step(own, _timed(model_dir, own, repeats, advance, AGAIN)).items()}
 
     def cluster(kind: type[T]) -> T:
         for told in watched(kind, model_dir, card.dtype, threads, repeats):
@@ -136,7 +138,12 @@ def _seen(
 
     before, apart = again(), cluster(Apart)
     between, together = again(), cluster(Together)
-    return apart.at(pace_of(then, before, between)), together.at(pace_of(then, between, again()))
+    return apart.at(pace_of(lent, then, before, between)), together.at(pace_of(len(cores), then, between, again()))
+
+
+def _lent(counts: Iterable[int], shares: Sequence[int]) -> int:
+    """Of the counts of cores that were timed, the one nearest to what both workers have together."""
+    return max(count for count in counts if count <= sum(shares))
 
 
 @contextmanager
@@ -166,7 +173,7 @@ def profile_of(
         apart, together = seen
         served = Basis.MEASURED
         reading = reading | {cores: with_prompts(reading[cores], apart.prompts, None)}
-        lent = with_serving(writing[max(count for count in writing if count <= sum(shares))], apart.answers)
+        lent = with_serving(writing[_lent(writing, shares)], apart.answers)
         writing = {count: times.model_copy(update={"step": lent.step, "step_row": lent.step_row}) for count, times in writing.items()}
         writing[cores] = with_serving(writing[cores], together.answers)
         writing[cores] = with_both(with_prompts(writing[cores], together.prompts, together.chunk), together.both)

@@ -21,11 +21,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """So many at once (on average), which attend to `context` tokens together: the mean time between two tokens, in seconds."""
+    """So many at once (on average), which attend to `context` tokens together: the mean time between two tokens, in seconds, and of that
+    a step of the engine alone, as it was just before and after; None: not timed."""
 
     rows: float
     context: int
     gap: float
+    alone: float | None = None
 
     @property
     def work(self) -> Work:
@@ -58,6 +60,8 @@ class Pace:
 
     prefill: float
     decode: float
+    alone: Mapping[int, float]
+    """Seconds that a step of so many sequences took at that pace, on the cores that answers have when nobody reads prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ class Apart:
     answers_beside: tuple[Answers, ...]
 
     def at(self, pace: Pace) -> Apart:
-        """As if the machine had been as fast as when the engine's times were taken."""
+        """As if the machine had been as fast as when the engine's times were taken; `answers` with what their steps take alone."""
         return Apart(
             _prompts_at(pace, self.prompts),
             _answers_at(pace, self.answers),
@@ -98,7 +102,10 @@ def _prompts_at(pace: Pace, found: Sequence[Prompt]) -> tuple[Prompt, ...]:
 
 
 def _answers_at(pace: Pace, found: Sequence[Answers]) -> tuple[Answers, ...]:
-    return tuple(replace(each, gap=each.gap / pace.decode) for each in found)
+    def alone(rows: float) -> float | None:
+        return pace.alone[int(rows)] / pace.decode if rows in pace.alone else None
+
+    return tuple(replace(each, gap=each.gap / pace.decode, alone=alone(each.rows)) for each in found)
 
 
 def _read_at(pace: Pace, found: Read) -> Read:
@@ -115,8 +122,9 @@ class Alone:
     length: int
 
 
-def pace_of(then: Mapping[Alone, float], *now: Mapping[Alone, float]) -> Pace:
+def pace_of(cores: int, then: Mapping[Alone, float], *now: Mapping[Alone, float]) -> Pace:
     """The medians over the steps that were timed again: before and after what is to be judged by it, which count alike.
+    `cores`: those on which answers are written when nobody reads prompts.
 
     A machine that is shared has no speed of its own: it changes by a tenth within the minutes of a profile, and what serving adds to a
     step is less than that.
@@ -125,19 +133,16 @@ def pace_of(then: Mapping[Alone, float], *now: Mapping[Alone, float]) -> Pace:
     def median(what: str) -> float:
         return statistics.median(statistics.fmean(each[step] for each in now) / then[step] for step in now[0] if step.what == what)
 
-    return Pace(median("prefill"), median("decode"))
+    alone = {step.batch: statistics.fmean(each[step] for each in now) for step in now[0] if (step.cores, step.what) == (cores, "decode")}
+    return Pace(median("prefill"), median("decode"), alone)
 
 
 def with_serving(times: StepTimes, seen: Sequence[Answers]) -> StepTimes:
     """The times of an engine alone with what serving adds to each step, and to each sequence of it; neither is below 0. `seen`: of one
-    sequence and of several."""
-    more = [each.gap - step_seconds(times, each.work) for each in seen]
-    fewest, most = min(seen, key=lambda each: each.rows), max(seen, key=lambda each: each.rows)
-    few, many = more[seen.index(fewest)], more[seen.index(most)]
-    row = max(0.0, (many - few) / (most.rows - fewest.rows))
-    step = max(0.0, few - row * fewest.rows)
-    if not row:
-        step = max(0.0, statistics.fmean(more))
+    sequence and of several, with their steps `alone`."""
+    more = [(each.rows, each.gap - each.alone) for each in seen if each.alone is not None]
+    row = max(0.0, line(more)[0])
+    step = max(0.0, statistics.fmean(each - row * rows for rows, each in more))
     return times.model_copy(update={"step": step, "step_row": row})
 
 

@@ -52,8 +52,8 @@ SERVED = TIMES.model_copy(update={"step": 0.002, "step_row": 0.0005})
 
 
 def answers(rows: int, factor: float = 1.0) -> Answers:
-    found = Answers(rows, 50 * rows, 0.0)
-    return Answers(rows, 50 * rows, step_seconds(scaled(SERVED, factor), found.work))
+    work = Answers(rows, 50 * rows, 0.0).work
+    return Answers(rows, 50 * rows, step_seconds(scaled(SERVED, factor), work), step_seconds(scaled(TIMES, factor), work))
 
 
 def prompts(chunk: int | None = None) -> tuple[Prompt, ...]:
@@ -76,7 +76,7 @@ def test_what_serving_adds_is_found_again() -> None:
 
 def test_nothing_that_serving_adds_is_negative() -> None:
     """On a busy machine a step in a cluster can seem shorter than it was alone."""
-    short = [Answers(rows, 50 * rows, 0.9 * step_seconds(TIMES, answers(rows).work)) for rows in (1, 8)]
+    short = [replace(each, gap=0.9 * each.gap, alone=each.gap) for each in (answers(1), answers(8))]
     found = with_serving(TIMES, short)
     assert (found.step, found.step_row) == (0.0, 0.0)
     assert request_seconds([Prompt(64, 0.1, 0.2)]) == 0.0
@@ -131,26 +131,27 @@ def test_what_a_cluster_showed_on_a_slower_machine_is_what_it_shows_on_this_one(
     }
     paces = {"prefill": 1.2, "decode": 1.5}
     before, after = ({step: seconds * (paces[step.what] + more) for step, seconds in then.items()} for more in (-0.1, 0.1))
-    pace = pace_of(then, before, after)
+    pace = pace_of(1, then, before, after)
     assert (pace.prefill, pace.decode) == pytest.approx((1.2, 1.5))
     disturbed = before | {Alone(1, "decode", 1, 16): 0.4, Alone(1, "decode", 4, 16): 1.0}
     steps = {**then, Alone(1, "decode", 4, 16): 0.05}
-    assert pace_of(steps, disturbed, disturbed).decode == pytest.approx(10.0), "the median of 10, 1.4 and 20"
+    assert pace_of(1, steps, disturbed, disturbed).decode == pytest.approx(10.0), "the median of 10, 1.4 and 20"
 
     def slow(found: Prompt) -> Prompt:
         return replace(found, ttft=found.ttft * 1.2, computed=found.computed * 1.2)
 
-    here = Apart(prompts(), (answers(1),), (read(2, 1.4),), (answers(6, 1.1),))
+    one_alone = replace(answers(1), alone=0.04)
+    here = Apart(prompts(), (one_alone,), (read(2, 1.4),), (replace(answers(6, 1.1), alone=None),))
     there = Apart(tuple(map(slow, prompts())), (answers(1, 1.5),), (read(2, 1.4 * 1.2),), (answers(6, 1.1 * 1.5),))
     assert flat(there.at(pace)) == pytest.approx(flat(here))
     one, other = (
-        Together(prompts(64), (answers(1),), read(4, 1.0), 64),
+        Together(prompts(64), (one_alone,), read(4, 1.0), 64),
         Together(tuple(map(slow, prompts(64))), (answers(1, 1.5),), read(4, 1.2), 64),
     )
     assert flat(other.at(pace)) == pytest.approx(flat(one))
 
 
-def flat(found: object) -> list[float]:
+def flat(found: object) -> list[float | None]:
     """All numbers in it."""
     if isinstance(found, tuple):
         return [number for each in found for number in flat(each)]
