@@ -72,6 +72,7 @@ class Measure:
 
 
 GRANTS_WAITING = "diptych_worker_grants_waiting"
+"""The measure of Offers that wait for a grant."""
 
 
 @value

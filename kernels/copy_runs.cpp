@@ -123,26 +123,26 @@ struct Sums {
     }
 
     // A run that begins what is not added up yet, copied past the caches with the sums of its whole rows. How much of it that is.
-    int64_t copy_rows(const Run& run, bool again) {
+    int64_t copy_rows(const Run& run, bool packed) {
         int64_t at = 0;
-        if ((intptr_t)run.to % CACHE_LINE == 0 && (again ? run.to : run.from) == place + done * ROW)
+        if ((intptr_t)run.to % CACHE_LINE == 0 && (packed ? run.to : run.from) == place + done * ROW)
             for (; at + ROW <= run.length; at += ROW) add_copied(run, at);
         return at;
     }
 
-    // By rows where they allow it; else part by part, added up while it is in the nearest cache. Also what is read `again` goes past the
-    // caches then: who sends it comes to it on another core, 16 to 64 MiB later, and to write it there costs a third of packing.
-    void copy(const Run& run, bool again) {
+    // By rows where they allow it; else part by part, added up while it is in the nearest cache. Also what is `packed`, to be read
+    // again, goes past the caches then: who sends it comes to it on another core, 16 to 64 MiB later, and to write it there costs a third.
+    void copy(const Run& run, bool packed) {
         const bool large = run.length >= STREAMED;
-        for (int64_t at = large ? copy_rows(run, again) : 0; at < run.length; at += PART) {
+        for (int64_t at = large ? copy_rows(run, packed) : 0; at < run.length; at += PART) {
             const int64_t part = std::min(PART, run.length - at);
             const char* ahead = at + part < run.length ? run.from + at + part : run.next;
-            if (!again) until(run.from + at + part + ROW - place, ahead);
-            if (large && !again)
+            if (!packed) until(run.from + at + part + ROW - place, ahead);
+            if (large && !packed)
                 stream({run.to + at, run.from + at, part, ahead});
             else
                 std::memcpy(run.to + at, run.from + at, part);
-            if (again) until(run.to + at + part - place, ahead);
+            if (packed) until(run.to + at + part - place, ahead);
         }
     }
 };
@@ -163,15 +163,15 @@ extern "C" void diptych_copy_runs(const int64_t* pieces, int64_t k, int64_t agai
 #endif
 }
 
-// layers, runs and `again` as above. `place`, `length` bytes long, is where all runs end, each behind the one before it (`again`), or
-// where all begin. sums [ROW_WORDS + rows]: of its columns, then of its rows.
-extern "C" void diptych_copy_summed(const int64_t* layers, int64_t m, const int64_t* runs, int64_t n, int64_t again, const char* place,
+// layers and runs as above. `place`, `length` bytes long, is where all runs end, each behind the one before it (`packed`), or where all
+// begin. sums [ROW_WORDS + rows]: of its columns, then of its rows.
+extern "C" void diptych_copy_summed(const int64_t* layers, int64_t m, const int64_t* runs, int64_t n, int64_t packed, const char* place,
                                     int64_t length, std::uint64_t* sums) {
     std::memset(sums, 0, ROW);
     Sums summed{place, length, sums, sums + ROW_WORDS, 0};
     for (const int64_t* layer = layers; layer < layers + 2 * m; layer += 2)
         for (const int64_t *run = runs, *end = runs + 3 * n; run < end; run += 3)
-            summed.copy(placed((const char*)layer[0], (char*)layer[1], run, end), again);
+            summed.copy(placed((const char*)layer[0], (char*)layer[1], run, end), packed);
     summed.finish();
 #if defined(__x86_64__)
     _mm_sfence();

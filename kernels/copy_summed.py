@@ -13,10 +13,10 @@ ROW = 4096
 WORDS = ROW // 8
 
 
-def copy_summed(piece: Piece, place: Tensor, length: int, *, again: bool) -> Tensor:
+def copy_summed(piece: Piece, place: Tensor, length: int, *, packed: bool) -> Tensor:
     """Copy the runs, as `copy_runs` does, and return `table_sums(place, length)`, in the same pass over memory.
 
-    `place` (uint8, in host memory, a multiple of `ROW` long) is where they all end, each behind the one before it (`again`), or where
+    `place` (uint8, in host memory, a multiple of `ROW` long) is where they all end, each behind the one before it (`packed`), or where
     they all begin.
     """
     if (kernels := native()) is None:
@@ -25,7 +25,7 @@ def copy_summed(piece: Piece, place: Tensor, length: int, *, again: bool) -> Ten
     sums = torch.empty(WORDS + -(-length // ROW), dtype=torch.int64)
     copy = kernels.copy_summed_few if length < HOLD_BELOW else kernels.copy_summed
     where = (layers.buffer_info()[0], len(piece[0]), runs.buffer_info()[0], len(runs) // 3)
-    copy(*where, again, place.data_ptr(), length, sums.data_ptr())
+    copy(*where, packed, place.data_ptr(), length, sums.data_ptr())
     return sums
 
 

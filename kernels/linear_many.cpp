@@ -137,7 +137,7 @@ void run(Many many, int64_t threads) {
 extern "C" void diptych_linear_many(bf16* y, const bf16* x, const bf16* weight, const bf16* bias, int64_t rows, int64_t n_in,
                                     int64_t n_out, int64_t x_stride, int64_t weight_stride, int64_t threads) {
     const int64_t tiles = (rows + HIGH - 1) / HIGH, most = std::max<int64_t>(1, AT_ONCE / HIGH / std::max<int64_t>(1, n_in));
-    const int64_t runs = tiles / most + 1, share = (tiles / runs + 1) * HIGH;
+    const int64_t runs = std::max<int64_t>(1, (tiles + most - 1) / most), share = (tiles + runs - 1) / runs * HIGH;
     for (int64_t r = 0; r < rows; r += share) {
         const int64_t count = std::min(share, rows - r);
         run({y + r * n_out, x + r * x_stride, weight, bias, count, n_in, n_out, x_stride, weight_stride, nullptr}, threads);

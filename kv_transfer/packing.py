@@ -20,7 +20,7 @@ from .pool import Pool
 def pack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], slot: Tensor) -> int:
     """Copy `span`, which lies in `blocks` of the source's `pool`, to the beginning of `slot` (uint8); its checksum."""
     piece = _layers(pool, crossing, span, slot), crossing.packed(span, blocks)
-    return checksum(copy_summed(piece, slot, crossing.bytes(span), again=True))
+    return checksum(copy_summed(piece, slot, crossing.bytes(span), packed=True))
 
 
 def unpack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], slot: Tensor, expected: int) -> bool:
@@ -29,7 +29,7 @@ def unpack(pool: Pool, crossing: Crossing, span: Span, blocks: tuple[int, ...], 
     length, found, layers = crossing.bytes(span), crossing.unpacked(span, blocks), _layers(pool, crossing, span, slot)
     if not crossing.casts(span.group):
         piece = [(staged, there) for there, staged in layers], found
-        return checksum(copy_summed(piece, slot, length, again=False)) == expected
+        return checksum(copy_summed(piece, slot, length, packed=False)) == expected
     if checksum(table_sums(slot, length)) != expected:
         return False
     reads, writes = crossing.sources[span.group], crossing.destinations[span.group]

@@ -72,8 +72,8 @@ class Place:
         computing = [each for each in others if each._busy]
         beside = float(sum(each._rows for each in computing))
         if self._hardware.phase is Phase.DECODE:
-            self._rows = rows
-            beside = rows if computing else 0.0
+            self._rows = rows or math.inf
+            beside = self._rows if computing else 0.0
         if self._roaming:
             theirs = sum(each._roaming for each in computing)
             return self._host.times(self._hardware, self._roaming, beside, self._roaming + theirs)

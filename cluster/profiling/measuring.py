@@ -23,8 +23,8 @@ from ..process.spec import BLOCK_SIZE
 from ..resources.cores import share_cores
 from ..resources.memory import available_bytes
 from .links import TOKENS, link_of, timed_link
-from .reckoning import Alone, Apart, Together, beside, pace_of, request_seconds, with_both, with_prompts, with_serving
-from .served import STAGES, watched
+from .reckoning import Apart, EngineStep, Seen, Together, beside, moment_of, request_seconds, with_both, with_prompts, with_serving
+from .served import LEAST_CONTEXT, STAGES, watched
 from .showing import show
 from .steps import AGAIN, CHUNK, CHUNK_START, Step, grid, timed_steps
 
@@ -46,7 +46,7 @@ class Fitted:
     times: StepTimes
     prefill: Residuals
     decode: Residuals
-    steps: dict[Alone, float]
+    steps: dict[EngineStep, float]
     """As they were timed, in seconds."""
 
 
@@ -67,6 +67,11 @@ def profile_here(model_dir: Path, *, threads: int | None, repeats: int, clusters
     if max(shares) > len(cores):
         raise ConfigError(f"--threads {threads}: this process may use {len(cores)} cores.", field="threads")
     card = read_card(model_dir)
+    if clusters and card.max_context < LEAST_CONTEXT:
+        raise ConfigError(
+            f"{card.name} takes {card.max_context} tokens, and small clusters are asked for {LEAST_CONTEXT}: use --no-clusters.",
+            field="clusters",
+        )
     counts = sorted({*shares, len(cores)})
     transports = [each for each in Transport if not each.on_gpu]
     total = len(counts) * len(grid(card.max_context)) + len(transports)
@@ -75,7 +80,7 @@ def profile_here(model_dir: Path, *, threads: int | None, repeats: int, clusters
     with _bar(total) as advance:
         fitted = {count: _fitted(model_dir, cores[:count], repeats, advance) for count in counts}
         crossings = {each.value: _crossing(card, each, advance) for each in transports}
-        seen = _seen(model_dir, card, threads, repeats, _lent(counts, shares), cores, fitted, advance) if clusters else None
+        seen = _seen(model_dir, card, threads, repeats, shares, fitted, advance) if clusters else None
     made = profile_of(card, len(cores), shares, fitted, crossings, seen, available_bytes())
     out.write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
     show(made, fitted, crossings, seen)
@@ -101,8 +106,8 @@ def _timed(
     return steps
 
 
-def _by_step(cores: Sequence[int], steps: Sequence[Step]) -> dict[Alone, float]:
-    return {Alone(len(cores), each.what, each.batch, each.length): each.seconds for each in steps}
+def _by_step(cores: Sequence[int], steps: Sequence[Step]) -> dict[EngineStep, float]:
+    return {EngineStep(len(cores), each.what, each.batch, each.length): each.seconds for each in steps}
 
 
 def _crossing(card: ModelCard, transport: Transport, advance: Advance) -> Crossing:
@@ -117,16 +122,16 @@ def _seen(
     card: ModelCard,
     threads: int | None,
     repeats: int,
-    lent: int,
-    cores: Sequence[int],
+    shares: Sequence[int],
     fitted: dict[int, Fitted],
     advance: Advance,
-) -> tuple[Apart, Together]:
-    """Both clusters, as fast as the machine was when the engine's steps were timed: some are timed again before and after each."""
-    owns = [cores[:count] for count in fitted]
-    then = {step: seconds for each in fitted.values() for step, seconds in each.steps.items()}
+) -> Seen:
+    """Both clusters; some of the engine's steps are timed again before and after each."""
+    cores = sorted(os.sched_getaffinity(0))
+    first = {step: seconds for each in fitted.values() for step, seconds in each.steps.items()}
 
-    def again() -> dict[Alone, float]:
+    def again() -> dict[EngineStep, float]:
+        owns = [cores[:count] for count in fitted]
         return {step: s for own in owns for step, s in _by_step(own, _timed(model_dir, own, repeats, advance, AGAIN)).items()}
 
     def cluster(kind: type[T]) -> T:
@@ -138,7 +143,8 @@ def _seen(
 
     before, apart = again(), cluster(Apart)
     between, together = again(), cluster(Together)
-    return apart.at(pace_of(lent, then, before, between)), together.at(pace_of(len(cores), then, between, again()))
+    moments = moment_of(_lent(fitted, shares), first, before, between), moment_of(len(cores), first, between, again())
+    return Seen(apart.as_at_first(moments[0]), together.as_at_first(moments[1]), *moments)
 
 
 def _lent(counts: Iterable[int], shares: Sequence[int]) -> int:
@@ -161,7 +167,7 @@ def profile_of(
     shares: Sequence[int],
     fitted: dict[int, Fitted],
     crossings: dict[str, Crossing],
-    seen: tuple[Apart, Together] | None,
+    seen: Seen | None,
     memory_bytes: float,
 ) -> Profile:
     """`shares`: the cores of a prefill and of a decode worker beside each other."""
@@ -170,12 +176,12 @@ def profile_of(
     basis = {"prefill": Basis.FITTED, "decode": Basis.FITTED, "links": Basis.FITTED, "overheads.message": Basis.MEASURED}
     overheads, host, served = Overheads(request=REQUEST_S, message=message), Cores(count=cores), Basis.ASSUMED
     if seen is not None:
-        apart, together = seen
+        apart, together = seen.apart, seen.together
         served = Basis.MEASURED
         reading = reading | {cores: with_prompts(reading[cores], apart.prompts, None)}
-        lent = with_serving(writing[_lent(writing, shares)], apart.answers)
+        lent = with_serving(writing[_lent(writing, shares)], apart.answers, seen.while_apart.engine)
         writing = {count: times.model_copy(update={"step": lent.step, "step_row": lent.step_row}) for count, times in writing.items()}
-        writing[cores] = with_serving(writing[cores], together.answers)
+        writing[cores] = with_serving(writing[cores], together.answers, seen.while_together.engine)
         writing[cores] = with_both(with_prompts(writing[cores], together.prompts, together.chunk), together.both)
         slower = beside(reading[shares[0]], writing[shares[1]], apart)
         overheads = Overheads(request=request_seconds((*apart.prompts, *together.prompts)), message=message)

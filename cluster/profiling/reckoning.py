@@ -21,13 +21,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """So many at once (on average), which attend to `context` tokens together: the mean time between two tokens, in seconds, and of that
-    a step of the engine alone, as it was just before and after; None: not timed."""
+    """So many at once (on average), which attend to `context` tokens together: the mean time between two tokens, in seconds."""
 
     rows: float
     context: int
     gap: float
-    alone: float | None = None
 
     @property
     def work(self) -> Work:
@@ -55,13 +53,38 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """How many times as long as when its times were taken an engine alone takes, to read prompts and to write answers."""
+class EngineStep:
+    """A step of an engine alone (`what`: prefill or decode) on so many cores, of so many prompts or sequences of that length."""
+
+    cores: int
+    what: str
+    batch: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The machine while a cluster ran: how many times as long as at first an engine alone takes, to read prompts and to write answers.
+    A machine that is shared has no speed of its own: it changes by a tenth within the minutes of a profile, and what serving adds to a
+    step is less than that."""
 
     prefill: float
     decode: float
-    alone: Mapping[int, float]
-    """Seconds that a step of so many sequences took at that pace, on the cores that answers have when nobody reads prompts."""
+    engine: Mapping[int, float]
+    """Seconds of a step of so many sequences, on the cores that answers have when nobody reads prompts; as at first."""
+
+
+def moment_of(cores: int, first: Mapping[EngineStep, float], *again: Mapping[EngineStep, float]) -> Moment:
+    """By the steps that were timed again, before and after the cluster, which count alike: the medians over them. `cores`: those on which
+    answers are written when nobody reads prompts."""
+    later = {step: statistics.fmean(each[step] for each in again) for step in again[0]}
+
+    def median(what: str) -> float:
+        return statistics.median(seconds / first[step] for step, seconds in later.items() if step.what == what)
+
+    decode = median("decode")
+    engine = {step.batch: seconds / decode for step, seconds in later.items() if (step.cores, step.what) == (cores, "decode")}
+    return Moment(median("prefill"), decode, engine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +96,13 @@ class Apart:
     prompts_beside: tuple[Read, ...]
     answers_beside: tuple[Answers, ...]
 
-    def at(self, pace: Pace) -> Apart:
-        """As if the machine had been as fast as when the engine's times were taken; `answers` with what their steps take alone."""
+    def as_at_first(self, moment: Moment) -> Apart:
+        """If the machine had been as fast as when the engine's times were taken."""
         return Apart(
-            _prompts_at(pace, self.prompts),
-            _answers_at(pace, self.answers),
-            tuple(_read_at(pace, each) for each in self.prompts_beside),
-            _answers_at(pace, self.answers_beside),
+            _prompts(self.prompts, moment),
+            _answers(self.answers, moment),
+            tuple(_read(each, moment) for each in self.prompts_beside),
+            _answers(self.answers_beside, moment),
         )
 
 
@@ -92,55 +115,37 @@ class Together:
     both: Read
     chunk: int
 
-    def at(self, pace: Pace) -> Together:
-        """As `Apart.at`."""
-        return Together(_prompts_at(pace, self.prompts), _answers_at(pace, self.answers), _read_at(pace, self.both), self.chunk)
-
-
-def _prompts_at(pace: Pace, found: Sequence[Prompt]) -> tuple[Prompt, ...]:
-    return tuple(replace(each, ttft=each.ttft / pace.prefill, computed=each.computed / pace.prefill) for each in found)
-
-
-def _answers_at(pace: Pace, found: Sequence[Answers]) -> tuple[Answers, ...]:
-    def alone(rows: float) -> float | None:
-        return pace.alone[int(rows)] / pace.decode if rows in pace.alone else None
-
-    return tuple(replace(each, gap=each.gap / pace.decode, alone=alone(each.rows)) for each in found)
-
-
-def _read_at(pace: Pace, found: Read) -> Read:
-    return replace(found, seconds=found.seconds / pace.prefill)
+    def as_at_first(self, moment: Moment) -> Together:
+        """As `Apart.as_at_first`."""
+        return Together(_prompts(self.prompts, moment), _answers(self.answers, moment), _read(self.both, moment), self.chunk)
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
-    """A step of an engine alone (`what`: prefill or decode) on so many cores, of so many prompts or sequences of that length."""
+class Seen:
+    """What the clusters showed, as if the machine had always been as fast as at first; and how it was while each of them ran."""
 
-    cores: int
-    what: str
-    batch: int
-    length: int
-
-
-def pace_of(cores: int, then: Mapping[Alone, float], *now: Mapping[Alone, float]) -> Pace:
-    """The medians over the steps that were timed again: before and after what is to be judged by it, which count alike.
-    `cores`: those on which answers are written when nobody reads prompts.
-
-    A machine that is shared has no speed of its own: it changes by a tenth within the minutes of a profile, and what serving adds to a
-    step is less than that.
-    """
-
-    def median(what: str) -> float:
-        return statistics.median(statistics.fmean(each[step] for each in now) / then[step] for step in now[0] if step.what == what)
-
-    alone = {step.batch: statistics.fmean(each[step] for each in now) for step in now[0] if (step.cores, step.what) == (cores, "decode")}
-    return Pace(median("prefill"), median("decode"), alone)
+    apart: Apart
+    together: Together
+    while_apart: Moment
+    while_together: Moment
 
 
-def with_serving(times: StepTimes, seen: Sequence[Answers]) -> StepTimes:
+def _prompts(found: Sequence[Prompt], moment: Moment) -> tuple[Prompt, ...]:
+    return tuple(replace(each, ttft=each.ttft / moment.prefill, computed=each.computed / moment.prefill) for each in found)
+
+
+def _answers(found: Sequence[Answers], moment: Moment) -> tuple[Answers, ...]:
+    return tuple(replace(each, gap=each.gap / moment.decode) for each in found)
+
+
+def _read(found: Read, moment: Moment) -> Read:
+    return replace(found, seconds=found.seconds / moment.prefill)
+
+
+def with_serving(times: StepTimes, seen: Sequence[Answers], engine: Mapping[int, float]) -> StepTimes:
     """The times of an engine alone with what serving adds to each step, and to each sequence of it; neither is below 0. `seen`: of one
-    sequence and of several, with their steps `alone`."""
-    more = [(each.rows, each.gap - each.alone) for each in seen if each.alone is not None]
+    sequence and of several. `engine`: seconds of its steps alone of as many, timed in the same minute."""
+    more = [(each.rows, each.gap - engine[round(each.rows)]) for each in seen]
     row = max(0.0, line(more)[0])
     step = max(0.0, statistics.fmean(each - row * rows for rows, each in more))
     return times.model_copy(update={"step": step, "step_row": row})

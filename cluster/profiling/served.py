@@ -25,6 +25,7 @@ from ..load.workload import Arrival
 from ..planner.policies import Policies
 from .reckoning import Answers, Apart, Prompt, Read, Together
 from .recorded import Ran, with_steps
+from .steps import ROWS
 
 ALONE = (64, 160, 256, 352, 448)
 """Lengths of prompts that are asked one after another."""
@@ -32,11 +33,12 @@ TURNS = 2
 """Times as often as anything else: one of each length takes half a second."""
 SHORT = 32
 """Of the prompts of answers that are timed: long enough that a prefill worker reads them."""
-ROWS = (1, 8)
 TOKENS = 48
 BESIDE_ROWS, BESIDE_TOKENS, BESIDE_PROMPT = (2, 6), 128, 256
 HANDED_OVER = 2
 """Tokens of an answer that is not written where its prompt is read."""
+LEAST_CONTEXT = max(ALONE) + HANDED_OVER
+"""Of a model that answers all of this."""
 READERS = 2
 """Prompts under way at once beside answers: with one a prefill worker would rest while it comes and goes."""
 TIMEOUT_S = 120.0

@@ -11,7 +11,7 @@ from rich.table import Table
 from ...core.fleet import Phase
 from ..planner.latency import DecodeTimes, StepTimes
 from ..planner.profile import Basis, Profile, Residuals
-from .reckoning import Apart, Together, prompt_seconds
+from .reckoning import Seen, prompt_seconds
 
 POOR = 0.25
 """Residuals of an idle machine are below this share."""
@@ -32,12 +32,12 @@ class Crossing(Protocol):
     def residuals(self) -> Residuals: ...
 
 
-def show(made: Profile, fitted: Mapping[int, Fitted], crossings: Mapping[str, Crossing], seen: tuple[Apart, Together] | None) -> None:
+def show(made: Profile, fitted: Mapping[int, Fitted], crossings: Mapping[str, Crossing], seen: Seen | None) -> None:
     """Tables on stdout, and a warning if the fit is poor."""
     _show_steps(fitted)
     _show_rest(made, crossings)
     if seen is not None:
-        for line in _checks(made, *seen):
+        for line in _checks(made, seen):
             _out.print(line, markup=False)
     worst = max(found.worst for each in fitted.values() for found in (each.prefill, each.decode))
     if worst > POOR:
@@ -68,7 +68,8 @@ def _show_rest(made: Profile, crossings: Mapping[str, Crossing]) -> None:
         table.add_row(what, value, str(basis))
 
     for cores, times in known.decode_by_cores.items():
-        row(f"a step with a prompt's chunk on {_cores(cores)}", f"{1e3 * times.both:.2f} ms more", made.basis["step"])
+        beside = f"{1e3 * times.both:.2f} ms more, and {1e3 * (times.both_row or 0.0):.2f} ms for each sequence"
+        row(f"a step with a prompt's chunk on {_cores(cores)}", beside, made.basis["step"])
         added = f"{1e3 * times.step:.2f} ms and {1e3 * times.step_row:.2f} ms for each sequence"
         row(f"serving adds to a step on {_cores(cores)}", added, made.basis["step"])
     row("a prefill step beside decode steps", _slower(host.prefill_beside), made.basis["cores.prefill_beside"])
@@ -82,19 +83,24 @@ def _show_rest(made: Profile, crossings: Mapping[str, Crossing]) -> None:
     _out.print(table)
 
 
-def _checks(made: Profile, apart: Apart, together: Together) -> Iterator[str]:
-    """Prompts alone, by what is simulated and as they were measured."""
+def _checks(made: Profile, seen: Seen) -> Iterator[str]:
+    """Prompts alone, by what is simulated and as they were measured; and how the machine was meanwhile."""
     host = made.cores
     assert host is not None, "a host's profile knows its cores"
     both = (
-        ("apart", apart.prompts, Phase.PREFILL, None),
-        ("at one worker for both", together.prompts, Phase.DECODE, together.chunk),
+        ("apart", seen.apart.prompts, Phase.PREFILL, None),
+        ("at one worker for both", seen.together.prompts, Phase.DECODE, seen.together.chunk),
     )
     for what, prompts, phase, chunk in both:
         times = made.parallelisms[0].on_cores(host.count, phase)
         found = [(each, made.overheads.request + prompt_seconds(times, each.tokens, chunk)) for each in prompts]
         said = [f"{each.tokens} tokens {1e3 * reckoned:.0f} ms (measured {1e3 * each.ttft:.0f})" for each, reckoned in found]
         yield f"A check, TTFT of a prompt alone, {what}: {', '.join(said)}."
+    for what, moment in (("apart", seen.while_apart), ("together", seen.while_together)):
+        yield (
+            f"While the cluster {what} ran the engine alone took {moment.prefill:.2f} times as long for prompts and {moment.decode:.2f} "
+            "for answers as at first; that is taken out."
+        )
 
 
 def _table(*columns: str) -> Table:

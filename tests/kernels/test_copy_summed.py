@@ -18,26 +18,26 @@ LENGTHS = st.one_of(st.integers(1, 300), st.integers((16 << 10) - 70, (16 << 10)
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(LENGTHS, min_size=1, max_size=4), layers=st.integers(1, 2), again=st.booleans(), data=st.data())
-def test_one_pass_does_what_three_do(lengths: list[int], layers: int, again: bool, data: st.DataObject) -> None:
-    """Runs to (`again`) or from one place. Those from it in any order, as where blocks are longer there."""
+@given(lengths=st.lists(LENGTHS, min_size=1, max_size=4), layers=st.integers(1, 2), packed=st.booleans(), data=st.data())
+def test_one_pass_does_what_three_do(lengths: list[int], layers: int, packed: bool, data: st.DataObject) -> None:
+    """Runs to (`packed`) or from one place. Those from it in any order, as where blocks are longer there."""
     if native() is None:
         pytest.skip("no C++ compiler")
     begins = [sum(lengths[:i]) for i in range(len(lengths))]
     runs = [(SIZE // 4 * i, begin, length) for i, (begin, length) in enumerate(zip(begins, lengths, strict=True))]
-    if not again:
+    if not packed:
         runs = [(begin, there, length) for there, begin, length in data.draw(st.permutations(runs))]
     each = sum(lengths)
     torch.manual_seed(each)
     before = [torch.randint(0, 256, (layers, SIZE), dtype=torch.uint8), torch.randint(0, 256, (layers * SIZE,), dtype=torch.uint8)]
     found = []
     for copy in (
-        lambda piece, place: copy_summed(piece, place, layers * each, again=again),
+        lambda piece, place: copy_summed(piece, place, layers * each, packed=packed),
         lambda piece, place: copy_summed_torch(piece, place, layers * each),
     ):
         pool, place = (tensor.clone() for tensor in before)
         ends = [(pool[i].data_ptr(), place[i * each :].data_ptr()) for i in range(layers)]
-        sums = copy([ends if again else [(there, here) for here, there in ends], array("q", chain.from_iterable(runs))], place)
+        sums = copy([ends if packed else [(there, here) for here, there in ends], array("q", chain.from_iterable(runs))], place)
         found.append((sums, pool, place[: layers * each]))
     for ours, expected in zip(*found, strict=True):
         assert torch.equal(ours, expected)

@@ -23,14 +23,14 @@ from diptych.cluster.planner.sharing import scaled
 from diptych.cluster.profiling import measuring
 from diptych.cluster.profiling.measuring import Crossing, Fitted, profile_of
 from diptych.cluster.profiling.reckoning import (
-    Alone,
     Answers,
     Apart,
+    EngineStep,
     Prompt,
     Read,
     Together,
     beside,
-    pace_of,
+    moment_of,
     prompt_seconds,
     request_seconds,
     with_both,
@@ -38,10 +38,13 @@ from diptych.cluster.profiling.reckoning import (
     with_serving,
 )
 from diptych.cluster.profiling.recorded import Ran, steps_of
+from diptych.cluster.profiling.served import LEAST_CONTEXT
+from diptych.cluster.profiling.steps import AGAIN, ROWS, grid
 from diptych.cluster.resources import preflight
 from diptych.cluster.spans.taken import Process
 from diptych.cluster.supervising.posts import workers
 from diptych.core.config import load_config
+from diptych.core.errors import ConfigError
 from diptych.core.layout import DType
 from diptych.core.quantization import Quantization
 from diptych.core.recordings import Doing, Recorded, Span
@@ -52,8 +55,8 @@ SERVED = TIMES.model_copy(update={"step": 0.002, "step_row": 0.0005})
 
 
 def answers(rows: int, factor: float = 1.0) -> Answers:
-    work = Answers(rows, 50 * rows, 0.0).work
-    return Answers(rows, 50 * rows, step_seconds(scaled(SERVED, factor), work), step_seconds(scaled(TIMES, factor), work))
+    found = Answers(rows, 50 * rows, 0.0)
+    return Answers(rows, 50 * rows, step_seconds(scaled(SERVED, factor), found.work))
 
 
 def prompts(chunk: int | None = None) -> tuple[Prompt, ...]:
@@ -69,15 +72,14 @@ def read(rows: int, factor: float) -> Read:
 
 
 def test_what_serving_adds_is_found_again() -> None:
-    found = with_serving(TIMES, [answers(1), answers(8)])
+    found = with_serving(TIMES, [answers(1), answers(8)], {rows: step_seconds(TIMES, answers(rows).work) for rows in (1, 8)})
     assert (found.step, found.step_row) == pytest.approx((0.002, 0.0005))
     assert request_seconds((*prompts(), *prompts(64))) == pytest.approx(0.007)
 
 
 def test_nothing_that_serving_adds_is_negative() -> None:
     """On a busy machine a step in a cluster can seem shorter than it was alone."""
-    short = [replace(each, gap=0.9 * each.gap, alone=each.gap) for each in (answers(1), answers(8))]
-    found = with_serving(TIMES, short)
+    found = with_serving(TIMES, [answers(1), answers(8)], {rows: 1.1 * answers(rows).gap for rows in (1, 8)})
     assert (found.step, found.step_row) == (0.0, 0.0)
     assert request_seconds([Prompt(64, 0.1, 0.2)]) == 0.0
     assert with_both(SERVED, read(4, 0.5)).both == 0.0
@@ -123,35 +125,38 @@ def seen_beside(prefill: float, decode: float) -> Apart:
 
 def test_what_a_cluster_showed_on_a_slower_machine_is_what_it_shows_on_this_one() -> None:
     """Prompts and answers each by how much longer the engine alone took."""
-    then = {
-        Alone(1, "prefill", 1, 256): 0.2,
-        Alone(2, "prefill", 1, 256): 0.1,
-        Alone(1, "decode", 1, 16): 0.04,
-        Alone(2, "decode", 8, 16): 0.03,
+    first = {
+        EngineStep(1, "prefill", 1, 256): 0.2,
+        EngineStep(2, "prefill", 1, 256): 0.1,
+        EngineStep(1, "decode", 1, 16): 0.04,
+        EngineStep(2, "decode", 8, 16): 0.03,
     }
-    paces = {"prefill": 1.2, "decode": 1.5}
-    before, after = ({step: seconds * (paces[step.what] + more) for step, seconds in then.items()} for more in (-0.1, 0.1))
-    pace = pace_of(1, then, before, after)
-    assert (pace.prefill, pace.decode) == pytest.approx((1.2, 1.5))
-    disturbed = before | {Alone(1, "decode", 1, 16): 0.4, Alone(1, "decode", 4, 16): 1.0}
-    steps = {**then, Alone(1, "decode", 4, 16): 0.05}
-    assert pace_of(1, steps, disturbed, disturbed).decode == pytest.approx(10.0), "the median of 10, 1.4 and 20"
+    longer = {"prefill": 1.2, "decode": 1.5}
+    before, after = ({step: seconds * (longer[step.what] + more) for step, seconds in first.items()} for more in (-0.1, 0.1))
+    moment = moment_of(1, first, before, after)
+    assert (moment.prefill, moment.decode) == pytest.approx((1.2, 1.5))
+    assert moment.engine == {1: pytest.approx(0.04)}
+    disturbed = before | {EngineStep(1, "decode", 1, 16): 0.4, EngineStep(1, "decode", 4, 16): 1.0}
+    steps = {**first, EngineStep(1, "decode", 4, 16): 0.05}
+    assert moment_of(1, steps, disturbed, disturbed).decode == pytest.approx(10.0), "the median of 10, 1.4 and 20"
 
     def slow(found: Prompt) -> Prompt:
         return replace(found, ttft=found.ttft * 1.2, computed=found.computed * 1.2)
 
-    one_alone = replace(answers(1), alone=0.04)
-    here = Apart(prompts(), (one_alone,), (read(2, 1.4),), (replace(answers(6, 1.1), alone=None),))
+    here = Apart(prompts(), (answers(1),), (read(2, 1.4),), (answers(6, 1.1),))
     there = Apart(tuple(map(slow, prompts())), (answers(1, 1.5),), (read(2, 1.4 * 1.2),), (answers(6, 1.1 * 1.5),))
-    assert flat(there.at(pace)) == pytest.approx(flat(here))
-    one, other = (
-        Together(prompts(64), (one_alone,), read(4, 1.0), 64),
-        Together(tuple(map(slow, prompts(64))), (answers(1, 1.5),), read(4, 1.2), 64),
-    )
-    assert flat(other.at(pace)) == pytest.approx(flat(one))
+    assert flat(there.as_at_first(moment)) == pytest.approx(flat(here))
+    one = Together(prompts(64), (answers(1),), read(4, 1.0), 64)
+    other = Together(tuple(map(slow, prompts(64))), (answers(1, 1.5),), read(4, 1.2), 64)
+    assert flat(other.as_at_first(moment)) == pytest.approx(flat(one))
 
 
-def flat(found: object) -> list[float | None]:
+def test_what_is_timed_again_was_timed_at_first() -> None:
+    assert set(AGAIN) <= set(grid(LEAST_CONTEXT))
+    assert {batch for what, batch, _ in AGAIN if what == "decode"} == set(ROWS)
+
+
+def flat(found: object) -> list[float]:
     """All numbers in it."""
     if isinstance(found, tuple):
         return [number for each in found for number in flat(each)]
@@ -247,6 +252,14 @@ def test_a_place_that_is_not_there_is_refused_before_anything_is_measured(tmp_pa
     status, out = diptych("profile", "--out", str(tmp_path / "none" / "P.json"))
     assert status == 2
     assert "cannot be written: there is no directory" in out
+
+
+def test_a_model_too_short_for_the_clusters_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    short = card(LLAMA, DType.BFLOAT16, LEAST_CONTEXT - 1)
+    monkeypatch.setattr(measuring, "read_card", lambda directory: short)
+    with pytest.raises(ConfigError, match="use --no-clusters") as caught:
+        measuring.profile_here(tmp_path, threads=None, repeats=1, clusters=True, out=tmp_path / "P.json")
+    assert caught.value.field == "clusters"
 
 
 def test_the_weights_are_those_that_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,19 @@ def test_many_answers_have_it_soon_all_the_same_and_what_they_have_they_keep() -
     assert decode.times(1) == TIMES
 
 
+def test_a_decode_worker_that_only_reads_a_prompt_slows_others_like_many() -> None:
+    agenda = Agenda()
+    cores = Cores(count=2, prefill_beside={1: 1.5, 6: 1.25}, decode_beside={1: 2.0, 6: 1.75})
+    host = Host(agenda, SHARED.model_copy(update={"cores": cores}))
+    prefill, decode = (host.place(each, lambda: None) for each in shared(APART_HERE))
+    prefill.begin()
+    decode.begin()
+    assert decode.times(0) == scaled(TIMES, 1.75)
+    assert prefill.times(0) == scaled(TIMES, 1.25)
+    assert decode.times(1) == scaled(TIMES, 2.0)
+    assert prefill.times(0) == scaled(TIMES, 1.5)
+
+
 def test_each_phase_slows_the_other_from_when_it_begins() -> None:
     """The second prompt comes when the first answer is being written, and is long; the first answer ends within it."""
     first, second = served(iter([Arrival(0, 0.0, 100, 6), Arrival(1, 0.05, 1000, 2)]), Policies(chunk_tokens=2048, most_running=None))
