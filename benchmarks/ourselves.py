@@ -360,7 +360,7 @@ def main() -> None:
 def _profiled(options: argparse.Namespace) -> Profile:
     with tempfile.TemporaryDirectory(prefix="diptych-profile-") as scratch:
         model_dir = prepare_here(options.model or "demo", options.dtype, None, None, None)
-        return profile_here(model_dir, threads=None, repeats=5, clusters=True, out=Path(scratch, "P.json"))
+        return profile_here(model_dir, gpus=(), tps=(), threads=None, repeats=5, clusters=True, out=Path(scratch, "P.json"))
 
 
 if __name__ == "__main__":

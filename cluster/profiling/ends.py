@@ -29,6 +29,7 @@ from ...kv_transfer.source import Source
 from ...rpc.lane import Lane
 from ...rpc.server import serve
 from ...rpc.worker import RouterStream
+from ..programs.rank import see_gpu
 
 LEASE_S = 60.0
 HOST = "127.0.0.1"
@@ -36,7 +37,7 @@ TOKENS = (Token(0, 42),)
 
 
 def device_for(transport: Transport) -> torch.device:
-    """Where the pools are. Both processes share a GPU."""
+    """Where a pool is: on the first GPU that its process sees."""
     return torch.device("cuda", 0) if transport.on_gpu else CPU
 
 
@@ -97,8 +98,10 @@ class There:
     def close(self) -> None: ...
 
 
-def other_process(pipe: Connection, layout: Layout, transport: Transport, there: type[There]) -> None:
+def other_process(pipe: Connection, layout: Layout, transport: Transport, there: type[There], gpu: str | None) -> None:
     """The destination's, until the pipe says None."""
+    if transport.on_gpu:
+        see_gpu(gpu)
     torch.set_num_threads(1)
     asyncio.run(_answer(pipe, layout, transport, there))
 
@@ -204,10 +207,12 @@ H = TypeVar("H", bound=Here)
 
 
 @asynccontextmanager
-async def two_ends(layout: Layout, transport: Transport, here: type[H], there: type[There] = There) -> AsyncIterator[H]:
-    """Both ends, joined by a lane with the first transfer."""
+async def two_ends(
+    layout: Layout, transport: Transport, here: type[H], there: type[There] = There, gpu: str | None = None
+) -> AsyncIterator[H]:
+    """Both ends, joined by a lane with the first transfer. `gpu`: the one that the other process sees, if another than this."""
     pipe, far = multiprocessing.Pipe()
-    child = multiprocessing.get_context("spawn").Process(target=other_process, args=(far, layout, transport, there), daemon=True)
+    child = multiprocessing.get_context("spawn").Process(target=other_process, args=(far, layout, transport, there, gpu), daemon=True)
     child.start()
     far.close()
     pool = Pool.allocate(layout, device_for(transport))

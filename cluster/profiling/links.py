@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 from ...core.layout import Layout
 from ...core.transfer import Transport
 from ..planner.fitting import fit
 from ..planner.profile import Link, Residuals
+from ..programs.rank import see_gpu
 from .ends import Here, two_ends
 
 TOKENS = (16, 32, 64, 160, 320, 480)
@@ -26,9 +31,21 @@ class LinkTimes:
     transfers: tuple[tuple[int, float], ...]
 
 
-async def timed_link(layout: Layout, transport: Transport, runs: int) -> LinkTimes:
-    """`layout`: a pool with room for each of `TOKENS` that fits."""
-    async with two_ends(layout, transport, Here) as here:
+def timed_link(layout: Layout, transport: Transport, runs: int, gpus: Sequence[str] = ()) -> LinkTimes:
+    """`layout`: a pool with room for each of `TOKENS` that fits. `gpus`: where there are several, between the first two; from one there it
+    goes to another place on it. In processes of its own, so that this one has nothing on a GPU."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        return executor.submit(_timed, layout, transport, runs, tuple(gpus[:2])).result()
+
+
+def _timed(layout: Layout, transport: Transport, runs: int, gpus: Sequence[str]) -> LinkTimes:
+    if transport.on_gpu:
+        see_gpu(gpus[0])
+    return asyncio.run(_between_two(layout, transport, runs, gpus[-1] if gpus else None))
+
+
+async def _between_two(layout: Layout, transport: Transport, runs: int, gpu: str | None) -> LinkTimes:
+    async with two_ends(layout, transport, Here, gpu=gpu) as here:
         grants = [await here.grant_time() for _ in range(runs + SKIPPED)]
         transfers = []
         for tokens in TOKENS:

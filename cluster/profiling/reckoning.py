@@ -54,7 +54,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class EngineStep:
-    """A step of an engine alone (`what`: prefill or decode) on so many cores, of so many prompts or sequences of that length."""
+    """A step of an engine alone (`what`: prefill or decode), of so many prompts or sequences of that length. `cores`: 0 on GPUs."""
 
     cores: int
     what: str

@@ -11,6 +11,7 @@ import statistics
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +24,9 @@ from ..load.answer import Answer
 from ..load.server import Server, find_server
 from ..load.workload import Arrival
 from ..planner.policies import Policies
+from .grid import ROWS
 from .reckoning import Answers, Apart, Prompt, Read, Together
 from .recorded import Ran, with_steps
-from .steps import ROWS
 
 ALONE = (64, 160, 256, 352, 448)
 """Lengths of prompts that are asked one after another."""
@@ -49,11 +50,21 @@ STAGES: dict[type[Any], tuple[str, ...]] = {
 T = TypeVar("T", Apart, Together)
 
 
-def watched(kind: type[T], model_dir: Path, dtype: str, threads: int | None, repeats: int) -> Iterator[str | T]:
+@dataclass(frozen=True, slots=True)
+class Small:
+    """What workers of small clusters are. `threads`: of each, on a CPU; None: as `up` shares the cores. `tp`: GPUs of each; 0: on a CPU."""
+
+    model_dir: Path
+    dtype: str
+    threads: int | None = None
+    tp: int = 0
+
+
+def watched(kind: type[T], small: Small, repeats: int) -> Iterator[str | T]:
     """A cluster of that kind, in a process of its own: what is being done, one of its `STAGES` each time, and at last what was seen.
     `Unavailable` if it does not start."""
     ear, mouth = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("spawn").Process(target=_watch_it, args=(mouth, kind, model_dir, dtype, threads, repeats))
+    child = multiprocessing.get_context("spawn").Process(target=_watch_it, args=(mouth, kind, small, repeats))
     child.start()
     mouth.close()
     try:
@@ -69,7 +80,7 @@ def watched(kind: type[T], model_dir: Path, dtype: str, threads: int | None, rep
         child.join()
 
 
-def _watch_it(pipe: Connection, kind: type[Any], model_dir: Path, dtype: str, threads: int | None, repeats: int) -> None:
+def _watch_it(pipe: Connection, kind: type[Any], small: Small, repeats: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  what `up` says is not asked for here
     threading.Thread(target=_end_with_parent, daemon=True).start()
     watch = {Apart: _apart, Together: _together}[kind]
@@ -80,7 +91,7 @@ def _watch_it(pipe: Connection, kind: type[Any], model_dir: Path, dtype: str, th
 
     try:
         pipe.send(next(told))
-        _serve(_config(model_dir, dtype, threads, prefill=int(kind is Apart)), ask)
+        _serve(config_of(small, prefill=int(kind is Apart)), ask)
     except DiptychError as error:
         pipe.send(error)
 
@@ -112,12 +123,15 @@ async def _together(client: _Client, repeats: int, begin: Callable[[], None]) ->
     return Together(prompts, answers, await client.both_in_one(repeats, chunk), chunk)
 
 
-def _config(model_dir: Path, dtype: str, threads: int | None, *, prefill: int) -> dict[str, Any]:
-    config = settings(prefill=prefill, decode=1, model=str(model_dir), dtype=dtype)
-    if threads is not None:
-        for phase in Phase:
-            config[phase.value]["threads"] = threads
-    return config | {"name": f"profile-{os.getpid()}", "device": "cpu"}
+def config_of(small: Small, *, prefill: int) -> dict[str, Any]:
+    """The config of a cluster of one decode worker and so many for prefill."""
+    config = settings(prefill=prefill, decode=1, model=str(small.model_dir), dtype=small.dtype)
+    for phase in Phase:
+        if small.threads is not None:
+            config[phase.value]["threads"] = small.threads
+        if small.tp:
+            config[phase.value]["tp"] = small.tp
+    return config | {"name": f"profile-{os.getpid()}", "device": "cuda" if small.tp else "cpu"}
 
 
 def _serve(config: dict[str, Any], ask: Callable[[_Client], Awaitable[None]]) -> None:

@@ -1,142 +1,165 @@
-"""Steps of the engine alone, timed in a process of its own that keeps to the cores it is given, as a rank's engine does."""
+"""Steps of a worker's engine, timed alone: its ranks are processes of their own, which load what they compute with as production's do, and
+keep to the cores or to the GPU they are given."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # torch says so at run time only
 
-from ...core.errors import Unavailable
+from ...core.errors import DiptychError, Unavailable
+from ...core.fleet import Phase
 from ...core.sampling import SamplingParams
+from ...core.transfer import Transport
 from ...engine.batch import Batch, Draw, Row
-from ...engine.engine import Engine
-from ...engine.prepared import PreparedModel, open_prepared
-from ...engine.weights import TORCH_DTYPE
-from ..process.spec import BLOCK_SIZE
+from ..process.spec import BLOCK_SIZE, RankSpec
 from ..programs.lent_cores import compute_on
+from ..programs.loading import Loaded, load
+from ..programs.rank import take_device
+from ..resources.devices import GPU_FRACTION
+from .grid import CHUNK, CHUNK_START, Place, Room, Step, blocks_for
 
-PREFILLS = ((1, 16), (1, 32), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (2, 256), (4, 64), (4, 128), (8, 32))
-"""Batch and length."""
-DECODES = (
-    (1, 16), (1, 512), (1, 1024), (2, 256), (4, 16), (4, 512), (8, 16), (8, 256),
-    (9, 256), (12, 16), (16, 16), (16, 256), (32, 16), (32, 128),
-)  # fmt: skip
-"""Batch and tokens attended to."""
-BOTH = ((1, 256), (4, 256), (8, 256), (16, 256))
-"""Batch and tokens attended to, beside a prompt's chunk."""
-CHUNK, CHUNK_START = 64, 128
-"""Of that prompt: `decode.chunk_tokens` by default, behind so many."""
+HOST = "127.0.0.1"
+AHEAD = 8
+"""Steps in a row, each launched behind the one that computes, of which a GPU's is the mean."""
 GREEDY = SamplingParams(temperature=0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A step that was timed (`what`: prefill, decode or both): the median of its runs, in seconds."""
+def timed_steps(model_dir: Path, place: Place, repeats: int, steps: Sequence[tuple[str, int, int]]) -> Iterator[Room | Step]:
+    """The pool's room, then each of `steps` that it holds as it has been timed. Raises what keeps a rank from loading, as
+    `DiptychError`; `Unavailable` if one ends before all is timed."""
+    context = multiprocessing.get_context("spawn")
+    children, ears = [], []
+    with tempfile.TemporaryDirectory(prefix="diptych-profile-") as scratch:
+        for rank in range(place.tp):
+            ear, mouth = context.Pipe(duplex=False)
+            spec = _spec(model_dir, place, rank, steps)
+            child = context.Process(target=_rank, args=(mouth, spec, place, Path(scratch, "store"), repeats, tuple(steps)), daemon=True)
+            child.start()
+            mouth.close()
+            children.append(child)
+            ears.append(ear)
+        try:
+            yield from _told(ears)
+        except EOFError:
+            raise Unavailable(f"A process that timed steps on {place} ended before it was through.") from None
+        finally:
+            for child in children:
+                child.kill()  # if it has not ended
+                child.join()
 
-    what: str
-    batch: int
-    length: int
-    seconds: float
+
+def _told(ears: list[Connection]) -> Iterator[Room | Step]:
+    """What the ranks say, until each has said that it is through."""
+    while ears:
+        for ear in wait(ears):
+            assert isinstance(ear, Connection)
+            told = ear.recv()
+            if isinstance(told, DiptychError):
+                raise told
+            if told is None:
+                ears.remove(ear)
+            else:
+                yield told
 
 
-ROWS = (1, 8)
-"""Answers at once of which it is measured what serving adds."""
-AGAIN = (("prefill", 1, 256), *(("decode", rows, 16) for rows in ROWS))
-"""What is timed again, to know how fast the machine is by then; all of it is in the grid."""
-
-
-def grid(max_context: int) -> list[tuple[str, int, int]]:
-    """What is timed on each number of cores."""
-    kinds = (("prefill", PREFILLS), ("decode", DECODES), ("both", BOTH))
-    return [(what, batch, length) for what, pairs in kinds for batch, length in pairs if length < max_context]
-
-
-def timed_steps(model_dir: Path, cores: Sequence[int], repeats: int, steps: Sequence[tuple[str, int, int]] | None = None) -> Iterator[Step]:
-    """Each as it has been timed: `steps`, or the whole grid. `Unavailable` if the process that computes ends before its end."""
-    ear, mouth = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("spawn").Process(
-        target=_time_all, args=(mouth, model_dir, tuple(cores), repeats, steps), daemon=True
+def _spec(model_dir: Path, place: Place, rank: int, steps: Sequence[tuple[str, int, int]]) -> RankSpec:
+    """A decode worker's rank, so that on a GPU its steps are captured where they can be."""
+    on_gpu = bool(place.gpus)
+    where = (
+        {"device": "cuda", "gpu": place.gpus[rank], "memory_fraction": GPU_FRACTION, "transports": (Transport.NCCL, Transport.CUDA_IPC)}
+        if on_gpu
+        else {"threads": place.each, "kv_tokens": BLOCK_SIZE * max(blocks_for(*step) for step in steps)}
     )
-    child.start()
-    mouth.close()
+    longest = max((batch * length for what, batch, length in steps if what == "prefill"), default=CHUNK)
+    most = 1 + max(batch for _, batch, _ in steps)
+    return RankSpec.model_validate(
+        {"worker_id": "profile", "phase": Phase.DECODE, "model_dir": model_dir, "rank": rank, "tp": place.tp}
+        | {"chunk_tokens": longest, "max_running": most}
+        | where
+    )
+
+
+def _rank(pipe: Connection, spec: RankSpec, place: Place, store: Path, repeats: int, steps: Sequence[tuple[str, int, int]]) -> None:
+    """One of the processes. All make the same steps; the first says how long they took."""
+    _be_quiet()
+    say = pipe.send if spec.rank == 0 else lambda told: None
     try:
-        while (step := ear.recv()) is not None:
-            yield step
-        child.join()
-    except EOFError:
-        child.join()
-        raise Unavailable(f"The process that timed steps on {len(cores)} cores ended ({child.exitcode}) before it was through.") from None
-    finally:
-        if child.is_alive():
-            child.kill()
-            child.join()
+        take_device(spec)
+        loaded = load(spec, HOST, FileStore(str(store), place.tp) if place.tp > 1 else None)
+        if place.cores:
+            compute_on(place.cores[spec.rank])
+        timed = _Timed(loaded, ahead=AHEAD if place.gpus and place.tp == 1 else 1)
+        say(Room(timed.blocks * BLOCK_SIZE))
+        for what, batch, length in steps:
+            if blocks_for(what, batch, length) <= timed.blocks:
+                say(Step(what, batch, length, timed.seconds(what, batch, length, repeats)))
+        loaded.disconnect()
+        pipe.send(None)
+    except DiptychError as error:
+        pipe.send(error)
 
 
-def _time_all(pipe: Connection, model_dir: Path, cores: Sequence[int], repeats: int, steps: Sequence[tuple[str, int, int]] | None) -> None:
-    compute_on(cores)
-    model = open_prepared(model_dir)
-    steps = steps or grid(model.card.max_context)
-    timed = _Timed(model, steps)
-    for what, batch, length in steps:
-        run = {"prefill": timed.prefill, "decode": timed.decode, "both": timed.both}[what]
-        pipe.send(Step(what, batch, length, _median(partial(run, batch, length), repeats)))
-    pipe.send(None)
+def _be_quiet() -> None:
+    """A rank tells its supervisor how far it is, and gloo who is connected: here nobody asks."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    os.dup2(sys.stdout.fileno(), 1)
 
 
 class _Timed:
-    """An engine and blocks for the largest batch of `steps`."""
+    """An engine, and its pool's blocks in an order that no two neighbours of a table have. `ahead`: answers' steps in a row, each launched
+    behind the one that computes; a worker of several ranks does not."""
 
-    def __init__(self, model: PreparedModel, steps: Sequence[tuple[str, int, int]]) -> None:
-        tokens = max(batch * (length + BLOCK_SIZE) for _, batch, length in steps)
-        layout = model.card.layout(block_size=BLOCK_SIZE, kv_tokens=tokens)
-        shapes = [
-            (group, (blocks, group.kv_heads, 2, BLOCK_SIZE, group.head_dim))
-            for group, blocks in zip(layout.groups, layout.num_blocks, strict=True)
-        ]
-        caches = [[torch.zeros(shape, dtype=TORCH_DTYPE[model.card.dtype]) for _ in group.layers] for group, shape in shapes]
-        self._engine = Engine(model, caches, block_size=BLOCK_SIZE, max_slots=max(batch for _, batch, _ in steps))
-        draw = random.Random(0)
-        self._scattered = [draw.sample(range(blocks), blocks) for blocks in layout.num_blocks]
-        self._ids = tuple(draw.randrange(3, model.card.vocab_size) for _ in range(max(length for _, length in PREFILLS)))
-        self._engine.warm_up()
+    def __init__(self, loaded: Loaded, *, ahead: int) -> None:
+        self._engine, self._ahead, self._vocabulary, self._draw = loaded.engine, ahead, loaded.card.vocab_size, random.Random(0)
+        counts = [blocks - loaded.spare_blocks for blocks in loaded.layout.num_blocks]
+        self.blocks = min(counts)
+        self._scattered = [self._draw.sample(range(count), count) for count in counts]
 
-    def prefill(self, batch: int, length: int) -> None:
-        self._run(batch, length, 0, self._ids[:length])
+    def seconds(self, what: str, batch: int, length: int, repeats: int) -> float:
+        """The median of so many runs."""
+        made = {"prefill": self._prefill, "decode": self._decode, "both": self._both}[what](batch, length)
+        run = partial(self._run, made, 1 if what == "prefill" else self._ahead)
+        run()
+        return statistics.median(run() for _ in range(repeats))
 
-    def decode(self, batch: int, context: int) -> None:
-        self._run(batch, context, context - 1, self._ids[:1])
+    def _run(self, batch: Batch, count: int) -> float:
+        began = time.perf_counter()
+        output = self._engine.launch(batch)
+        for _ in range(count - 1):
+            behind = self._engine.launch(batch)
+            output()
+            output = behind
+        output()
+        return (time.perf_counter() - began) / count
 
-    def both(self, batch: int, context: int) -> None:
-        stop, ids = CHUNK_START + CHUNK, self._ids[:CHUNK]
-        chunk = Row(batch, CHUNK_START, ids, self._tables(batch * context, stop))
-        self._engine.run(Batch(0, (*self._rows(batch, context, context - 1, self._ids[:1]), chunk)))
+    def _prefill(self, batch: int, length: int) -> Batch:
+        return Batch(0, self._rows(batch, length, 0, self._ids(length)))
 
-    def _run(self, batch: int, length: int, start: int, ids: tuple[int, ...]) -> None:
-        self._engine.run(Batch(0, self._rows(batch, length, start, ids)))
+    def _decode(self, batch: int, context: int) -> Batch:
+        return Batch(0, self._rows(batch, context, context - 1, self._ids(1)))
+
+    def _both(self, batch: int, context: int) -> Batch:
+        chunk = Row(batch, CHUNK_START, self._ids(CHUNK), self._tables(batch, context, CHUNK_START + CHUNK))
+        return Batch(0, (*self._rows(batch, context, context - 1, self._ids(1)), chunk))
+
+    def _ids(self, count: int) -> tuple[int, ...]:
+        return tuple(self._draw.randrange(3, self._vocabulary) for _ in range(count))
 
     def _rows(self, batch: int, length: int, start: int, ids: tuple[int, ...]) -> tuple[Row, ...]:
-        tables = (self._tables(slot * length, length) for slot in range(batch))
-        return tuple(Row(slot, start, ids, each, (Draw(GREEDY, 0),)) for slot, each in enumerate(tables))
+        return tuple(Row(slot, start, ids, self._tables(slot, length, length), (Draw(GREEDY, 0),)) for slot in range(batch))
 
-    def _tables(self, before: int, tokens: int) -> tuple[tuple[int, ...], ...]:
-        """Blocks for so many tokens, behind those for `before`."""
-        first, count = -(-before // BLOCK_SIZE), -(-tokens // BLOCK_SIZE)
-        return tuple(tuple(row[first : first + count]) for row in self._scattered)
-
-
-def _median(run: Callable[[], None], repeats: int) -> float:
-    run()
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    def _tables(self, slot: int, before: int, tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Blocks for so many tokens, behind those of `slot` sequences of `before`."""
+        first, count = slot * -(-before // BLOCK_SIZE), -(-tokens // BLOCK_SIZE)
+        return tuple(tuple(group[first : first + count]) for group in self._scattered)

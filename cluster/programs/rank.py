@@ -59,7 +59,7 @@ def _run(spec: RankSpec, leader: str | None, leash: Leash | None) -> None:
         raise ConfigError(f"Rank {spec.rank} of {ranks} {'leads, and has no' if leader else 'needs a'} --leader.", field="leader")
     require_memory(card, spec, available_bytes())
     _take_cores(spec)
-    _take_device(spec)
+    take_device(spec)
     progress("started")
     listener = _await_others(spec) if ranks > 1 and leader is None else None
     # Imported only now: torch reads the number of threads from the environment when it is loaded.
@@ -85,13 +85,18 @@ def _await_others(spec: RankSpec) -> socket.socket:
     return listener
 
 
-def _take_device(spec: RankSpec) -> None:
+def take_device(spec: RankSpec) -> None:
     """See the rank's own GPU and no other, or none, from before torch is loaded."""
     if spec.device == "cpu":
         os.environ[VISIBLE] = ""
         return
-    if spec.gpu is not None:
-        os.environ[VISIBLE] = spec.gpu
+    see_gpu(spec.gpu)
+
+
+def see_gpu(key: str | None) -> None:
+    """That GPU and no other, if one is named; another process may be on it."""
+    if key is not None:
+        os.environ[VISIBLE] = key
     os.environ.setdefault(SHARED_GPU, "1")
 
 

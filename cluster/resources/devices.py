@@ -29,6 +29,16 @@ class Gpu:
     name: str
     size: int
 
+    @property
+    def kind(self) -> str:
+        """As Ray calls it, whose nodes have it as a resource (`accelerator_type:H100`): its name without its maker's, up to its number."""
+        words = []
+        for word in self.name.split()[1:]:
+            words.append(word.partition("-")[0])
+            if any(map(str.isdigit, word)):
+                break
+        return "-".join(words) or self.name
+
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
     """Those that a process with this process's environment can use; none without NVIDIA's driver."""

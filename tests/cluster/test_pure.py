@@ -37,7 +37,7 @@ def test_a_rank_sees_its_gpu_alone_and_may_share_it(
 ) -> None:
     monkeypatch.setattr(rank.os, "environ", before)
     values = {"worker_id": "d", "phase": Phase.DECODE, "model_dir": "/", "device": device, "gpu": "1" if device == "cuda" else None}
-    rank._take_device(RankSpec.model_validate(values))
+    rank.take_device(RankSpec.model_validate(values))
     assert before == after
 
 

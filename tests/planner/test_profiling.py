@@ -21,7 +21,8 @@ from diptych.cluster.planner.profile import Link, Parallelism, Residuals, read_p
 from diptych.cluster.planner.shapes import Plan, Sample, Shape
 from diptych.cluster.planner.sharing import scaled
 from diptych.cluster.profiling import measuring
-from diptych.cluster.profiling.measuring import Crossing, Fitted, profile_of
+from diptych.cluster.profiling.grid import AGAIN, ON_CORES, ON_GPUS, ROWS, Place
+from diptych.cluster.profiling.making import Crossing, Fitted, of_host
 from diptych.cluster.profiling.reckoning import (
     Answers,
     Apart,
@@ -39,7 +40,6 @@ from diptych.cluster.profiling.reckoning import (
 )
 from diptych.cluster.profiling.recorded import Ran, steps_of
 from diptych.cluster.profiling.served import LEAST_CONTEXT
-from diptych.cluster.profiling.steps import AGAIN, ROWS, grid
 from diptych.cluster.resources import preflight
 from diptych.cluster.spans.taken import Process
 from diptych.cluster.supervising.posts import workers
@@ -152,7 +152,7 @@ def test_what_a_cluster_showed_on_a_slower_machine_is_what_it_shows_on_this_one(
 
 
 def test_what_is_timed_again_was_timed_at_first() -> None:
-    assert set(AGAIN) <= set(grid(LEAST_CONTEXT))
+    assert set(AGAIN) <= set(ON_CORES.steps(LEAST_CONTEXT)) & set(ON_GPUS.steps(LEAST_CONTEXT))
     assert {batch for what, batch, _ in AGAIN if what == "decode"} == set(ROWS)
 
 
@@ -183,9 +183,9 @@ def test_a_step_has_what_its_engine_waited_for_it_unless_it_had_nothing_to_compu
 def test_what_is_planned_for_a_measured_host_fits_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, residuals = 16 << 30, Residuals(points=1, mean=0.0, worst=0.0)
     measured = card(LLAMA, DType.BFLOAT16, 256).model_copy(update={"weights_bytes": 1 << 29, "source": str(tmp_path)})
-    fitted = {cores: Fitted(cores, TIMES, residuals, residuals, {}) for cores in (1, 2)}
+    fitted = {cores: Fitted(Place((tuple(range(cores)),)), 0, TIMES, residuals, residuals, {}) for cores in (1, 2)}
     crossings = {"shm": Crossing(Link(bytes_per_s=1e9), residuals, 0.001)}
-    made = profile_of(measured, 2, (1, 1), fitted, crossings, None, memory)
+    made = of_host(measured, 2, (1, 1), fitted, (), crossings, None, memory)
     policies = policies_for(made, 1, Sample((Arrival(0, 0.0, 100, 10),)))
     config = load_config(config_of(Plan(Shape(1, 1), Shape(1, 1)), made, policies, made.model.source))
     monkeypatch.setattr(preflight, "available_bytes", lambda: memory)
@@ -258,7 +258,7 @@ def test_a_model_too_short_for_the_clusters_is_refused_before_anything_is_measur
     short = card(LLAMA, DType.BFLOAT16, LEAST_CONTEXT - 1)
     monkeypatch.setattr(measuring, "read_card", lambda directory: short)
     with pytest.raises(ConfigError, match="use --no-clusters") as caught:
-        measuring.profile_here(tmp_path, threads=None, repeats=1, clusters=True, out=tmp_path / "P.json")
+        measuring.profile_here(tmp_path, gpus=(), tps=(), threads=None, repeats=1, clusters=True, out=tmp_path / "P.json")
     assert caught.value.field == "clusters"
 
 
@@ -274,9 +274,12 @@ def test_the_weights_are_those_that_are_asked_for(tmp_path: Path, monkeypatch: p
 @pytest.mark.timeout(600)
 def test_this_machine_is_measured_and_then_simulated(tiny_gemma3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    status, out = diptych("profile", "--model", str(tiny_gemma3_dir), "--dtype", "float32", "--out", "P.json", "--repeats", "1")
+    status, out = diptych(
+        "profile", "--model", str(tiny_gemma3_dir), "--dtype", "float32", "--out", "P.json", "--repeats", "1", "--tp", "2"
+    )
     assert status == 0, out
     known = read_profile(Path("P.json"))
+    assert [each.tp for each in known.parallelisms] == [1, 2]
     assert set(known.links) == {"shm", "gloo"}
     assert known.cores is not None
     assert known.basis["overheads.request"] == "measured"
