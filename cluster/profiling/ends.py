@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from ...core.clock import MonotonicClock
-from ...core.errors import DiptychError
+from ...core.errors import DiptychError, Unavailable
 from ...core.fleet import WorkerReport
 from ...core.layout import Layout
 from ...core.request import Token
@@ -67,7 +67,7 @@ class Grants:
     def released(self, transfer_id: str) -> None: ...
 
     def failed(self, transfer_id: str, error: DiptychError) -> None:
-        raise error
+        """The source hears of it too, and says so."""
 
     async def lane(self, lane: Lane) -> None:
         await self.destination.serve_lane(lane)
@@ -103,7 +103,10 @@ def other_process(pipe: Connection, layout: Layout, transport: Transport, there:
     if transport.on_gpu:
         see_gpu(gpu)
     torch.set_num_threads(1)
-    asyncio.run(_answer(pipe, layout, transport, there))
+    try:
+        asyncio.run(_answer(pipe, layout, transport, there))
+    except DiptychError as error:
+        pipe.send(error)
 
 
 async def _answer(pipe: Connection, layout: Layout, transport: Transport, kind: type[There]) -> None:
@@ -132,19 +135,24 @@ class Here:
         self._made = 0
         self.moved = 0
         self._waits: dict[tuple[str, str], asyncio.Future[None]] = {}
+        self._error: DiptychError | None = None
 
     def tell(self, *said: object) -> None:
         self._pipe.send(said)
 
     async def hear(self) -> Any:
-        return await asyncio.to_thread(self._pipe.recv)
+        return await heard(self._pipe)
 
     async def ask(self, *question: object) -> Any:
         self.tell(*question)
         return await self.hear()
 
     def wait(self, what: str, transfer_id: str) -> asyncio.Future[None]:
-        return self._waits.setdefault((what, transfer_id), asyncio.get_running_loop().create_future())
+        """Done when it is so; once a transfer has failed with its error."""
+        found = self._waits.setdefault((what, transfer_id), asyncio.get_running_loop().create_future())
+        if self._error is not None and not found.done():
+            found.set_exception(self._error)
+        return found
 
     def granted(self, transfer_id: str) -> None:
         self.wait("granted", transfer_id).set_result(None)
@@ -155,10 +163,14 @@ class Here:
         self.moved += kv_bytes
 
     def released(self, transfer_id: str) -> None:
-        self.wait("released", transfer_id).set_result(None)
+        if self._error is None:
+            self.wait("released", transfer_id).set_result(None)
 
     def failed(self, transfer_id: str, error: DiptychError) -> None:
-        raise error
+        self._error = error
+        for waiting in self._waits.values():
+            if not waiting.done():
+                waiting.set_exception(error)
 
     async def granted_transfers(self, tokens: int, count: int) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:
         """`count` transfers of `tokens` each, with their tables: the pool's blocks in their order."""
@@ -203,6 +215,17 @@ class Here:
     def close(self) -> None: ...
 
 
+async def heard(pipe: Connection) -> Any:
+    """What the other process says. Raises the `DiptychError` that it says, and `Unavailable` if it has ended."""
+    try:
+        said = await asyncio.to_thread(pipe.recv)
+    except EOFError:
+        raise Unavailable("The process at the other end of a link ended.") from None
+    if isinstance(said, DiptychError):
+        raise said
+    return said
+
+
 H = TypeVar("H", bound=Here)
 
 
@@ -215,9 +238,10 @@ async def two_ends(
     child = multiprocessing.get_context("spawn").Process(target=other_process, args=(far, layout, transport, there, gpu), daemon=True)
     child.start()
     far.close()
-    pool = Pool.allocate(layout, device_for(transport))
+    pool = None
     try:
-        made = here(layout, pool, pipe, await asyncio.to_thread(pipe.recv), transport)
+        pool = Pool.allocate(layout, device_for(transport))
+        made = here(layout, pool, pipe, await heard(pipe), transport)
         yield made
         await made.source.close()
         made.close()
@@ -225,4 +249,5 @@ async def two_ends(
         await asyncio.to_thread(child.join, LEASE_S)
     finally:
         child.kill()
-        pool.close()
+        if pool is not None:
+            pool.close()

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
+from ...core.errors import Unavailable
 from ...core.layout import Layout
 from ...core.transfer import Transport
 from ..planner.fitting import fit
@@ -18,6 +19,8 @@ from .ends import Here, two_ends
 
 TOKENS = (16, 32, 64, 160, 320, 480)
 """Of the transfers that are timed, whole blocks; a model with a shorter context has those that it can hold."""
+LONGEST_S = 120.0
+"""For all of one transport, which takes some 3 s."""
 SKIPPED = 3
 """Runs that meet pages and connections nobody has touched."""
 
@@ -33,7 +36,8 @@ class LinkTimes:
 
 def timed_link(layout: Layout, transport: Transport, runs: int, gpus: Sequence[str] = ()) -> LinkTimes:
     """`layout`: a pool with room for each of `TOKENS` that fits. `gpus`: where there are several, between the first two; from one there it
-    goes to another place on it. In processes of its own, so that this one has nothing on a GPU."""
+    goes to another place on it. In processes of its own, so that this one has nothing on a GPU. Raises what keeps KV from moving, as
+    `DiptychError`."""
     with ProcessPoolExecutor(1, get_context("spawn")) as executor:
         return executor.submit(_timed, layout, transport, runs, tuple(gpus[:2])).result()
 
@@ -41,11 +45,14 @@ def timed_link(layout: Layout, transport: Transport, runs: int, gpus: Sequence[s
 def _timed(layout: Layout, transport: Transport, runs: int, gpus: Sequence[str]) -> LinkTimes:
     if transport.on_gpu:
         see_gpu(gpus[0])
-    return asyncio.run(_between_two(layout, transport, runs, gpus[-1] if gpus else None))
+    try:
+        return asyncio.run(_between_two(layout, transport, runs, gpus[-1] if gpus else None))
+    except TimeoutError:
+        raise Unavailable(f"Transfers over {transport.value} were not through within {LONGEST_S:g} s.") from None
 
 
 async def _between_two(layout: Layout, transport: Transport, runs: int, gpu: str | None) -> LinkTimes:
-    async with two_ends(layout, transport, Here, gpu=gpu) as here:
+    async with asyncio.timeout(LONGEST_S), two_ends(layout, transport, Here, gpu=gpu) as here:
         grants = [await here.grant_time() for _ in range(runs + SKIPPED)]
         transfers = []
         for tokens in TOKENS:

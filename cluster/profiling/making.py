@@ -43,18 +43,13 @@ class Crossing:
     message: float
 
 
-def fitted_to(place: Place, told: Iterable[Room | Step]) -> Fitted:
-    """`ConfigError` if fewer steps were timed than there are terms."""
-    room, steps = 0, []
-    for each in told:
-        if isinstance(each, Room):
-            room = each.tokens
-        else:
-            steps.append(each)
+def fitted_to(place: Place, told: Sequence[Room | Step]) -> Fitted:
+    """By the steps and the first room. `ConfigError` if fewer were timed than there are terms."""
+    rooms, steps = [each.tokens for each in told if isinstance(each, Room)], [each for each in told if isinstance(each, Step)]
     prefills = [PrefillPoint(each.batch, each.length, each.seconds) for each in steps if each.what == "prefill"]
     decodes = [DecodePoint(each.batch, each.length, each.seconds) for each in steps if each.what == "decode"]
     both = [BothPoint(each.batch, each.length, CHUNK, CHUNK_START, each.seconds) for each in steps if each.what == "both"]
-    return Fitted(place, room, *fit_steps(prefills, decodes, both), by_step(place, steps))
+    return Fitted(place, rooms[0], *fit_steps(prefills, decodes, both), by_step(place, steps))
 
 
 def by_step(place: Place, told: Iterable[Room | Step]) -> dict[EngineStep, float]:

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ...core.errors import ConfigError
+from ...core.errors import ConfigError, DiptychError
 from ...core.fleet import Phase
 from ...core.model import ModelCard, read_card
 from ...core.transfer import Transport
+from ...kv_transfer.transports.wiring import usable
 from ..planner.profile import Profile
 from ..process.spec import BLOCK_SIZE
 from ..resources.cores import share_cores
@@ -58,30 +60,45 @@ class _Measuring:
     """What both do: `places` are those whose whole grid is timed, and small clusters are begun and ended by steps on `again`."""
 
     def __init__(
-        self, model_dir: Path, card: ModelCard, repeats: int, places: Sequence[Place], again: Sequence[Place], small: Small
+        self,
+        model_dir: Path,
+        card: ModelCard,
+        repeats: int,
+        places: Sequence[Place],
+        again: Sequence[Place],
+        small: Small,
+        gpus: Sequence[str] = (),
     ) -> None:
+        """`gpus`: all that there are, of which KV moves between two."""
         self.card, self.again, self._small = card, again, small
+        device = torch.device("cuda" if gpus else "cpu")
+        self._gpus, self._transports = gpus, usable(tuple(each for each in Transport if each.on_gpu == bool(gpus)), device)
         self._model_dir, self._repeats, self._places = model_dir, repeats, places
         self._done: Callable[[str], None]
+        self._say: Callable[[str], None]
 
     @contextmanager
     def bar(self, kinds: Sequence[type]) -> Iterator[None]:
         """On stderr, until all is measured; `kinds`: of small clusters."""
         stages = sum(len(STAGES[kind]) for kind in kinds) + (1 + len(kinds)) * len(self.again) * len(AGAIN) * bool(kinds)
-        steps = sum(len(place.grid.steps(self.card.max_context)) for place in self._places)
+        steps = sum(len(self._steps_on(place)) for place in self._places)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("measuring", total=steps + len(self._transports) + stages)
             self._done = lambda what: bar.update(task, description=what, advance=1)
+            self._say = lambda what: bar.console.print(what, markup=False, soft_wrap=True)
             yield
-
-    @property
-    def _transports(self) -> list[Transport]:
-        return [each for each in Transport if each.on_gpu == bool(self._places[0].gpus)]
 
     def fitted(self) -> list[Fitted]:
         """Of each place."""
-        return [fitted_to(place, self._timed(place, place.grid.steps(self.card.max_context))) for place in self._places]
+        return [fitted_to(place, [*self._room(place), *self._timed(place, self._steps_on(place))]) for place in self._places]
+
+    def _room(self, place: Place) -> list[Room | Step]:
+        """On GPUs that of a usual worker: larger batches and chunks than it has, as are timed, leave less."""
+        return self._timed(place, ()) if place.gpus else []
+
+    def _steps_on(self, place: Place) -> list[tuple[str, int, int]]:
+        return place.grid.steps(self.card.max_context)
 
     def _timed(self, place: Place, steps: Sequence[tuple[str, int, int]]) -> list[Room | Step]:
         told = []
@@ -92,13 +109,22 @@ class _Measuring:
         return told
 
     def crossings(self) -> dict[str, Crossing]:
-        """By the transport's name."""
-        return {each.value: self._crossing(each) for each in self._transports}
+        """By the transport's name. One over which nothing moves here is left out, and it is said why; `DiptychError` if none is left."""
+        found, errors = {}, []
+        for transport in self._transports:
+            try:
+                found[transport.value] = self._crossing(transport)
+            except DiptychError as error:
+                errors.append(error)
+                self._say(f"KV over {transport.value} could not be timed: {error.message}")
+        if not found:
+            raise errors[0]
+        return found
 
     def _crossing(self, transport: Transport) -> Crossing:
         tokens = max(each for each in TOKENS if each < self.card.max_context)
         layout = self.card.layout(block_size=BLOCK_SIZE, kv_tokens=tokens)
-        times = timed_link(layout, transport, LINK_RUNS, self._places[-1].gpus)
+        times = timed_link(layout, transport, LINK_RUNS, self._gpus)
         self._done(f"KV over {transport.value}")
         return Crossing(*link_of(times), times.message)
 
@@ -168,7 +194,8 @@ class _Gpus(_Measuring):
             )
         self._gpu = gpus[0]
         places = [Place(gpus=tuple(gpu.key for gpu in gpus[:tp])) for tp in tps]
-        super().__init__(model_dir, card, repeats, places, places[:1], Small(model_dir, card.dtype, tp=tps[0]))
+        keys = tuple(gpu.key for gpu in gpus)
+        super().__init__(model_dir, card, repeats, places, places[:1], Small(model_dir, card.dtype, tp=tps[0]), keys)
 
     def measured(self, clusters: bool) -> Profile:
         with self.bar((Together,) if clusters else ()):

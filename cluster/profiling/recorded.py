@@ -39,15 +39,16 @@ async def with_steps(cluster: str, asked: Awaitable[T]) -> tuple[T, Mapping[str,
 
 
 def steps_of(process: Process) -> tuple[Ran, ...]:
-    """In their order."""
+    """In their order. One that a GPU was asked for ends when its output is there, which another thread waits for (`worker.look_ahead`)."""
     found = []
+    there = {span.step: span.ended for span in process.recorded.spans if span.doing is Doing.UNDER_WAY and span.step >= 0}
     for nodes in nested(process.recorded.spans).values():
         before = None
         for span in (node.span for node in nodes):
             if span.doing is Doing.STEP:
-                began = span.began if before is None else before
-                found.append(Ran(len(span.who), (began - process.ahead) / 1e9, (span.ended - process.ahead) / 1e9))
-                before = span.ended
+                began, ended = span.began if before is None else before, max(span.ended, there.get(span.step, 0))
+                found.append(Ran(len(span.who), (began - process.ahead) / 1e9, (ended - process.ahead) / 1e9))
+                before = ended
             elif span.doing is Doing.IDLE:
                 before = None
     return tuple(found)

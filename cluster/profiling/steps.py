@@ -22,6 +22,7 @@ from ...core.fleet import Phase
 from ...core.sampling import SamplingParams
 from ...core.transfer import Transport
 from ...engine.batch import Batch, Draw, Row
+from ..planner.policies import Policies
 from ..process.spec import BLOCK_SIZE, RankSpec
 from ..programs.lent_cores import compute_on
 from ..programs.loading import Loaded, load
@@ -36,8 +37,8 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def timed_steps(model_dir: Path, place: Place, repeats: int, steps: Sequence[tuple[str, int, int]]) -> Iterator[Room | Step]:
-    """The pool's room, then each of `steps` that it holds as it has been timed. Raises what keeps a rank from loading, as
-    `DiptychError`; `Unavailable` if one ends before all is timed."""
+    """The pool's room, then each of `steps` that it holds as it has been timed; without any, the room is that of a worker with the settings
+    of a config that names none. Raises what keeps a rank from loading, as `DiptychError`; `Unavailable` if one ends before all is timed."""
     context = multiprocessing.get_context("spawn")
     children, ears = [], []
     with tempfile.TemporaryDirectory(prefix="diptych-profile-") as scratch:
@@ -81,8 +82,9 @@ def _spec(model_dir: Path, place: Place, rank: int, steps: Sequence[tuple[str, i
         if on_gpu
         else {"threads": place.each, "kv_tokens": BLOCK_SIZE * max(blocks_for(*step) for step in steps)}
     )
-    longest = max((batch * length for what, batch, length in steps if what == "prefill"), default=CHUNK)
-    most = 1 + max(batch for _, batch, _ in steps)
+    usual = Policies()
+    longest = max((batch * length for what, batch, length in steps if what == "prefill"), default=usual.chunk_tokens)
+    most = max((1 + batch for _, batch, _ in steps), default=usual.decode_running)
     return RankSpec.model_validate(
         {"worker_id": "profile", "phase": Phase.DECODE, "model_dir": model_dir, "rank": rank, "tp": place.tp}
         | {"chunk_tokens": longest, "max_running": most}
@@ -108,6 +110,8 @@ def _rank(pipe: Connection, spec: RankSpec, place: Place, store: Path, repeats: 
         pipe.send(None)
     except DiptychError as error:
         pipe.send(error)
+    except Exception as error:  # noqa: BLE001  of the device, whose words the other ranks and whoever measures should hear
+        pipe.send(Unavailable(f"Rank {spec.rank} on {place} could not go on ({type(error).__name__}): {error}"))
 
 
 def _be_quiet() -> None:

@@ -51,5 +51,10 @@ class ToldStore(Store):
         if self._closed or not there:
             raise ConnectionError("it was given up" if self._closed else f"the other end said nothing within {self._wait_s:g} s")
 
+    def check(self, keys: list[str]) -> bool:
+        """Whether all of them are set by now."""
+        with self._changed:
+            return all(key in self._values for key in keys)
+
     def has_extended_api(self) -> bool:
         return False

@@ -25,7 +25,7 @@ def look() -> dict[str, Any]:
 
 
 def main() -> None:
-    driver = Driver(RaySpec(directory=Path("ray").absolute(), cores=1, wanted=((("d", Phase.DECODE, ((1, 0, 0.0),), 1),),)))
+    driver = Driver(RaySpec(directory=Path("ray").absolute(), cores=1, wanted=((("d", Phase.DECODE, ((1, 0, 0.0, ""),), 1),),)))
     driver.connect()
     found = ray.get(ray.remote(look).options(num_cpus=0.5).remote())
     ray.shutdown()

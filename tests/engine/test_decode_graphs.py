@@ -170,17 +170,21 @@ def test_a_padded_step_draws_the_same_tokens(narrow, bench, prompt):
 
         def replay():
             replayed[number] += 1
-            return run_again(run)()
+            logits = run_again(run)()
+            places.add(logits.untyped_storage().data_ptr())
+            return logits
 
+        run()  # as CUDA's, before the captured one
         return replay
 
-    done = []
+    done, places = [], set()
     shapes = tuple(DecodeShape(rows, context) for context in (64, 40) for rows in (4, 2))
     padded.engine.capture(shapes, capture, done.append)
     assert done == [1, 2, 3, 4]
     expected = answers(plain, prompts, 12)
     assert answers(padded, prompts, 12) == expected
     assert all(replayed), "every shape was taken"
+    assert len(places) == 1, "the logits of all shapes are in the same memory"
     assert sum(replayed) < padded.steps - len(prompts), "and steps of 5 and 6 rows had none"
     untouched = zip(itertools.chain(*plain.caches), itertools.chain(*padded.caches), strict=True)
     assert all(torch.equal(one[:-1], other[:-1]) for one, other in untouched), "a row that fills a step writes where nobody reads"

@@ -201,6 +201,15 @@ def test_who_has_no_certificate_of_the_cluster_gets_no_lane_and_no_pair(way: Way
 # gloo: whoever comes to its port first.
 
 
+def test_a_store_says_what_is_set_by_now_without_waiting() -> None:
+    """NCCL's monitor asks that, from a thread of its own."""
+    first, _ = lane(told=True)
+    assert not first.check(["key"])
+    first.set("key", b"value")
+    assert first.check(["key"])
+    assert not first.check(["key", "other"])
+
+
 def lane(*, told: bool) -> tuple[ToldStore, ToldStore]:
     """What both ends of a pair have said on their lane; unless `told` the second does not hear the first one's secret."""
     first = ToldStore(lambda key, value: second.heard(key, value) if told or key != SECRET else None, WAIT_S)

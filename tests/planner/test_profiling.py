@@ -180,6 +180,26 @@ def test_a_step_has_what_its_engine_waited_for_it_unless_it_had_nothing_to_compu
     assert steps_of(process) == (Ran(2, 4.0, 6.0), Ran(2, 6.0, 10.0), Ran(2, 19.0, 20.0))
 
 
+def test_a_step_that_is_launched_ends_when_its_output_is_there() -> None:
+    """On a GPU: three launches of 1 s each, while steps of 4 s are computed one behind another; then a rest, and one more."""
+    launched = [
+        (Doing.IDLE, -1, 0, 10),
+        (Doing.STEP, 1, 10, 11),
+        (Doing.WAIT, -1, 11, 12),
+        (Doing.STEP, 2, 12, 13),
+        (Doing.STEP, 3, 15, 16),
+    ]
+    launched += [(Doing.IDLE, -1, 23, 30), (Doing.STEP, 4, 30, 31)]
+    outputs = [(Doing.UNDER_WAY, 1, 11, 14), (Doing.UNDER_WAY, 2, 14, 18), (Doing.UNDER_WAY, 3, 18, 22), (Doing.UNDER_WAY, 4, 31, 34)]
+    spans = [
+        Span(doing, thread, began * 10**9, ended * 10**9, 0, step, ("a",))
+        for thread, told in ((1, launched), (2, outputs))
+        for doing, step, began, ended in told
+    ]
+    process = Process("decode-0", "decode", 1, 0, 0, Recorded(0, 40, tuple(spans), ()))
+    assert steps_of(process) == (Ran(1, 10, 14), Ran(1, 14, 18), Ran(1, 18, 22), Ran(1, 30, 34))
+
+
 def test_what_is_planned_for_a_measured_host_fits_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, residuals = 16 << 30, Residuals(points=1, mean=0.0, worst=0.0)
     measured = card(LLAMA, DType.BFLOAT16, 256).model_copy(update={"weights_bytes": 1 << 29, "source": str(tmp_path)})

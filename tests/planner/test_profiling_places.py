@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,10 @@ from diptych.cluster.cli import app
 from diptych.cluster.commands import preparing
 from diptych.cluster.planner.latency import StepTimes, Work, step_seconds
 from diptych.cluster.planner.profile import Basis, Profile, Residuals, read_profile
-from diptych.cluster.profiling import command, measuring
+from diptych.cluster.profiling import command, measuring, steps
+from diptych.cluster.profiling.ends import Here
 from diptych.cluster.profiling.grid import AGAIN, CHUNK, CHUNK_START, ON_GPUS, ROWS, Place, Room, Step, blocks_for
-from diptych.cluster.profiling.links import LinkTimes, link_of
+from diptych.cluster.profiling.links import LinkTimes, link_of, timed_link
 from diptych.cluster.profiling.making import Crossing, Fitted, fitted_to, of_gpus, of_host
 from diptych.cluster.profiling.reckoning import Answers, Moment, Prompt, Read, Together, prompt_seconds
 from diptych.cluster.profiling.served import STAGES, Small, config_of
@@ -26,6 +28,8 @@ from diptych.cluster.resources.devices import Gpu
 from diptych.core.config import load_config
 from diptych.core.errors import ConfigError, ModelError, Unavailable
 from diptych.core.layout import DType
+from diptych.core.transfer import Transport
+from diptych.kv_transfer.transports import wiring
 from typer.testing import CliRunner
 from worlds import TIMES
 
@@ -50,10 +54,10 @@ def work_of(what: str, batch: int, length: int) -> Work:
     return rows if what == "decode" else replace(rows, tokens=CHUNK, pairs=CHUNK * (2 * CHUNK_START + CHUNK))
 
 
-def exact_steps(model_dir: Path, place: Place, repeats: int, steps: Sequence[tuple[str, int, int]]) -> Iterator[Room | Step]:
-    """What a machine without noise would say, whose pool has no room for the longest."""
-    yield ROOM
-    for step in steps:
+def exact_steps(model_dir: Path, place: Place, repeats: int, asked: Sequence[tuple[str, int, int]]) -> Iterator[Room | Step]:
+    """What a machine without noise would say, whose pool has no room for the longest, and for less of all while larger ones are timed."""
+    yield Room(ROOM.tokens - 1000) if asked else ROOM
+    for step in asked:
         if 16 * blocks_for(*step) <= ROOM.tokens:
             yield Step(*step, step_seconds(of_tp(place.tp), work_of(*step)))
 
@@ -62,12 +66,13 @@ def exact_steps(model_dir: Path, place: Place, repeats: int, steps: Sequence[tup
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Profile]:
     """`diptych profile` on a machine that has these GPUs, or cores alone."""
 
-    def measure(*arguments: str, gpus: Sequence[Gpu] = ()) -> Profile:
+    def measure(*arguments: str, gpus: Sequence[Gpu] = (), link: Callable[..., LinkTimes] = lambda *asked: LINK) -> Profile:
         monkeypatch.setattr(preparing, "prepare_here", lambda *values: tmp_path)
         monkeypatch.setattr(command, "chosen", lambda device, there, cuda: gpus)
         monkeypatch.setattr(measuring, "read_card", lambda directory: MODEL)
         monkeypatch.setattr(measuring, "timed_steps", exact_steps)
-        monkeypatch.setattr(measuring, "timed_link", lambda layout, transport, runs, gpus: LINK)
+        monkeypatch.setattr(measuring, "timed_link", link)
+        monkeypatch.setattr(wiring, "installed", lambda: True)
         out = tmp_path / "P.json"
         result = CliRunner().invoke(app, ["profile", "--out", str(out), *arguments], catch_exceptions=False)
         if result.exit_code:
@@ -150,7 +155,7 @@ def test_a_small_cluster_tells_what_serving_adds_on_gpus(machine: Callable[..., 
 
 
 def test_a_slower_hour_is_taken_out_of_what_a_cluster_on_gpus_showed() -> None:
-    fitted = fitted_to(Place(gpus=("0",)), exact_steps(Path(), Place(gpus=("0",)), 1, ON_GPUS.steps(16384)))
+    fitted = fitted_to(Place(gpus=("0",)), list(exact_steps(Path(), Place(gpus=("0",)), 1, ON_GPUS.steps(16384))))
     answers = tuple(Answers(rows, 16 * rows, 0.03) for rows in ROWS)
     seen = Together((Prompt(64, 0.1, 0.05),), answers, Read(64, 96, 6, 300, 0.1), 64)
     moment = Moment(1.0, 1.0, dict.fromkeys(ROWS, 0.028))
@@ -175,6 +180,47 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
     with pytest.raises(ConfigError) as caught:
         machine("--no-clusters", *arguments, gpus=gpus)
     assert said in " ".join(caught.value.message.split())
+
+
+def test_a_transport_over_which_nothing_moves_is_left_out_and_said(machine: Callable[..., Profile]) -> None:
+    def over(broken: set[Transport]) -> Callable[..., LinkTimes]:
+        def timed(layout: object, transport: Transport, runs: int, gpus: Sequence[str]) -> LinkTimes:
+            if transport in broken:
+                raise Unavailable("the two GPUs cannot reach each other.")
+            return LINK
+
+        return timed
+
+    found = machine("--no-clusters", gpus=[H100, H100], link=over({Transport.CUDA_IPC}))
+    assert set(found.links) == {"nccl"}
+    with pytest.raises(ConfigError, match="Error: the two GPUs cannot reach each other") as caught:
+        machine("--no-clusters", gpus=[H100, H100], link=over({Transport.CUDA_IPC, Transport.NCCL}))
+    assert "KV over cuda_ipc could not be timed" in caught.value.message
+
+
+def test_a_transfer_that_fails_ends_the_timing_of_its_link() -> None:
+    """Also one that fails before anybody waits for it."""
+
+    async def fail() -> None:
+        here = Here.__new__(Here)
+        here._waits, here._error = {}, None
+        before = here.wait("granted", "0")
+        here.failed("0", Unavailable("the pair is lost"))
+        for waiting in (before, here.wait("released", "1")):
+            with pytest.raises(Unavailable, match="the pair is lost"):
+                await waiting
+        here.released("2")  # what follows on it is not taken for a transfer
+        with pytest.raises(Unavailable):
+            await here.wait("released", "2")
+
+    asyncio.run(fail())
+
+
+def test_a_link_whose_other_end_has_no_room_says_so() -> None:
+    """Both ends are real; the pool is larger than any host's memory."""
+    layout = MODEL.layout(block_size=16, kv_tokens=1 << 36)
+    with pytest.raises(ConfigError, match="needs"):
+        timed_link(layout, Transport.SHM, 1)
 
 
 @pytest.mark.parametrize(
@@ -208,11 +254,19 @@ def test_a_small_cluster_on_gpus_has_workers_of_that_tp() -> None:
 TWO = Place(((0,), (1,)) if len(os.sched_getaffinity(0)) > 1 else ((0,), (0,)))
 
 
+def test_a_usual_worker_tells_how_much_room_there_is(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of no steps: the settings are those of a config that names none."""
+    spec = steps._spec(tiny_llama_dir, Place(gpus=("3", "5")), 1, ())
+    config = load_config({"model": {"source": "m"}})
+    assert (spec.max_running, spec.chunk_tokens) == (config.decode.max_running, config.prefill.chunk_tokens)
+    assert (spec.device, spec.gpu, spec.rank, spec.tp, spec.kv_tokens) == ("cuda", "5", 1, 2, None)
+
+
 def test_real_ranks_make_each_step_together(tiny_llama_dir: Path) -> None:
-    steps = [*AGAIN, ("both", 2, 64)]
-    room, *timed = timed_steps(tiny_llama_dir, TWO, 1, steps)
-    assert room == Room(16 * max(blocks_for(*step) for step in steps))
-    assert [(each.what, each.batch, each.length) for each in timed] == steps  # type: ignore[union-attr]
+    asked = [*AGAIN, ("both", 2, 64)]
+    room, *timed = timed_steps(tiny_llama_dir, TWO, 1, asked)
+    assert room == Room(16 * max(blocks_for(*step) for step in asked))
+    assert [(each.what, each.batch, each.length) for each in timed] == asked  # type: ignore[union-attr]
     assert all(each.seconds > 0 for each in timed)  # type: ignore[union-attr]
     assert not multiprocessing.active_children()
 
