@@ -18,6 +18,8 @@ from torch import Tensor
 
 ASKED_BEFORE_SETTLED = 2
 """How often a call is still in progress when it is asked for."""
+ALIGNED = 16
+"""NCCL moves so many bytes at a time of what begins at a multiple of them, else one."""
 
 
 @dataclass(slots=True)
@@ -108,6 +110,8 @@ class FakeCommunicator:
         with self._called(what):
             if self._asked <= ASKED_BEFORE_SETTLED:
                 self._fabric.broken_rules.append(f"{what} while a call was in progress")
+            if data.data_ptr() % ALIGNED:
+                self._fabric.broken_rules.append(f"{what} of what is moved byte by byte")
             self._asked = 0
             with self._fabric.lock:
                 self.posted.append(Posted(data, sends))
