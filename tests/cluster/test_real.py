@@ -220,7 +220,6 @@ def test_a_worker_that_finds_no_node_is_refused_with_what_is_free(
         assert cluster.end() == 0
 
 
-@pytest.mark.nightly
 def test_a_ray_worker_started_from_the_root_imports_other_peoples_proto(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DESIGN §4: `proto` and `kernels` at our root must not be what others find under these names."""
     monkeypatch.chdir(ROOT)
