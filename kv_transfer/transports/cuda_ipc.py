@@ -2,17 +2,16 @@
 on the same GPU or on another that it reaches, and copies from it there.
 
 Each layer has an event, which this process opens too. (A Ready comes after the event was recorded, so what is waited for is that store or
-a later one.) A stream of its own waits for it, and the copies are asked for when that stream has come through: of a source that was killed
-an event may never come, and what stands behind it nobody can call back. So no copy ever stands there, to be made over blocks that are long
-another's. The epoch words are in the shared file, in host memory: the source sets one before it tells its GPU to write over the blocks, and
-it is looked at here when the copy is known to be done.
+a later one, and that comes too: a source waits for its step before it asks its GPU for the next.) The host looks whether it has come, and
+only then asks for the copies: of a source that was killed an event may never come. So no copy ever stands behind one, to be made over
+blocks that are long another's; and no stream does, since CUDA waits for all streams before it unmaps memory, whosever that is. The epoch
+words are in the shared file, in host memory: the source sets one before it tells its GPU to write over the blocks, and it is looked at
+here when the copy is known to be done.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from time import monotonic
 
 import torch
@@ -31,8 +30,6 @@ from ..rows import copy_rows, require_fit
 from . import one_sided
 from .one_sided import PeerFile
 
-log = logging.getLogger(__name__)
-
 
 class DevicePool:
     """`one_sided.PeerPool`. `whole` is all of it, as bytes on our device. All its methods are called on one thread."""
@@ -45,33 +42,30 @@ class DevicePool:
         memory, *events = handles(memoryview(file.mapped), len(layers))
         with torch.cuda.device(device):
             self._events = {layer: cuda_streams.open_event(device, event) for layer, event in zip(layers, events, strict=True)}
-            self._stream, self._waiting = cuda_streams.new_stream(device), cuda_streams.new_stream(device)
+            self._stream = cuda_streams.new_stream(device)
             self._address = cuda_runtime.open_handle(memory)
         self._offsets, self._device, self._silence_s = geometry.offsets, device, silence_s
-        self._there: Callable[[], bool] = lambda: True
-        """Whether our stream, which stands before all events waited for so far, has come through."""
-        self._lost = False
-        """It has not, within `silence_s`."""
+        self._missed: list[Callable[[], bool]] = []
+        """Looks at what did not come within `silence_s`; empty when the source has spoken since."""
         self.whole = tensor_at(self._address, geometry.size, device)
         self.file = file
 
     def stored(self, asked: Sequence[Copy]) -> Callable[[], bool]:
         """A source that was silent is not waited for once more, unless it has spoken since."""
-        if not self._lost or self._there():
-            self._lost = False
-            with torch.cuda.stream(self._waiting):
-                for layer in {layer for copy in asked for layer in copy.span.layers}:
-                    self._events[layer].wait()
-                self._there = cuda_streams.mark().query
-        return partial(self._come, monotonic() + self._silence_s)
+        if any(come() for come in self._missed):
+            self._missed = []
+        awaited: list[Callable[[], bool]] = [self._events[layer].query for layer in {layer for copy in asked for layer in copy.span.layers}]
+        deadline = monotonic() + (0 if self._missed else self._silence_s)
 
-    def _come(self, deadline: float) -> bool:
-        if self._there():
-            return True
-        self._lost = self._lost or monotonic() > deadline
-        if self._lost:
-            raise TransferFailed(f"The source's GPU has not stored what was announced within {self._silence_s:g} s.")
-        return False
+        def all_come() -> bool:
+            # Each need be seen once: soon after, with the source's next step, its event stands behind a later store.
+            awaited[:] = [come for come in awaited if not come()]
+            if awaited and monotonic() >= deadline:
+                self._missed = awaited
+                raise TransferFailed(f"The source's GPU has not stored what was announced within {self._silence_s:g} s.")
+            return not awaited
+
+        return all_come
 
     def begin(self, into: Pool, asked: Sequence[tuple[Crossing, Copy]]) -> Callable[[], None]:
         """Asks the GPU for the copies; what is returned waits for them, with the thread asleep."""
@@ -95,10 +89,7 @@ class DevicePool:
             self._stream.synchronize()
             self._events.clear()
             del self.whole
-            if self._there():
-                cuda_runtime.close_handle(self._address)
-            else:  # CUDA waits for all streams before it unmaps
-                log.error("The pool of a source that was silent stays mapped until this process ends.")
+            cuda_runtime.close_handle(self._address)
         self.file.close()
 
 

@@ -1,7 +1,8 @@
 """As much of CUDA as `kv_transfer` uses, over memory of the host, so that what a GPU would be asked is seen without one.
 
-The engine's stores are late: they are made when somebody waits for an event behind them, as a GPU makes them when it comes to it. A reader
-that does not wait for a layer's event reads what was there before. What transports ask for is done at once.
+The engine's stores are late: they are made when somebody waits for an event behind them, or has looked at it, as a GPU makes them when it
+comes to it. A reader that neither waits for a layer's event nor looks until it has come reads what was there before. What transports ask
+for is done at once.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class FakeGpu:
         self.mapped = 0
         self.silence: Silence | None = None
         """What is recorded now comes when it is over, as of a process that was killed or stopped."""
+        self.waited_for: list[Silence] = []
+        """By a stream: until it is over no memory can be unmapped."""
         self._streams = threading.local()
         self.exported: dict[bytes, Any] = {}
         """What stands behind a handle: an address or an event."""
@@ -54,6 +57,13 @@ class FakeGpu:
                 self._asked.popleft()()
                 self._done += 1
 
+    def come_to(self, number: int) -> bool:
+        """Whether so many are made; they are by the next look."""
+        with self._lock:
+            made = self._done >= number
+            self.run_to(number)
+            return made
+
     def finish(self) -> None:
         self.run_to(self.asked)
 
@@ -64,20 +74,24 @@ class FakeGpu:
             def __init__(event, **options: bool) -> None:
                 assert set(options) <= {"blocking", "interprocess"}
                 event.behind = 0
+                event.stores = options.get("interprocess", False)
                 event.silence: Silence | None = None
 
             def record(event, stream: FakeStream | None = None) -> None:
-                event.behind = self.asked
+                event.behind = self.asked if event.stores else 0
                 event.silence = self.silence or (stream or self.stream()).silence
 
             def wait(event, stream: FakeStream | None = None) -> None:
-                if event.query():
+                if event.silence is None or event.silence.over:
                     self.run_to(event.behind)
                 else:
                     (stream or self.stream()).silence = event.silence
+                    self.waited_for.append(event.silence)
 
             def query(event) -> bool:
-                return event.silence is None or event.silence.over
+                if event.silence is not None and not event.silence.over:
+                    return False
+                return self.come_to(event.behind)
 
             def synchronize(event) -> None:
                 assert event.query(), "this does not return"
@@ -190,6 +204,7 @@ class FakeRuntime:
         return Error.cudaSuccess, address
 
     def cudaIpcCloseMemHandle(self, address: int) -> tuple[Error]:
+        assert all(silence.over for silence in self._gpu.waited_for), "this does not return"
         self._gpu.mapped -= 1
         return (Error.cudaSuccess,)
 
