@@ -42,6 +42,12 @@ def close_handle(address: int) -> None:
     _done(_runtime().cudaIpcCloseMemHandle(address))
 
 
+def new_stream() -> int:
+    """A handle of a stream of the current device, which waits for no other."""
+    runtime = _runtime()
+    return int(_done(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+
+
 def _runtime() -> Any:
     from cuda.bindings import runtime  # type: ignore[import-not-found,unused-ignore]  # not where there is no GPU
 

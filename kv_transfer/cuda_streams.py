@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
+
+from . import cuda_runtime
 
 FIRST_LOOK_S, EVERY_S = 50e-6, 1e-3
 """Between one look and the next. Each needs the interpreter, which the engine's thread wants for its launches: 1,000 a second of every pair
 that waits are enough."""
 
 
-def new_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+class Streams:
+    """For one use. Whoever takes one has it to himself: torch's own are 32, handed out in turn, so that the 33rd stands behind what the
+    first was asked for. Who is given one that another gave back finds his memory there too, which torch's allocator keeps by stream."""
+
+    def __init__(self) -> None:
+        self._free: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+
+    def take(self, device: torch.device) -> torch.cuda.Stream:
+        try:
+            return self._free[device].pop()
+        except IndexError:
+            with torch.cuda.device(device):
+                return torch.cuda.ExternalStream(cuda_runtime.new_stream(), device)  # type: ignore[no-untyped-call]
+
+    def give_back(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        """When all that it was asked for is done."""
+        self._free[device].append(stream)
 
 
 def mark(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:

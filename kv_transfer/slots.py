@@ -25,6 +25,8 @@ from .staging import SLOTS_PER_PAIR
 SEAL_BYTES = 16
 """The seal, twice: NCCL moves 16 bytes at a time what begins at a multiple of 16, and everything else byte by byte."""
 
+STREAMS = cuda_streams.Streams()
+
 
 class Slots(Protocol):
     """Called on the pair's threads: each returns when what it was asked for is done."""
@@ -46,6 +48,10 @@ class Slots(Protocol):
         may hold anything. Raises `OverflowError` if it is cast and does not fit."""
         ...
 
+    def close(self) -> None:
+        """When none of them is used any more."""
+        ...
+
 
 class HostSlots:
     def __init__(self, pool: Pool, crossing: Crossing, slot_bytes: int) -> None:
@@ -64,6 +70,9 @@ class HostSlots:
     def empty(self, slot: int, span: Span, blocks: tuple[int, ...], name: int) -> bool:
         return unpack(self._pool, self._crossing, span, blocks, self._slots[slot][PAGE:], int(self._seal(slot)[0]) ^ name)
 
+    def close(self) -> None:
+        """The memory goes with it."""
+
     def _seal(self, slot: int) -> Tensor:
         return self._slots[slot][PAGE - SEAL_BYTES : PAGE].view(torch.int64)
 
@@ -77,9 +86,13 @@ class DeviceSlots:
 
     def __init__(self, pool: Pool, crossing: Crossing, slot_bytes: int) -> None:
         self._pool, self._crossing = pool, crossing
-        self._stream = cuda_streams.new_stream(pool.device)
-        with torch.cuda.stream(self._stream):
-            self._slots = torch.empty(SLOTS_PER_PAIR, PAGE + slot_bytes, dtype=torch.uint8, device=pool.device)
+        self._stream = STREAMS.take(pool.device)
+        try:
+            with torch.cuda.stream(self._stream):
+                self._slots = torch.empty(SLOTS_PER_PAIR, PAGE + slot_bytes, dtype=torch.uint8, device=pool.device)
+        except RuntimeError:  # there is not so much memory, and another pair will be tried
+            STREAMS.give_back(pool.device, self._stream)
+            raise
 
     def view(self, slot: int, length: int) -> Tensor:
         return self._slots[slot][PAGE - SEAL_BYTES : PAGE + length]
@@ -107,6 +120,11 @@ class DeviceSlots:
                 return False
             require_fit(fits)
         return True
+
+    def close(self) -> None:
+        self._stream.synchronize()
+        del self._slots
+        STREAMS.give_back(self._pool.device, self._stream)
 
     def _seal(self, slot: int) -> Tensor:
         return self._slots[slot][PAGE - SEAL_BYTES : PAGE].view(torch.int64)

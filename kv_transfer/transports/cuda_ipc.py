@@ -30,6 +30,8 @@ from ..rows import copy_rows, require_fit
 from . import one_sided
 from .one_sided import PeerFile
 
+STREAMS = cuda_streams.Streams()
+
 
 class DevicePool:
     """`one_sided.PeerPool`. `whole` is all of it, as bytes on our device. All its methods are called on one thread."""
@@ -42,8 +44,8 @@ class DevicePool:
         memory, *events = handles(memoryview(file.mapped), len(layers))
         with torch.cuda.device(device):
             self._events = {layer: cuda_streams.open_event(device, event) for layer, event in zip(layers, events, strict=True)}
-            self._stream = cuda_streams.new_stream(device)
             self._address = cuda_runtime.open_handle(memory)
+            self._stream = STREAMS.take(device)
         self._offsets, self._device, self._silence_s = geometry.offsets, device, silence_s
         self._missed: list[Callable[[], bool]] = []
         """Looks at what did not come within `silence_s`; empty when the source has spoken since."""
@@ -87,6 +89,7 @@ class DevicePool:
     def close(self) -> None:
         with torch.cuda.device(self._device):
             self._stream.synchronize()
+            STREAMS.give_back(self._device, self._stream)
             self._events.clear()
             del self.whole
             cuda_runtime.close_handle(self._address)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cuda_streams import mark, new_stream
+from ..cuda_streams import Streams, mark
 
 SUCCESS, IN_PROGRESS = 0, 7
 """ncclResult_t."""
+STREAMS = Streams()
 
 
 def installed() -> bool:
@@ -39,7 +40,7 @@ class NcclCommunicator:
         core = _core()
         self._device, self._peer = device, 1 - end
         with torch.cuda.device(device):
-            self._stream = new_stream(device)
+            self._stream = STREAMS.take(device)
             with torch.cuda.stream(self._stream):
                 self._probe = torch.zeros(1, dtype=torch.uint8, device=device)
             self._communicator = core.Communicator.init(2, end, core.UniqueId.from_bytes(unique_id), core.NCCLConfig(blocking=False))
@@ -71,6 +72,7 @@ class NcclCommunicator:
         with torch.cuda.device(self._device):
             self._communicator.abort()
             self._stream.synchronize()
+        STREAMS.give_back(self._device, self._stream)
 
 
 def _core() -> Any:

@@ -154,6 +154,8 @@ class Pair:
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._others = [Jobs("diptych-pair-wait", self._guarded)]
         self._posted = self._others[0]
+        self._made = [self._wire.close]
+        """What is to be closed when all threads have ended."""
         self._poster = Thread(target=self._run, name="diptych-pair-post", daemon=True)
 
     def _begin(self) -> None:
@@ -200,11 +202,13 @@ class Pair:
         self._wire.abort()
         for jobs in self._others:
             jobs.end()
-        self._wire.close()
+        for close in self._made:
+            close()
         self._call_soon(self._ended.set)
 
     def _connect(self) -> None:
         self._slots = slots_for(self._ground.pool, self._crossing, self._ground.slot_bytes)
+        self._made.append(self._slots.close)
         self._wire.connect(self._store)
         self._tell(self._events.connected)
 

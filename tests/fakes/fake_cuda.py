@@ -36,6 +36,8 @@ class FakeGpu:
         """What is recorded now comes when it is over, as of a process that was killed or stopped."""
         self.waited_for: list[Silence] = []
         """By a stream: until it is over no memory can be unmapped."""
+        self.streams = 0
+        """How many were made."""
         self._streams = threading.local()
         self.exported: dict[bytes, Any] = {}
         """What stands behind a handle: an address or an event."""
@@ -105,7 +107,7 @@ class FakeGpu:
 
         for name, replaced in {
             "Event": Event,
-            "Stream": FakeStream,
+            "ExternalStream": FakeStream,
             "stream": self.using,
             "device": lambda device: nullcontext(),
             "current_stream": lambda device=None: self.stream(),
@@ -142,9 +144,8 @@ class Silence:
 
 
 class FakeStream:
-    cuda_stream = 0
-
-    def __init__(self, device: object = None) -> None:
+    def __init__(self, handle: int = 0, device: object = None) -> None:
+        self.cuda_stream = handle
         self.silence: Silence | None = None
         """It stands before it."""
 
@@ -174,6 +175,7 @@ class FakeRuntime:
     cudaError_t = Error
     cudaIpcMemHandle_t = Handle
     cudaIpcMemLazyEnablePeerAccess = 1
+    cudaStreamNonBlocking = 1
 
     def __init__(self, gpu: FakeGpu) -> None:
         self._gpu = gpu
@@ -192,6 +194,11 @@ class FakeRuntime:
 
     def cudaDeviceSynchronize(self) -> tuple[Error]:
         return (Error.cudaSuccess,)
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Error, int]:
+        assert flags == self.cudaStreamNonBlocking
+        self._gpu.streams += 1
+        return Error.cudaSuccess, self._gpu.streams
 
     def cudaIpcGetMemHandle(self, address: int) -> tuple[Error, Handle]:
         return Error.cudaSuccess, Handle(self._gpu.export(address))

@@ -12,7 +12,7 @@ from diptych.core.errors import ConfigError, TransferFailed
 from diptych.kv_transfer.actions import Copy
 from diptych.kv_transfer.coverage import Span
 from diptych.kv_transfer.crossing import Crossing
-from diptych.kv_transfer.cuda_streams import pauses
+from diptych.kv_transfer.cuda_streams import Streams, pauses
 from diptych.kv_transfer.device_memory import DeviceMemory, handles, shared_bytes
 from diptych.kv_transfer.geometry import Geometry
 from diptych.kv_transfer.pool import CPU, Pool
@@ -207,6 +207,17 @@ def test_a_layer_that_was_seen_to_be_stored_may_be_stored_anew_before_the_others
     silence.over = True
     assert come()
     peer.close()
+    source.close()
+
+
+def test_pools_that_are_mapped_again_use_the_streams_of_those_before(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_ipc, "STREAMS", Streams())
+    source = on_gpu()
+    for _ in range(3):
+        peers = [asyncio.run(attached(source)) for _ in range(2)]
+        for peer in peers:
+            peer.close()
+    assert gpu.streams == 2
     source.close()
 
 

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 from diptych.core.errors import TransferFailed
+from diptych.kv_transfer import slots
+from diptych.kv_transfer.cuda_streams import Streams
 from diptych.kv_transfer.slots import SEAL_BYTES
 from diptych.kv_transfer.transports import nccl, wiring
 from fake_nccl import Fabric, FakeNccl
-from kv_rig import FAKE_NCCL, LAYERS, TOKENS, DecodeEnd, PrefillEnd, eventually, rig
+from kv_rig import ENGINE, FAKE_GPU_NCCL, FAKE_NCCL, LAYERS, TOKENS, DecodeEnd, PrefillEnd, eventually, faked, rig
 
 
 @pytest.fixture
@@ -21,6 +23,10 @@ def fabric(nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fabr
     yield made
     assert made.alive == 0
     assert made.broken_rules == []
+
+
+def threads(begin: str) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(begin)]
 
 
 async def hand_over(prefill: PrefillEnd, decode: DecodeEnd, address: str, transfer_id: str, tokens: int = 100) -> None:
@@ -129,10 +135,27 @@ def test_pairs_come_and_go_without_a_trace(fabric: Fabric) -> None:
                 exchange.lanes[-1].cut()
                 await eventually(lambda: not prefill.source._lanes)
                 await eventually(lambda: fabric.alive == 0)
-            threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("diptych-pair")]
-            assert threads == []
+            assert threads("diptych-pair") == []
 
     asyncio.run(run())
+
+
+def test_pairs_that_are_made_again_use_the_memory_and_streams_of_those_before(nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's allocator keeps for a stream what was given back on it."""
+    monkeypatch.setattr(slots, "STREAMS", Streams())
+
+    async def run() -> None:
+        async with rig(FAKE_GPU_NCCL) as (prefill, decode, address, exchange):
+            for number in range(4):
+                await hand_over(prefill, decode, address, f"t{number}", 20)
+                exchange.lanes[-1].cut()
+                await eventually(lambda: not prefill.source._lanes)
+                await eventually(lambda: not threads("diptych-pair"))
+
+    with faked(FAKE_GPU_NCCL, monkeypatch):
+        asyncio.run(run())
+        assert ENGINE.gpu is not None
+        assert ENGINE.gpu.streams == 2
 
 
 @pytest.mark.parametrize("broken", ["no wait", "other bytes"])

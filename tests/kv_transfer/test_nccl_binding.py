@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diptych.kv_transfer.cuda_streams import Streams
 from diptych.kv_transfer.transports import nccl_binding
 from diptych.kv_transfer.transports.nccl_binding import IN_PROGRESS, SUCCESS, Nccl
 from fake_cuda import FakeGpu
@@ -54,6 +55,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeCommunicator]:
         get_error_string=lambda state: f"error {state}",
     )
     monkeypatch.setattr(nccl_binding, "_core", lambda: core)
+    monkeypatch.setattr(nccl_binding, "STREAMS", Streams())
     FakeGpu().install(monkeypatch)
     return communicators
 
@@ -71,7 +73,19 @@ def test_each_call(made: list[FakeCommunicator]) -> None:
     assert ours.mark()()
     assert ours.probe().shape == (1,)
     ours.abort()
-    assert theirs.asked == [("send", 5, 0, 0), ("recv", 7, 0, 0), ("abort",)]
+    assert theirs.asked == [("send", 5, 0, 1), ("recv", 7, 0, 1), ("abort",)]
+
+
+def test_each_communicator_has_a_stream_that_no_other_has_while_it_lives(made: list[FakeCommunicator]) -> None:
+    binding = Nccl(torch.device("cpu"))
+    pairs = [binding.join(ID, 0) for _ in range(40)]
+    for pair in pairs:
+        pair.send(torch.zeros(1, dtype=torch.uint8))
+    assert len({theirs.asked[0][-1] for theirs in made}) == 40
+    pairs.pop(7).abort()
+    pairs.append(binding.join(ID, 0))
+    pairs[-1].send(torch.zeros(1, dtype=torch.uint8))
+    assert made[-1].asked[0][-1] == made[7].asked[0][-1]
 
 
 def test_an_error_is_told_in_nccls_words(made: list[FakeCommunicator]) -> None:
