@@ -50,7 +50,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeCommunicator]:
     core = SimpleNamespace(
         get_unique_id=lambda: ID,
         UniqueId=SimpleNamespace(from_bytes=lambda content: ("id", content)),
-        NCCLConfig=lambda blocking: ("blocking", blocking),
+        NCCLConfig=lambda **settings: settings,
         Communicator=SimpleNamespace(init=init),
         get_error_string=lambda state: f"error {state}",
     )
@@ -64,7 +64,7 @@ def test_each_call(made: list[FakeCommunicator]) -> None:
     binding = Nccl(torch.device("cpu"))
     ours = binding.join(binding.unique_id(), 1)
     (theirs,) = made
-    assert theirs.joined == (2, 1, ("id", ID), ("blocking", False))
+    assert theirs.joined == (2, 1, ("id", ID), {"blocking": False, "max_ctas": 4})
     assert not ours.settled()
     theirs.state = SUCCESS
     assert ours.settled()
