@@ -199,11 +199,11 @@ class Pair:
         self._guarded(self._connect)
         while (job := self._queue.get()) is not None:
             self._guarded(job)
-        self._wire.abort()
+        _ended(self._wire.abort)
         for jobs in self._others:
             jobs.end()
         for close in self._made:
-            close()
+            _ended(close)
         self._call_soon(self._ended.set)
 
     def _connect(self) -> None:
@@ -228,6 +228,14 @@ class Pair:
         if not self._lost:
             self._lose()
             self._events.broken(f"The {self._ground.name} pair of {self._ground.wires.host} is lost: {reason}")
+
+
+def _ended(what: Callable[[], None]) -> None:
+    """Whatever it raises, such as an error that CUDA repeats at every call: whoever waits for the pair's end goes on."""
+    try:
+        what()
+    except Exception:
+        log.exception("a pair could not be ended as it should")
 
 
 class Outgoing(Pair):

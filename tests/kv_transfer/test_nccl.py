@@ -158,6 +158,25 @@ def test_pairs_that_are_made_again_use_the_memory_and_streams_of_those_before(no
         assert ENGINE.gpu.streams == 2
 
 
+@pytest.mark.parametrize("what", ["abort", "close"])
+def test_a_pair_that_cannot_be_ended_as_it_should_has_ended(what: str, fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    rightly = getattr(nccl.NcclWire, what)
+
+    def refuse(wire: nccl.NcclWire) -> None:
+        rightly(wire)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(nccl.NcclWire, what, refuse)
+
+    async def run() -> None:
+        async with rig(FAKE_NCCL) as (prefill, decode, address, exchange):
+            await hand_over(prefill, decode, address, "a", 20)
+            exchange.lanes[-1].cut()
+            await eventually(lambda: not threads("diptych-pair"))
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 @pytest.mark.parametrize("broken", ["no wait", "other bytes"])
 def test_the_fake_can_tell(fabric: Fabric, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wire that says that a piece has come before it has, or that sends another, is found."""
