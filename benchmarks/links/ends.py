@@ -12,6 +12,7 @@ from typing import Any
 from diptych.benchmarks.links.raw_gpu import raw_link
 from diptych.cluster.profiling import ends
 from diptych.cluster.profiling.ends import LEASE_S, TOKENS
+from diptych.cluster.resources.devices import visible_gpus
 from diptych.core.layout import Layout
 from diptych.core.transfer import Transport
 from diptych.kv_transfer.destination import Destination
@@ -94,8 +95,9 @@ class Here(ends.Here):
 
 
 def two_workers(layout: Layout, transport: Transport) -> AbstractAsyncContextManager[Here]:
-    """Both ends, joined by a lane with the first transfer."""
-    return ends.two_ends(layout, transport, Here, There)
+    """Both ends, joined by a lane with the first transfer; each on a GPU of its own, if there are two."""
+    gpus = visible_gpus()
+    return ends.two_ends(layout, transport, Here, There, gpus[1].key if len(gpus) > 1 else None)
 
 
 def rate(layout: Layout, seconds: Sequence[float]) -> float:

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from diptych.benchmarks import record
+from diptych.benchmarks.links import __main__ as links
+from diptych.benchmarks.links import ends
 from diptych.benchmarks.links.__main__ import DEMO, chosen, join, main, raw_pass
 from diptych.benchmarks.links.ends import rate, two_workers
+from diptych.cluster.resources.devices import Gpu
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.core.transfer import Transport
 
@@ -46,6 +49,39 @@ def test_a_transport_that_cannot_be_measured_here_is_refused_before_anything_is_
     assert chosen(None) == [Transport.SHM, Transport.GLOO]
     assert "no GPU: cuda_ipc and nccl not measured" in capsys.readouterr().out
     assert chosen(["gloo"]) == [Transport.GLOO]
+
+
+def test_a_transport_that_fails_is_left_out_and_the_others_are_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    kept: list[list[str]] = []
+
+    def measure(transport: Transport, options: object) -> dict[str, object]:
+        if transport is Transport.NCCL:
+            raise ConnectionError("NCCL says: Duplicate GPU detected")
+        return {"block_us": 1.0, "pieces": {}}
+
+    def keep(name: str, where: object, settings: object, results: dict[str, object]) -> Path:
+        kept.append(list(results))
+        return tmp_path / name
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(links, "machines_alone", lambda *_: [1e-6] * 40)
+    monkeypatch.setattr(links, "measure", measure)
+    monkeypatch.setattr(links, "keep", keep)
+    monkeypatch.setattr(sys, "argv", ["links"])
+    main()
+    said = capsys.readouterr()
+    assert "\nnccl could not be measured\n" in said.out
+    assert "NCCL says: Duplicate GPU detected" in said.err
+    assert [names[2:] for names in kept] == [["cuda_ipc"], ["cuda_ipc", "shm"], ["cuda_ipc", "shm", "gloo"]]
+
+
+@pytest.mark.parametrize(("keys", "other"), [([], None), (["3"], None), (["3", "5", "6"], "5")])
+def test_the_other_process_has_another_gpu_if_there_is_one(keys: list[str], other: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ends, "visible_gpus", lambda: [Gpu(key, "NVIDIA H100", 80 << 30) for key in keys])
+    monkeypatch.setattr(ends.ends, "two_ends", lambda *asked: asked[-1])
+    assert two_workers(SMALL, Transport.CUDA_IPC) == other
 
 
 def test_the_demo_layout_is_the_demo_models() -> None:
