@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from threading import Event, Lock
-from time import monotonic
+from time import monotonic, sleep
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -27,6 +27,9 @@ from .two_sided import SOURCE, Work
 CONNECT_S = 30.0
 """The first communicator of a process takes seconds: NCCL looks the machine over."""
 UNIQUE_ID = "nccl"
+LOOKS = 10
+"""In a row, whether a call has settled, before the first pause: NCCL makes every send and receive on a thread of its own, in less time than
+the shortest pause takes."""
 R = TypeVar("R")
 
 
@@ -138,6 +141,10 @@ class NcclWire:
         return NcclWork(self, self._use(lambda communicator: communicator.mark()))
 
     def _settle(self) -> None:
+        for _ in range(LOOKS):
+            if self._use(lambda communicator: communicator.settled()):
+                return
+            sleep(0)
         self.until(lambda: self._use(lambda communicator: communicator.settled()), CONNECT_S)
 
     def _use(self, what: Callable[[Communicator], R]) -> R:

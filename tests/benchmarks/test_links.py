@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,14 @@ from diptych.benchmarks.links import __main__ as links
 from diptych.benchmarks.links import ends
 from diptych.benchmarks.links.__main__ import DEMO, chosen, join, main, raw_pass
 from diptych.benchmarks.links.ends import rate, two_workers
+from diptych.benchmarks.links.raw_gpu import RawGpuLink
 from diptych.cluster.resources.devices import Gpu
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.core.transfer import Transport
+from diptych.kv_transfer.device_memory import DeviceMemory
+from diptych.kv_transfer.geometry import HEADER_BYTES, Geometry
+from diptych.kv_transfer.pool import CPU, Pool
+from fake_cuda import FakeGpu
 
 SMALL = Layout("small", (CacheGroup(CacheKind.FULL, (0, 1, 2), kv_heads=2, head_dim=64, dtype=DType.BFLOAT16),), 16, (16,))
 
@@ -82,6 +88,31 @@ def test_the_other_process_has_another_gpu_if_there_is_one(keys: list[str], othe
     monkeypatch.setattr(ends, "visible_gpus", lambda: [Gpu(key, "NVIDIA H100", 80 << 30) for key in keys])
     monkeypatch.setattr(ends.ends, "two_ends", lambda *asked: asked[-1])
     assert two_workers(SMALL, Transport.CUDA_IPC) == other
+
+
+def test_the_raw_link_over_nccl_posts_all_and_waits_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By a communicator that returns when it has asked the GPU; one that does not would be looked at after each piece."""
+    gpu, asked, waits = FakeGpu(), list[tuple[int, int]](), list[int]()
+    gpu.install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(len(asked)))
+    made = SimpleNamespace(send=lambda part, peer, stream: asked.append((len(part), peer)), abort=lambda: None)
+    core = SimpleNamespace(
+        get_unique_id=lambda: bytes(128),
+        UniqueId=SimpleNamespace(from_bytes=lambda content: content),
+        NCCLConfig=lambda **settings: settings,
+        Communicator=SimpleNamespace(init=lambda *joined: joined == (2, 0, bytes(128), {"blocking": True}) and made),
+    )
+    monkeypatch.setitem(sys.modules, "nccl", SimpleNamespace(core=core))
+    memory = DeviceMemory(Geometry(SMALL).size, SMALL.groups[0].layers, CPU)
+    pool, size = Pool(SMALL, memory), Geometry(SMALL).size - HEADER_BYTES
+    link = RawGpuLink(pool, SMALL, 0)
+    link.join(str(tmp_path / "store"))
+    assert link.send(64 << 10) > 0
+    assert asked == [(64 << 10, 1)] * (size // (64 << 10))
+    assert waits == [0, len(asked)]
+    link.close()
+    del link
+    pool.close()
 
 
 def test_the_demo_layout_is_the_demo_models() -> None:

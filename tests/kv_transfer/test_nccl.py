@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from diptych.core.errors import TransferFailed
@@ -27,6 +28,26 @@ def fabric(nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fabr
 
 def threads(begin: str) -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(begin)]
+
+
+class Settling:
+    """A communicator whose call is in progress for so many looks."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def settled(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+@pytest.mark.parametrize(("looks", "paused"), [(0, 0), (5, 0), (12, 1)])
+def test_a_call_that_settles_at_once_is_not_waited_for_with_a_pause(looks: int, paused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wire, taken = nccl.NcclWire(0, FakeNccl(Fabric())), list[float]()
+    monkeypatch.setattr(wire, "_communicator", Settling(looks))
+    monkeypatch.setattr(wire, "_given_up", SimpleNamespace(wait=taken.append))
+    wire._settle()
+    assert len(taken) == paused
 
 
 async def hand_over(prefill: PrefillEnd, decode: DecodeEnd, address: str, transfer_id: str, tokens: int = 100) -> None:
