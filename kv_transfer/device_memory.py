@@ -21,6 +21,9 @@ from .geometry import HEADER_BYTES, padded
 from .memory import tensor_at
 from .shared_file import SharedFile
 
+_exported: list[torch.cuda.Event] = []
+"""All that this process has handed out. They go with it: a peer may still have one open, and to destroy it then is undefined in CUDA."""
+
 
 class DeviceMemory:
     """`kv_transfer.pool.Memory`. Once it is closed no tensor of it may be used."""
@@ -31,6 +34,7 @@ class DeviceMemory:
         with torch.cuda.device(device):
             self._address = _allocated(size, device)
             self._events = {layer: cuda_streams.shared_event() for layer in layers}
+            _exported.extend(self._events.values())
             handles = [cuda_runtime.handle_of(self._address), *map(cuda_streams.handle_of, self._events.values())]
         self.whole = tensor_at(self._address, size, device)
         self.shared = SharedFile(shared_bytes(len(layers)))
@@ -47,7 +51,6 @@ class DeviceMemory:
     def close(self) -> None:
         """The allocation goes with the process, which ends right after: a peer may still have it mapped, and to free it then is undefined
         in CUDA. Nor is the GPU waited for: what it waits for itself may be a peer that has died."""
-        self._events.clear()
         del self.whole
         self.shared.close()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from itertools import accumulate, takewhile
+from weakref import ref
 
 import pytest
 import torch
@@ -84,6 +86,17 @@ def test_what_is_waited_for_is_the_layers_last_store_and_no_later_one(gpu: FakeG
     pool.close()
     assert stores == [0, 1, 2], "nobody waits for a GPU that may wait for a peer which has died"
     assert gpu.allocated, "a peer may still have it mapped"
+
+
+def test_events_that_a_peer_may_have_open_outlive_the_pool(gpu: FakeGpu) -> None:
+    pool = on_gpu()
+    events = [ref(thing) for thing in gpu.exported.values() if not isinstance(thing, int)]
+    pool.close()
+    del pool
+    gpu.exported.clear()
+    gc.collect()
+    assert len(events) == len(LAYERS)
+    assert all(event() is not None for event in events)
 
 
 def test_too_large_a_pool_is_refused_at_start(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
