@@ -14,8 +14,12 @@ HANDLE_BYTES = 64
 """CUDA_IPC_HANDLE_SIZE."""
 
 
+class DriverTooOld(RuntimeError):
+    """For the CUDA that NVIDIA's bindings are of."""
+
+
 def allocate(size: int) -> int:
-    """The address of `size` bytes of zeros on the current device. Raises `RuntimeError` if it has not so many."""
+    """The address of `size` bytes of zeros on the current device. Raises `RuntimeError` if it has not so many, `DriverTooOld`."""
     runtime = _runtime()
     address = int(_done(runtime.cudaMalloc(size)))
     _done(runtime.cudaMemset(address, 0, size))
@@ -58,6 +62,12 @@ def _done(answer: tuple[Any, ...]) -> Any:
     """The value in an answer of the runtime."""
     runtime = _runtime()
     error, *values = answer
+    if error == runtime.cudaError_t.cudaErrorInsufficientDriver:
+        ours, drivers = (version // 1000 for _, version in (runtime.cudaRuntimeGetVersion(), runtime.cudaDriverGetVersion()))
+        raise DriverTooOld(
+            f"the GPU's driver is for CUDA {drivers}, and the installed cuda-bindings need one for {ours}: "
+            f"pip install 'cuda-bindings<{drivers + 1}', or a newer driver"
+        )
     if error != runtime.cudaError_t.cudaSuccess:
         raise RuntimeError(f"CUDA says {runtime.cudaGetErrorString(error)[1].decode()} ({error.name})")
     return values[0] if values else None

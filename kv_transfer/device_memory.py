@@ -29,7 +29,8 @@ class DeviceMemory:
     """`kv_transfer.pool.Memory`. Once it is closed no tensor of it may be used."""
 
     def __init__(self, size: int, layers: Sequence[int], device: torch.device) -> None:
-        """Raises `ConfigError`: field `kv_tokens` if the device has not that much memory free, `device` without NVIDIA's bindings."""
+        """Raises `ConfigError`: field `kv_tokens` if the device has not that much memory free, `device` without NVIDIA's bindings, or with
+        some that its driver is too old for."""
         self._device = device
         with torch.cuda.device(device):
             self._address = _allocated(size, device)
@@ -75,6 +76,8 @@ def _allocated(size: int, device: torch.device) -> int:
             return cuda_runtime.allocate(size)
     except ImportError as error:
         raise ConfigError("A KV pool on a GPU needs NVIDIA's bindings: pip install 'diptych[gpu]'.", field="device") from error
+    except cuda_runtime.DriverTooOld as error:
+        raise ConfigError(f"There is no KV pool on {device}: {error}.", field="device") from error
     except RuntimeError as error:
         raise ConfigError(f"The KV pool's {size >> 20} MiB cannot be had on {device}: {error}.", field="kv_tokens") from error
     raise ConfigError(f"The KV pool needs {size >> 20} MiB and {device} has {free >> 20} MiB free; lower kv_tokens.", field="kv_tokens")

@@ -38,6 +38,7 @@ class FakeGpu:
         """By a stream: until it is over no memory can be unmapped."""
         self.streams = 0
         """How many were made."""
+        self.runtime = FakeRuntime(self)
         self._streams = threading.local()
         self.exported: dict[bytes, Any] = {}
         """What stands behind a handle: an address or an event."""
@@ -115,8 +116,7 @@ class FakeGpu:
             "mem_get_info": lambda device: (1 << 40, 1 << 40),
         }.items():
             monkeypatch.setattr(torch.cuda, name, replaced)
-        runtime = FakeRuntime(self)
-        monkeypatch.setattr(cuda_runtime, "_runtime", lambda: runtime)
+        monkeypatch.setattr(cuda_runtime, "_runtime", lambda: self.runtime)
         monkeypatch.setattr(cuda_streams, "to_host", lambda tensor: tensor.clone())
         monkeypatch.setattr(two_sided, "slots_for", DeviceSlots)
 
@@ -156,6 +156,7 @@ class FakeStream:
 class Error(IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
+    cudaErrorInsufficientDriver = 35
     cudaErrorInvalidResourceHandle = 400
 
 
@@ -179,8 +180,17 @@ class FakeRuntime:
 
     def __init__(self, gpu: FakeGpu) -> None:
         self._gpu = gpu
+        self.driver = 13000
+
+    def cudaRuntimeGetVersion(self) -> tuple[Error, int]:
+        return Error.cudaSuccess, 13050
+
+    def cudaDriverGetVersion(self) -> tuple[Error, int]:
+        return Error.cudaSuccess, self.driver
 
     def cudaMalloc(self, size: int) -> tuple[Error, int | None]:
+        if self.driver < 13000:
+            return Error.cudaErrorInsufficientDriver, None
         if size > 1 << 32:
             return Error.cudaErrorMemoryAllocation, None
         buffer = (ctypes.c_uint8 * (size + 256))()

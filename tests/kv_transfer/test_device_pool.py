@@ -109,6 +109,13 @@ def test_too_large_a_pool_is_refused_at_start(gpu: FakeGpu, monkeypatch: pytest.
     assert caught.value.field == "kv_tokens"
 
 
+def test_a_driver_too_old_for_the_bindings_is_told_apart_from_too_large_a_pool(gpu: FakeGpu) -> None:
+    gpu.runtime.driver = 12080
+    with pytest.raises(ConfigError, match=r"driver is for CUDA 12, .* need one for 13: pip install 'cuda-bindings<13', or") as caught:
+        on_gpu()
+    assert caught.value.field == "device"
+
+
 def test_memory_that_cannot_be_mapped_is_said(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = on_gpu()
     gpu.exported = {handle: thing if not isinstance(thing, int) else 0 for handle, thing in gpu.exported.items()}
