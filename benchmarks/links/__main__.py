@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from diptych.benchmarks.links.ends import Here, rate, two_workers
 from diptych.benchmarks.links.machines import machines_alone
 from diptych.benchmarks.links.share import share_of_requests
 from diptych.benchmarks.record import describe, keep, percentile, surroundings
+from diptych.cluster.programs.rank import see_gpu
 from diptych.cluster.resources.devices import visible_gpus
 from diptych.core.layout import CacheGroup, CacheKind, DType, Layout
 from diptych.core.transfer import Transport
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="requests of a served model; 0: none")
     parser.add_argument("--model", help="that is served; by default the demo model")
     options = parser.parse_args()
+    see_gpu(None)
     try:
         transports = chosen(options.transport)
     except ValueError as error:
@@ -143,7 +144,6 @@ def main() -> None:
     torch.set_num_threads(1)
     where = surroundings()
     print(describe(where))
-    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")  # both processes may be on one GPU
     layers = CacheGroup(CacheKind.FULL, tuple(range(18)), kv_heads=4, head_dim=64, dtype=DType.BFLOAT16)
     alone = machines_alone(Layout("model", (layers,), 16, (PROMPT // 16,)), PROMPT, 200)
     results: dict[str, Any] = {"machines_us": 1e6 * percentile(alone[20:], 0.5), "gpus": [gpu.name for gpu in visible_gpus()[:2]]}

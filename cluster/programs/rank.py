@@ -33,6 +33,8 @@ from .identity import named, reachable_host, worker_layout
 
 SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 """Without it NCCL joins no two ranks that are on one GPU, as those of two workers may be; before 2.30 it joins none at all."""
+QUEUES, MOST_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS", "32"
+"""Of the GPU, 8 unless it is told: streams that share one stand behind each other, and each pair and mapped pool has streams of its own."""
 
 
 def main() -> int:
@@ -98,6 +100,7 @@ def see_gpu(key: str | None) -> None:
     if key is not None:
         os.environ[VISIBLE] = key
     os.environ.setdefault(SHARED_GPU, "1")
+    os.environ.setdefault(QUEUES, MOST_QUEUES)
 
 
 def _take_cores(spec: RankSpec) -> None:

@@ -46,6 +46,7 @@ def test_a_transport_that_cannot_be_measured_here_is_refused_before_anything_is_
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(links, "see_gpu", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["links", "--transport", "shm", "--transport", "cuda_ipc"])
     with pytest.raises(SystemExit, match="2"):
@@ -72,6 +73,7 @@ def test_a_transport_that_fails_is_left_out_and_the_others_are_kept(
         return tmp_path / name
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(links, "see_gpu", lambda _: None)
     monkeypatch.setattr(links, "machines_alone", lambda *_: [1e-6] * 40)
     monkeypatch.setattr(links, "measure", measure)
     monkeypatch.setattr(links, "keep", keep)

@@ -28,8 +28,12 @@ from hypothesis import strategies as st
     ("device", "before", "after"),
     [
         ("cpu", {}, {"CUDA_VISIBLE_DEVICES": ""}),
-        ("cuda", {}, {"CUDA_VISIBLE_DEVICES": "1", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}),
-        ("cuda", {"NCCL_MULTI_RANK_GPU_ENABLE": "0"}, {"CUDA_VISIBLE_DEVICES": "1", "NCCL_MULTI_RANK_GPU_ENABLE": "0"}),
+        ("cuda", {}, {"CUDA_VISIBLE_DEVICES": "1", "NCCL_MULTI_RANK_GPU_ENABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}),
+        (
+            "cuda",
+            {"NCCL_MULTI_RANK_GPU_ENABLE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+            {"CUDA_VISIBLE_DEVICES": "1", "NCCL_MULTI_RANK_GPU_ENABLE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+        ),
     ],
 )
 def test_a_rank_sees_its_gpu_alone_and_may_share_it(
