@@ -26,7 +26,7 @@ from .two_sided import SOURCE, Work
 
 CONNECT_S = 30.0
 """The first communicator of a process takes seconds: NCCL looks the machine over."""
-UNIQUE_ID = "nccl"
+READY, UNIQUE_ID = "nccl ready", "nccl"
 LOOKS = 10
 """In a row, whether a call has settled, before the first pause: NCCL makes every send and receive on a thread of its own, in less time than
 the shortest pause takes."""
@@ -96,9 +96,13 @@ class NcclWire:
         """Held while the communicator is used: nobody may while it is aborted."""
 
     def connect(self, store: Store) -> None:
-        """A byte crosses too: NCCL makes the connections of a pair when something is first sent."""
+        """A byte crosses too: NCCL makes the connections of a pair when something is first sent. The id is made when the destination is
+        ready to join: for each NCCL listens, on a thread and a socket of its own, until both ends have."""
         source = self._end == SOURCE
-        if source:
+        if not source:
+            store.set(READY, "")
+        else:
+            store.get(READY)
             store.set(UNIQUE_ID, self._binding.unique_id().hex())
         self._communicator = self._binding.join(bytes.fromhex(store.get(UNIQUE_ID).decode()), self._end)
         self._settle()

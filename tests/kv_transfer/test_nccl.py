@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 from diptych.core.errors import TransferFailed
 from diptych.kv_transfer import slots
+from diptych.kv_transfer.crossing import Crossing
 from diptych.kv_transfer.cuda_streams import Streams
+from diptych.kv_transfer.pool import Pool
 from diptych.kv_transfer.slots import SEAL_BYTES
-from diptych.kv_transfer.transports import nccl, wiring
+from diptych.kv_transfer.transports import nccl, two_sided, wiring
 from fake_nccl import Fabric, FakeNccl
 from kv_rig import ENGINE, FAKE_GPU_NCCL, FAKE_NCCL, LAYERS, TOKENS, DecodeEnd, PrefillEnd, eventually, faked, rig
 
@@ -143,6 +145,34 @@ def test_a_destination_that_never_joins(fabric: Fabric, monkeypatch: pytest.Monk
         async with rig(FAKE_NCCL) as (prefill, decode, address, _):
             await hand_over(prefill, decode, address, "a", 20)
             assert "no such device" in prefill.diary.errors["a"].message
+
+    asyncio.run(run())
+
+
+def test_no_id_is_made_for_a_destination_that_is_not_ready_to_join(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bytes] = []
+    unique_id, slots_for = FakeNccl.unique_id, two_sided.slots_for
+
+    def make(binding: FakeNccl) -> bytes:
+        made.append(unique_id(binding))
+        return made[-1]
+
+    monkeypatch.setattr(FakeNccl, "unique_id", make)
+
+    async def run() -> None:
+        async with rig(FAKE_NCCL) as (prefill, decode, address, _):
+
+            def refuse(pool: Pool, crossing: Crossing, slot_bytes: int) -> slots.Slots:
+                if pool in decode.pools:
+                    raise RuntimeError("CUDA out of memory")
+                return slots_for(pool, crossing, slot_bytes)
+
+            monkeypatch.setattr(two_sided, "slots_for", refuse)
+            await hand_over(prefill, decode, address, "a", 20)
+            assert made == []
+            monkeypatch.setattr(two_sided, "slots_for", slots_for)
+            await hand_over(prefill, decode, address, "b", 20)
+            assert len(made) == 1
 
     asyncio.run(run())
 
