@@ -11,6 +11,7 @@ from weakref import ref
 import pytest
 import torch
 from diptych.core.errors import ConfigError, TransferFailed
+from diptych.kv_transfer import slots
 from diptych.kv_transfer.actions import Copy
 from diptych.kv_transfer.coverage import Span
 from diptych.kv_transfer.crossing import Crossing
@@ -239,6 +240,17 @@ def test_pools_that_are_mapped_again_use_the_streams_of_those_before(gpu: FakeGp
             peer.close()
     assert gpu.streams == 2
     source.close()
+
+
+def test_slots_that_there_is_no_memory_for_leave_their_stream_to_the_next(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "STREAMS", Streams())
+    pool = on_gpu()
+    crossing = Crossing(routes(pool.layout, pool.layout)[0], pool.layout, pool.layout)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="allocate"):
+            slots.DeviceSlots(pool, crossing, 1 << 50)
+    assert gpu.streams == 1
+    pool.close()
 
 
 def test_who_can_only_look_whether_a_gpu_is_done_looks_ever_less_often() -> None:
