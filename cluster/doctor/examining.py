@@ -16,7 +16,7 @@ from ...core.transfer import Transport, transports_for
 from ...rpc.router import RouterClient
 from ..resources import preflight
 from ..resources.allotment import allot
-from ..resources.devices import chosen, torch_cuda, visible_gpus
+from ..resources.devices import chosen, hindrance, torch_cuda, visible_gpus
 from ..supervising import exposure, state
 from ..supervising.models import find_model
 from ..supervising.posts import workers
@@ -27,7 +27,7 @@ from .links import Link, judge_link, try_links
 
 UP_REFUSES = ("packages", "transports", "shared memory", "NCCL")
 """Checks of the host that `up` makes besides its own."""
-UP_WARNS = ("transports", "compiler", "address")
+UP_WARNS = ("device", "transports", "compiler", "address")
 
 
 def hands_over(config: ClusterConfig) -> bool:
@@ -92,11 +92,19 @@ def examine(config: ClusterConfig, running: state.ClusterState | None) -> Iterat
 
 def _host(config: ClusterConfig, facts: HostFacts, wanted: tuple[Transport, ...]) -> Iterator[Finding]:
     yield host.judge_packages(facts)
+    yield from _device(config)
     yield host.judge_compiler(facts)
     yield host.judge_shared_memory(facts, ray=config.ray.enabled and not config.ray.joined)
     if wanted:
         yield from host.judge_transports(wanted, facts, hands_over=hands_over(config))
     yield host.judge_address(facts, joined=config.ray.joined)
+
+
+def _device(config: ClusterConfig) -> Iterator[Finding]:
+    """GPUs that `auto` passes over; what cannot be as the config says is refused elsewhere."""
+    there = visible_gpus()
+    if config.device == "auto" and there and not config.ray.joined and (why := hindrance(there, torch_cuda())) is not None:
+        yield note("device", f"Models are computed on this host's CPU: {why}.", "Say device: cpu if that is meant.")
 
 
 def _count(smi: probing.Smi) -> int:

@@ -23,7 +23,7 @@ from ...kv_transfer.pool import DTYPES, Pool
 from ...worker.leader import STEP_S
 from ..process.child import progress
 from ..process.spec import BLOCK_SIZE, RankSpec
-from ..resources.devices import NO_INT8_ON_GPU, VISIBLE
+from ..resources.devices import NO_INT8_ON_GPU, VISIBLE, hindrance, visible_gpus
 from ..resources.pool_size import blocks_here, say_size, smallest
 from .graphs import capture, rehearse, shapes_of
 from .identity import worker_layout
@@ -121,9 +121,12 @@ def _device(spec: RankSpec) -> torch.device:
         return torch.device("cpu")
     if spec.kv_dtype is DType.INT8:
         raise ConfigError(NO_INT8_ON_GPU, field="kv_dtype")
-    if not torch.cuda.is_available():
-        gpu = spec.gpu or os.environ.get(VISIBLE) or "of its own"
+    there = visible_gpus()
+    why = hindrance(there, torch.version.cuda) if there and torch.version.cuda else None
+    if why is None and not torch.cuda.is_available():
         why = "torch is a CPU build" if torch.version.cuda is None else "torch finds no GPU there"
+    if why is not None:
+        gpu = spec.gpu or os.environ.get(VISIBLE) or "of its own"
         raise ConfigError(f"{spec.worker_id} is to compute on GPU {gpu}, but {why} ({torch.__version__}).", field="device")
     return torch.device("cuda", 0)
 

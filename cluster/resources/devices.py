@@ -18,16 +18,28 @@ GPU_FRACTION = 0.9
 CPU_FRACTION = 0.5
 """Of a host's available memory what its ranks may take together where nobody named a fraction."""
 NO_INT8_ON_GPU = "int8 is for workers on a CPU, the kernels for GPUs do not read it yet: leave kv_dtype out, or say device: cpu."
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability that the kernels need: before it GPUs multiply no bf16."""
 _ROUNDING = 1e-6
+_MAJOR, _MINOR = 75, 76
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…"""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """`key`: by which `CUDA_VISIBLE_DEVICES` names it. `size`: bytes."""
+    """`key`: by which `CUDA_VISIBLE_DEVICES` names it. `size`: bytes. `runs`: the newest CUDA that its driver runs. `capability`: for
+    computing, as CUDA counts it. Both (major, minor), None where nobody was asked."""
 
     key: str
     name: str
     size: int
+    runs: tuple[int, int] | None = None
+    capability: tuple[int, int] | None = None
+
+    @property
+    def able(self) -> bool:
+        """Whether the kernels run on it."""
+        return self.capability is None or self.capability >= LEAST_CAPABILITY
 
     @property
     def kind(self) -> str:
@@ -50,15 +62,19 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return []
     keys = environment[VISIBLE].split(",") if environment.get(VISIBLE) else [str(number) for number in range(count.value)]
-    return [_gpu(driver, number, key.strip()) for number, key in zip(range(count.value), keys, strict=False)]
+    version = ctypes.c_int()
+    runs = None if driver.cuDriverGetVersion(ctypes.byref(version)) else (version.value // 1000, version.value % 1000 // 10)
+    return [_gpu(driver, number, key.strip(), runs) for number, key in zip(range(count.value), keys, strict=False)]
 
 
-def _gpu(driver: ctypes.CDLL, number: int, key: str) -> Gpu:
+def _gpu(driver: ctypes.CDLL, number: int, key: str, runs: tuple[int, int] | None) -> Gpu:
     handle, name, size = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
     driver.cuDeviceGet(ctypes.byref(handle), number)
     driver.cuDeviceGetName(name, len(name), handle)
     driver.cuDeviceTotalMem_v2(ctypes.byref(size), handle)
-    return Gpu(key, name.value.decode(), size.value)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    known = not any(driver.cuDeviceGetAttribute(ctypes.byref(value), which, handle) for value, which in ((major, _MAJOR), (minor, _MINOR)))
+    return Gpu(key, name.value.decode(), size.value, runs, (major.value, minor.value) if known else None)
 
 
 def torch_cuda() -> str | None:
@@ -69,15 +85,34 @@ def torch_cuda() -> str | None:
     return built[1] if built else None
 
 
+def hindrance(gpus: Sequence[Gpu], cuda: str | None) -> str | None:
+    """Why a torch for that CUDA, None for a CPU build, computes on none of these; None if it can on one at least."""
+    if cuda is None:
+        return f"the torch installed here is a CPU build. {_there(gpus)}"
+    if not gpus:
+        return "this host has no GPU that CUDA can use; device: cpu would work"
+    runs = gpus[0].runs
+    if runs is not None and runs[0] < int(cuda.partition(".")[0]):  # within a major version CUDA promises that older drivers run it
+        return (
+            f"the driver here runs CUDA up to {_version(runs)}, and torch is built for {cuda}: install a newer driver, or torch for CUDA "
+            f"{runs[0]}. {_there(gpus)}"
+        )
+    if not any(gpu.able for gpu in gpus):
+        found = ", ".join(f"{gpu.key}: {gpu.name}, {_version(gpu.capability)}" for gpu in gpus if gpu.capability)
+        return f"the kernels need compute capability {_version(LEAST_CAPABILITY)}, which no GPU here has ({found}); device: cpu would work"
+    return None
+
+
 def chosen(wanted: str, gpus: Sequence[Gpu], cuda: str | None) -> Sequence[Gpu]:
     """The GPUs to compute on, none for the CPU. `wanted`: the config's `device`. Raises `ConfigError` if there are not what it asks for."""
-    if wanted == "cpu" or (wanted == "auto" and not (gpus and cuda)):
+    if wanted == "cpu":
         return ()
-    if cuda is None:
-        raise ConfigError(f"device: cuda, but the torch installed here is a CPU build. {_there(gpus)}.", field="device")
-    if not gpus:
-        raise ConfigError("device: cuda, but this host has no GPU that CUDA can use; device: cpu would work.", field="device")
-    return gpus
+    why = hindrance(gpus, cuda)
+    if why is None:
+        return [gpu for gpu in gpus if gpu.able]
+    if wanted == "auto":
+        return ()
+    raise ConfigError(f"device: cuda, but {why}.", field="device")
 
 
 def assign(gpus: Sequence[Gpu], workers: Sequence[tuple[str, Sequence[float]]], taken: Mapping[str, float]) -> list[list[Gpu]]:
@@ -113,3 +148,7 @@ def _there(gpus: Sequence[Gpu]) -> str:
     if not gpus:
         return "This host has no GPU that CUDA can use either"
     return "Here are " + ", ".join(f"{gpu.key}: {gpu.name} ({gpu.size / 2**30:.0f} GiB)" for gpu in gpus)
+
+
+def _version(of: tuple[int, int]) -> str:
+    return f"{of[0]}.{of[1]}"

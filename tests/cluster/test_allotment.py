@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster_harness import write_card
 from diptych.cluster.process.spec import RankSpec, Worker
+from diptych.cluster.programs import loading
 from diptych.cluster.resources.allotment import allot, gpus_of
 from diptych.cluster.resources.devices import Gpu, assign, chosen, torch_cuda, visible_gpus
 from diptych.cluster.supervising.posts import newcomers, workers
@@ -16,7 +18,10 @@ from diptych.core.errors import ConfigError
 from diptych.core.fleet import Phase
 from diptych.core.model import ModelCard, read_card
 from diptych.core.transfer import Transport
+from fake_driver import FakeDriver
 
+OLD_DRIVER = Gpu("0", "H100", 80 << 30, (12, 8), (9, 0))
+OLD = Gpu("0", "Tesla T4", 16 << 30, (13, 0), (7, 5))
 GPUS = [Gpu("0", "H100", 80 << 30), Gpu("3", "H100", 80 << 30)]
 
 
@@ -101,6 +106,10 @@ def test_on_a_joined_cluster_ray_gives_the_gpus(card: ModelCard) -> None:
         ("auto", GPUS, None, ()),
         ("cpu", GPUS, "13.0", ()),
         ("cuda", GPUS, "13.0", GPUS),
+        ("auto", [OLD_DRIVER], "13.0", ()),
+        ("auto", [OLD_DRIVER], "12.9", [OLD_DRIVER]),
+        ("auto", [OLD], "13.0", ()),
+        ("cuda", [OLD, *GPUS], "13.0", GPUS),
     ],
 )
 def test_what_is_computed_on(wanted: str, gpus: list[Gpu], cuda: str | None, found: object) -> None:
@@ -110,6 +119,12 @@ def test_what_is_computed_on(wanted: str, gpus: list[Gpu], cuda: str | None, fou
 @pytest.mark.parametrize(
     ("gpus", "cuda", "says"),
     [
+        (
+            [OLD_DRIVER],
+            "13.0",
+            "driver here runs CUDA up to 12.8, and torch is built for 13.0: install a newer driver, or torch for CUDA 12",
+        ),
+        ([OLD], "13.0", r"need compute capability 8.0, which no GPU here has \(0: Tesla T4, 7.5\)"),
         ([], "13.0", "no GPU that CUDA can use; device: cpu would work"),
         (GPUS, None, "torch installed here is a CPU build. Here are 0: H100"),
     ],
@@ -127,9 +142,38 @@ def test_this_host_is_asked_without_torch() -> None:
     assert len(visible_gpus()) == torch.cuda.device_count()
 
 
-def test_a_rank_says_what_its_device_lacks() -> None:
-    from diptych.cluster.programs.loading import _device
+def test_a_host_without_nvidias_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> object:
+        raise OSError(name)
 
-    spec = RankSpec(worker_id="d", phase=Phase.DECODE, model_dir=Path("/"), device="cuda", gpu="7")
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert visible_gpus() == []
+
+
+def test_what_the_driver_says_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver(12080, [("NVIDIA L4", 24 << 30, (8, 9)), ("Tesla T4", 16 << 30, (7, 5))]))
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "3, GPU-abc"}) == [
+        Gpu("3", "NVIDIA L4", 24 << 30, (12, 8), (8, 9)),
+        Gpu("GPU-abc", "Tesla T4", 16 << 30, (12, 8), (7, 5)),
+    ]
+
+
+RANK = RankSpec(worker_id="d", phase=Phase.DECODE, model_dir=Path("/"), device="cuda", gpu="7")
+
+
+def test_a_rank_says_what_its_device_lacks() -> None:
     with pytest.raises(ConfigError, match="d is to compute on GPU 7, but torch"):
-        _device(spec)
+        loading._device(RANK)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "says"), [(12080, (9, 0), "runs CUDA up to 12.8, and torch is built for 13.0"), (13000, (7, 5), "T4, 7.5")]
+)
+def test_a_rank_says_why_torch_cannot_use_its_gpu(
+    version: int, capability: tuple[int, int], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a node of a Ray cluster nobody has looked before."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver(version, [("Tesla T4", 16 << 30, capability)]))
+    monkeypatch.setattr(loading.torch.version, "cuda", "13.0")
+    with pytest.raises(ConfigError, match=f"d is to compute on GPU 7, but .*{says}"):
+        loading._device(RANK)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from cluster_harness import Start
-from diptych.cluster.doctor import command, examining, gpus, host, probing
+from diptych.cluster.doctor import command, examining, host, probing
 from diptych.cluster.doctor.examining import judge_fleet
 from diptych.cluster.doctor.finding import Finding, State
 from diptych.cluster.doctor.host import HostFacts
@@ -26,7 +26,7 @@ from diptych.core.errors import ConfigError, Unavailable
 from diptych.core.fleet import Fleet, Member, Phase
 from diptych.core.layout import Layout
 from diptych.core.transfer import Transport
-from doctor_harness import config, examined, fake_program
+from doctor_harness import config, examined
 
 GOOD = HostFacts(
     cores=4,
@@ -105,77 +105,6 @@ def test_transports_that_cannot_work(transports: tuple[Transport, ...], facts: H
     assert only(host.judge_transports(transports, facts, hands_over=False)).state is State.OK
 
 
-def test_transports_of_gpus_need_one() -> None:
-    assert set(host.obstacles(GOOD)) == {"nccl", "cuda_ipc"}
-    assert set(host.obstacles(but(gpus=2, extras={"nccl4py": None}))) == {"nccl"}
-    assert host.obstacles(but(gpus=2, extras={"nccl4py": "0.3"})) == {}
-
-
-# GPUs, by what nvidia-smi says.
-
-H100 = "0, NVIDIA H100 80GB HBM3, 580.65.06, 81559, 4, Default, 0"
-HEAD = "| NVIDIA-SMI 580.65.06    Driver Version: 580.65.06    CUDA Version: 13.0 |"
-
-
-def judged(*lines: str) -> dict[str, Finding]:
-    return {finding.check: finding for finding in gpus.judge_gpus("\n".join(lines), None)}
-
-
-def test_good_gpus() -> None:
-    found = judged(H100, H100.replace("0, NVIDIA", "1, NVIDIA").replace("Default, 0", "[N/A], [N/A]"))
-    assert [finding.state for finding in found.values()] == [State.OK]
-    assert "0: NVIDIA H100 80GB HBM3, 81559 MiB, 1: " in found["GPUs"].said
-    assert only(gpus.judge_gpus(None, None)).said.startswith("none")
-
-
-@pytest.mark.parametrize(
-    ("line", "kind", "says"),
-    [
-        (H100.replace("Default", "Exclusive_Process"), State.WRONG, "a second process cannot use it"),
-        (H100.replace("Default, 0", "Default, 3"), State.WRONG, "3 uncorrected memory errors"),
-        (H100.replace("81559, 4", "81559, 60000"), State.NOTE, "taken by others"),
-    ],
-)
-def test_a_gpu_that_is_wrong(line: str, kind: State, says: str) -> None:
-    finding = judged(line)["GPU 0"]
-    assert finding.state is kind
-    assert says in finding.said
-    assert finding.mend
-
-
-def test_drivers_and_versions() -> None:
-    assert [finding.state for finding in gpus.judge_gpus(f"{H100}\n{H100.replace('580.65.06', '550.1')}", None)][-1] is State.WRONG
-    assert only(gpus.judge_gpus(None, "Driver/library version mismatch")).state is State.WRONG
-    assert only(gpus.judge_gpus("0, what is this", None)).state is State.WRONG
-    assert only(gpus.judge_driver(HEAD, "13.0")).state is State.OK
-    assert only(gpus.judge_driver(HEAD, "12.8")).state is State.OK
-    assert only(gpus.judge_driver(HEAD.replace("13.0", "12.4"), "13.0")).state is State.WRONG
-    assert only(gpus.judge_driver(HEAD, None)).state is State.WRONG
-    assert list(gpus.judge_driver(None, None)) == []
-    assert only(gpus.judge_nccl(None, wanted=True)).state is State.WRONG
-    assert only(gpus.judge_nccl("2.18.3", wanted=True)).state is State.WRONG
-    assert only(gpus.judge_nccl("2.28.9", wanted=True)).state is State.OK
-    assert list(gpus.judge_nccl(None, wanted=False)) == []
-
-
-@pytest.mark.parametrize("brought", ["nvidia-nccl-cu12", "nvidia-nccl-cu13"])
-def test_torch_brings_nccl_for_its_cuda(brought: str) -> None:
-    assert (
-        examining._nccl(but(extras={"nccl4py": "0.6", "nvidia-nccl-cu12": None, "nvidia-nccl-cu13": None, brought: "2.29.7"})) == "2.29.7"
-    )
-    assert examining._nccl(but(extras={"nccl4py": "0.6"})) is None
-
-
-def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert probing.ask_smi() == probing.Smi()
-    fake_program(tmp_path, "nvidia-smi", f'case "$1" in --query*) echo "{H100}";; *) echo "{HEAD}";; esac')
-    asked = probing.ask_smi()
-    assert (asked.query, asked.head, asked.failure) == (f"{H100}\n", f"{HEAD}\n", None)
-    fake_program(tmp_path, "nvidia-smi", 'echo "Failed to initialize NVML: Driver/library version mismatch"; exit 18')
-    assert probing.ask_smi().failure == "Failed to initialize NVML: Driver/library version mismatch"
-
-
 # The whole, as the command and as `up` make it.
 
 
@@ -210,18 +139,6 @@ def test_a_ray_that_does_not_answer(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     assert examined(config(tmp_path, ray={"address": address}))["Ray"].field == "ray.address"
-
-
-def test_gpus_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As their own program says it, on a host that has none otherwise."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(examining, "torch_cuda", lambda: "13.0")
-    exclusive, old = H100.replace("Default", "Exclusive_Process"), HEAD.replace("13.0", "12.4")
-    fake_program(tmp_path, "nvidia-smi", f'case "$1" in --query*) echo "{exclusive}";; *) echo "{old}";; esac')
-    found = examined(config(tmp_path, device="cpu"))
-    assert (found["GPU 0"].state, found["driver"].state) == (State.WRONG, State.WRONG)
-    fake_program(tmp_path, "nvidia-smi", 'echo "Failed to initialize NVML: Driver/library version mismatch"; exit 18')
-    assert "version mismatch" in examined(config(tmp_path, device="cpu"))["GPUs"].said
 
 
 def test_more_threads_than_cores_are_noted(tmp_path: Path) -> None:
@@ -347,19 +264,20 @@ def test_a_link_is_judged(link: Link, kind: State) -> None:
 
 # All of them.
 
-HERE, HOST = "test_doctor.py", "test_doctor_host.py"
+HERE, HOST, GPUS = "test_doctor.py", "test_doctor_host.py", "test_doctor_gpus.py"
 FIRES = {
-    "GPUs": f"{HERE} test_gpus_that_are_wrong",
-    "NCCL": f"{HERE} test_drivers_and_versions",
+    "GPUs": f"{GPUS} test_gpus_that_are_wrong",
+    "NCCL": f"{GPUS} test_drivers_and_versions",
     "Ray": f"{HERE} test_a_ray_that_does_not_answer",
     "address": f"{HOST} test_a_host_with_little_room_a_name_for_itself_alone_and_no_network",
     "clock": f"{HOST} test_a_clock_that_nobody_sets",
     "cluster": f"{HERE} test_a_supervisor_that_is_gone",
     "compiler": f"{HOST} test_no_compiler",
     "config": f"{HERE} test_the_command_says_what_is_wrong_and_fails",
+    "device": f"{GPUS} test_gpus_that_auto_passes_over_are_named",
     "disk": f"{HOST} test_a_host_with_little_room_a_name_for_itself_alone_and_no_network",
     "doctor": f"{HERE} test_what_ends_the_examination_is_a_finding_too",
-    "driver": f"{HERE} test_gpus_that_are_wrong",
+    "driver": f"{GPUS} test_gpus_that_are_wrong",
     "link": f"{HERE} test_up_ends_if_no_kv_moves_between_its_workers",
     "memory": f"{HERE} test_more_memory_than_there_is",
     "model": f"{HERE} test_a_model_that_is_not_there_or_damaged",

@@ -1,0 +1,134 @@
+"""What `up` and `diptych doctor` think of a host with GPUs, which are NVIDIA's driver's word here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diptych.cluster.doctor import examining, gpus, host, probing
+from diptych.cluster.doctor.finding import Finding, State
+from diptych.cluster.doctor.host import HostFacts
+from diptych.cluster.resources.devices import Gpu
+from doctor_harness import config, examined, fake_program
+
+L4 = Gpu("0", "NVIDIA L4", 24 << 30, (13, 0), (8, 9))
+
+
+GOOD = HostFacts(cores=4, packages={}, compiler="/usr/bin/c++", shm_free=1 << 30, disk_free=100 << 30, open_files=1 << 16)
+
+
+def but(**changes: Any) -> HostFacts:
+    return dataclasses.replace(GOOD, **changes)
+
+
+def only(findings: Iterator[Finding]) -> Finding:
+    (finding,) = findings
+    return finding
+
+
+def host_has(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
+    """A host with these GPUs, and a torch for CUDA 13.0."""
+    monkeypatch.setattr(examining, "visible_gpus", lambda: list(gpus))
+    monkeypatch.setattr(examining, "torch_cuda", lambda: "13.0")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "says"),
+    [
+        (Gpu("0", "NVIDIA L4", 24 << 30, (12, 8), (8, 9)), "driver here runs CUDA up to 12.8, and torch is built for 13.0"),
+        (Gpu("0", "Tesla T4", 16 << 30, (13, 0), (7, 5)), "Tesla T4, 7.5"),
+    ],
+)
+def test_gpus_that_auto_passes_over_are_named(gpu: Gpu, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host_has(monkeypatch, gpu)
+    finding = examined(config(tmp_path))["device"]
+    assert finding.state is State.NOTE
+    assert says in finding.said
+    assert any(says in said for said in examining.before_up(config(tmp_path)))
+    assert "device" not in examined(config(tmp_path, device="cpu"))
+
+
+def test_transports_of_gpus_need_one() -> None:
+    assert set(host.obstacles(GOOD)) == {"nccl", "cuda_ipc"}
+    assert set(host.obstacles(but(gpus=2, extras={"nccl4py": None}))) == {"nccl"}
+    assert host.obstacles(but(gpus=2, extras={"nccl4py": "0.3"})) == {}
+
+
+# GPUs, by what nvidia-smi says.
+
+H100 = "0, NVIDIA H100 80GB HBM3, 580.65.06, 81559, 4, Default, 0"
+HEAD = "| NVIDIA-SMI 580.65.06    Driver Version: 580.65.06    CUDA Version: 13.0 |"
+
+
+def judged(*lines: str) -> dict[str, Finding]:
+    return {finding.check: finding for finding in gpus.judge_gpus("\n".join(lines), None)}
+
+
+def test_good_gpus() -> None:
+    found = judged(H100, H100.replace("0, NVIDIA", "1, NVIDIA").replace("Default, 0", "[N/A], [N/A]"))
+    assert [finding.state for finding in found.values()] == [State.OK]
+    assert "0: NVIDIA H100 80GB HBM3, 81559 MiB, 1: " in found["GPUs"].said
+    assert only(gpus.judge_gpus(None, None)).said.startswith("none")
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "says"),
+    [
+        (H100.replace("Default", "Exclusive_Process"), State.WRONG, "a second process cannot use it"),
+        (H100.replace("Default, 0", "Default, 3"), State.WRONG, "3 uncorrected memory errors"),
+        (H100.replace("81559, 4", "81559, 60000"), State.NOTE, "taken by others"),
+    ],
+)
+def test_a_gpu_that_is_wrong(line: str, kind: State, says: str) -> None:
+    finding = judged(line)["GPU 0"]
+    assert finding.state is kind
+    assert says in finding.said
+    assert finding.mend
+
+
+def test_drivers_and_versions() -> None:
+    assert [finding.state for finding in gpus.judge_gpus(f"{H100}\n{H100.replace('580.65.06', '550.1')}", None)][-1] is State.WRONG
+    assert only(gpus.judge_gpus(None, "Driver/library version mismatch")).state is State.WRONG
+    assert only(gpus.judge_gpus("0, what is this", None)).state is State.WRONG
+    assert only(gpus.judge_driver(HEAD, "13.0")).state is State.OK
+    assert only(gpus.judge_driver(HEAD, "12.8")).state is State.OK
+    assert only(gpus.judge_driver(HEAD.replace("13.0", "12.4"), "13.0")).state is State.WRONG
+    assert only(gpus.judge_driver(HEAD, None)).state is State.WRONG
+    assert list(gpus.judge_driver(None, None)) == []
+    assert only(gpus.judge_nccl(None, wanted=True)).state is State.WRONG
+    assert only(gpus.judge_nccl("2.18.3", wanted=True)).state is State.WRONG
+    assert only(gpus.judge_nccl("2.28.9", wanted=True)).state is State.OK
+    assert list(gpus.judge_nccl(None, wanted=False)) == []
+
+
+@pytest.mark.parametrize("brought", ["nvidia-nccl-cu12", "nvidia-nccl-cu13"])
+def test_torch_brings_nccl_for_its_cuda(brought: str) -> None:
+    assert (
+        examining._nccl(but(extras={"nccl4py": "0.6", "nvidia-nccl-cu12": None, "nvidia-nccl-cu13": None, brought: "2.29.7"})) == "2.29.7"
+    )
+    assert examining._nccl(but(extras={"nccl4py": "0.6"})) is None
+
+
+def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert probing.ask_smi() == probing.Smi()
+    fake_program(tmp_path, "nvidia-smi", f'case "$1" in --query*) echo "{H100}";; *) echo "{HEAD}";; esac')
+    asked = probing.ask_smi()
+    assert (asked.query, asked.head, asked.failure) == (f"{H100}\n", f"{HEAD}\n", None)
+    fake_program(tmp_path, "nvidia-smi", 'echo "Failed to initialize NVML: Driver/library version mismatch"; exit 18')
+    assert probing.ask_smi().failure == "Failed to initialize NVML: Driver/library version mismatch"
+
+
+def test_gpus_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As their own program says it, on a host that has none otherwise."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(examining, "torch_cuda", lambda: "13.0")
+    exclusive, old = H100.replace("Default", "Exclusive_Process"), HEAD.replace("13.0", "12.4")
+    fake_program(tmp_path, "nvidia-smi", f'case "$1" in --query*) echo "{exclusive}";; *) echo "{old}";; esac')
+    found = examined(config(tmp_path, device="cpu"))
+    assert (found["GPU 0"].state, found["driver"].state) == (State.WRONG, State.WRONG)
+    fake_program(tmp_path, "nvidia-smi", 'echo "Failed to initialize NVML: Driver/library version mismatch"; exit 18')
+    assert "version mismatch" in examined(config(tmp_path, device="cpu"))["GPUs"].said
