@@ -43,8 +43,7 @@ def transports(config: ClusterConfig) -> tuple[Transport, ...]:
 
 def before_up(config: ClusterConfig) -> list[str]:
     """What `up` has to say of this host; `ConfigError` for what it refuses."""
-    smi = probing.ask_smi()
-    facts = probing.look(ray=config.ray.enabled, gpus=_count(smi))
+    facts = probing.look(ray=config.ray.enabled, gpus=len(visible_gpus()))
     wanted = transports(config)
     if config.ray.joined and config.device == "cuda":
         wanted = ()  # the GPUs are those of the nodes, not of this host
@@ -62,7 +61,7 @@ def _of(finding: Finding) -> str:
 def examine(config: ClusterConfig, running: state.ClusterState | None) -> Iterator[Finding]:
     """Every check, one after another; those of ports and memory only where the cluster does not run yet."""
     smi = probing.ask_smi()
-    facts = probing.look(ray=config.ray.enabled, gpus=_count(smi))
+    facts = probing.look(ray=config.ray.enabled, gpus=len(visible_gpus()))
     try:
         wanted = transports(config)
     except ConfigError as error:
@@ -72,8 +71,8 @@ def examine(config: ClusterConfig, running: state.ClusterState | None) -> Iterat
     yield host.judge_files(facts)
     yield host.judge_disk(facts)
     yield host.judge_clock(facts)
-    yield from gpus.judge_gpus(smi.query, smi.failure)
-    if facts.gpus:
+    yield from gpus.judge_gpus(smi.query, smi.failure, usable=facts.gpus)
+    if smi.query:
         yield from gpus.judge_driver(smi.head, torch_cuda())
     yield from gpus.judge_nccl(_nccl(facts), wanted=Transport.NCCL in wanted)
     found: list[ModelCard] = []
@@ -105,10 +104,6 @@ def _device(config: ClusterConfig) -> Iterator[Finding]:
     there = visible_gpus()
     if config.device == "auto" and there and not config.ray.joined and (why := hindrance(there, torch_cuda())) is not None:
         yield note("device", f"Models are computed on this host's CPU: {why}.", "Say device: cpu if that is meant.")
-
-
-def _count(smi: probing.Smi) -> int:
-    return len((smi.query or "").strip().splitlines())
 
 
 def _nccl(facts: HostFacts) -> str | None:

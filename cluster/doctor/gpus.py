@@ -44,12 +44,16 @@ def read_cuda(text: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def judge_gpus(text: str | None, failure: str | None) -> Iterator[Finding]:
-    """`text`: what the query gave; None if there is no nvidia-smi. `failure`: what it said instead of answering."""
+def judge_gpus(text: str | None, failure: str | None, *, usable: int = 0) -> Iterator[Finding]:
+    """`text`: what the query gave; None if there is no nvidia-smi. `failure`: what it said instead of answering. `usable`: how many the
+    driver has for a process, whatever nvidia-smi says."""
     if failure is not None:
         yield wrong(
             "GPUs", f"nvidia-smi fails: {failure}", "Driver and kernel module do not match, or the device is lost: reload, or reboot."
         )
+        return
+    if usable and (text is None or not text.strip()):
+        yield note("GPUs", f"The driver has {usable}, and no nvidia-smi tells how they are.", "Install it, it comes with the driver.")
         return
     if text is None or not text.strip():
         yield ok("GPUs", "none: models are computed on CPUs")

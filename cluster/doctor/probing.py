@@ -20,7 +20,8 @@ from pathlib import Path
 from .gpus import QUERY
 from .host import HostFacts
 
-SMI_S = 10.0
+SMI_S = 60.0
+"""Where nothing keeps the driver loaded (persistence mode) each call loads it anew: seconds a GPU."""
 ANSWER_S = 5.0
 PACKAGES = ("diptych", "torch", "grpcio", "transformers", "tokenizers")
 NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")

@@ -51,6 +51,20 @@ def test_gpus_that_auto_passes_over_are_named(gpu: Gpu, says: str, tmp_path: Pat
     assert "device" not in examined(config(tmp_path, device="cpu"))
 
 
+@pytest.mark.parametrize("script", [None, "exit 9"])
+def test_up_counts_gpus_without_nvidia_smi(script: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host_has(monkeypatch, L4)
+    monkeypatch.setattr(probing, "installed", lambda name: "2.30")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert only(gpus.judge_gpus(None, None, usable=1)).state is State.NOTE
+    if script is not None:
+        fake_program(tmp_path, "nvidia-smi", script)
+    assert examining.before_up(config(tmp_path, device="cuda")) == [
+        said for said in examining.before_up(config(tmp_path)) if "compiler" in said
+    ]
+    assert examined(config(tmp_path, device="cuda"))["transports"].state is State.OK
+
+
 def test_transports_of_gpus_need_one() -> None:
     assert set(host.obstacles(GOOD)) == {"nccl", "cuda_ipc"}
     assert set(host.obstacles(but(gpus=2, extras={"nccl4py": None}))) == {"nccl"}
