@@ -25,7 +25,7 @@ from .finding import Finding, State, note, ok, wrong
 from .host import HostFacts
 from .links import Link, judge_link, try_links
 
-UP_REFUSES = ("packages", "transports", "shared memory", "NCCL")
+UP_REFUSES = ("packages", "kernels", "transports", "shared memory", "NCCL")
 """Checks of the host that `up` makes besides its own."""
 UP_WARNS = ("device", "transports", "compiler", "address")
 
@@ -92,11 +92,15 @@ def examine(config: ClusterConfig, running: state.ClusterState | None) -> Iterat
 def _host(config: ClusterConfig, facts: HostFacts, wanted: tuple[Transport, ...]) -> Iterator[Finding]:
     yield host.judge_packages(facts)
     yield from _device(config)
-    yield host.judge_compiler(facts)
+    yield host.judge_kernels(facts) if _on_gpus(wanted) else host.judge_compiler(facts)
     yield host.judge_shared_memory(facts, ray=config.ray.enabled and not config.ray.joined)
     if wanted:
         yield from host.judge_transports(wanted, facts, hands_over=hands_over(config))
     yield host.judge_address(facts, joined=config.ray.joined)
+
+
+def _on_gpus(wanted: tuple[Transport, ...]) -> bool:
+    return any(transport.on_gpu for transport in wanted)
 
 
 def _device(config: ClusterConfig) -> Iterator[Finding]:

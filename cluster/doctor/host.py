@@ -19,7 +19,8 @@ SKEW_S, GREAT_SKEW_S = 1.0, 60.0
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """Sizes in bytes. `packages`: installed version or None, by name. `compiler`: its path. `memfd`, `loopback`: what failed when one was
+    """Sizes in bytes. `packages`: installed version or None, by name. `compiler`: of C++, its path. `c_compiler`: of C, as Triton
+    finds it. `headers`: whether Python's are there. `memfd`, `loopback`: what failed when one was
     made and handed over, or when a connection was tried; None: it worked. `address`: what this host's name stands for."""
 
     cores: int
@@ -34,6 +35,8 @@ class HostFacts:
     address: str | None = None
     disk: str = ""
     gpus: int = 0
+    c_compiler: str | None = None
+    headers: bool = False
     extras: Mapping[str, str | None] = field(default_factory=dict)
 
 
@@ -52,6 +55,17 @@ def judge_compiler(facts: HostFacts) -> Finding:
             "Install g++ (Debian: apt install g++) or name a compiler in CXX.",
         )
     return ok("compiler", facts.compiler)
+
+
+def judge_kernels(facts: HostFacts) -> Finding:
+    """On GPUs. Triton compiles a kernel's start in C, with Python's headers, when the kernel first runs: after all weights are loaded."""
+    missing = [
+        *(() if facts.c_compiler else ("a C compiler (Debian: apt install gcc; or name one in CC)",)),
+        *(() if facts.headers else ("Python.h (Debian: apt install python3-dev)",)),
+    ]
+    if missing:
+        return wrong("kernels", "Those for GPUs are compiled here, when they first run.", f"What is missing: {' and '.join(missing)}.")
+    return ok("kernels", f"compiled by {facts.c_compiler}")
 
 
 def judge_shared_memory(facts: HostFacts, *, ray: bool) -> Finding:

@@ -11,6 +11,7 @@ import resource
 import shutil
 import socket
 import subprocess
+import sysconfig
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
 STA_UNSYNC = 0x40
 """adjtimex(2): nobody disciplines the clock."""
 _COMPILERS = ("c++", "g++", "clang++")
+_C_COMPILERS = ("gcc", "clang")
 
 
 def look(*, ray: bool, gpus: int) -> HostFacts:
@@ -49,6 +51,8 @@ def look(*, ray: bool, gpus: int) -> HostFacts:
         clock_synchronised=_synchronised(),
         address=_own_address(),
         gpus=gpus,
+        c_compiler=_c_compiler(),
+        headers=_has_headers(),
         extras={name: installed(name) for name in ("nccl4py", *NCCL)},
     )
 
@@ -63,6 +67,18 @@ def installed(name: str) -> str | None:
 def _compiler() -> str | None:
     named = os.environ.get("CXX")
     return next((path for name in ((named,) if named else _COMPILERS) if (path := shutil.which(name))), None)
+
+
+def _c_compiler() -> str | None:
+    """As Triton looks for it (`triton/runtime/build.py`)."""
+    named = os.environ.get("CC")
+    return next((path for name in ((named,) if named else _C_COMPILERS) if (path := shutil.which(name))), None)
+
+
+def _has_headers() -> bool:
+    """Where Triton looks for them: Debian's own scheme names a place for what an administrator installs."""
+    scheme = sysconfig.get_default_scheme()
+    return Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme), "Python.h").is_file()
 
 
 def _free(directory: Path) -> int | None:

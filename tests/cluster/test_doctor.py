@@ -278,6 +278,7 @@ FIRES = {
     "disk": f"{HOST} test_a_host_with_little_room_a_name_for_itself_alone_and_no_network",
     "doctor": f"{HERE} test_what_ends_the_examination_is_a_finding_too",
     "driver": f"{GPUS} test_gpus_that_are_wrong",
+    "kernels": f"{GPUS} test_what_compiles_kernels_for_gpus_is_missing",
     "link": f"{HERE} test_up_ends_if_no_kv_moves_between_its_workers",
     "memory": f"{HERE} test_more_memory_than_there_is",
     "model": f"{HERE} test_a_model_that_is_not_there_or_damaged",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from diptych.cluster.doctor import examining, gpus, host, probing
-from diptych.cluster.doctor.finding import Finding, State
+from diptych.cluster.doctor.finding import Finding, State, ok
 from diptych.cluster.doctor.host import HostFacts
 from diptych.cluster.resources.devices import Gpu
+from diptych.core.errors import ConfigError
 from doctor_harness import config, examined, fake_program
 
 L4 = Gpu("0", "NVIDIA L4", 24 << 30, (13, 0), (8, 9))
@@ -30,9 +32,11 @@ def only(findings: Iterator[Finding]) -> Finding:
 
 
 def host_has(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
-    """A host with these GPUs, and a torch for CUDA 13.0."""
+    """A host with these GPUs, and all that they need: a torch for CUDA 13.0, and what compiles kernels."""
     monkeypatch.setattr(examining, "visible_gpus", lambda: list(gpus))
     monkeypatch.setattr(examining, "torch_cuda", lambda: "13.0")
+    monkeypatch.setattr(probing, "installed", lambda name: "2.30")
+    monkeypatch.setattr(probing, "_has_headers", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,8 @@ def test_gpus_that_auto_passes_over_are_named(gpu: Gpu, says: str, tmp_path: Pat
 @pytest.mark.parametrize("script", [None, "exit 9"])
 def test_up_counts_gpus_without_nvidia_smi(script: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host_has(monkeypatch, L4)
-    monkeypatch.setattr(probing, "installed", lambda name: "2.30")
+    for name in ("gcc", "g++"):
+        fake_program(tmp_path, name, "")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert only(gpus.judge_gpus(None, None, usable=1)).state is State.NOTE
     if script is not None:
@@ -63,6 +68,42 @@ def test_up_counts_gpus_without_nvidia_smi(script: str | None, tmp_path: Path, m
         said for said in examining.before_up(config(tmp_path)) if "compiler" in said
     ]
     assert examined(config(tmp_path, device="cuda"))["transports"].state is State.OK
+
+
+def test_what_compiles_kernels_for_gpus_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it is a note, and about C++."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    host_has(monkeypatch, L4)
+    monkeypatch.setattr(probing, "_has_headers", lambda: False)
+    assert "C compiler" in examined(config(tmp_path))["kernels"].mend
+    with pytest.raises(ConfigError, match=r"missing: a C compiler .* and Python\.h"):
+        examining.before_up(config(tmp_path))
+    fake_program(tmp_path, "clang", "")
+    with pytest.raises(ConfigError, match=r"missing: Python\.h"):
+        examining.before_up(config(tmp_path))
+    monkeypatch.setattr(probing, "_has_headers", lambda: True)
+    assert examined(config(tmp_path))["kernels"] == ok("kernels", f"compiled by {tmp_path}/clang")
+    assert "kernels" not in examined(config(tmp_path, device="cpu"))
+
+
+def test_a_compiler_that_is_named_is_the_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_program(tmp_path, "gcc", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "not-there")
+    assert probing._c_compiler() is None
+    monkeypatch.delenv("CC")
+    assert probing._c_compiler() == str(tmp_path / "gcc")
+
+
+@pytest.mark.parametrize(("scheme", "asked"), [("posix_local", "posix_prefix"), ("venv", "venv")])
+def test_headers_are_looked_for_where_triton_does(scheme: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: scheme)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, of: str(tmp_path / f"{name}-{of}"))
+    assert not probing._has_headers()
+    (tmp_path / f"include-{asked}").mkdir()
+    (tmp_path / f"include-{asked}" / "Python.h").touch()
+    assert probing._has_headers()
 
 
 def test_transports_of_gpus_need_one() -> None:

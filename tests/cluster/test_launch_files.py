@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from diptych.cluster.cli import app
 from diptych.cluster.on_ray.nodes import ROLES, ROUTER_ROLE, role
 from diptych.cluster.supervising.config_file import read_config
 from diptych.core.fleet import Phase
+from doctor_harness import fake_program
 from house_rules import ROOT
 from ray.autoscaler._private.util import prepare_config, validate_config
 from typer.main import get_command
@@ -134,6 +136,27 @@ def test_a_host_of_ones_own_gets_the_phase_that_the_file_says(tmp_path: Path, ad
         env=environment, capture_output=True, text=True, timeout=20, check=True,
     )  # fmt: skip
     assert json.loads(started.stdout.removeprefix("--resources=")) == roles
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("missing", [None, "c++", "gcc", "python3"])
+def test_what_compiles_kernels_is_installed_where_it_is_missing(tmp_path: Path, path: Path, missing: str | None) -> None:
+    """`python3`: it cannot say that it has venv and headers."""
+    fake_program(tmp_path, "sudo", 'echo "$*"')
+    for name in {"c++", "gcc", "python3"} - {missing}:
+        fake_program(tmp_path, name, "")
+    ran = subprocess.run(
+        ["/bin/bash", "-c", read(path)["setup_commands"][0]],
+        env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=20, check=True,
+    )  # fmt: skip
+    assert ("install -qy python3-venv python3-dev g++" in ran.stdout) == (missing is not None)
+
+
+def test_it_is_asked_whether_python_has_its_headers(tmp_path: Path) -> None:
+    asks = shlex.split(read(FILES[0])["setup_commands"][0])[3]
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    ran = subprocess.run([sys.executable, "-c", asks], capture_output=True, timeout=20, check=False)
+    assert (ran.returncode == 0) == header.is_file()
 
 
 def test_a_running_head_learns_of_new_addresses(tmp_path: Path) -> None:
