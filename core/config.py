@@ -59,9 +59,9 @@ _KV_TOKENS = (
     "laptop's memory is not taken: name a number for more."
 )
 _MEMORY_FRACTION = (
-    "How much of its device's memory each rank may take where kv_tokens is not named: of its GPU's, by default 0.9, and workers whose "
-    "fractions have a sum of at most 1 share one; on a CPU of what the host has available beside the weights, by default all ranks "
-    "together half."
+    "How much of its device's memory each rank may take where kv_tokens is not named: of its GPU's, and workers whose fractions have a "
+    "sum of at most 1 share one; by default 0.9, or where workers of one rank are more than GPUs, and none has a fraction, its even part "
+    "(0.45 for two on one GPU). On a CPU of what the host has available beside the weights, by default all ranks together half."
 )
 _ACCELERATOR = (
     "Kind of device that its ranks are on, as Ray calls it: H100, L40S (a node's resource `accelerator_type:H100`). For a Ray cluster that "
@@ -248,8 +248,9 @@ class ClusterConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="What the workers compute on: cuda takes the host's GPUs (those in CUDA_VISIBLE_DEVICES, if it is set), one for each "
-        "rank unless a memory_fraction lets workers share one; auto does so if torch and the host have CUDA, and takes the CPU if not. On "
-        "a joined Ray cluster auto takes CPUs, and cuda the nodes' GPUs, as Ray gives them.",
+        "rank unless there are fewer, or a memory_fraction lets workers share one; auto does so if torch, the driver and a GPU of compute "
+        "capability 8.0 or newer are there, and takes the CPU if not. On a joined Ray cluster auto takes CPUs, and cuda the nodes' GPUs, "
+        "as Ray gives them.",
     )
     paired: bool = Field(
         False,

@@ -12,7 +12,7 @@ from ...core.errors import ConfigError
 from ...core.model import ModelCard
 from ...core.transfer import Transport, transports_for
 from ..process.spec import RankSpec, Worker
-from .devices import CPU_FRACTION, GPU_FRACTION, Gpu, assign
+from .devices import CPU_FRACTION, GPU_FRACTION, Gpu, assign, share_of
 from .memory import most_tokens, require_gpu_memory
 
 
@@ -58,7 +58,8 @@ def _on_gpus(
     taken: defaultdict[str, float] = defaultdict(float)
     for spec in (spec for worker in present for spec in worker.ranks):
         taken[spec.gpu or ""] += spec.memory_fraction
-    fractions = [_fraction(config, worker) or GPU_FRACTION for worker in workers]
+    shared = _share(config, workers, gpus, present)
+    fractions = [_fraction(config, worker) or (shared if len(worker.ranks) == 1 else GPU_FRACTION) for worker in workers]
     asked = [(worker.name, [fraction] * len(worker.ranks)) for worker, fraction in zip(workers, fractions, strict=True)]
     found = []
     for worker, fraction, given in zip(workers, fractions, assign(gpus, asked, taken), strict=True):
@@ -70,6 +71,17 @@ def _on_gpus(
             _require(card, spec, int(fraction * gpu.size), worker)
         found.append(replace(worker, ranks=tuple(ranks)))
     return found
+
+
+def _share(config: ClusterConfig, workers: Sequence[Worker], gpus: Sequence[Gpu], present: Sequence[Worker]) -> float:
+    """What each worker of one rank takes of a GPU where nobody named a fraction: as many share one as must. Those of several ranks have
+    theirs for themselves."""
+    every = (*present, *workers)
+    alone = sum(len(worker.ranks) == 1 for worker in every)
+    left = len(gpus) - sum(len(worker.ranks) for worker in every if len(worker.ranks) > 1)
+    if left < 1 or alone <= left or any(_fraction(config, worker) is not None for worker in every):
+        return GPU_FRACTION
+    return share_of(alone, left)
 
 
 def _require(card: ModelCard, spec: RankSpec, allowed: int, worker: Worker) -> None:

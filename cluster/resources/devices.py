@@ -134,9 +134,14 @@ def assign(gpus: Sequence[Gpu], workers: Sequence[tuple[str, Sequence[float]]], 
     return found
 
 
+def share_of(ranks: int, gpus: int) -> float:
+    """What each of so many takes of its GPU's memory if they are spread evenly, in whole percent."""
+    return int(100 * GPU_FRACTION / -(-ranks // gpus)) / 100
+
+
 def _too_many(gpus: Sequence[Gpu], workers: Sequence[tuple[str, Sequence[float]]], name: str) -> ConfigError:
     ranks = sum(len(fractions) for _, fractions in workers)
-    share = f"; workers may share a GPU with a memory_fraction of at most {int(100 / -(-ranks // len(gpus))) / 100:g} each" if gpus else ""
+    share = f"; workers may share a GPU with a memory_fraction of at most {share_of(ranks, len(gpus)):g} each" if gpus else ""
     return ConfigError(
         f"device: {ranks} ranks are more than the GPUs have room for: {name} finds none. {_there(gpus)}. Start fewer workers, with fewer "
         f"ranks{share}, or say device: cpu.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -186,11 +187,27 @@ def warnings(config: ClusterConfig, card: ModelCard, workers: Sequence[Worker], 
     if threads > cores and not config.ray.joined:
         ranks = f" of {len(specs)} ranks" if len(specs) > len(workers) else ""
         said.append(f"{len(workers)} workers{ranks} with {threads} threads share {cores} cores: they will slow each other down.")
+    said += _sharing(config, workers)
     if len(config.model.chat_template or "") == 0 and not card.has_chat_template:
         said.append(f"{card.name} has no chat template: /v1/chat/completions and `diptych chat` need --chat-template FILE.")
     if card.slow_path:
         said.append(card.slow_path)
     return said
+
+
+def _sharing(config: ClusterConfig, workers: Sequence[Worker]) -> list[str]:
+    """Of GPUs that several workers are on, although nobody named a fraction."""
+    on: defaultdict[str, list[Worker]] = defaultdict(list)
+    for worker in workers:
+        if config.section(worker.phase).all_groups[worker.group].memory_fraction is None:
+            for spec in worker.ranks:
+                on[spec.gpu or ""].append(worker)
+    return [
+        f"{', '.join(worker.name for worker in there)} share GPU {key}, {there[0].ranks[0].memory_fraction:g} of its memory each: there "
+        "are more workers than GPUs. They slow each other down; memory_fraction says how much is whose."
+        for key, there in on.items()
+        if key and len(there) > 1
+    ]
 
 
 def _gib(size: int) -> str:

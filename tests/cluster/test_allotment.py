@@ -10,6 +10,7 @@ import pytest
 from cluster_harness import write_card
 from diptych.cluster.process.spec import RankSpec, Worker
 from diptych.cluster.programs import loading
+from diptych.cluster.resources import preflight
 from diptych.cluster.resources.allotment import allot, gpus_of
 from diptych.cluster.resources.devices import Gpu, assign, chosen, torch_cuda, visible_gpus
 from diptych.cluster.supervising.posts import newcomers, workers
@@ -49,13 +50,53 @@ def test_workers_share_a_gpu_by_their_fractions(card: ModelCard) -> None:
     assert given(allotted(card, GPUS[:1], prefill=halves, decode=halves)) == [[("cuda", "0", 0.5)], [("cuda", "0", 0.5)]]
 
 
+@pytest.mark.parametrize(
+    ("gpus", "sections", "where"),
+    [
+        (1, {}, [["0"], ["0"]]),
+        (1, {"decode": {"workers": 2}}, [["0"], ["0"], ["0"]]),
+        (2, {"decode": {"workers": 2}}, [["0"], ["0"], ["3"]]),
+        (2, {"prefill": {"workers": 2}, "decode": {"workers": 2}}, [["0"], ["0"], ["3"], ["3"]]),
+        (2, {"router": {"local_prefill": "always"}, "prefill": {"workers": 0}}, [["0"]]),
+        (3, {"prefill": {"workers": 2}, "decode": {"tp": 2}}, [["0"], ["0"], ["3", "5"]]),
+    ],
+)
+def test_workers_share_what_gpus_there_are_if_nobody_named_a_fraction(
+    card: ModelCard, gpus: int, sections: dict[str, Any], where: list[list[str]]
+) -> None:
+    found = given(allotted(card, [*GPUS, Gpu("5", "H100", 80 << 30)][:gpus], **sections))
+    assert [[gpu for _, gpu, _ in ranks] for ranks in found] == where
+    keys = [key for ranks in where for key in ranks]
+    fractions = {len(ranks): fraction for ranks in found for _, _, fraction in ranks}
+    assert fractions.pop(2, 0.9) == 0.9
+    assert fractions == {1: {1: 0.9, 2: 0.45, 3: 0.3}[max(map(keys.count, keys))]}
+
+
+def test_that_workers_share_a_gpu_is_said(card: ModelCard) -> None:
+    config = load_config({"decode": {"workers": 2}})
+    found = allot(config, card, workers(config, card, Path("/model"), range(4)), GPUS)
+    said = [note for note in preflight.warnings(config, card, found, 4) if "GPU" in note]
+    assert len(said) == 1
+    assert said[0].startswith("prefill-0, decode-0 share GPU 0, 0.45 of its memory each: there are more workers than GPUs.")
+    halves = load_config({"prefill": {"memory_fraction": 0.5}, "decode": {"memory_fraction": 0.5}})
+    found = allot(halves, card, workers(halves, card, Path("/model"), range(4)), GPUS[:1])
+    assert not any("GPU" in note for note in preflight.warnings(halves, card, found, 4)), "it was asked for"
+
+
+def test_a_newcomer_shares_what_those_that_share_have_left(card: ModelCard) -> None:
+    config = load_config({"decode": {"workers": 2}})
+    present = allot(config, card, workers(config, card, Path("/model"), range(4)), GPUS)
+    joining = newcomers(config, card, Path("/model"), range(4), present, [(Phase.DECODE, 0, 2)])
+    assert given(allot(config, card, joining, GPUS, present)) == [[("cuda", "3", 0.45)]]
+
+
 def test_more_ranks_than_gpus_are_refused_with_what_is_there(card: ModelCard) -> None:
     with pytest.raises(ConfigError) as caught:
-        allotted(card, GPUS, decode={"workers": 2})
+        allotted(card, GPUS, prefill={"memory_fraction": 0.9}, decode={"workers": 2})
     assert caught.value.field == "device"
     assert caught.value.message == (
         "device: 3 ranks are more than the GPUs have room for: decode-1 finds none. Here are 0: H100 (80 GiB), 3: H100 (80 GiB). Start "
-        "fewer workers, with fewer ranks; workers may share a GPU with a memory_fraction of at most 0.5 each, or say device: cpu."
+        "fewer workers, with fewer ranks; workers may share a GPU with a memory_fraction of at most 0.45 each, or say device: cpu."
     )
 
 
