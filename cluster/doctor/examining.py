@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...core.config import ClusterConfig
 from ...core.errors import ConfigError, DiptychError
-from ...core.fleet import Fleet, LocalPrefill, WorkerReport
+from ...core.fleet import Fleet, LocalPrefill, Phase, WorkerReport
 from ...core.model import ModelCard, read_card
 from ...core.transfer import Transport, transports_for
 from ...rpc.router import RouterClient
@@ -44,10 +44,7 @@ def transports(config: ClusterConfig) -> tuple[Transport, ...]:
 def before_up(config: ClusterConfig) -> list[str]:
     """What `up` has to say of this host; `ConfigError` for what it refuses."""
     facts = probing.look(ray=config.ray.enabled, gpus=len(visible_gpus()))
-    wanted = transports(config)
-    if config.ray.joined and config.device == "cuda":
-        wanted = ()  # the GPUs are those of the nodes, not of this host
-    found = [*_host(config, facts, wanted), *gpus.judge_nccl(_nccl(facts), wanted=Transport.NCCL in wanted)]
+    found = list(_host(config, facts, _here(config, transports(config))))
     for finding in found:
         if finding.state is State.WRONG and finding.check in UP_REFUSES:
             raise ConfigError(f"{_of(finding)}{finding.said} {finding.mend}", field=finding.field)
@@ -67,14 +64,13 @@ def examine(config: ClusterConfig, running: state.ClusterState | None) -> Iterat
     except ConfigError as error:
         yield wrong("transports", error.message, "", error.field)
         wanted = ()
-    yield from _host(config, facts, wanted)
+    yield from _host(config, facts, _here(config, wanted))
     yield host.judge_files(facts)
     yield host.judge_disk(facts)
     yield host.judge_clock(facts)
     yield from gpus.judge_gpus(smi.query, smi.failure, usable=facts.gpus)
     if smi.query:
         yield from gpus.judge_driver(smi.head, torch_cuda())
-    yield from gpus.judge_nccl(_nccl(facts), wanted=Transport.NCCL in wanted)
     found: list[ModelCard] = []
     said: list[str] = []
     yield _tried("model", partial(_model, config, found))
@@ -96,6 +92,7 @@ def _host(config: ClusterConfig, facts: HostFacts, wanted: tuple[Transport, ...]
     yield host.judge_shared_memory(facts, ray=config.ray.enabled and not config.ray.joined)
     if wanted:
         yield from host.judge_transports(wanted, facts, hands_over=hands_over(config))
+    yield from gpus.judge_nccl(facts.nccl, wanted=_needs_nccl(config, wanted))
     yield host.judge_address(facts, joined=config.ray.joined)
 
 
@@ -110,8 +107,16 @@ def _device(config: ClusterConfig) -> Iterator[Finding]:
         yield note("device", f"Models are computed on this host's CPU: {why}.", "Say device: cpu if that is meant.")
 
 
-def _nccl(facts: HostFacts) -> str | None:
-    return next((found for name in probing.NCCL if (found := facts.extras.get(name)) is not None), None)
+def _here(config: ClusterConfig, wanted: tuple[Transport, ...]) -> tuple[Transport, ...]:
+    """Those that this host is to have: on a joined Ray cluster the GPUs are those of its nodes."""
+    return () if config.ray.joined and config.device == "cuda" else wanted
+
+
+def _needs_nccl(config: ClusterConfig, wanted: tuple[Transport, ...]) -> bool:
+    """Whether KV is to go over it, or what the ranks of a worker tell each other."""
+    groups = (group for phase in Phase for group in config.section(phase).all_groups)
+    spread = any(group.workers and group.tp * max(group.pp, len(group.stages)) > 1 for group in groups)
+    return _on_gpus(wanted) and (spread or (hands_over(config) and Transport.NCCL in wanted))
 
 
 def _tried(check: str, attempt: Callable[[], Finding]) -> Finding:
@@ -158,8 +163,8 @@ def _ports(config: ClusterConfig) -> Finding:
 def _memory(config: ClusterConfig, card: ModelCard, cores: list[int], said: list[str]) -> Finding:
     """Adds to `said` what works, but not well."""
     planned = workers(config, card, Path(), cores)
-    there = chosen(config.device, visible_gpus(), torch_cuda())
-    preflight.check_kv_dtype(config, on_gpu=bool(there))
+    there = () if config.ray.joined else chosen(config.device, visible_gpus(), torch_cuda())
+    preflight.check_kv_dtype(config, on_gpu=bool(there) or config.device == "cuda")
     planned = allot(config, card, planned, there)
     preflight.check_memory(config, card, planned)
     said += preflight.warnings(config, card, planned, len(cores))

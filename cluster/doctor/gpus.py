@@ -101,8 +101,8 @@ def judge_nccl(found: str | None, *, wanted: bool) -> Iterator[Finding]:
     if not wanted:
         return
     if found is None:
-        remedy = "Install torch's build for CUDA, which brings it."
-        yield wrong("NCCL", "It is not installed, and transfer.transports names it.", remedy, "transfer.transports")
+        remedy = "Install torch's build for CUDA from PyPI, which brings it, or have the linker find libnccl.so.2."
+        yield wrong("NCCL", "It is not found, and what GPUs tell each other goes over it.", remedy, "transfer.transports")
     elif tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < (2, 28):
         yield wrong(
             "NCCL", f"It is {found}; 2.28 or newer is needed for pairs that come and go.", "Install a newer torch, which brings it."

@@ -20,7 +20,7 @@ SKEW_S, GREAT_SKEW_S = 1.0, 60.0
 @dataclass(frozen=True, slots=True)
 class HostFacts:
     """Sizes in bytes. `packages`: installed version or None, by name. `compiler`: of C++, its path. `c_compiler`: of C, as Triton
-    finds it. `headers`: whether Python's are there. `memfd`, `loopback`: what failed when one was
+    finds it. `headers`: whether Python's are there. `nccl`: its version, on a host with GPUs. `memfd`, `loopback`: what failed when one was
     made and handed over, or when a connection was tried; None: it worked. `address`: what this host's name stands for."""
 
     cores: int
@@ -37,6 +37,7 @@ class HostFacts:
     gpus: int = 0
     c_compiler: str | None = None
     headers: bool = False
+    nccl: str | None = None
     extras: Mapping[str, str | None] = field(default_factory=dict)
 
 

@@ -26,7 +26,7 @@ SMI_S = 60.0
 ANSWER_S = 5.0
 PACKAGES = ("diptych", "torch", "grpcio", "transformers", "tokenizers")
 NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
-"""Which of them is there follows from the CUDA that torch was built for."""
+"""PyPI's torch brings one of them, for its CUDA."""
 STA_UNSYNC = 0x40
 """adjtimex(2): nobody disciplines the clock."""
 _COMPILERS = ("c++", "g++", "clang++")
@@ -53,7 +53,8 @@ def look(*, ray: bool, gpus: int) -> HostFacts:
         gpus=gpus,
         c_compiler=_c_compiler(),
         headers=_has_headers(),
-        extras={name: installed(name) for name in ("nccl4py", *NCCL)},
+        nccl=_nccl() if gpus else None,
+        extras={name: installed(name) for name in ("nccl4py",)},
     )
 
 
@@ -67,6 +68,22 @@ def installed(name: str) -> str | None:
 def _compiler() -> str | None:
     named = os.environ.get("CXX")
     return next((path for name in ((named,) if named else _COMPILERS) if (path := shutil.which(name))), None)
+
+
+def _nccl() -> str | None:
+    """The version of the package that PyPI's torch brings, else of the library that others link: conda's, NVIDIA's own."""
+    return next((found for name in NCCL if (found := installed(name)) is not None), None) or _linked_nccl()
+
+
+def _linked_nccl() -> str | None:
+    number = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    major, rest = divmod(number.value, 10_000 if number.value >= 10_000 else 1_000)  # 22809 is 2.28.9; up to 2.8 it was 2804
+    return f"{major}.{rest // 100}.{rest % 100}"
 
 
 def _c_compiler() -> str | None:

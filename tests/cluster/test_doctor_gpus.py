@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,11 +161,64 @@ def test_drivers_and_versions() -> None:
 
 
 @pytest.mark.parametrize("brought", ["nvidia-nccl-cu12", "nvidia-nccl-cu13"])
-def test_torch_brings_nccl_for_its_cuda(brought: str) -> None:
-    assert (
-        examining._nccl(but(extras={"nccl4py": "0.6", "nvidia-nccl-cu12": None, "nvidia-nccl-cu13": None, brought: "2.29.7"})) == "2.29.7"
-    )
-    assert examining._nccl(but(extras={"nccl4py": "0.6"})) is None
+def test_torch_brings_nccl_for_its_cuda(brought: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "installed", {brought: "2.29.7"}.get)
+    assert probing.look(ray=False, gpus=1).nccl == "2.29.7"
+
+
+@pytest.mark.parametrize(("number", "version"), [(22809, "2.28.9"), (23007, "2.30.7"), (2804, "2.8.4")])
+def test_nccl_that_others_torch_is_linked_with(number: int, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def ncclGetVersion(self, found: Any) -> int:
+            found._obj.value = number
+            return 0
+
+    monkeypatch.setattr(probing, "installed", lambda name: None)
+    monkeypatch.setattr(probing.ctypes, "CDLL", {"libnccl.so.2": Library()}.__getitem__)
+    assert probing._nccl() == version
+
+
+def test_there_is_no_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> object:
+        raise OSError(name)
+
+    monkeypatch.setattr(probing, "installed", lambda name: None)
+    monkeypatch.setattr(probing.ctypes, "CDLL", missing)
+    assert probing._nccl() is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "wanted"),
+    [
+        ({}, True),
+        ({"transfer": {"transports": ["cuda_ipc"]}}, False),
+        ({"transfer": {"transports": ["cuda_ipc"]}, "decode": {"tp": 2}}, True),
+        ({"transfer": {"transports": ["cuda_ipc"]}, "decode": {"groups": [{"stages": [1, 1]}]}}, True),
+        ({"prefill": {"workers": 0}, "router": {"local_prefill": "always"}}, False),
+        ({"device": "cpu", "decode": {"tp": 2}}, False),
+    ],
+)
+def test_nccl_is_asked_for_where_something_goes_over_it(
+    sections: dict[str, Any], wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host_has(monkeypatch, L4)
+    monkeypatch.setattr(probing, "_c_compiler", lambda: "/usr/bin/gcc")
+    monkeypatch.setattr(probing, "_nccl", lambda: None)
+    asked = config(tmp_path, **{"router": {}, **sections})
+    assert (examined(asked).get("NCCL") is not None) == wanted
+    if not wanted:
+        examining.before_up(asked)
+        return
+    with pytest.raises(ConfigError, match="It is not found, and what GPUs tell each other goes over it"):
+        examining.before_up(asked)
+
+
+def test_the_head_of_a_cluster_whose_nodes_have_gpus_needs_none(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        joined = {"address": f"127.0.0.1:{head.getsockname()[1]}"}
+        found = examined(config(tmp_path, device="cuda", ray=joined, security={"allow_unauthenticated": True}))
+    assert [finding for finding in found.values() if finding.state is State.WRONG] == []
+    assert "suffices" in found["memory"].said
 
 
 def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
