@@ -92,8 +92,8 @@ class DecodeGraphs:
             captured(len(self._steps))
 
     def _drawn_from(self, inputs: Inputs) -> Tensor:
-        """The logits, in memory that all shapes have in common. With its own for each the shapes up to 256 rows would hold 5,404 rows of them,
-        1.4 GB of 128,256 ids in bfloat16, most of which no rehearsal of the largest few shows."""
+        """The logits, in memory that all shapes have in common. With memory of its own for each the shapes up to 256 rows would hold 5,404
+        rows of them, 1.4 GB of 128,256 ids in bfloat16, most of which no rehearsal of the largest few shows."""
         logits = self._forward(inputs)
         if self._logits is None or len(self._logits) < len(logits):  # once, as the largest shape comes first
             self._logits = torch.empty_like(logits)

@@ -228,3 +228,14 @@ class Engine:
         draws = (Draw(SamplingParams(temperature=1.0, top_k=1, seed=0), index=0),)
         self.run(Batch(-2, (Row(0, context - tokens, (0,) * tokens, tables, draws),)))
         self.run(Batch(-1, tuple(Row(slot, tokens, (0,), tables, draws) for slot in range(rows))))
+        if self._there is not None:
+            self._launch_the_rest()
+
+    def _launch_the_rest(self) -> None:
+        """What those steps have no use for: draws without limits, draws from changed logits (in fp32), and attention to few keys. On a GPU
+        each is compiled when a host first launches it, for up to a second in which all answers would stand still."""
+        table = ((0,),) * len(self._groups)
+        for top_k in (0, 1):
+            for bias in ((), ((0, 0.0),)):
+                draws = (Draw(SamplingParams(temperature=1.0, seed=0, top_k=top_k, logit_bias=bias), index=0),)
+                self.run(Batch(-1, (Row(0, 1, (0,), table, draws),)))

@@ -10,7 +10,7 @@ BYTES = 4096
 """Of a row that a program moves: 32 of each of its 128 threads."""
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["to_ptr", "from_ptr"])  # a number at a time
 def _move_rows(
     there_ptr: tl.tensor,
     here_ptr: tl.tensor,

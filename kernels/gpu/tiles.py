@@ -20,7 +20,8 @@ GENERATIONS = {(8, 0): MIDDLING, (8, 7): MIDDLING, (9, 0): ROOMY, (10, 0): ROOMY
 @dataclass(frozen=True, slots=True)
 class Tile:
     """Keys read at a time; `rows` (queries times the heads that share a key) of a program; its warps; and stages of Triton's pipeline, of
-    which the block table takes its part: 5 are two tiles of keys and values in shared memory, 3 and 4 one or two."""
+    which the block table takes its part: with 5 a tile of keys and values is on its way while the one before it is computed with; with
+    fewer it is asked for and then waited for."""
 
     rows: int
     keys: int
@@ -36,10 +37,11 @@ DECODE = {
 """By the bytes of one key (head_dim, padded, times bytes of the dtype); `rows` is the least that a tensor core takes."""
 
 CHUNKS = {
-    ROOMY: {128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 3), 512: Tile(64, 64, 8, 2)},
-    MIDDLING: {128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2)},
-    SMALL: {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2), 512: Tile(32, 32, 8, 2)},
+    ROOMY: {128: Tile(128, 64, 8, 5), 256: Tile(128, 64, 8, 5), 512: Tile(64, 64, 8, 5)},
+    MIDDLING: {128: Tile(128, 64, 8, 5), 256: Tile(128, 64, 8, 5), 512: Tile(64, 32, 8, 5)},
+    SMALL: {128: Tile(128, 64, 8, 5), 256: Tile(128, 32, 8, 5), 512: Tile(32, 32, 8, 5)},
 }
+"""As many rows as head dimensions where registers allow it: then no two warps share a row, and probabilities stay in registers."""
 CHUNKS_FLOAT32 = {256: Tile(32, 32, 8, 2), 512: Tile(16, 32, 8, 2), 1024: Tile(16, 16, 8, 2)}
 """Everywhere: without tensor cores, larger tiles do not fit into registers."""
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diptych.core.layout import DType
 from diptych.core.sampling import SamplingParams
+from diptych.engine import sampler
 from diptych.engine.batch import Draw, Row
+from diptych.engine.prepared import prepare
+from diptych.kernels import sampling as kernels
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -84,10 +88,25 @@ def test_warm_up_leaves_the_engine_as_new(bench, prompt, tiny_gemma3_dir):
     assert [d.token_id for d in cold.generate(prompt(20), 5)] == [d.token_id for d in warm.generate(prompt(20), 5)]
 
 
+def test_on_a_gpu_every_kind_of_draw_is_launched_before_anybody_waits(bench, prompt, monkeypatch, tiny_gemma3_source, tmp_path):
+    """With limits and without, from logits as they are and from changed ones: so many are compiled."""
+    prepare(str(tiny_gemma3_source), tmp_path / "narrow", dtype=DType.BFLOAT16)
+    cold, warm = bench(tmp_path / "narrow"), bench(tmp_path / "narrow")
+    asked = set()
+
+    def draw(logits, asks):
+        asked.update((logits.dtype, each.top_k) for each in asks)
+        return kernels.draw(logits, asks)
+
+    monkeypatch.setattr(sampler, "draw", draw)
+    warm.engine._launch_the_rest()
+    monkeypatch.undo()
+    assert asked == {(dtype, top_k) for dtype in (torch.bfloat16, torch.float32) for top_k in (0, 1)}
+    assert [d.token_id for d in cold.generate(prompt(20), 5)] == [d.token_id for d in warm.generate(prompt(20), 5)]
+
+
 def test_bfloat16_follows_float32(bench, prompt, tiny_gemma3_source, tiny_gemma3_dir, tmp_path):
     """Logprobs of the same prompts agree to a few bf16 roundings."""
-    from diptych.core.layout import DType
-    from diptych.engine.prepared import prepare
 
     prepare(str(tiny_gemma3_source), tmp_path / "narrow", dtype=DType.BFLOAT16)
     sampling = SamplingParams(temperature=0.0, logprobs=20)

@@ -48,6 +48,8 @@ def check(found: list[dict[str, Any]], capability: int, spilled: int) -> None:
     assert {each["part"] for each in found} == KERNELS
     most = tiles.SHARED_BYTES[tiles.GENERATIONS.get(divmod(capability, 10), tiles.SMALL)]
     assert [each for each in found if each["spilled"] > spilled or each["shared"] > most] == []
+    attention = [each for each in found if each["part"] in ("_attend_chunks", "_attend_split") and each["dtype"] == "torch.bfloat16"]
+    assert [each for each in attention if not each["ahead"]] == [], "keys and values come while those before them are computed with"
 
 
 @needs_triton

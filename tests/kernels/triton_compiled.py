@@ -88,7 +88,8 @@ def resources(ptx: str, capability: int) -> dict[str, int]:
 
 
 def compiled(capability: int, dtypes: list[torch.dtype], shapes: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """Each kernel that is launched: name, dtype, bytes of shared memory, warps, registers, bytes spilled."""
+    """Each kernel that is launched: name, dtype, bytes of shared memory, warps, registers, bytes spilled, and how many copies to shared
+    memory may be under way while it goes on."""
     found: list[dict[str, Any]] = []
     triton.runtime.driver.set_active(NoDriver(capability))
     generation = tiles.GENERATIONS.get(divmod(capability, 10), tiles.SMALL)
@@ -103,7 +104,8 @@ def compiled(capability: int, dtypes: list[torch.dtype], shapes: list[tuple[int,
             launch()
             for kernel in launched:
                 taken = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps, **resources(kernel.asm["ptx"], capability)}
-                found.append({"kernel": name, "part": kernel.metadata.name, "dtype": str(dtype), **taken})
+                ahead = max(map(int, re.findall(r"async_wait\b[^\n]*num = (\d+)", kernel.asm["ttgir"])), default=0)
+                found.append({"kernel": name, "part": kernel.metadata.name, "dtype": str(dtype), "ahead": ahead, **taken})
     return found
 
 
