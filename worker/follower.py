@@ -14,7 +14,7 @@ from ..core.transfer import ShmEndpoint
 from ..kv_transfer.order_codec import decode, encode
 from ..kv_transfer.transports.rendezvous import ToldStore
 from .channel import Channel, Connection, Died, Kind, pack_entry, unpack_entry
-from .leader import STEP_S
+from .meeting import MEETING_S
 from .outbox import Call
 from .stepping import Part, StepEngine
 
@@ -40,7 +40,7 @@ class Follower:
         self._rank: TransferRank | None = None
         self._closing: asyncio.Task[None] | None = None
         self._channel = Channel(connection, "rank 0", self._heard, died)
-        self.store = ToldStore(lambda key, value: self._channel.send(Kind.STORE, pack_entry(key, value)), STEP_S)
+        self.store = ToldStore(lambda key, value: self._channel.send(Kind.STORE, pack_entry(key, value)), MEETING_S)
         """For `engine.parallel.connect`."""
         self._channel.start()
 

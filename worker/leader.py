@@ -16,6 +16,7 @@ from ..kv_transfer.ranks import DestinationOrder, SourceOrder
 from ..kv_transfer.transports.rendezvous import ToldStore
 from .channel import Channel, Connection, Died, Kind, pack_entry, unpack_entry
 from .loop import RunStep
+from .meeting import MEETING_S
 from .outbox import Call
 from .stepping import StepEngine, Steps
 
@@ -29,7 +30,7 @@ class Leader:
 
     def __init__(self, connections: Mapping[int, Connection], layout: Layout, died: Died) -> None:
         self._layout = layout
-        self.store = ToldStore(self._tell_all, STEP_S)
+        self.store = ToldStore(self._tell_all, MEETING_S)
         """For `engine.parallel.connect`."""
         self._endpoints: dict[int, ShmEndpoint] = {}
         self._all_ready = Event()

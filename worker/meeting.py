@@ -20,8 +20,9 @@ from ..rpc.channels import join_address, split_address
 from .channel import Connection, Kind, hear, say
 from .secure import accepted, connected
 
-MEETING_S = 300.0
-"""Longest time until all ranks are there: on a host with many busy threads a core, importing torch takes a minute."""
+MEETING_S = 3600.0
+"""Longest time until all ranks are there, and until each has loaded: on another node a rank may first have the model to download and to
+prepare. Who dies meanwhile ends its worker at once, so this ends only what nobody is to blame for."""
 HELLO_S = 5.0
 """Who connects says Hello at once. A stranger that says nothing keeps the others waiting for so long."""
 GREETING = b"diptych rank 1\n"

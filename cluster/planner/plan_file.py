@@ -59,5 +59,5 @@ def config_of(plan: Plan, profile: Profile, policies: Policies, source: str | No
     limits = {} if policies.most_running is None else {"limits": {"running": policies.most_running}}
     router = {"local_prefill": str(policies.local_prefill), **limits}
     paired = {"paired": True} if policies.paired else {}
-    device = {"device": "cpu" if profile.on_cpu else "cuda"} if plan.prefill.device else {}
+    device = {"device": "cpu" if profile.on_cpu else "cuda"}  # on a Ray cluster that is joined `auto` is the CPU
     return {**device, **paired, "model": model, **sides, "router": router, "ray": {"placement": "pack"}}
