@@ -57,6 +57,8 @@ COPY --from=build-cpu /opt/diptych /opt/diptych
 USER 10001:10001
 
 FROM runtime AS cuda
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Where GKE puts the driver's libraries and nvidia-smi; elsewhere the container toolkit puts them where they are found anyway.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    PATH=/opt/diptych/bin:/usr/local/nvidia/bin:$PATH LD_LIBRARY_PATH=/usr/local/nvidia/lib64
 COPY --from=build-cuda /opt/diptych /opt/diptych
 USER 10001:10001

@@ -233,6 +233,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a long name", wrong(fullnameOverride="x" * 41), "give one of at most 40"),
     ("a name too long for the release", wrong(nameOverride="y" * 38), "give one of at most 40"),
     ("root", wrong(securityContext={"runAsUser": 0}), "minimum: got 0, want 1"),
+    ("GPUs for one phase", wrong(prefill={"gpus": 1}), "decode.gpus is 0, and the other phase has GPUs"),
     ("no digest", wrong(image={"digest": "sha256:abc"}), "'sha256:abc' does not match pattern"),
 ]
 

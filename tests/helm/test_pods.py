@@ -183,7 +183,7 @@ def generates(cluster: Cluster) -> None:
         pod.start(START_S)
         (container,) = pod.containers.values()
         assert container.wait(60) == 0, container.log.read_text()
-        assert container.log.read_text().strip()
+        assert container.log.read_text().strip("\n")  # whatever a model of random weights says
     finally:
         pod.kill()
 

@@ -11,6 +11,16 @@
 {{- include "diptych.validateConfig" . -}}
 {{- include "diptych.validateModel" . -}}
 {{- range $phase := list "prefill" "decode" -}}{{- include "diptych.validatePhase" (dict "root" $ "phase" $phase) -}}{{- end -}}
+{{- $on := dict -}}
+{{- range $phase := list "prefill" "decode" -}}
+{{- $gpus := int (include "diptych.settings" (dict "root" $ "group" $phase) | fromJson).gpus -}}
+{{- if int (include "diptych.shape" (dict "root" $ "phase" $phase) | fromJson).workers -}}{{ $_ := set $on $phase $gpus }}{{ end -}}
+{{- end -}}
+{{- $without := list -}}
+{{- range $phase, $gpus := $on -}}{{ if not $gpus }}{{ $without = append $without $phase }}{{ end }}{{- end -}}
+{{- if and $without (lt (len $without) (len $on)) (ne ($config.device | default "") "cpu") -}}
+{{- fail (printf "%s.gpus is 0, and the other phase has GPUs: KV moves between GPUs, or between CPUs, so give both, or none." (first $without)) -}}
+{{- end -}}
 {{- range $group := include "diptych.groups" . | fromJsonArray -}}
 {{- $settings := include "diptych.settings" (dict "root" $ "group" $group) | fromJson -}}
 {{- $least := eq $group $values.supervisorPod | ternary (add 60 (int $values.router.preStopDelaySeconds)) 30 | int -}}
