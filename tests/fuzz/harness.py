@@ -8,6 +8,7 @@ CORPUS is a directory; valid messages are put there to begin with.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,9 @@ with atheris.instrument_imports(include=["diptych"]):
     from diptych.rpc import codec_commands, codec_fleet, codec_inference, codec_lane, codec_spans
 
 Parser = Callable[[bytes], object]
+MOST_BYTES = 2 << 30
+"""That a parser may take. libFuzzer's own limit is of the most that the process has ever held, and Linux begins that count with what the
+one that started it held: a test run that has had a model in memory."""
 
 
 def _bodies() -> list[Parser]:
@@ -99,7 +103,9 @@ def main() -> None:
                 if error.field is None:
                     raise AssertionError("a refusal that names no field") from error
 
-    atheris.Setup([sys.argv[0], str(corpus), "-max_len=4096", "-timeout=10", f"-artifact_prefix={corpus}/", *sys.argv[3:]], once)
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    options = ["-max_len=4096", "-timeout=10", "-rss_limit_mb=0", f"-artifact_prefix={corpus}/"]
+    atheris.Setup([sys.argv[0], str(corpus), *options, *sys.argv[3:]], once)
     atheris.Fuzz()
 
 
