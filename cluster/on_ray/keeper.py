@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from ..process.child import seconds_alive
+from ..resources.devices import VISIBLE
 
 CHUNK_BYTES = 1 << 16
 
@@ -27,6 +28,8 @@ class Keeper:
         if options is not None:
             address: Any = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
             argv = [sys.executable, *argv[1:], "--host", str(address), *options]
+        if ids := ray.get_gpu_ids():  # a node may tell Ray to set nothing (RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES)
+            environment = {**environment, VISIBLE: ",".join(map(str, ids))}
         if log is not None:
             Path(log).parent.mkdir(parents=True, exist_ok=True)
         with open(log or os.devnull, "ab") as stderr:
