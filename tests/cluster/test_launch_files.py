@@ -113,6 +113,15 @@ def test_a_cloud_has_nodes_for_each_phase_with_and_without_gpus(path: Path) -> N
     assert [types[f"{phase}_cpu"]["min_workers"] for phase in Phase] == [1, 1]
 
 
+def test_nodes_with_gpus_have_what_torch_and_the_kernels_need() -> None:
+    """CUDA 13, of PyPI's torch, takes driver 580; T4s are of compute capability 7.5. What the others bring their files do not tell."""
+    gpus = {path.stem: [of["node_config"] for name, of in read(path)["available_node_types"].items() if "gpu" in name] for path in CLOUDS}
+    families = [node["disks"][0]["initializeParams"]["sourceImage"] for node in gpus["gcp"]]
+    assert [int(family.rpartition("-nvidia-")[2]) >= 580 for family in families] == [True] * 2
+    assert not any("T4" in node["azure_arm_parameters"]["vmSize"] for node in gpus["azure"])
+    assert not any(node["InstanceType"].startswith(("g4", "p3", "p2")) for node in gpus["aws"])
+
+
 def test_the_config_that_the_head_serves_is_right() -> None:
     config = read_config(LAUNCH / "cluster.yaml", {})
     assert config.ray.joined
