@@ -37,9 +37,10 @@ def pool_bytes(layout: Layout) -> int:
 
 
 def process_bytes(card: ModelCard, spec: RankSpec) -> int:
-    """Private memory of a rank before its pool. Shards copy the weights they cut by columns (`engine.shards`)."""
+    """Private memory of a rank before its pool. Shards copy the weights they cut by columns (`engine.shards`), which on a GPU
+    are there, and here one at a time."""
     copied = 0
-    if isinstance(card.decoder, Decoder) and spec.tp > 1:
+    if isinstance(card.decoder, Decoder) and spec.tp > 1 and spec.device == "cpu":
         inputs = (card.decoder.heads * card.decoder.head_dim, card.decoder.intermediate)
         copied = _layers(card, spec) * sum(card.matrix_bytes(card.decoder.hidden, each // spec.tp) for each in inputs)
     return WORKER_BYTES + (TRANSFORMERS_BYTES if card.slow_path else 0) + copied

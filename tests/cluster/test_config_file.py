@@ -237,6 +237,7 @@ def test_shards_have_copies_of_the_weights_they_cut_by_columns(tmp_path: Path) -
         ranks = [alone.model_copy(update={"tp": 2, "stages": stages, "rank": rank}) for rank in range(2 * max(1, len(stages)))]
         assert sum(process_bytes(card, spec) - process_bytes(card, alone) for spec in ranks) == copies
     assert process_bytes(card, alone.model_copy(update={"stages": (1, 3)})) == process_bytes(card, alone), "stages are views"
+    assert process_bytes(card, alone.model_copy(update={"tp": 2, "device": "cuda"})) == process_bytes(card, alone), "the GPU has them"
 
 
 def test_a_rank_needs_memory_for_its_own_part_alone(tmp_path: Path) -> None:
