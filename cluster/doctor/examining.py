@@ -23,7 +23,7 @@ from ..supervising.posts import workers
 from . import gpus, host, probing
 from .finding import Finding, State, note, ok, wrong
 from .host import HostFacts
-from .links import Link, judge_link, try_links
+from .links import Link, judge_link, on_gpus, try_links
 
 UP_REFUSES = ("packages", "kernels", "transports", "shared memory", "NCCL")
 """Checks of the host that `up` makes besides its own."""
@@ -88,16 +88,12 @@ def examine(config: ClusterConfig, running: state.ClusterState | None) -> Iterat
 def _host(config: ClusterConfig, facts: HostFacts, wanted: tuple[Transport, ...]) -> Iterator[Finding]:
     yield host.judge_packages(facts)
     yield from _device(config)
-    yield host.judge_kernels(facts) if _on_gpus(wanted) else host.judge_compiler(facts)
+    yield host.judge_kernels(facts) if on_gpus(wanted) else host.judge_compiler(facts)
     yield host.judge_shared_memory(facts, ray=config.ray.enabled and not config.ray.joined)
     if wanted:
         yield from host.judge_transports(wanted, facts, hands_over=hands_over(config))
     yield from gpus.judge_nccl(facts.nccl, wanted=_needs_nccl(config, wanted))
     yield host.judge_address(facts, joined=config.ray.joined)
-
-
-def _on_gpus(wanted: tuple[Transport, ...]) -> bool:
-    return any(transport.on_gpu for transport in wanted)
 
 
 def _device(config: ClusterConfig) -> Iterator[Finding]:
@@ -116,7 +112,7 @@ def _needs_nccl(config: ClusterConfig, wanted: tuple[Transport, ...]) -> bool:
     """Whether KV is to go over it, or what the ranks of a worker tell each other."""
     groups = (group for phase in Phase for group in config.section(phase).all_groups)
     spread = any(group.workers and group.tp * max(group.pp, len(group.stages)) > 1 for group in groups)
-    return _on_gpus(wanted) and (spread or (hands_over(config) and Transport.NCCL in wanted))
+    return on_gpus(wanted) and (spread or (hands_over(config) and Transport.NCCL in wanted))
 
 
 def _tried(check: str, attempt: Callable[[], Finding]) -> Finding:

@@ -15,13 +15,14 @@ USED_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Memory in MiB. `errors`: uncorrected ones since the driver was loaded; None where the device does not count them."""
+    """Memory in MiB, None where nvidia-smi may not see it, as a slice's in a container. `errors`: uncorrected ones since the driver was
+    loaded; None where the device does not count them."""
 
     index: int
     name: str
     driver: str
-    total: int
-    used: int
+    total: int | None
+    used: int | None
     mode: str
     errors: int | None
 
@@ -35,12 +36,16 @@ def _gpu(cells: list[str]) -> Gpu:
     if len(cells) != len(QUERY):
         raise ValueError(f"nvidia-smi says {', '.join(cells)!r}; {len(QUERY)} values were asked for")
     index, name, driver, total, used, mode, errors = cells
-    return Gpu(int(index), name, driver, int(total), int(used), mode, int(errors) if errors.isdecimal() else None)
+    return Gpu(int(index), name, driver, _number(total), _number(used), mode, _number(errors))
+
+
+def _number(cell: str) -> int | None:
+    return int(cell) if cell.isdecimal() else None
 
 
 def read_cuda(text: str) -> tuple[int, int] | None:
     """The newest CUDA that the driver runs, from the head of plain `nvidia-smi`."""
-    found = re.search(r"CUDA Version:\s*(\d+)\.(\d+)", text)
+    found = re.search(r"CUDA(?: UMD)? Version:\s*(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else None
 
 
@@ -63,7 +68,7 @@ def judge_gpus(text: str | None, failure: str | None, *, usable: int = 0) -> Ite
     except ValueError as error:
         yield wrong("GPUs", f"{error}.", "Its driver is older than these fields, or it is not NVIDIA's.")
         return
-    yield ok("GPUs", ", ".join(f"{gpu.index}: {gpu.name}, {gpu.total} MiB" for gpu in gpus))
+    yield ok("GPUs", ", ".join(f"{gpu.index}: {gpu.name}" + ("" if gpu.total is None else f", {gpu.total} MiB") for gpu in gpus))
     for gpu in gpus:
         yield from _judge(gpu)
     if len(drivers := {gpu.driver for gpu in gpus}) > 1:
@@ -72,11 +77,11 @@ def judge_gpus(text: str | None, failure: str | None, *, usable: int = 0) -> Ite
 
 def _judge(gpu: Gpu) -> Iterator[Finding]:
     who = f"GPU {gpu.index}"
-    if gpu.mode not in ("Default", "[N/A]"):
+    if gpu.mode != "Default" and not gpu.mode.startswith("["):  # [N/A], [Insufficient Permissions]
         yield wrong(who, f"Its compute mode is {gpu.mode}: a second process cannot use it.", f"nvidia-smi -i {gpu.index} -c DEFAULT")
     if gpu.errors:
         yield wrong(who, f"It had {gpu.errors} uncorrected memory errors.", f"Reset or replace it: nvidia-smi -i {gpu.index} --gpu-reset.")
-    if gpu.used > USED_SHARE * gpu.total:
+    if gpu.used is not None and gpu.total is not None and gpu.used > USED_SHARE * gpu.total:
         yield note(who, f"{gpu.used} of its {gpu.total} MiB are taken by others.", "End what uses it, or lower kv_tokens.")
 
 

@@ -146,14 +146,19 @@ async def _last(events: AsyncIterator[Event], attempt_id: str) -> Event | None:
     return None
 
 
+def on_gpus(transports: Sequence[Transport]) -> bool:
+    return any(transport.on_gpu for transport in transports)
+
+
 def judge_link(link: Link, transports: Sequence[Transport]) -> Finding:
     """`transports`: the config's, the best first. KV between hosts has no shared memory, so what is not the first is no fault."""
     check = f"link {link.name}"
     if link.error is not None:
+        across = "nccl is needed, over the interface that NCCL_SOCKET_IFNAME names" if on_gpus(transports) else "gloo is needed"
         return wrong(
             check,
             f"No KV moves: {link.error}",
-            f"transfer.transports is {', '.join(transports)}. Between hosts gloo is needed, and the way must be open; "
+            f"transfer.transports is {', '.join(transports)}. Between hosts {across}, and the way must be open; "
             "both workers' logs say what they tried.",
             field="transfer.transports",
         )

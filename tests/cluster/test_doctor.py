@@ -262,6 +262,17 @@ def test_a_link_is_judged(link: Link, kind: State) -> None:
     assert finding.check == "link p → d"
 
 
+@pytest.mark.parametrize(
+    ("transports", "says"),
+    [
+        (BOTH, "Between hosts gloo is needed, and"),
+        ((Transport.CUDA_IPC, Transport.NCCL), "nccl is needed, .* NCCL_SOCKET_IFNAME names, and"),
+    ],
+)
+def test_a_link_that_fails_is_told_what_it_takes_between_hosts(transports: tuple[Transport, ...], says: str) -> None:
+    assert re.search(says, judge_link(Link("p", "d", "no transport"), transports).mend)
+
+
 # All of them.
 
 HERE, HOST, GPUS = "test_doctor.py", "test_doctor_host.py", "test_doctor_gpus.py"

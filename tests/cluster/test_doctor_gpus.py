@@ -145,6 +145,12 @@ def test_a_gpu_that_is_wrong(line: str, kind: State, says: str) -> None:
     assert finding.mend
 
 
+def test_a_slice_whose_memory_nvidia_smi_may_not_see() -> None:
+    hidden = "[Insufficient Permissions]"
+    found = judged(f"0, NVIDIA H100 80GB HBM3, 580.65.06, {hidden}, {hidden}, Default, {hidden}")
+    assert {check: (finding.state, finding.said) for check, finding in found.items()} == {"GPUs": (State.OK, "0: NVIDIA H100 80GB HBM3")}
+
+
 def test_drivers_and_versions() -> None:
     assert [finding.state for finding in gpus.judge_gpus(f"{H100}\n{H100.replace('580.65.06', '550.1')}", None)][-1] is State.WRONG
     assert only(gpus.judge_gpus(None, "Driver/library version mismatch")).state is State.WRONG
@@ -153,6 +159,8 @@ def test_drivers_and_versions() -> None:
     assert only(gpus.judge_driver(HEAD, "12.8")).state is State.OK
     assert only(gpus.judge_driver(HEAD.replace("13.0", "12.4"), "13.0")).state is State.WRONG
     assert only(gpus.judge_driver(HEAD, None)).state is State.WRONG
+    newer = "| NVIDIA-SMI 610.43.02    KMD Version: 610.43.02    CUDA UMD Version: 13.3 |"
+    assert only(gpus.judge_driver(newer, "14.0")).said == "The driver runs CUDA up to 13.3; torch wants 14.0."
     assert list(gpus.judge_driver(None, None)) == []
     assert only(gpus.judge_nccl(None, wanted=True)).state is State.WRONG
     assert only(gpus.judge_nccl("2.18.3", wanted=True)).state is State.WRONG
