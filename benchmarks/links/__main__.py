@@ -148,6 +148,7 @@ def main() -> None:
     alone = machines_alone(Layout("model", (layers,), 16, (PROMPT // 16,)), PROMPT, 200)
     results: dict[str, Any] = {"machines_us": 1e6 * percentile(alone[20:], 0.5), "gpus": [gpu.name for gpu in visible_gpus()[:2]]}
     print(f"machines: {results['machines_us']:.0f} µs for a prompt of {PROMPT} tokens and 18 layers")
+    measured = False
     for transport in transports:
         try:
             results[transport.value] = measure(transport, options)
@@ -156,7 +157,10 @@ def main() -> None:
             print(f"\n{transport.value} could not be measured")
             continue
         show(transport, results[transport.value])
+        measured = True
         print(f"kept in {keep('links', where, vars(options), results)}")
+    if not measured:
+        parser.exit(1)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class Planning:
         text = self._file(outcome.best, outcome.best.rate if lasting is None else lasting.rate)
         if out is not None:
             write_text(out, text)
-            joined = " --address RAY" if outcome.best.plan.prefill.device else ""
+            joined = " --address RAY" if sum(kind.space.nodes for kind in self.site.kinds) > 1 else ""
             _out.print(f"{out}: diptych up -f {out}{joined}", markup=False)
         else:
             _out.print("\n" + text, markup=False)

@@ -155,7 +155,7 @@ class Here:
         return found
 
     def granted(self, transfer_id: str) -> None:
-        self.wait("granted", transfer_id).set_result(None)
+        self._came("granted", transfer_id)
 
     def turned_away(self) -> None: ...
 
@@ -163,8 +163,11 @@ class Here:
         self.moved += kv_bytes
 
     def released(self, transfer_id: str) -> None:
+        self._came("released", transfer_id)
+
+    def _came(self, what: str, transfer_id: str) -> None:
         if self._error is None:
-            self.wait("released", transfer_id).set_result(None)
+            self.wait(what, transfer_id).set_result(None)
 
     def failed(self, transfer_id: str, error: DiptychError) -> None:
         self._error = error

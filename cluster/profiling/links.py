@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
-from ...core.errors import Unavailable
+from ...core.errors import DiptychError, Unavailable
 from ...core.layout import Layout
 from ...core.transfer import Transport
 from ..planner.fitting import fit
@@ -39,7 +39,12 @@ def timed_link(layout: Layout, transport: Transport, runs: int, gpus: Sequence[s
     goes to another place on it. In processes of its own, so that this one has nothing on a GPU. Raises what keeps KV from moving, as
     `DiptychError`."""
     with ProcessPoolExecutor(1, get_context("spawn")) as executor:
-        return executor.submit(_timed, layout, transport, runs, tuple(gpus[:2])).result()
+        try:
+            return executor.submit(_timed, layout, transport, runs, tuple(gpus[:2])).result()
+        except DiptychError:
+            raise
+        except Exception as error:  # of the device, or the process has died: the other links are timed all the same
+            raise Unavailable(f"{type(error).__name__}: {error}") from error
 
 
 def _timed(layout: Layout, transport: Transport, runs: int, gpus: Sequence[str]) -> LinkTimes:

@@ -1,4 +1,4 @@
-"""From what was timed to a profile. Pure."""
+"""From what was timed to a profile."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from ..planner.latency import StepTimes
 from ..planner.profile import CPU, Basis, Cores, DeviceShare, Link, Model, Overheads, Parallelism, Profile, Residuals
 from ..process.spec import BLOCK_SIZE
 from ..resources.devices import CPU_FRACTION, Gpu
+from ..resources.memory import LEAST_TOKENS
 from .grid import CHUNK, CHUNK_START, Place, Room, Step
 from .reckoning import EngineStep, Moment, Seen, Together, beside, request_seconds, with_both, with_prompts, with_serving
 
 REQUEST_S = 0.005
 """Of a request outside of steps, where no cluster is to be started."""
-LEAST_POOL = 256
-"""Tokens: that is left for KV at least, whatever a host's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,7 @@ def _parallelism(each: Fitted, times: StepTimes, kv_tokens: int) -> Parallelism:
 
 def _pool(share: float, model: Model, tp: int) -> int:
     """Tokens for which ranks have room, with so many bytes each. With more of them than KV heads some have the same ones."""
-    return max(LEAST_POOL, int(share * min(tp, model.kv_heads) / model.kv_token_bytes) // BLOCK_SIZE * BLOCK_SIZE)
+    return max(LEAST_TOKENS, int(share * min(tp, model.kv_heads) / model.kv_token_bytes) // BLOCK_SIZE * BLOCK_SIZE)
 
 
 def _overheads(request: float, crossings: Mapping[str, Crossing]) -> Overheads:

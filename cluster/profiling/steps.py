@@ -33,12 +33,15 @@ from .grid import CHUNK, CHUNK_START, Place, Room, Step, blocks_for
 HOST = "127.0.0.1"
 AHEAD = 8
 """Steps in a row, each launched behind the one that computes, of which a GPU's is the mean."""
+SILENT_S = 1800.0
+"""Longest time from one word of the ranks to the next, which is that in which they load: a large model from a slow disk."""
 GREEDY = SamplingParams(temperature=0.0)
 
 
 def timed_steps(model_dir: Path, place: Place, repeats: int, steps: Sequence[tuple[str, int, int]]) -> Iterator[Room | Step]:
     """The pool's room, then each of `steps` that it holds as it has been timed; without any, the room is that of a worker with the settings
-    of a config that names none. Raises what keeps a rank from loading, as `DiptychError`; `Unavailable` if one ends before all is timed."""
+    of a config that names none. Raises what keeps a rank from loading, as `DiptychError`; `Unavailable` if one ends before all is timed,
+    or all are silent."""
     context = multiprocessing.get_context("spawn")
     children, ears = [], []
     with tempfile.TemporaryDirectory(prefix="diptych-profile-") as scratch:
@@ -51,7 +54,7 @@ def timed_steps(model_dir: Path, place: Place, repeats: int, steps: Sequence[tup
             children.append(child)
             ears.append(ear)
         try:
-            yield from _told(ears)
+            yield from _told(ears, SILENT_S)
         except EOFError:
             raise Unavailable(f"A process that timed steps on {place} ended before it was through.") from None
         finally:
@@ -60,10 +63,12 @@ def timed_steps(model_dir: Path, place: Place, repeats: int, steps: Sequence[tup
                 child.join()
 
 
-def _told(ears: list[Connection]) -> Iterator[Room | Step]:
+def _told(ears: list[Connection], silent_s: float) -> Iterator[Room | Step]:
     """What the ranks say, until each has said that it is through."""
     while ears:
-        for ear in wait(ears):
+        if not (speaking := wait(ears, silent_s)):
+            raise Unavailable(f"The processes that time steps have said nothing for {silent_s:g} s.")
+        for ear in speaking:
             assert isinstance(ear, Connection)
             told = ear.recv()
             if isinstance(told, DiptychError):

@@ -151,6 +151,10 @@ def test_plan_writes_a_file_that_up_and_simulate_take(files: Path) -> None:
     assert "The profile does not say where the model is (model.source)" in Path("best.yaml").read_text()
     assert Path("front.png").read_bytes().startswith(b"\x89PNG")
     assert "1 × prefill (tp 1 pp 1) + 1 × decode (tp 1 pp 1)" in out
+    assert config.device == "cuda", "on a Ray cluster that is joined auto would be the CPU"
+    assert out.rstrip().endswith("best.yaml: diptych up -f best.yaml"), "one node"
+    status, out = diptych("plan", "--profile", "P.json", *WORTH, "--nodes", "2", "--out", "two.yaml")
+    assert "two.yaml: diptych up -f two.yaml --address RAY" in out, out
     status, out = diptych(*SIMULATE[:3], "--plan", "best.yaml", "--slo", "ttft=0.2s,tpot=0.1s", "--workload", "W.csv")
     assert status == 0, out
 

@@ -209,9 +209,10 @@ def test_a_transfer_that_fails_ends_the_timing_of_its_link() -> None:
         for waiting in (before, here.wait("released", "1")):
             with pytest.raises(Unavailable, match="the pair is lost"):
                 await waiting
-        here.released("2")  # what follows on it is not taken for a transfer
-        with pytest.raises(Unavailable):
-            await here.wait("released", "2")
+        for what, come in (("granted", here.granted), ("released", here.released)):
+            come("2")  # what follows on it is not taken for a transfer
+            with pytest.raises(Unavailable):
+                await here.wait(what, "2")
 
     asyncio.run(fail())
 
@@ -279,6 +280,17 @@ def test_a_rank_that_dies_ends_the_measuring(tiny_llama_dir: Path) -> None:
     with pytest.raises(Unavailable, match=r"ended before it was through|lost rank"):
         list(told)
     assert not multiprocessing.active_children()
+
+
+def test_ranks_that_say_nothing_are_not_waited_for_for_ever() -> None:
+    ear, _mouth = multiprocessing.Pipe(duplex=False)
+    with pytest.raises(Unavailable, match="have said nothing for"):
+        list(steps._told([ear], 0.01))
+
+
+def test_a_link_whose_process_fails_otherwise_says_what_it_was() -> None:
+    with pytest.raises(Unavailable, match=r"AttributeError: .*NoneType"):
+        timed_link(None, Transport.SHM, 1)  # type: ignore[arg-type]
 
 
 def test_what_keeps_a_rank_from_loading_is_said(tmp_path: Path) -> None:
