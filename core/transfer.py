@@ -25,7 +25,7 @@ from .layout import Layout
 from .request import Token
 from .value import value
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 
 
 class Transport(StrEnum):

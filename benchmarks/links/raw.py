@@ -1,7 +1,7 @@
 """The links without the hinge: the same two pools, moved from end to end in pieces of equal size by torch itself.
 
 shm: `Tensor.copy_` from the other process's pool on one thread. gloo: send and receive out of one pool into the other, several posted at a
-time, over the device and with the options of production.
+time, over one connection of production's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from diptych.core.transfer import ShmEndpoint
 from diptych.kv_transfer.geometry import Geometry
 from diptych.kv_transfer.pool import Pool
 from diptych.kv_transfer.staging import SLOTS_PER_PAIR
-from diptych.kv_transfer.transports.gloo import Device
+from diptych.kv_transfer.transports.gloo import GlooWires
 from diptych.kv_transfer.transports.shm import ShmPool, attach
 from diptych.kv_transfer.transports.two_sided import Work
 from torch import Tensor
@@ -76,7 +76,7 @@ class RawLink:
     def join(self, path: str) -> None:
         """Connect to the other end, which joins at the same `path`."""
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
-        options._devices = [Device("127.0.0.1").get()]
+        options._devices = GlooWires("127.0.0.1").devices()[:1]
         options._timeout = timedelta(seconds=LONGEST_S)
         options._threads = 1
         self._group = ProcessGroupGloo(FileStore(path, 2), self._rank, 2, options)

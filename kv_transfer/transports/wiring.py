@@ -8,7 +8,7 @@ import torch
 
 from ...core.errors import ConfigError
 from ...core.transfer import Transport, transports_for
-from .gloo import Device
+from .gloo import GlooWires
 from .nccl import NcclWires
 from .nccl_binding import Nccl, installed
 from .two_sided import Wires
@@ -32,4 +32,4 @@ def usable(wanted: tuple[Transport, ...], device: torch.device) -> tuple[Transpo
 
 def wires_at(host: str, device: torch.device) -> dict[Transport, Wires]:
     """Of a rank that its peers know by `host` and whose pool is on `device`; nothing is opened before the first pair."""
-    return {Transport.GLOO: Device(host), Transport.NCCL: NcclWires(host, Nccl(device))}
+    return {Transport.GLOO: GlooWires(host), Transport.NCCL: NcclWires(host, Nccl(device))}

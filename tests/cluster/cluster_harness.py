@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from itertools import starmap
 from pathlib import Path
 
 from diptych.cluster.process import processes
@@ -164,9 +165,11 @@ def sockets_below(directory: str) -> list[str]:
 def killed_at_once(cluster: Cluster, cluster_id: str) -> None:
     """SIGKILL for the supervisor and every process of the cluster, the reaper among them, before any could do something about it.
 
-    Returns when they have ended: a killed process is found in /proc until the kernel has taken back its memory, gigabytes at times.
+    Returns when they have ended: the kernel takes back a killed one's memory first, gigabytes at times, and with it the mark by which it
+    is known, then closes its files and sockets.
     """
     pids = processes.marked(cluster_id)
+    begun = {pid: processes.start_ticks(pid) or 0 for pid in pids}
     for pid in (cluster.process.pid, *pids):
         with suppress(ProcessLookupError):  # it ended by itself since it was listed
             os.kill(pid, signal.SIGSTOP)
@@ -174,4 +177,4 @@ def killed_at_once(cluster: Cluster, cluster_id: str) -> None:
         processes.kill(pid, cluster_id)
     cluster.process.kill()
     cluster.wait()
-    wait_for("the end of the killed", lambda: not processes.marked(cluster_id))
+    wait_for("the end of the killed", lambda: not any(starmap(processes.is_running, begun.items())))

@@ -173,7 +173,7 @@ def test_a_cluster_on_ray_serves_heals_and_leaves_nothing(tiny_gemma3_dir: Path,
 
         cluster.process.kill()
         wait_for("the reaper", lambda: nothing_left(state), 60)
-        assert not sockets_below(scratch)
+        wait_for("the end of its sockets", lambda: not sockets_below(scratch))
         wait_for("the end of its names in shared memory", lambda: shared_memory() <= before)
         assert "No cluster runs here" in diptych("status").stdout
 

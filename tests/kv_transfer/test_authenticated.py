@@ -22,14 +22,14 @@ from diptych.core.proofs import SECRET_BYTES, STRANGER, proof
 from diptych.core.security import TlsFiles
 from diptych.kv_transfer import door
 from diptych.kv_transfer.pool import Pool
-from diptych.kv_transfer.transports.gloo import Device, GlooWire
+from diptych.kv_transfer.transports.gloo import CONNECTIONS, GlooWire, GlooWires
 from diptych.kv_transfer.transports.proving import SECRET, agree, prove
 from diptych.kv_transfer.transports.rendezvous import ToldStore
 from diptych.kv_transfer.transports.shm import attach
 from diptych.kv_transfer.transports.two_sided import DESTINATION, SOURCE
 from diptych.rpc.lane import dial_lane
 from kv_rig import GLOO, LAYOUT, LONG_S, SHM, DecodeEnd, Exchange, PrefillEnd, Way, decode_end, eventually, layout_with, prefill_end
-from torch.distributed import ProcessGroupGloo
+from torch.distributed import PrefixStore, ProcessGroupGloo
 
 NOBODY = 65534
 WAIT_S = 10.0
@@ -226,43 +226,48 @@ def outcome(future: Future[Any]) -> str:
 
 
 @pytest.fixture
-def device() -> Device:
-    return Device("127.0.0.1")
+def wires() -> GlooWires:
+    return GlooWires("127.0.0.1")
 
 
+@pytest.mark.parametrize("taken", range(CONNECTIONS))
 @pytest.mark.parametrize("end", [SOURCE, DESTINATION])
-def test_a_stranger_in_the_peers_place_gets_no_kv(end: int, device: Device, caplog: pytest.LogCaptureFixture) -> None:
-    """He has come by gloo's own rendezvous, knows the form of all that is said, and all of it but the secret."""
+def test_a_stranger_in_the_peers_place_gets_no_kv(end: int, taken: int, wires: GlooWires, caplog: pytest.LogCaptureFixture) -> None:
+    """He has come by gloo's own rendezvous to one of the connections, knows the form of all that is said, and all of it but the secret."""
     here, there = lane(told=False)
     if end == DESTINATION:
         here.heard(SECRET, b"s" * SECRET_BYTES)
 
     def stranger() -> bytes:
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
-        options._devices, options._timeout, options._threads = [device.get()], timedelta(seconds=WAIT_S), 1
-        group = ProcessGroupGloo(there, 1 - end, 2, options)
-        shown = torch.frombuffer(bytearray(proof(bytes(SECRET_BYTES), 1 - end, end)), dtype=torch.uint8)
-        group.send([shown], end, 0).wait()
+        groups = []
+        for number, device in enumerate(wires.devices()):
+            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
+            options._devices, options._timeout, options._threads = [device], timedelta(seconds=WAIT_S), 1
+            groups.append(ProcessGroupGloo(PrefixStore(str(number), there), 1 - end, 2, options))
         heard = torch.empty(32, dtype=torch.uint8)
-        group.recv([heard], end, 0).wait()
+        for number, group in enumerate(groups[: taken + 1]):
+            secret = bytes(SECRET_BYTES) if number == taken else here.get(SECRET)
+            shown = torch.frombuffer(bytearray(proof(secret, 1 - end, end)), dtype=torch.uint8)
+            group.send([shown], end, 0).wait()
+            group.recv([heard], end, 0).wait()
         return bytes(heard.tolist())
 
     with ThreadPoolExecutor(2) as threads:
-        honest, other = threads.submit(GlooWire(end, device).connect, here), threads.submit(stranger)
+        honest, other = threads.submit(GlooWire(end, wires).connect, here), threads.submit(stranger)
         assert outcome(honest) == STRANGER
         # What he has heard he cannot show to the other: it is what *this* end shows to its peer.
         assert len(other.result(WAIT_S)) == 32
     assert STRANGER in caplog.text
 
 
-def test_an_end_of_another_lane_is_a_stranger(device: Device) -> None:
+def test_an_end_of_another_lane_is_a_stranger(wires: GlooWires) -> None:
     here, there = lane(told=False)
     there.heard(SECRET, b"another lane's".ljust(SECRET_BYTES))
     with ThreadPoolExecutor(2) as threads:
-        ends = [threads.submit(GlooWire(end, device).connect, store) for end, store in ((SOURCE, here), (DESTINATION, there))]
+        ends = [threads.submit(GlooWire(end, wires).connect, store) for end, store in ((SOURCE, here), (DESTINATION, there))]
         assert [outcome(each) for each in ends] == [STRANGER, STRANGER]
         here, there = lane(told=True)
-        ends = [threads.submit(GlooWire(end, device).connect, store) for end, store in ((SOURCE, here), (DESTINATION, there))]
+        ends = [threads.submit(GlooWire(end, wires).connect, store) for end, store in ((SOURCE, here), (DESTINATION, there))]
         assert [outcome(each) for each in ends] == ["connected", "connected"]
 
 
@@ -280,5 +285,5 @@ def test_a_stranger_who_says_nothing_is_told_of(caplog: pytest.LogCaptureFixture
     store, _ = lane(told=True)
     agree(SOURCE, store)
     with pytest.raises(ConnectionError, match="Timed out"):
-        prove(Nobody(SOURCE, Device("127.0.0.1")), SOURCE, store, 1.0)
+        prove(Nobody(SOURCE, GlooWires("127.0.0.1")), SOURCE, store, 1.0)
     assert "did not show that it knows what was said on the lane (Timed out" in caplog.text

@@ -8,6 +8,7 @@ import os
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,14 +140,17 @@ def test_a_pair_listens_at_the_workers_address_alone() -> None:
         async with rig(GLOO) as (prefill, decode, address, _):
             await hand_over(prefill, decode, address, "a", 20)
             opened = listening() - before
-            assert len(opened) == 2, "one port at each end"
+            assert len(opened) == 4, "a port for each connection at each end"
             assert all(place.startswith("0100007F:") for place in opened)
 
     asyncio.run(run())
 
 
 def test_an_address_that_is_not_ours_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gloo.Device, "get", lambda device: gloo.ProcessGroupGloo.create_device(hostname="192.0.2.1", lazy_init=False))
+    def elsewhere(_: gloo.GlooWires) -> list[Any]:
+        return [gloo.ProcessGroupGloo.create_device(hostname="192.0.2.1", lazy_init=False)]
+
+    monkeypatch.setattr(gloo.GlooWires, "devices", elsewhere)
 
     async def run() -> None:
         async with rig(GLOO) as (prefill, decode, address, _):
