@@ -30,13 +30,14 @@ from diptych.kernels.paged_attention import attend
 from diptych.kernels.paging import Paging
 from diptych.kernels.residual_norm import residual_norm, residual_norm_torch
 from diptych.kernels.rotary_store import rotary_store, rotary_store_torch
-from diptych.kernels.sampling import Ask, draw, draw_torch
+from diptych.kernels.sampling import Ask, draw, draw_torch, edges_sorted, limits_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BLOCK, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MLP = 16, 32, 8, 128, 4096, 14_336
 BATCHES, CONTEXTS, TOKENS = (1, 16, 64, 256), (1024, 8192, 32_768), (1, 64, 4096)
-DRAWN = (1, 16)
+DRAWN = (1, 16, 64)
+LIMITS = {"top-k 50": (50, 1.0, 0.0), "top-p 0.9": (0, 0.9, 0.0), "all three": (50, 0.9, 0.01)}
 PREFILLS = ((0, 2048), (0, 8192), (6144, 2048))
 FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
@@ -49,6 +50,7 @@ class Sizes:
     contexts: tuple[int, ...] = CONTEXTS
     tokens: tuple[int, ...] = TOKENS
     prefills: tuple[tuple[int, int], ...] = PREFILLS
+    drawn: tuple[int, ...] = DRAWN
     moved: int = 256 << 20
     vocabulary: int = 128_256
 
@@ -72,7 +74,8 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
     for tokens in sizes.tokens:
         yield from small(tokens, dtype, device)
     yield from moves(sizes.moved, dtype, device)
-    yield from (drawing(rows, sizes.vocabulary, dtype, device) for rows in DRAWN)
+    yield from (drawing(rows, sizes.vocabulary, dtype, device) for rows in sizes.drawn)
+    yield from (limiting(name, rows, sizes.vocabulary, dtype, device) for rows in sizes.drawn for name in LIMITS)
     for context in sizes.contexts:
         yield from (decode(batch, context, dtype, device) for batch in sizes.batches)
     for start, length in sizes.prefills:
@@ -128,6 +131,14 @@ def drawing(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device
     logits, asks = torch.randn(rows, vocabulary, dtype=dtype, device=device), [Ask(row, Noise(1, 0, row), 0.8) for row in range(rows)]
     twin = lambda: [draw_torch(logits[ask.row], ask) for ask in asks]  # noqa: E731
     return Case("draw", f"{rows} x {vocabulary}", lambda: draw(logits, asks), twin, logits.nbytes)
+
+
+def limiting(name: str, rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """What limits let through, with the upload of what is asked; the bound reads the logits once. torch sorts."""
+    logits = torch.randn(rows, vocabulary, dtype=dtype, device=device)
+    asks = [Ask(row, Noise(1, 0, row), 0.8, *LIMITS[name]) for row in range(rows)]
+    run, twin = (lambda: limits_of(logits, asks)), (lambda: edges_sorted(logits, asks))
+    return Case("edges", f"{rows} x {vocabulary}, {name}", run, twin, logits.nbytes)
 
 
 def paged(sequences: int, context: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[list[int]]]:

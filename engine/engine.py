@@ -232,10 +232,12 @@ class Engine:
             self._launch_the_rest()
 
     def _launch_the_rest(self) -> None:
-        """What those steps have no use for: draws without limits, draws from changed logits (in fp32), and attention to few keys. On a GPU
-        each is compiled when a host first launches it, for up to a second in which all answers would stand still."""
+        """What those steps have no use for: draws without limits and with all of them, draws from changed logits (in fp32), and attention
+        to few keys. On a GPU each kernel is compiled when a host first launches it, for a second or two in which all answers would stand
+        still; limits by themselves launch no others than all of them together."""
         table = ((0,),) * len(self._groups)
-        for top_k in (0, 1):
+        for top_k, top_p, min_p in ((0, 1.0, 0.0), (1, 0.5, 0.5)):
             for bias in ((), ((0, 0.0),)):
-                draws = (Draw(SamplingParams(temperature=1.0, seed=0, top_k=top_k, logit_bias=bias), index=0),)
+                asked = SamplingParams(temperature=1.0, seed=0, top_k=top_k, top_p=top_p, min_p=min_p, logit_bias=bias)
+                draws = (Draw(asked, index=0),)
                 self.run(Batch(-1, (Row(0, 1, (0,), table, draws),)))

@@ -36,6 +36,7 @@ class TritonKernels:
     attend_chunks: Kernel
     move_rows: Kernel
     draw: Kernel
+    edges: Kernel
 
 
 @cache
@@ -45,6 +46,7 @@ def triton_kernels() -> TritonKernels | None:
         from .gpu.attend_chunks import attend_chunks
         from .gpu.attend_singles import attend_singles
         from .gpu.draw import draw
+        from .gpu.edges import edges
         from .gpu.gated import gated
         from .gpu.move_rows import move_rows
         from .gpu.residual_norm import residual_norm
@@ -52,7 +54,7 @@ def triton_kernels() -> TritonKernels | None:
     except ImportError as error:
         log.warning("No Triton kernels, the GPU computes with torch alone, some steps in five to ten times as many passes: %s", error)
         return None
-    return TritonKernels(residual_norm, rotary_store, gated, attend_singles, attend_chunks, move_rows, draw)
+    return TritonKernels(residual_norm, rotary_store, gated, attend_singles, attend_chunks, move_rows, draw, edges)
 
 
 def triton_refusals() -> tuple[type[Exception], ...]:

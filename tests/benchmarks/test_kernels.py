@@ -19,6 +19,7 @@ __all__ = ["on_triton"]
 
 
 @pytest.mark.usefixtures("on_triton")
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_every_case_runs() -> None:
     ran = []
 
@@ -26,11 +27,22 @@ def test_every_case_runs() -> None:
         ran.append(run())
         return 2.0
 
-    sizes = Sizes(batches=(2,), contexts=(48,), tokens=(1,), prefills=((0, 8), (16, 2)), moved=1 << 18, vocabulary=500)
+    sizes = Sizes(batches=(2,), contexts=(48,), tokens=(1,), prefills=((0, 8), (16, 2)), drawn=(1, 2), moved=1 << 18, vocabulary=500)
     results = measure(sizes, torch.float32, DEVICE, clock)
     found = {(each["kernel"], each["shape"]): each for each in results["kernels"]}
     assert [name for name, _ in found] == [
-        *("residual_norm", "gated", "rotary_store", *["move_rows"] * 4, "draw", "draw", "attend_singles", "attend_chunks", "attend_chunks")
+        *(
+            "residual_norm",
+            "gated",
+            "rotary_store",
+            *["move_rows"] * 4,
+            "draw",
+            "draw",
+            *["edges"] * 6,
+            "attend_singles",
+            "attend_chunks",
+            "attend_chunks",
+        )
     ]
     assert results["copy_gb_s"] == pytest.approx(2 * (1 << 20) / 2e-3 / 1e9)
     key_and_value = 2 * 8 * 128 * 4
@@ -41,7 +53,7 @@ def test_every_case_runs() -> None:
     moved = {shape: each["bound_ms"] for (name, shape), each in found.items() if name == "move_rows"}
     assert moved["half of 2' heads"] == moved["2 blocks, gathered"] / 2 == moved["2 blocks, scattered"] / 2
     assert moved["2 blocks, cast"] == moved["2 blocks, gathered"] * 3 / 4
-    assert len(PICTURES["kernels"](results)) == 7
+    assert len(PICTURES["kernels"](results)) == 8
 
 
 @pytest.mark.usefixtures("on_triton")

@@ -89,19 +89,19 @@ def test_warm_up_leaves_the_engine_as_new(bench, prompt, tiny_gemma3_dir):
 
 
 def test_on_a_gpu_every_kind_of_draw_is_launched_before_anybody_waits(bench, prompt, monkeypatch, tiny_gemma3_source, tmp_path):
-    """With limits and without, from logits as they are and from changed ones: so many are compiled."""
+    """With all limits and without, from logits as they are and from changed ones: so many are compiled."""
     prepare(str(tiny_gemma3_source), tmp_path / "narrow", dtype=DType.BFLOAT16)
     cold, warm = bench(tmp_path / "narrow"), bench(tmp_path / "narrow")
     asked = set()
 
     def draw(logits, asks):
-        asked.update((logits.dtype, each.top_k) for each in asks)
+        asked.update((logits.dtype, each.top_k, each.top_p, each.min_p) for each in asks)
         return kernels.draw(logits, asks)
 
     monkeypatch.setattr(sampler, "draw", draw)
     warm.engine._launch_the_rest()
     monkeypatch.undo()
-    assert asked == {(dtype, top_k) for dtype in (torch.bfloat16, torch.float32) for top_k in (0, 1)}
+    assert asked == {(dtype, *limits) for dtype in (torch.bfloat16, torch.float32) for limits in ((0, 1.0, 0.0), (1, 0.5, 0.5))}
     assert [d.token_id for d in cold.generate(prompt(20), 5)] == [d.token_id for d in warm.generate(prompt(20), 5)]
 
 

@@ -3,7 +3,9 @@ for each step, and no host waits. What is not tested is CUDA: its events, its pi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from diptych.kernels import sampling
 from diptych.kernels.native import native
 from diptych.kernels.noise import Noise
 from diptych.kernels.paged_attention import attend
-from diptych.kernels.sampling import _FLOAT, Ask, draw_torch
+from diptych.kernels.sampling import _FLOAT, Ask, draw_torch, edges_sorted
 from lazy_device import THERE, HostWaits, LazyDevice, LazyMark, There
 
 SAMPLINGS = [
@@ -59,7 +61,7 @@ class Ahead:
 
 @pytest.fixture
 def lazily(bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ahead]]:
-    """An engine on a device that lags, which has two kernels: attention and draws."""
+    """An engine on a device that lags, which has three kernels: attention, draws and the edges of what limits let through."""
     device, recorded = LazyDevice(), []
 
     def new_mark(_device: torch.device) -> LazyMark:
@@ -81,9 +83,21 @@ def lazily(bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ahe
 
         device.ask(compute)
 
+    def edges_there(logits: There, asked: There, *_kinds: bool) -> tuple[There, There]:
+        def compute(which: int) -> torch.Tensor:
+            asks = []
+            for row, top_k, *numbers in asked.here.tolist():
+                temperature, top_p, share = (_FLOAT.unpack(bits.to_bytes(4, "little"))[0] for bits in numbers)
+                asks.append(Ask(row, Noise(0, 0, 0), temperature, top_k, top_p, math.exp(share)))
+            return edges_sorted(logits.here, asks)[which]
+
+        likes = [torch.empty(len(asked), dtype=dtype, device="meta") for dtype in (torch.float32, torch.int64)]
+        floors, lasts = (device.result_of(like, partial(compute, which)) for which, like in enumerate(likes))
+        return floors, lasts
+
     for module in (marks, decode_graphs, placing):
         monkeypatch.setattr(module, "new_mark", new_mark)
-    kernels = SimpleNamespace(draw=draw_there)
+    kernels = SimpleNamespace(draw=draw_there, edges=edges_there)
     monkeypatch.setattr(sampling, "triton_for", lambda tensor: kernels if isinstance(tensor, There) else None)
     monkeypatch.setattr(decoder_module, "attend", lambda *asked: (attend_there if isinstance(asked[0], There) else attend)(*asked))
     for name in ("launch", "capture"):

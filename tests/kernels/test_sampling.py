@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 from diptych.kernels.noise import GROUP, Noise
-from diptych.kernels.sampling import Ask, _edges_there, draw_torch, limits_of, log_probabilities
+from diptych.kernels.sampling import Ask, draw_torch, edges_sorted, limits_of, log_probabilities
 from diptych.kernels.sampling import draw as draw_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,7 +114,7 @@ def test_limits_that_a_device_finds_without_the_host_are_the_same(seed, dtype, w
     floors, lasts = limits_of(logits, wanted)
     limited = [i for i, ask in enumerate(wanted) if ask.limited]
     if limited:
-        for place, floor, last in zip(limited, *_edges_there(logits, wanted, limited), strict=True):
+        for place, floor, last in zip(limited, *edges_sorted(logits, [wanted[i] for i in limited]), strict=True):
             one, other = (let_through(logits[wanted[place].row], *each) for each in ((floor, last), (floors[place], lasts[place])))
             # Sums in another order may move the edge of the nucleus by the tokens whose probability is the rounding of the sum.
             assert abs(one - other) <= (max(1, one // 500) if wanted[place].top_p < 1.0 else 0)

@@ -31,12 +31,17 @@ KERNELS = {
     "_attend_chunks",
     "_attend_split",
     "_best_chunk",
+    "_count_equal",
     "_draw_chunk",
+    "_found_edges",
     "_gated",
     "_join_splits",
+    "_largest_key",
+    "_last_equal",
     "_move_rows",
     "_residual_norm",
     "_rotary_store",
+    "_tally_chunk",
 }
 
 

@@ -13,7 +13,7 @@ from row_by_row import one as draw
 from row_by_row import slow
 from triton_place import DEVICE, on_triton
 
-pytestmark = pytest.mark.usefixtures("on_triton")
+pytestmark = [pytest.mark.usefixtures("on_triton"), pytest.mark.filterwarnings("ignore:overflow encountered")]
 __all__ = ["on_triton"]
 
 
@@ -42,8 +42,8 @@ def test_of_all(vocabulary: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_within_limits(limits: tuple[int, float, float], dtype: torch.dtype) -> None:
     """In bf16 many logits are equal, some of them at the edge."""
-    for index in range(6):
-        logits, noise = logits_of(3000, 0.5 + index % 4, 0.0, index).to(dtype), Noise(index, 1, index)
+    for index in range(3):
+        logits, noise = logits_of(3000, 0.5 + index, 0.0, index).to(dtype), Noise(index, 1, index)
         ask = Ask(0, noise, 0.8, *limits)
         assert draw_all(logits[None].to(DEVICE), [ask]).tolist() == [slow(logits[None], ask)]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import triton
-from diptych.kernels.gpu import attend_chunks, attend_singles, draw, gated, move_rows, residual_norm, rotary_store, tiles
+from diptych.kernels.gpu import attend_chunks, attend_singles, draw, edges, gated, move_rows, residual_norm, rotary_store, tiles
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
@@ -60,6 +60,7 @@ def launches(dtype: torch.dtype, shapes: list[tuple[int, int, int]]) -> Iterator
     logits, some = torch.zeros(2, 128_256, dtype=dtype), torch.zeros(2)
     for limits in ((None, None), (some, numbers)):
         yield f"draw {limits[0] is not None}", lambda limits=limits: draw.draw(numbers, logits, numbers, *limits)
+    yield "edges", lambda: edges.edges(logits, numbers, True, True, True)
     for kv_heads, group, head_dim in shapes:
         heads = kv_heads * group
         cache = torch.zeros(64, kv_heads, 2, BLOCK, head_dim, dtype=dtype)
