@@ -33,7 +33,7 @@ TIMES = StepTimes(prefill=PrefillTimes(constant=0.01, token=1e-4, pair=0), decod
 
 
 def plan(model: Path, file: Path, **ray: str) -> Path:
-    """Two pairs, as `diptych plan --affinity low` writes them, but for what is said of `ray`."""
+    """Two pairs, as `diptych plan --affinity low` writes them of a GPU, but on CPUs, and for what is said of `ray`."""
     card = read_card(model)
     sizes = {"layers": 4, "heads": 4, "kv_heads": 2, "max_context": card.max_context, "kv_token_bytes": 1e3, "weight_bytes": 1e3}
     profile = Profile(
@@ -44,7 +44,7 @@ def plan(model: Path, file: Path, **ray: str) -> Path:
         links={"node": Link(bytes_per_s=1e9)},
     )
     values = config_of(Plan(Shape(1, 1), Shape(1, 1), 2, 2), profile, Policies(local_prefill=LocalPrefill.NEVER, paired=True), None)
-    file.write_text(yaml.safe_dump({**values, "ray": {**values["ray"], **ray}}))
+    file.write_text(yaml.safe_dump({**values, "device": "cpu", "ray": {**values["ray"], **ray}}))
     return file
 
 
