@@ -218,7 +218,10 @@ class _Client:
 def _mean(seconds: Sequence[float]) -> float:
     """Without the tenth at either end: something else on the machine may have stood in a step's way. `Unavailable` if there are none."""
     if not seconds:
-        raise Unavailable("No prompt was read while answers were written: they ended too soon.")
+        raise Unavailable(
+            "No prompt was read while answers were written. Was the machine busy with something else? Measure again when it is idle, or "
+            "use --no-clusters."
+        )
     ends = len(seconds) // 10
     return statistics.fmean(sorted(seconds)[ends : len(seconds) - ends])
 
