@@ -77,7 +77,7 @@ class Wires(Protocol):
     host: str
     """By which its peers know it."""
     connect_s: float
-    """Longest time for two ends to find each other and connect."""
+    """Longest wait of an end for the next thing that the other says while they connect."""
 
     def wire(self, end: int) -> Wire: ...
 
