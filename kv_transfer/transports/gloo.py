@@ -2,7 +2,7 @@
 
 The kernel copies a piece twice; gloo adds, per piece, the receiver's word that it is ready. A pair has several connections, which pieces
 take in turn, each with a thread of gloo's own at either end: with one alone both ends wait for each other at its socket, and reach 0.76 to
-0.88 of the rate of gloo without anything around it; two reach 0.91 to 1.07 for a tenth more CPU time (pieces of 1 to 16 MiB, two cores).
+0.88 of the rate of gloo without anything around it; two reach 0.91 to 1.07 for the same CPU time (pieces of 1 to 16 MiB, two cores).
 """
 
 from __future__ import annotations
